@@ -1,0 +1,1 @@
+"""How a lowered graph runs."""

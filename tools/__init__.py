@@ -1,0 +1,1 @@
+"""The tahf4 command line: one command a file."""
