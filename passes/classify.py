@@ -1,0 +1,191 @@
+"""Find the repeated blocks of a model by structure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch import fx, nn
+
+from ..graph import LINEAR, linears, module_classes
+from ..pass_base import Context, Pass, PassResult
+
+ROLE = "tahf4_role"
+"""Key in ``node.meta`` of a linear: its :class:`Role`."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Where a linear stands.
+
+    Attributes:
+        body: inside a repeated block (True), or on the boundary of the network (False).
+        reason: in words, for the report.
+    """
+
+    body: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Classify(Pass):
+    """Mark each linear as body (inside a repeated block) or boundary. The graph stays as it is.
+
+    Members of one container (``blocks.0``, ``blocks.1``, ...) of one class are repeated blocks if each holds at
+    least ``min_linears`` linears and reads what the one before it wrote. So do modules that are attributes
+    of one parent, if their graphs are the same (Weisfeiler-Lehman hash) and they hold nearly all weights.
+    Embedders that only stand side by side are no blocks. A graph without repetition, inside a module
+    without any, is one block by itself: so ``compile_repeated_blocks`` sees it.
+    """
+
+    min_linears: int = 2
+
+    def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
+        """Annotate ``node.meta["tahf4_role"]``."""
+        blocks = self.repeated_blocks(graph_module.graph)
+        blocks |= {path: kind for path, kind in self._known_blocks(context.root, graph_module.graph).items()}
+        alone = not blocks and not self._root_blocks(context.root)
+        for node in linears(graph_module.graph):
+            context.matched(node)
+            block = next((path for path in module_classes(node) if path in blocks), None)
+            if block is not None:
+                node.meta[ROLE] = Role(True, f"in repeated block {block} ({blocks[block]})")
+            elif alone:
+                node.meta[ROLE] = Role(True, "the graph has no repeated blocks and counts as one block")
+            else:
+                node.meta[ROLE] = Role(False, "boundary: outside the repeated blocks")
+        if blocks:
+            context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
+        return PassResult(graph_module, modified=False)
+
+    def repeated_blocks(self, graph: fx.Graph) -> dict[str, str]:
+        """Return ``module path -> class name`` of the outermost repeated blocks of a graph."""
+        modules = _modules(graph)
+        flow = _dataflow(graph)
+        weight = {path: sum(_weight_size(n) for n in m.linears) for path, m in modules.items()}
+        total = sum(_weight_size(n) for n in linears(graph))
+        found: dict[str, str] = {}
+        for members, indexed in self._siblings(modules):
+            chain = _chained(members, modules, flow)
+            if len(chain) < 2:
+                continue
+            if not indexed and 4 * sum(weight[path] for path in chain) < 3 * total:
+                continue
+            for path in chain:
+                found[path] = _short(modules[path].cls)
+        # Only the outermost: a block's own attention layers may repeat as well.
+        return {path: cls for path, cls in found.items() if not any(path.startswith(f"{p}.") for p in found)}
+
+    def _siblings(self, modules: dict[str, _Module]) -> Iterable[tuple[list[str], bool]]:
+        """Yield groups of sibling modules that look alike, and whether they are members of a container."""
+        groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for path, module in modules.items():
+            if len(module.linears) < self.min_linears:
+                continue
+            parent, _, leaf = path.rpartition(".")
+            key = (parent, module.cls) if leaf.isdigit() else (parent, module.cls, _structure(module))
+            groups[key].append(path)
+        for key, members in groups.items():
+            yield members, len(key) == 2
+
+    def _known_blocks(self, root: nn.Module | None, graph: fx.Graph) -> dict[str, str]:
+        """Return repeated blocks of the root module that a graph after a graph break holds only partly."""
+        wanted = self._root_blocks(root)
+        present = {path for node in linears(graph) for path in module_classes(node)}
+        # Where all members are in this graph, the flow between them has already decided.
+        partial = {container for container, members in wanted.items() if not set(members) <= present}
+        return {p: cls for c in partial for p, cls in wanted[c].items() if p in present}
+
+    def _root_blocks(self, root: nn.Module | None) -> dict[str, dict[str, str]]:
+        """Return ``container path -> {member path: class}`` of the outermost containers of like members."""
+        found: dict[str, dict[str, str]] = {}
+        for path, module in root.named_modules() if root is not None else ():
+            if not isinstance(module, nn.ModuleList | nn.Sequential) or any(
+                path.startswith(f"{member}.") for members in found.values() for member in members
+            ):
+                continue
+            by_class: dict[type, list[str]] = defaultdict(list)
+            for name, child in module.named_children():
+                if sum(isinstance(m, nn.Linear) for m in child.modules()) >= self.min_linears:
+                    by_class[type(child)].append(f"{path}.{name}" if path else name)
+            members = {p: cls.__qualname__ for cls, paths in by_class.items() if len(paths) > 1 for p in paths}
+            if members:
+                found[path] = members
+        return found
+
+
+@dataclass
+class _Module:
+    cls: str
+    nodes: list[fx.Node] = field(default_factory=list)
+    linears: list[fx.Node] = field(default_factory=list)
+
+
+def _modules(graph: fx.Graph) -> dict[str, _Module]:
+    modules: dict[str, _Module] = {}
+    for node in graph.nodes:
+        for path, cls in module_classes(node).items():
+            module = modules.setdefault(path, _Module(cls))
+            module.nodes.append(node)
+            if node.target is LINEAR:
+                module.linears.append(node)
+    return modules
+
+
+def _dataflow(graph: fx.Graph) -> nx.DiGraph:
+    flow = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
+    return flow
+
+
+def _chained(paths: list[str], modules: dict[str, _Module], flow: nx.DiGraph) -> list[str]:
+    """Return the members that read from, or are read by, the member before or after them."""
+    chain: list[str] = []
+    for first, second in zip(paths, paths[1:], strict=False):
+        reached = nx.descendants(flow, modules[first].linears[0])
+        if any(node in reached for node in modules[second].linears):
+            chain += [path for path in (first, second) if path not in chain]
+    return chain
+
+
+def _structure(module: _Module) -> str:
+    """Hash a module's graph: operators and weight shapes, whatever the names."""
+    graph = nx.DiGraph()
+    inside = set(module.nodes)
+    for node in module.nodes:
+        label = f"{node.target}{_weight_shape(node)}"
+        graph.add_node(node, label=label)
+    graph.add_edges_from((source, node) for node in inside for source in node.all_input_nodes if source in inside)
+    return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label")
+
+
+def _weight_shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.args[1].meta["val"].shape) if node.target is LINEAR else ()  # type: ignore[union-attr]
+
+
+def _weight_size(node: fx.Node) -> int:
+    return node.args[1].meta["val"].numel()  # type: ignore[union-attr]
+
+
+def _short(cls: str) -> str:
+    return cls.rpartition(".")[2]
+
+
+def _ranges(paths: Iterable[str]) -> str:
+    """Write ``blocks.0, blocks.1, blocks.2`` as ``blocks.0-2``."""
+    by_parent: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        by_parent[parent].append(leaf)
+    parts = []
+    for parent, leaves in by_parent.items():
+        prefix = f"{parent}." if parent else ""
+        numbers = sorted(int(leaf) for leaf in leaves) if all(leaf.isdigit() for leaf in leaves) else []
+        if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            parts.append(f"{prefix}{numbers[0]}-{numbers[-1]}")
+        else:
+            parts += [f"{prefix}{leaf}" for leaf in leaves]
+    return ", ".join(parts)

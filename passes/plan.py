@@ -1,0 +1,130 @@
+"""Decide, for every linear, whether it runs in 4 bits, and say why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import hif4
+from ..attach import attached, linear_paths, matching, require_matches
+from ..graph import INPUT, GraphInput, linears, size_hint, weight_input
+from ..pass_base import Context, Decision, Pass, PassResult
+from .classify import ROLE
+
+DECISION = "tahf4_decision"
+"""Key in ``node.meta`` of a linear: its :class:`~tahf4_compiler.Decision`."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Plan(Pass):
+    """Give every linear a decision with its reason. The graph stays as it is.
+
+    In order: what cannot be quantized, what the user keeps, what stands on the boundary; all else runs in HiF4.
+
+    Attributes:
+        min_features: linears with fewer input or output features stay in high precision: less than one
+            unit of 64 values is mostly padding.
+    """
+
+    after = ("classify",)
+    min_features: int = 64
+
+    def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
+        """Write ``context.plan`` and ``node.meta["tahf4_decision"]``."""
+        context.plan.clear()
+        by_weight: dict[fx.Node, Decision] = {}
+        for node in linears(graph_module.graph):
+            context.matched(node)
+            decision = self.decide(node, context)
+            weight = weight_input(node.args[1])  # type: ignore[arg-type]
+            first = by_weight.get(weight) if weight is not None else None
+            if first is not None and first.decision == decision.decision:
+                first.flops += decision.flops  # one weight, called again
+                decision = first
+            else:
+                context.plan.append(decision)
+                if weight is not None:
+                    by_weight[weight] = decision
+            node.meta[DECISION] = decision
+        if context.plan and context.options.keep:
+            paths = linear_paths(context.root) if context.root is not None else [d.module for d in context.plan]
+            require_matches(context.options.keep, paths, "this graph" if context.root is None else "the module")
+        return PassResult(graph_module, modified=False)
+
+    def decide(self, node: fx.Node, context: Context) -> Decision:
+        """Return the decision for one ``aten.linear`` node."""
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        value = weight.meta["val"]
+        n, k = (value.shape[0], value.shape[1]) if value.dim() == 2 else (1, value.shape[-1])
+        n, k = size_hint(n), size_hint(k)
+        source = weight_input(weight)
+        module = _module_name(source, node)
+        high = self._reason_to_keep(node, source, module, n, k, context)
+        if source is not None:
+            value = source.meta["val"]
+        before = n * k * value.element_size()
+        after = before if high else n * hif4.units(k) * hif4.BYTES_PER_UNIT
+        rows = 1
+        for size in node.args[0].meta["val"].shape[:-1]:  # type: ignore[union-attr]
+            rows *= size_hint(size)
+        role = node.meta.get(ROLE)
+        return Decision(
+            module=module,
+            k=k,
+            n=n,
+            decision="high_precision" if high else "hif4",
+            reason=high or (role.reason if role else "not classified"),
+            bytes_before=before,
+            bytes_after=after,
+            flops=2 * rows * k * n,
+            node=node.name,
+            weight_index=source.meta[INPUT].index if source is not None else -1,
+        )
+
+    def _reason_to_keep(
+        self, node: fx.Node, source: fx.Node | None, module: str, n: int, k: int, context: Context
+    ) -> str | None:
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        if source is None:
+            origin = weight.meta.get(INPUT)
+            if isinstance(origin, GraphInput):
+                return f"weight: {origin.path} is an argument or buffer of the graph, not a parameter"
+            return f"weight: computed in the graph ({weight.target}), not a parameter"
+        real = _example(source, context)
+        if is_traceable_wrapper_subclass(real):
+            return f"weight: a {type(real).__name__}, not a plain tensor"
+        if source.meta["val"].dim() != 2:
+            return f"shape: the weight has {source.meta['val'].dim()} axes, not 2"
+        x = node.args[0].meta["val"]  # type: ignore[union-attr]
+        for name, dtype in (("weight", source.meta["val"].dtype), ("activation", x.dtype)):
+            if dtype not in _DTYPES:
+                return f"dtype: {name} is {str(dtype).removeprefix('torch.')}"
+        if min(n, k) < self.min_features:
+            return f"shape: {k} -> {n} features, less than {self.min_features}"
+        if (pattern := matching(context.options.keep, module)) is not None:
+            return f"kept: {pattern!r} matches"
+        if (attachment := attached(real)) is not None:
+            return attachment.reason
+        role = node.meta.get(ROLE)
+        return role.reason if role is not None and not role.body else None
+
+
+def _example(source: fx.Node, context: Context) -> Any:
+    placeholder = source.meta[INPUT]
+    return context.inputs[placeholder.index]
+
+
+def _module_name(source: fx.Node | None, node: fx.Node) -> str:
+    if source is not None:
+        return source.meta[INPUT].path.removesuffix(".weight")
+    from ..graph import module_classes
+
+    return next(reversed(module_classes(node)), node.name)

@@ -1,0 +1,99 @@
+"""Decisions attached to parameters, so that they hold wherever and however the module is compiled.
+
+Names are relative to the compiled module under regional compilation (``compile_repeated_blocks``), so
+a pattern over full paths is resolved on the whole model beforehand and kept with each parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import PatternError
+from .options import patterns as check_patterns
+
+__all__ = ["Attachment", "attached", "keep", "linear_paths"]
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A decision that belongs to one weight.
+
+    Attributes:
+        decision: ``"high_precision"``.
+        reason: why, for the report.
+    """
+
+    decision: str
+    reason: str
+
+
+_attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Keep linears of a model in high precision, whichever way the model is compiled later.
+
+    Args:
+        model: any module; call this before it is compiled.
+        patterns: regular expressions, searched in module paths relative to ``model``. They replace those of
+            an earlier call; an empty list keeps nothing.
+
+    Returns:
+        The module paths that matched.
+
+    Raises:
+        PatternError: a pattern is no regular expression or matches no linear.
+    """
+    checked = check_patterns("keep", patterns)
+    weights = dict(linear_weights(model))
+    require_matches(checked, list(weights), f"{type(model).__name__}")
+    kept = []
+    for path, weight in weights.items():
+        pattern = matching(checked, path)
+        if pattern is None:
+            _attachments.pop(weight, None)
+        else:
+            _attachments[weight] = Attachment("high_precision", f"kept by tahf4.keep: {pattern!r} matches {path}")
+            kept.append(path)
+    return kept
+
+
+def attached(weight: object) -> Attachment | None:
+    """Return what is attached to a parameter, or None."""
+    return _attachments.get(weight) if isinstance(weight, torch.Tensor) else None
+
+
+def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(module path, weight)`` of everything in a model that may be the weight of a linear."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        leaf = name.rpartition(".")[2]
+        if parameter.dim() == 2 and leaf.endswith("weight"):
+            yield name.removesuffix(".weight"), parameter
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Return the module paths of everything in a model that may be the weight of a linear."""
+    return [path for path, _ in linear_weights(model)]
+
+
+def matching(patterns: Sequence[str], path: str) -> str | None:
+    """Return the first pattern that is found in a module path."""
+    return next((pattern for pattern in patterns if re.search(pattern, path)), None)
+
+
+def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str) -> None:
+    """Raise :class:`PatternError` for the first pattern that is found in none of the paths."""
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            shown = ", ".join(sorted(paths)[:5]) + (", ..." if len(paths) > 5 else "")
+            raise PatternError(
+                f"keep pattern {pattern!r} matches none of the {len(paths)} linears of {where} ({shown or 'none'}). "
+                "Paths are relative to the compiled module; to name them from the whole model while its blocks are "
+                "compiled one by one, call tahf4.keep(model, patterns) first."
+            )

@@ -1,0 +1,284 @@
+"""Both captures, ending in one language: pre-dispatch ATen operators, weights as inputs.
+
+``torch.export`` gives that language itself. A Dynamo graph is traced once more with ``make_fx`` under the fake
+mode of the current ``TracingContext``, so that symbolic shapes stay the ones Dynamo guards on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .errors import CaptureError, GradientError
+from .graph import INPUT, GraphInput, module_path, root_expression
+
+__all__ = ["Capture", "capture", "capture_dynamo"]
+
+
+@dataclass
+class Capture:
+    """A captured graph and what it is called with.
+
+    Attributes:
+        graph_module: ATen operators; every placeholder has a :class:`GraphInput` in its metadata.
+        example_inputs: one value for each placeholder: tensors, integers and symbolic integers.
+        fake_mode: the mode that the graph's ``meta["val"]`` tensors belong to.
+        root: the module whose paths the graph's names are relative to, where it is known.
+        name: of the root's class, or of the function.
+        bind: flattens a call's arguments to the graph's inputs (export only; Dynamo calls flat).
+        unflatten: turns the graph's flat outputs into what the module returns (export only).
+    """
+
+    graph_module: fx.GraphModule
+    example_inputs: tuple[Any, ...]
+    fake_mode: Any
+    root: nn.Module | None
+    name: str
+    bind: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]] | None = None
+    unflatten: Callable[[Any], Any] | None = None
+    seconds: float = field(default=0.0, compare=False)
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Capture:
+    """Capture a module with ``torch.export``.
+
+    Args:
+        model: any module that exports. Its parameters stay its own: a later change is seen by later calls.
+        args: example arguments.
+        kwargs: example keyword arguments.
+        dynamic_shapes: as for ``torch.export.export``.
+
+    Returns:
+        The captured graph.
+
+    Raises:
+        CaptureError: ``torch.export`` cannot capture the model; its own error is the cause.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture got a {type(model).__name__}; expected an nn.Module")
+    keywords = dict(kwargs or {})
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, tuple(args), keywords, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}: {error}. Check the example arguments with "
+            "model(*args, **kwargs) first; a model that torch.compile must break into several graphs runs "
+            'through torch.compile(model, backend="tahf4") instead.'
+        ) from error
+    return _from_program(program, model, tuple(args), keywords)
+
+
+def _from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    from torch.export.graph_signature import InputKind
+
+    kinds = {
+        InputKind.PARAMETER: "parameter",
+        InputKind.BUFFER: "buffer",
+        InputKind.CONSTANT_TENSOR: "constant",
+        InputKind.USER_INPUT: "user",
+    }
+    if program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate:
+        raise CaptureError(
+            f"{type(model).__name__} writes to its buffers or inputs in forward; a captured graph must not. "
+            'Use torch.compile(model, backend="tahf4"), or model.eval() if a normalization layer is the reason.'
+        )
+    graph_module = program.graph_module
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    lifted: list[tuple[str, str]] = []
+    for index, (node, spec) in enumerate(zip(placeholders, program.graph_signature.input_specs, strict=True)):
+        if spec.kind not in kinds:
+            raise CaptureError(f"the exported graph has an input of kind {spec.kind}, which tahf4 does not run")
+        kind = kinds[spec.kind]
+        node.meta[INPUT] = GraphInput(kind, spec.target or node.name, index)  # type: ignore[arg-type]
+        if kind != "user":
+            lifted.append((kind, spec.target))
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    constants = dict(program.constants)
+    user_count = len(placeholders) - len(lifted)
+
+    def fetch(kind: str, target: str) -> torch.Tensor:
+        if kind == "parameter":
+            return model.get_parameter(target)
+        return constants[target] if kind == "constant" or target in constants else model.get_buffer(target)
+
+    def bind(call_args: tuple[Any, ...], call_kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        ordered = {name: call_kwargs[name] for name in kwargs if name in call_kwargs}
+        ordered.update(call_kwargs)
+        flat, spec = torch.utils._pytree.tree_flatten((call_args, ordered))
+        if spec != in_spec or len(flat) != user_count:
+            raise CaptureError(
+                f"called with arguments of structure {spec}; the model was captured with {in_spec}. "
+                "Pass the same positional and keyword arguments as at capture."
+            )
+        return (*(fetch(kind, target) for kind, target in lifted), *flat)
+
+    def unflatten(flat: Any) -> Any:
+        return torch.utils._pytree.tree_unflatten(flat, out_spec)
+
+    fake_mode = next(
+        (n.meta["val"].fake_mode for n in placeholders if hasattr(n.meta.get("val"), "fake_mode")),
+        None,
+    )
+    return Capture(
+        graph_module, bind(args, kwargs), fake_mode, model, type(model).__name__, bind=bind, unflatten=unflatten
+    )
+
+
+def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
+    """Bring the graph that Dynamo hands to a backend into ATen operators.
+
+    Args:
+        graph_module: Dynamo's graph.
+        example_inputs: the real inputs, in the order of the graph's placeholders.
+
+    Returns:
+        The captured graph. Tensors that the graph holds as attributes become inputs at its end.
+
+    Raises:
+        GradientError: the graph needs gradients.
+        CaptureError: called outside of a compilation, or tracing failed.
+    """
+    refuse_gradients(graph_module, example_inputs)
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise CaptureError(
+            "backend 'tahf4' was called outside of a compilation. Use torch.compile(model, backend=\"tahf4\"), or "
+            "tahf4.capture(model, args) and tahf4.lower(capture)."
+        )
+    inputs = tuple(example_inputs)
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    sources = [_source_name(node) for node in placeholders]
+    fakes = [_fake(context, value) for value in inputs]
+    try:
+        with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
+            traced = make_fx(graph_module, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+                *fakes
+            )
+    except Exception as error:
+        raise CaptureError(
+            f"tracing the graph to ATen operators failed: {type(error).__name__}: {error}. The same graph runs with "
+            'backend="inductor"; please report it with the output of TORCH_LOGS="graph_code".'
+        ) from error
+    roots = {root for value, source in zip(inputs, sources, strict=True) if (root := _parameter_root(value, source))}
+    for index, (node, value, source) in enumerate(
+        zip([n for n in traced.graph.nodes if n.op == "placeholder"], inputs, sources, strict=True)
+    ):
+        node.meta[INPUT] = GraphInput(_kind(value, source), _path(source, roots) or node.name, index)
+    inputs += _lift_attributes(traced, context.fake_mode)
+    root = _root_module(roots)
+    name = type(root).__name__ if root is not None else "function"
+    return Capture(traced, inputs, context.fake_mode, root, name)
+
+
+def refuse_gradients(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Raise :class:`GradientError` if running the graph would record gradients."""
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    tensors += [value for value in graph_module.parameters()]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise GradientError(
+            "this graph needs gradients: gradient mode is on and an input or parameter requires them, but 4-bit "
+            "codes have none. Call the model under torch.no_grad() or torch.inference_mode(), or freeze it with "
+            "model.requires_grad_(False)."
+        )
+
+
+def _fake(context: Any, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    symbolic = context.tensor_to_context.get(value)
+    if symbolic is None:
+        return context.fake_mode.from_tensor(value, static_shapes=True)
+    return context.fake_mode.from_tensor(
+        value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False
+    )
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        argument = node.meta.get("grapharg")
+        source = getattr(argument, "source", None)
+    if source is None:
+        return ""
+    name = source.name  # a property since torch 2.10, a method before
+    return name() if callable(name) else name
+
+
+def _kind(value: Any, source: str) -> Any:
+    if isinstance(value, nn.Parameter):
+        return "parameter"
+    return "buffer" if isinstance(value, torch.Tensor) and "_buffers[" in source else "user"
+
+
+def _parameter_root(value: Any, source: str) -> str:
+    """Return the expression of the module that a parameter was reached from."""
+    if not isinstance(value, nn.Parameter):
+        return ""
+    return source.partition("._modules")[0].partition(".__dict__")[0].partition("._parameters")[0]
+
+
+def _path(source: str, roots: set[str]) -> str:
+    """Return a dotted name; with several root modules in one graph it starts with the root's own name."""
+    path = module_path(source)
+    if len(roots) > 1 and (root := root_expression(source)):
+        return f"{root[3:-2]}.{path}"
+    return path
+
+
+def _root_module(roots: set[str]) -> nn.Module | None:
+    """Return the module that Dynamo is compiling, if the graph belongs to exactly one."""
+    if len(roots) != 1:
+        return None
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    (expression,) = roots
+    try:
+        output = InstructionTranslator.current_tx().output
+        scope = {"L": output.local_scope, "G": output.global_scope}
+        found = eval(expression, scope)  # an expression that Dynamo wrote: L['self'] and the like
+    except Exception:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _lift_attributes(graph_module: fx.GraphModule, fake_mode: Any) -> tuple[torch.Tensor, ...]:
+    """Turn tensors that the graph holds as attributes into inputs at its end; return their values."""
+    graph = graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    by_target: dict[str, fx.Node] = {}
+    values: list[torch.Tensor] = []
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        value = _attribute(graph_module, node.target)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if node.target not in by_target:
+            anchor = [n for n in graph.nodes if n.op == "placeholder"]
+            with graph.inserting_after(anchor[-1]) if anchor else graph.inserting_before(next(iter(graph.nodes))):
+                lifted = graph.placeholder(str(node.target).replace(".", "_"))
+            kind: Any = "parameter" if isinstance(value, nn.Parameter) else "constant"
+            lifted.meta[INPUT] = GraphInput(kind, str(node.target), len(placeholders) + len(values))
+            lifted.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+            by_target[node.target] = lifted
+            values.append(value)
+        node.replace_all_uses_with(by_target[node.target])
+        graph.erase_node(node)
+    graph_module.recompile()
+    return tuple(values)
+
+
+def _attribute(module: Any, target: str) -> Any:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module

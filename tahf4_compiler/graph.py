@@ -1,0 +1,146 @@
+"""What the placeholders of a captured graph stand for, and small helpers that passes share.
+
+A graph is a ``torch.fx.GraphModule`` of pre-dispatch ATen operators. Weights are inputs of it: each
+placeholder carries a :class:`GraphInput` or a :class:`PackedInput` in ``node.meta[INPUT]``, so a rewritten
+graph says by itself what it must be called with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+__all__ = [
+    "INPUT",
+    "GraphInput",
+    "PackedInput",
+    "linears",
+    "module_classes",
+    "module_path",
+    "mutates",
+    "size_hint",
+    "tensor_meta",
+    "weight_input",
+]
+
+INPUT = "tahf4_input"
+"""Key in ``node.meta`` of a placeholder: its :class:`GraphInput` or :class:`PackedInput`."""
+
+LINEAR = torch.ops.aten.linear.default
+
+_CASTS = (
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten.to.device,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+)
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input that the captured model already had.
+
+    Attributes:
+        kind: ``"parameter"``, ``"buffer"``, ``"constant"`` (a tensor that export lifted) or ``"user"``.
+        path: fully qualified name of a parameter or buffer (``blocks.0.ffn.net.2.weight``), else the
+            name of the argument.
+        index: position among the arguments of the captured graph.
+    """
+
+    kind: Literal["parameter", "buffer", "constant", "user"]
+    path: str
+    index: int
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """An input that the rewrite added: a weight in HiF4, found at run time by the identity of its parameters.
+
+    Attributes:
+        part: ``"codes"`` (uint8 ``[N, K / 2]``) or ``"scales"`` (int32 ``[N, K / 64]``).
+        weights: the parameters' positions among the arguments of the captured graph. More than
+            one means that their rows stand one after the other (one merged product).
+        hadamard_block: width of the block rotation along K, 0 for none.
+    """
+
+    part: Literal["codes", "scales"]
+    weights: tuple[int, ...]
+    hadamard_block: int = 0
+
+
+def weight_input(node: fx.Node) -> fx.Node | None:
+    """Return the parameter placeholder that ``node`` is, or is a cast of; None for anything computed."""
+    while node.op == "call_function" and node.target in _CASTS:
+        node = node.args[0]  # type: ignore[assignment]
+    source = node.meta.get(INPUT)
+    if isinstance(source, GraphInput) and source.kind == "parameter":
+        return node
+    return None
+
+
+def linears(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield the ``aten.linear`` nodes in execution order."""
+    yield from (node for node in graph.nodes if node.op == "call_function" and node.target is LINEAR)
+
+
+def module_path(expression: str) -> str:
+    """Return the dotted path below the root module for a Dynamo source or an ``nn_module_stack`` path.
+
+    ``L['self']._modules['blocks']._modules['0']._parameters['weight']`` gives ``blocks.0.weight``;
+    a path that torch.export wrote (``blocks.0``) is returned as it is.
+    """
+    rest = re.sub(r"^[LG]\['[^']*'\]", "", expression)
+    parts = [a or b or c for a, b, c in re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.?([A-Za-z0-9_]+)", rest)]
+    hidden = {"__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"}
+    return ".".join(part for part in parts if part not in hidden)
+
+
+def root_expression(expression: str) -> str:
+    """Return the variable that a Dynamo source starts from (``L['self']``), or an empty string."""
+    match = re.match(r"^[LG]\['[^']*'\]", expression)
+    return match.group(0) if match else ""
+
+
+def module_classes(node: fx.Node) -> dict[str, str]:
+    """Return ``path -> class name`` for every module that a node was called in, outermost first."""
+    found: dict[str, str] = {}
+    for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+        name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        found[module_path(path)] = name
+    found.pop("", None)
+    return found
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a node may write to one of its inputs or change a global state (autocast, gradients)."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    module = getattr(node.target, "__module__", "") or ""
+    return not (module.startswith(("operator", "_operator", "math")) or node.target in _PURE)
+
+
+_PURE = (torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_int, torch.sym_not, torch.sym_ite)
+
+
+def size_hint(value: Any) -> int:
+    """Return an integer for a size that may be symbolic: the size of the example for a dynamic one."""
+    if isinstance(value, torch.SymInt):
+        hint = value.node.hint if hasattr(value.node, "hint") else None
+        return int(hint) if hint is not None else int(value)
+    return int(value)
+
+
+def tensor_meta(value: Any) -> tuple[Any, ...] | None:
+    """Return what must not change about a graph's output: shape, dtype and device; None for no tensor."""
+    if isinstance(value, torch.Tensor):
+        return tuple(str(size) for size in value.shape), value.dtype, value.device
+    return None

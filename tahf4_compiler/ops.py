@@ -1,0 +1,202 @@
+"""The operators that a lowered graph is made of: ``torch.ops.tahf4.{quantize, dequantize, linear}``.
+
+Each has a plain-PyTorch reference that runs on every device and a fake kernel, so a lowered graph is
+still a graph that PyTorch can print, export, fake-propagate and compile. They are opaque to Inductor:
+a faster kernel for a device replaces the operator in the graph (``tahf4_compiler.kernels``) and
+must give the same codes and scales, bit for bit.
+
+A transform before quantization is ``(multiplier[K], hadamard_block)``: a product with one factor for each
+channel (the channel mask, the signs of a rotation folded in), then a Walsh-Hadamard transform of blocks
+of ``hadamard_block`` channels (0 for none).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import hif4
+from .errors import FormatError
+
+__all__ = ["dequantize", "hadamard", "linear", "quantize", "transform"]
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Apply the orthonormal Walsh-Hadamard transform to blocks of the last axis.
+
+    Args:
+        x: float32 ``[..., K]``, K a multiple of ``block``.
+        block: a power of two.
+
+    Returns:
+        float32 ``[..., K]``. Butterflies run from stride 1 to stride ``block / 2`` and the product with
+        ``block ** -0.5`` comes last, so that every backend can round the same way. The transform is
+        its own inverse.
+    """
+    shape = x.shape
+    stride = 1
+    while stride < block:
+        low, high = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        x = torch.stack((low + high, low - high), -2).reshape(shape)
+        stride *= 2
+    return x * block**-0.5
+
+
+def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tensor:
+    """Return what is quantized: ``hadamard(x * multiplier)`` in float32, or ``x`` itself without a transform.
+
+    Args:
+        x: ``[..., K]``.
+        multiplier: float32 ``[K]``, or None for ones.
+        hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0 for none.
+
+    Returns:
+        ``[..., K]`` (padded with zeros to a multiple of 64 where there is a rotation).
+
+    Raises:
+        FormatError: the multiplier's shape or the block width does not fit K.
+    """
+    _check_transform(x.shape[-1], multiplier, hadamard_block)
+    if multiplier is not None:
+        x = x.to(torch.float32) * multiplier
+    if hadamard_block:
+        padding = hif4.units(x.shape[-1]) * hif4.UNIT - x.shape[-1]
+        x = hadamard(torch.nn.functional.pad(x.to(torch.float32), (0, padding)), hadamard_block)
+    return x
+
+
+def _check_transform(k: int, multiplier: Tensor | None, block: int) -> None:
+    if multiplier is not None and tuple(multiplier.shape) != (k,):
+        raise FormatError(f"multiplier of shape {tuple(multiplier.shape)}; expected ({k},), one for each channel")
+    if block == 0:
+        return
+    padded = hif4.units(k) * hif4.UNIT
+    if block < 0 or block & (block - 1) or padded % block:
+        raise FormatError(
+            f"hadamard_block is {block}; expected 0 or a power of two that divides {padded} "
+            f"(K={k} in whole units of 64)"
+        )
+
+
+@torch.library.custom_op("tahf4::quantize", mutates_args=())
+def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
+    """Transform and convert to HiF4 along the last axis.
+
+    Args:
+        x: ``[..., K]`` of a floating-point type.
+        multiplier: float32 ``[K]``, or None.
+        hadamard_block: a power of two, or 0.
+
+    Returns:
+        ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]``
+        (see :class:`tahf4_compiler.hif4.Packed`).
+
+    Raises:
+        FormatError: as :func:`tahf4_compiler.hif4.quantize` and :func:`transform`.
+    """
+    packed = hif4.quantize(transform(x, multiplier, hadamard_block))
+    return packed.codes, packed.scales
+
+
+@quantize.register_fake
+def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
+    count = hif4.units(x.shape[-1])
+    codes = x.new_empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
+    return codes, x.new_empty((*x.shape[:-1], count), dtype=torch.int32)
+
+
+@torch.library.custom_op("tahf4::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Convert back to floating point; no transform is undone.
+
+    Args:
+        codes: uint8 ``[..., ceil(k / 64) * 32]``.
+        scales: int32 ``[..., ceil(k / 64)]``.
+        k: length of the last axis of the result.
+        dtype: of the result.
+
+    Returns:
+        ``[..., k]``.
+
+    Raises:
+        FormatError: as :func:`tahf4_compiler.hif4.dequantize`.
+    """
+    # A custom operator may not return a view of a buffer it keeps; a padded k would be one.
+    return hif4.dequantize(hif4.Packed(codes, scales, k), dtype).contiguous()
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+
+
+@torch.library.custom_op("tahf4::linear", mutates_args=())
+def linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """W4A4 linear: the sum over units of (exact integer dot) * scaleA * scaleB / 16, plus bias.
+
+    Args:
+        codes: uint8 ``[..., K / 2]`` of the activation, K a multiple of 64.
+        scales: int32 ``[..., K / 64]`` of the activation.
+        weight_codes: uint8 ``[N, K / 2]``.
+        weight_scales: int32 ``[N, K / 64]``.
+        bias: ``[N]`` or None, added in float32.
+        out_dtype: type that the float32 result is cast to.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``.
+
+    Raises:
+        FormatError: shapes or dtypes of the two sides do not fit each other.
+
+    The reference multiplies the dequantized operands in float32. Both have at most 6 significant bits and
+    every partial sum inside a unit at most 22, so each unit's contribution is exact; only the float32 sum over
+    units depends on the order. TF32 and bfloat16 matrix units hold the operands exactly too.
+    """
+    _check_linear(codes, scales, weight_codes, weight_scales, bias)
+    k = scales.shape[-1] * hif4.UNIT
+    left = hif4.dequantize(hif4.Packed(codes, scales, k))
+    right = hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k))
+    out = torch.nn.functional.linear(left, right)
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out.to(out_dtype)
+
+
+@linear.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_linear(codes, scales, weight_codes, weight_scales, bias)
+    return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
+
+
+def _check_linear(
+    codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None
+) -> None:
+    k = scales.shape[-1] * hif4.UNIT if scales.dim() else 0
+    hif4.check_packed(hif4.Packed(codes, scales, k))
+    if weight_codes.dim() != 2 or weight_scales.dim() != 2:
+        raise FormatError(
+            f"weight codes {tuple(weight_codes.shape)} and scales {tuple(weight_scales.shape)}; expected two axes, "
+            "[N, K / 2] and [N, K / 64]"
+        )
+    hif4.check_packed(hif4.Packed(weight_codes, weight_scales, weight_scales.shape[-1] * hif4.UNIT))
+    if weight_scales.shape[-1] != scales.shape[-1]:
+        raise FormatError(
+            f"activation of {scales.shape[-1]} units and weight of {weight_scales.shape[-1]}; "
+            "expected the same number of 64-value units along K"
+        )
+    if bias is not None and tuple(bias.shape) != (weight_codes.shape[0],):
+        raise FormatError(f"bias of shape {tuple(bias.shape)}; expected ({weight_codes.shape[0]},)")

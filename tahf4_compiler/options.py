@@ -1,0 +1,162 @@
+"""The options of the backend, validated once, frozen and comparable."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import OptionError, PatternError
+
+__all__ = ["Options"]
+
+WEIGHT_CHECKS = ("content", "version")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(model, backend="tahf4", options={...})`` accepts.
+
+    Attributes:
+        keep: regular expressions, searched in module paths; linears that match stay in high precision.
+            One that matches no linear is an error.
+        passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
+        disable_passes: names of passes to leave out.
+        dump_dir: folder for graphs, plan and report of each compiled graph; by default ``TAHF4_DUMP_DIR``.
+        inductor: True (compile the lowered graph with Inductor), False (run it as it is), or a mapping of
+            Inductor's own options.
+        verify: run the graph before and after each pass on the example inputs and report the error.
+        weight_check: how a changed weight is noticed at each call: ``"content"`` (a checksum of its bytes; also
+            sees writes through ``.data``, as merging a LoRA does) or ``"version"`` (the tensor's version
+            counter and address: no reading, misses such writes).
+        pass_options: ``(pass name, option) -> value``; written ``"plan.min_features": 128`` in ``options=``.
+    """
+
+    keep: tuple[str, ...] = ()
+    passes: tuple[Any, ...] = ()
+    disable_passes: tuple[str, ...] = ()
+    dump_dir: str | None = None
+    inductor: bool | tuple[tuple[str, Any], ...] = True
+    verify: bool = False
+    weight_check: str = "content"
+    pass_options: tuple[tuple[str, str, Any], ...] = field(default=())
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Validate the mapping that ``torch.compile(options=...)`` hands over.
+
+        Args:
+            options: names and values; a dotted name is an option of a pass.
+            mode: ``torch.compile(mode=...)``: the Inductor options that the mode stands for.
+
+        Raises:
+            OptionError: an unknown name, or a value of the wrong type.
+            PatternError: an entry of ``keep`` is no regular expression.
+        """
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options is a {type(options).__name__}; expected a mapping of names to values")
+        known = {f.name for f in dataclasses.fields(cls)} - {"pass_options"}
+        values: dict[str, Any] = {}
+        pass_options: list[tuple[str, str, Any]] = []
+        for name, value in (options or {}).items():
+            if isinstance(name, str) and "." in name:
+                pass_name, _, option = name.partition(".")
+                pass_options.append((pass_name, option, _freeze(value)))
+            elif name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise OptionError(
+                    f"unknown option {name!r} of backend 'tahf4'.{hint} Known options: {', '.join(sorted(known))}; "
+                    "an option of a pass is written 'pass.option' (`tahf4 passes` lists them)."
+                )
+            else:
+                values[name] = _CONVERT[name](name, value)
+        values.setdefault("dump_dir", os.environ.get("TAHF4_DUMP_DIR") or None)
+        if mode is not None and mode != "default":
+            values["inductor"] = _mode(mode, values.get("inductor", True))
+        return cls(pass_options=tuple(sorted(pass_options, key=lambda o: o[:2])), **values)
+
+    def inductor_options(self) -> dict[str, Any] | None:
+        """Return Inductor's options, or None where the lowered graph runs as it is."""
+        if self.inductor is False:
+            return None
+        return {} if self.inductor is True else dict(self.inductor)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _mode(mode: str, inductor: Any) -> tuple[tuple[str, Any], ...]:
+    import torch._inductor
+
+    try:
+        patches = torch._inductor.list_mode_options(mode)
+    except Exception as error:
+        raise OptionError(f"mode={mode!r} is not one of torch.compile's modes: {error}") from error
+    return tuple({**patches, **dict(inductor if isinstance(inductor, tuple) else ())}.items())
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise OptionError(f"option {name!r} is {value!r}; expected a list of strings")
+    return tuple(value)
+
+
+def patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Return regular expressions as a tuple, checked."""
+    for pattern in _strings(name, value):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise PatternError(f"{pattern!r} in option {name!r} is not a regular expression: {error}") from error
+    return tuple(value)
+
+
+def _passes(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise OptionError(f"option {name!r} is {value!r}; expected a list of passes")
+    return tuple(value)
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"option {name!r} is {value!r}; expected True or False")
+    return value
+
+
+def _path(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise OptionError(f"option {name!r} is {value!r}; expected a path")
+    return os.fspath(value)
+
+
+def _inductor(name: str, value: Any) -> bool | tuple[tuple[str, Any], ...]:
+    if isinstance(value, Mapping):
+        return tuple(value.items())
+    if not isinstance(value, bool):
+        raise OptionError(f"option {name!r} is {value!r}; expected True, False or a mapping of Inductor's options")
+    return value
+
+
+def _weight_check(name: str, value: Any) -> str:
+    if value not in WEIGHT_CHECKS:
+        raise OptionError(f"option {name!r} is {value!r}; expected one of {', '.join(map(repr, WEIGHT_CHECKS))}")
+    return value
+
+
+_CONVERT = {
+    "keep": patterns,
+    "passes": _passes,
+    "disable_passes": _strings,
+    "dump_dir": _path,
+    "inductor": _inductor,
+    "verify": _bool,
+    "weight_check": _weight_check,
+}

@@ -1,0 +1,168 @@
+"""Weights in HiF4, made once for each parameter and found again by its identity.
+
+Dynamo hands one compiled graph to every module of a class, so a graph cannot hold its weights. It asks here at
+each call, with the parameters it was called with. An entry lives as long as its parameters do; it is made
+again when their contents change.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from tqdm.auto import tqdm
+
+from . import hif4
+from .ops import transform
+
+__all__ = ["PackedStore", "PackedWeight", "checksum", "pack_weight", "store"]
+
+_ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
+_LANES = 4093  # a prime, so that exchanged rows fall on other lanes
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What a graph needs to ask for a packed weight.
+
+    Attributes:
+        weights: positions of the parameters among the captured graph's arguments; their rows are joined.
+        hadamard_block: width of the rotation along K, 0 for none.
+    """
+
+    weights: tuple[int, ...]
+    hadamard_block: int = 0
+
+
+@dataclass
+class _Entry:
+    state: tuple[object, ...]
+    others: tuple[weakref.ref[Tensor], ...]
+    packed: hif4.Packed
+
+
+def pack_weight(weight: Tensor, hadamard_block: int = 0) -> hif4.Packed:
+    """Convert one weight, some rows at a time.
+
+    Args:
+        weight: ``[N, K]`` of a floating-point type.
+        hadamard_block: width of the rotation along K, 0 for none.
+
+    Returns:
+        Codes uint8 ``[N, ceil(K / 64) * 32]`` and scales int32 ``[N, ceil(K / 64)]`` on the weight's device.
+
+    Raises:
+        FormatError: the weight is not floating point, or the block does not divide K.
+    """
+    rows = max(1, _ROW_CHUNK // max(1, weight.shape[1]))
+    parts = [hif4.quantize(transform(chunk, None, hadamard_block)) for chunk in weight.detach().split(rows)]
+    if len(parts) == 1:
+        return hif4.Packed(parts[0].codes, parts[0].scales, weight.shape[1])
+    return hif4.Packed(
+        torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), weight.shape[1]
+    )
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """Return an int64 scalar that depends on every byte of a tensor and on where it stands.
+
+    The bytes are summed in 4093 lanes of 8 bytes, and the lanes with different odd factors. One read of the
+    tensor, no copy where it is contiguous.
+    """
+    data = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    words = data[:whole].view(torch.int64)
+    lanes = words.numel() // _LANES * _LANES
+    total = (words[:lanes].view(-1, _LANES).sum(0) * _factors(_LANES, data.device)).sum()
+    rest = torch.cat((words[lanes:], data[whole:].to(torch.int64)))
+    return total + (rest * _factors(rest.numel(), data.device)).sum() * 3
+
+
+def _factors(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device, dtype=torch.int64) * 0x9E3779B97F4A7C15 % (1 << 62) * 2 + 1
+
+
+class PackedStore:
+    """Packed weights by parameter identity, shared by all graphs of a process. Safe under several threads."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._lock = threading.RLock()
+        self.conversions = 0
+
+    def get(self, requests: Sequence[tuple[tuple[Tensor, ...], int]], check: str = "content") -> list[hif4.Packed]:
+        """Return one packed weight for each request, converting those that are new or whose contents changed.
+
+        Args:
+            requests: ``(weights, hadamard_block)``; the rows of several weights are joined.
+            check: ``"content"`` or ``"version"``, see :class:`tahf4_compiler.options.Options`.
+
+        Returns:
+            Packed weights in the order of the requests, on the weights' device.
+        """
+        with self._lock, torch.no_grad():
+            states = _states([weights for weights, _ in requests], check)
+            found = [self._find(w, block, state) for (w, block), state in zip(requests, states, strict=True)]
+            missing = [i for i, packed in enumerate(found) if packed is None]
+            if missing:
+                total = sum(w.numel() for i in missing for w in requests[i][0])
+                # Shown only when it takes more than a second.
+                with tqdm(total=total, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
+                    for i in missing:
+                        weights, block = requests[i]
+                        # A weight that two requests name is converted for the first of them.
+                        found[i] = self._find(weights, block, states[i]) or self._pack(weights, block, states[i], bar)
+            return [packed for packed in found if packed is not None]
+
+    def _find(self, weights: tuple[Tensor, ...], block: int, state: tuple[object, ...]) -> hif4.Packed | None:
+        entry = self._entries.get(weights[0], {}).get((len(weights), block))
+        if entry is None or entry.state != state:
+            return None
+        same = all(ref() is weight for ref, weight in zip(entry.others, weights[1:], strict=True))
+        on_device = entry.packed.codes.device == weights[0].device
+        return entry.packed if same and on_device else None
+
+    def _pack(self, weights: tuple[Tensor, ...], block: int, state: tuple[object, ...], bar: tqdm) -> hif4.Packed:
+        parts = []
+        for weight in weights:
+            parts.append(pack_weight(weight, block))
+            bar.update(weight.numel())
+        self.conversions += len(weights)
+        packed = parts[0]
+        if len(parts) > 1:
+            packed = hif4.Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
+        entry = _Entry(state, tuple(weakref.ref(weight) for weight in weights[1:]), packed)
+        self._entries.setdefault(weights[0], {})[(len(weights), block)] = entry
+        return packed
+
+
+def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[object, ...]]:
+    """Return, for each group of weights, what changes when their contents do."""
+    if check == "version":
+        return [tuple((*_identity(w), w.data_ptr()) for w in group) for group in groups]
+    sums = iter(_read([checksum(w) for group in groups for w in group]))
+    return [tuple((*_identity(w), next(sums)) for w in group) for group in groups]
+
+
+def _read(values: list[Tensor]) -> list[int]:
+    """Copy scalars to the host, with one synchronization for each device."""
+    out: dict[int, int] = {}
+    for device in {value.device for value in values}:
+        here = [i for i, value in enumerate(values) if value.device == device]
+        out.update(zip(here, torch.stack([values[i] for i in here]).tolist(), strict=True))
+    return [out[i] for i in range(len(values))]
+
+
+def _identity(weight: Tensor) -> tuple[object, ...]:
+    version = 0 if weight.is_inference() else weight._version
+    return version, weight.dtype, tuple(weight.shape)
+
+
+store = PackedStore()
+"""The store of this process."""

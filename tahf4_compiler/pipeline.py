@@ -1,0 +1,121 @@
+"""The default pipeline, in one place, and the order of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import networkx as nx
+
+from .errors import PipelineError
+from .options import Options
+from .pass_base import Pass, registered_passes
+
+__all__ = ["build_pipeline", "default_passes", "order"]
+
+
+def default_passes() -> list[Pass]:
+    """Return the default pipeline: one language, a decision for each linear, the rewrite, the kernels."""
+    from .passes import classify, lower, normalize, plan, quantize, share
+
+    return [
+        normalize.Normalize(),  # one spelling for each meaning: linears whole, no-ops gone
+        classify.Classify(),  # repeated block or boundary, by structure
+        plan.Plan(),  # a decision and its reason for every linear
+        quantize.Quantize(),  # linear -> quantize + W4A4 linear
+        share.Share(),  # one quantization for q, k and v; one merged product
+        lower.Lower(),  # choose a kernel for each operator
+    ]
+
+
+def build_pipeline(options: Options, passes: Sequence[Any] | None = None) -> list[Pass]:
+    """Return the passes that a compilation runs, in order, with their options set.
+
+    Args:
+        options: names passes to add or leave out, and options of passes.
+        passes: in place of the default and registered ones, if not None; ``options.passes`` are added.
+
+    Raises:
+        PipelineError: something that is no pass, two of one name, an unknown name, or a cycle.
+        OptionError: an option that a pass does not have.
+    """
+    base: list[Any] = [*default_passes(), *registered_passes()] if passes is None else list(passes)
+    instances = [_instance(item) for item in (*base, *options.passes)]
+    by_name: dict[str, Pass] = {}
+    for item in instances:
+        other = by_name.get(item.name)
+        if other is not None and other != item:
+            raise PipelineError(
+                f"two passes are named {item.name!r}: {type(other).__qualname__} and {type(item).__qualname__}. "
+                f"Give one another `name`, or let one replace the other with replaces={item.name!r} and a name of "
+                "its own."
+            )
+        by_name[item.name] = item
+    everything = set(by_name)
+    for name in options.disable_passes:
+        if name not in by_name:
+            raise PipelineError(f"disable_passes names {name!r}; the pipeline has {', '.join(by_name)}")
+        del by_name[name]
+    for pass_name, option, value in options.pass_options:
+        if pass_name not in everything:
+            raise PipelineError(
+                f"option {pass_name}.{option}: no pass is named {pass_name!r}; the pipeline has {', '.join(by_name)}"
+            )
+        if pass_name in by_name:
+            by_name[pass_name] = by_name[pass_name].with_options({option: value})
+    return order(list(by_name.values()), known=everything)
+
+
+def _instance(item: Any) -> Pass:
+    if isinstance(item, type) and issubclass(item, Pass):
+        return item()
+    if isinstance(item, Pass):
+        return item
+    raise PipelineError(f"{item!r} is not a pass; expected a subclass of tahf4_compiler.Pass or an instance of one")
+
+
+def order(passes: Sequence[Pass], known: set[str] | None = None) -> list[Pass]:
+    """Sort passes by their ``after`` and ``before``; ties keep the order they are given in.
+
+    Args:
+        passes: of distinct names.
+        known: further names that ``after`` and ``before`` may mention (passes left out).
+
+    Raises:
+        PipelineError: a name that no pass has, or a cycle.
+    """
+    by_name = {p.name: p for p in passes}
+    replaced = {p.replaces: p.name for p in passes if p.replaces}
+    names = set(by_name) | set(replaced) | (known or set())
+    position = {p.name: i for i, p in enumerate(passes)}
+    graph = nx.DiGraph()
+    graph.add_nodes_from(p.name for p in passes if p.name not in replaced)
+
+    for item in passes:
+        if item.replaces and item.replaces not in by_name and item.replaces not in (known or ()):
+            raise PipelineError(_unknown(item, "replaces", item.replaces, by_name))
+        if item.name in replaced:
+            continue
+        # A pass that stands in for another inherits its place.
+        stand_in = by_name.get(item.replaces or "")
+        for relation in ("after", "before"):
+            inherited = getattr(stand_in, relation) if stand_in is not None else ()
+            for other in (*getattr(item, relation), *inherited):
+                if other not in names:
+                    raise PipelineError(_unknown(item, relation, other, by_name))
+                other = replaced.get(other, other)
+                if other in graph and other != item.name:
+                    graph.add_edge(*((other, item.name) if relation == "after" else (item.name, other)))
+        if stand_in is not None:
+            position[item.name] = position[stand_in.name]
+    try:
+        return [by_name[name] for name in nx.lexicographical_topological_sort(graph, key=position.__getitem__)]
+    except nx.NetworkXUnfeasible as error:
+        cycle = " -> ".join(edge[0] for edge in nx.find_cycle(graph))
+        raise PipelineError(
+            f"the passes cannot be put in an order: {cycle} -> (again). Drop one `after` or `before`."
+        ) from error
+
+
+def _unknown(item: Pass, relation: str, other: str, by_name: dict[str, Pass]) -> str:
+    return f"pass {item.name!r} says {relation}={other!r}, but no pass has that name; there are {', '.join(by_name)}"
