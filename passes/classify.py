@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -159,7 +160,9 @@ def _structure(module: _Module) -> str:
         label = f"{node.target}{_weight_shape(node)}"
         graph.add_node(node, label=label)
     graph.add_edges_from((source, node) for node in inside for source in node.all_input_nodes if source in inside)
-    return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label")
+    with warnings.catch_warnings():  # networkx says that its hashes changed in 3.5; ours are never stored
+        warnings.simplefilter("ignore", UserWarning)
+        return nx.weisfeiler_lehman_graph_hash(graph, node_attr="label")
 
 
 def _weight_shape(node: fx.Node) -> tuple[int, ...]:

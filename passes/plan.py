@@ -107,14 +107,16 @@ class Plan(Pass):
         for name, dtype in (("weight", source.meta["val"].dtype), ("activation", x.dtype)):
             if dtype not in _DTYPES:
                 return f"dtype: {name} is {str(dtype).removeprefix('torch.')}"
-        if min(n, k) < self.min_features:
-            return f"shape: {k} -> {n} features, less than {self.min_features}"
         if (pattern := matching(context.options.keep, module)) is not None:
             return f"kept: {pattern!r} matches"
         if (attachment := attached(real)) is not None:
             return attachment.reason
         role = node.meta.get(ROLE)
-        return role.reason if role is not None and not role.body else None
+        if role is not None and not role.body:
+            return role.reason
+        if min(n, k) < self.min_features:
+            return f"shape: {k} -> {n} features, less than {self.min_features}"
+        return None
 
 
 def _example(source: fx.Node, context: Context) -> Any:

@@ -1,1 +1,54 @@
-"""tahf4: a graph compiler that runs PyTorch models in HiFloat4 W4A4."""
+"""tahf4: a graph compiler that runs PyTorch models in HiFloat4 W4A4 (4-bit weights, 4-bit activations).
+
+Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lower it step by step with
+:func:`capture` and :func:`lower`. Passes are added with :func:`register_pass`.
+"""
+
+from . import hif4, ops
+from .attach import keep
+from .capture import Capture, capture
+from .errors import (
+    CaptureError,
+    FormatError,
+    GradientError,
+    OptionError,
+    PassError,
+    PatternError,
+    PipelineError,
+    Tahf4Error,
+)
+from .kernels import Kernel, register_kernel
+from .lowering import Lowered, lower
+from .options import Options
+from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
+from .pipeline import default_passes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Capture",
+    "CaptureError",
+    "Context",
+    "Decision",
+    "FormatError",
+    "GradientError",
+    "Kernel",
+    "Lowered",
+    "OptionError",
+    "Options",
+    "Pass",
+    "PassError",
+    "PassResult",
+    "PatternError",
+    "PipelineError",
+    "Tahf4Error",
+    "capture",
+    "default_passes",
+    "hif4",
+    "keep",
+    "lower",
+    "ops",
+    "register_kernel",
+    "register_pass",
+    "unregister_pass",
+]

@@ -6,6 +6,7 @@ mode of the current ``TracingContext``, so that symbolic shapes stay the ones Dy
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,9 +164,9 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     fakes = [_fake(context, value) for value in inputs]
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
-            traced = make_fx(graph_module, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-                *fakes
-            )
+            # The interpreter, unlike the module's own code, says which node it is at: module paths survive.
+            run = fx.Interpreter(graph_module).run
+            traced = make_fx(run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*fakes)
     except Exception as error:
         raise CaptureError(
             f"tracing the graph to ATen operators failed: {type(error).__name__}: {error}. The same graph runs with "
@@ -175,8 +176,11 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     for index, (node, value, source) in enumerate(
         zip([n for n in traced.graph.nodes if n.op == "placeholder"], inputs, sources, strict=True)
     ):
-        node.meta[INPUT] = GraphInput(_kind(value, source), _path(source, roots) or node.name, index)
+        kind, path = _kind(value, source), _path(source, roots)
+        node.meta[INPUT] = GraphInput(kind, path or placeholders[index].name, index)
+        _rename(node, f"{kind[0]}_{path}" if kind in ("parameter", "buffer") else placeholders[index].name)
     inputs += _lift_attributes(traced, context.fake_mode)
+    traced.recompile()
     root = _root_module(roots)
     name = type(root).__name__ if root is not None else "function"
     return Capture(traced, inputs, context.fake_mode, root, name)
@@ -237,6 +241,12 @@ def _path(source: str, roots: set[str]) -> str:
     return path
 
 
+def _rename(node: fx.Node, name: str) -> None:
+    """Name a placeholder after what it stands for, as torch.export does (``p_blocks_0_attn1_to_q_weight``)."""
+    node._rename(re.sub(r"\W", "_", name))
+    node.target = node.name
+
+
 def _root_module(roots: set[str]) -> nn.Module | None:
     """Return the module that Dynamo is compiling, if the graph belongs to exactly one."""
     if len(roots) != 1:
@@ -269,6 +279,7 @@ def _lift_attributes(graph_module: fx.GraphModule, fake_mode: Any) -> tuple[torc
                 lifted = graph.placeholder(str(node.target).replace(".", "_"))
             kind: Any = "parameter" if isinstance(value, nn.Parameter) else "constant"
             lifted.meta[INPUT] = GraphInput(kind, str(node.target), len(placeholders) + len(values))
+            lifted.meta["tahf4_lifted"] = True
             lifted.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
             by_target[node.target] = lifted
             values.append(value)

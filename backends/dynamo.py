@@ -1,0 +1,146 @@
+"""The ``torch.compile`` backend, found through the entry-point group ``torch_dynamo_backends``."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..attach import attached
+from ..capture import Capture, capture_dynamo
+from ..graph import INPUT, linears, weight_input
+from ..lowering import LoweredGraph, lower_graph
+from ..options import Options
+from ..packing import store
+from ..report import Totals
+from .run import make_runner
+
+__all__ = ["tahf4"]
+
+log = logging.getLogger(__name__)
+
+
+def tahf4(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its linears in HiFloat4 W4A4: ``torch.compile(model, backend="tahf4")``.
+
+    Args:
+        graph_module: Dynamo's graph.
+        example_inputs: its real inputs.
+        options: see :class:`tahf4_compiler.options.Options`.
+        mode: a mode of ``torch.compile``, for Inductor.
+
+    Returns:
+        A function that takes the graph's inputs and returns its outputs.
+
+    Raises:
+        OptionError, PatternError: the options are wrong.
+        GradientError: the graph needs gradients.
+        CaptureError, PassError, PipelineError: see there. Dynamo wraps all of them in
+            ``BackendCompilerFailed``, with their message.
+    """
+    parsed = Options.parse(options, mode)
+    start = time.perf_counter()
+    captured = capture_dynamo(graph_module, example_inputs)
+    captured.seconds = time.perf_counter() - start
+    compiled = CompiledGraph(captured, parsed)
+    return lambda *args: compiled(*args)
+
+
+class CompiledGraph:
+    """One Dynamo graph and its lowerings.
+
+    Dynamo calls the same graph with the parameters of every module that passes its guards. The weights are
+    looked up by identity at each call; where other parameters carry other decisions
+    (:func:`tahf4_compiler.keep`), another lowering is made and kept beside the first.
+    """
+
+    def __init__(self, captured: Capture, options: Options) -> None:
+        """Lower the graph for the parameters of the example."""
+        self._captured = captured
+        self._options = options
+        self._lock = threading.Lock()
+        graph = captured.graph_module.graph
+        sources = (weight_input(node.args[1]) for node in linears(graph))  # type: ignore[arg-type]
+        self._weights = sorted({source.meta[INPUT].index for source in sources if source is not None})
+        # Tensors that the graph held as attributes are inputs at the end, which Dynamo does not pass.
+        self._lifted = captured.example_inputs[self._called_with(graph) :]
+        first = _lower(captured, options)
+        first_key = self._decisions(captured.example_inputs)
+        self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
+            first_key: (first, _finish(first, options, None))
+        }
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            first.binding(captured.example_inputs, store, options.weight_check)  # convert now, not in the first step
+        # The example's tensors must not live as long as the compiled code.
+        self._captured = replace(captured, example_inputs=(), root=None)
+        _announce(first)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the lowering that fits the parameters among ``args``."""
+        args = (*args, *self._lifted)
+        key = self._decisions(args)
+        if key not in self._variants:
+            key = (key, tuple(_size(value) for value in args))
+        if key not in self._variants:
+            self._add_variant(key, args)
+        lowered, run = self._variants[key]
+        return run(*lowered.binding(args, store, self._options.weight_check))
+
+    def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(attached(args[i]) for i in self._weights)
+
+    def _called_with(self, graph: fx.Graph) -> int:
+        return sum(n.op == "placeholder" and not n.meta.get("tahf4_lifted", False) for n in graph.nodes)
+
+    def _add_variant(self, key: Any, args: tuple[Any, ...]) -> None:
+        """Lower the graph again; without Dynamo's guards it is compiled for the sizes at hand."""
+        with self._lock:
+            if key in self._variants:
+                return
+            lowered = _lower(replace(self._captured, example_inputs=args), self._options)
+            bound = lowered.binding(args, store, self._options.weight_check)
+            self._variants[key] = (lowered, _finish(lowered, self._options, bound))
+            _announce(lowered)
+
+
+def _size(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+
+
+def _lower(captured: Capture, options: Options) -> LoweredGraph:
+    return lower_graph(captured, options)
+
+
+def _finish(lowered: LoweredGraph, options: Options, example: Sequence[Any] | None) -> Callable[..., Any]:
+    start = time.perf_counter()
+    run = make_runner(lowered.graph_module, options, example)
+    lowered.seconds["inductor" if options.inductor is not False else "graph as it is"] = time.perf_counter() - start
+    lowered.write_report()
+    return run
+
+
+def _announce(lowered: LoweredGraph) -> None:
+    totals = Totals.of(lowered.plan)
+    log.info(
+        "%s: %d of %d linears in HiF4; %s",
+        lowered.name,
+        totals.quantized,
+        totals.linears,
+        ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
+    )
+    boundary = all(d.reason.startswith("boundary") for d in lowered.plan)
+    if totals.linears and not totals.quantized and not boundary:
+        reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in lowered.plan})[:3])
+        log.warning("%s: none of %d linears runs in 4 bits (%s)", lowered.name, totals.linears, reasons)

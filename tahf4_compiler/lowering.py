@@ -1,0 +1,179 @@
+"""From a captured graph to a lowered one, and a lowered model that can be called and read."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .binding import Binding
+from .capture import Capture
+from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
+from .errors import OptionError
+from .options import Options
+from .packing import store
+from .pass_base import Context, Decision
+from .pass_manager import PassManager, PassRecord, readable
+from .pipeline import build_pipeline
+from .report import plan_json, report
+
+__all__ = ["Lowered", "LoweredGraph", "lower", "lower_graph"]
+
+
+@dataclass
+class LoweredGraph:
+    """A graph after the last pass, with everything that the compilation knows about it.
+
+    Attributes:
+        graph_module: the lowered graph.
+        binding: makes its arguments from those of the captured graph.
+        plan: one decision for each linear.
+        history: the captured graph and one record for each pass.
+        notes: what the passes had to say.
+        seconds: of each stage.
+        name: of the compiled module's class.
+        dump: where it is written, or None.
+    """
+
+    graph_module: fx.GraphModule
+    binding: Binding
+    plan: list[Decision]
+    history: list[PassRecord]
+    notes: dict[str, list[str]]
+    seconds: dict[str, float]
+    name: str
+    dump: GraphDump | None = None
+
+    def report(self) -> str:
+        """Return the plan as a table, what each pass did, totals and compile times."""
+        return report(self.name, self.plan, self.history, self.notes, self.seconds)
+
+    def write_report(self) -> None:
+        """Write ``report.txt`` to the dump folder, if there is one."""
+        if self.dump is not None:
+            self.dump.write("report.txt", self.report())
+
+
+def lower_graph(
+    captured: Capture, options: Options, passes: Sequence[Any] | None = None, *, keep_text: bool = False
+) -> LoweredGraph:
+    """Run the pipeline over a copy of a captured graph.
+
+    Args:
+        captured: stays as it is, so that another decision can be lowered later.
+        options: validated.
+        passes: in place of the default pipeline.
+        keep_text: keep the readable graph after each pass.
+
+    Returns:
+        The lowered graph; dumped if the options or the environment ask for it.
+
+    Raises:
+        PassError, PipelineError, OptionError, PatternError: see the passes and the pipeline.
+    """
+    pipeline = build_pipeline(options, passes)
+    folder = dump_folder(options.dump_dir)
+    tracing = bool(torch._logging._internal.trace_log.handlers)
+    graph_module = fx.GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
+    context = Context(options, captured.example_inputs, captured.root, captured.fake_mode)
+    start = time.perf_counter()
+    manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
+    graph_module, history = manager.run(graph_module, context)
+    seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
+    lowered = LoweredGraph(
+        graph_module, Binding(graph_module), context.plan, history, context.notes, seconds, captured.name
+    )
+    if tracing:
+        trace_artifacts(history)
+    if folder is not None:
+        lowered.dump = new_graph_dump(folder, captured.name)
+        lowered.dump.write_graphs(history)
+        lowered.dump.write("plan.json", plan_json(context.plan))
+        lowered.write_report()
+    return lowered
+
+
+class Lowered:
+    """A captured model after the passes: callable, printable, with its history.
+
+    Attributes:
+        graph_module: the lowered graph; its placeholders say in their metadata what they stand for.
+        history: the captured graph and one record for each pass, with the readable graph.
+        plan: one decision for each linear.
+    """
+
+    def __init__(self, captured: Capture, lowered: LoweredGraph, options: Options) -> None:
+        """Use :func:`lower`."""
+        self._captured = captured
+        self._lowered = lowered
+        self._options = options
+        self.graph_module = lowered.graph_module
+        self.history = lowered.history
+        self.plan = lowered.plan
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the lowered graph with the arguments of the captured model.
+
+        Raises:
+            CaptureError: the arguments are not of the structure that was captured.
+        """
+        assert self._captured.bind is not None and self._captured.unflatten is not None
+        with torch.no_grad():
+            flat = self._captured.bind(args, kwargs)
+            bound = self._lowered.binding(flat, store, self._options.weight_check)
+            return self._captured.unflatten(list(self.graph_module(*bound)))
+
+    def report(self) -> str:
+        """Return the plan as a table, what each pass did, and totals."""
+        return self._lowered.report()
+
+    def plan_json(self) -> str:
+        """Return the plan as JSON, one object a linear."""
+        return plan_json(self.plan)
+
+    def print_readable(self, after: str | None = None) -> str:
+        """Print a graph with shapes and dtypes, and return the text.
+
+        Args:
+            after: name of a pass, or ``"captured"``; the lowered graph if None.
+
+        Raises:
+            OptionError: no pass of that name ran.
+        """
+        if after is None:
+            text = readable(self.graph_module)
+        else:
+            texts = {record.name: record.readable for record in self.history}
+            if after not in texts:
+                raise OptionError(f"no pass {after!r} ran; there are {', '.join(texts)}")
+            text = texts[after]
+        print(text)
+        return text
+
+
+def lower(
+    captured: Capture, *, passes: Sequence[Any] | None = None, options: Mapping[str, Any] | None = None
+) -> Lowered:
+    """Run the pipeline over a model captured with :func:`tahf4_compiler.capture`.
+
+    Args:
+        captured: by :func:`tahf4_compiler.capture`.
+        passes: the whole pipeline, in place of the default one; they are ordered by their declarations.
+        options: as for ``torch.compile(backend="tahf4", options=...)``; ``inductor`` has no effect, since a
+            lowered model runs its graph as it is.
+
+    Returns:
+        The lowered model.
+
+    Raises:
+        PassError, PipelineError, OptionError, PatternError: see the passes and the pipeline.
+    """
+    if not isinstance(captured, Capture) or captured.bind is None:
+        raise OptionError(f"lower got {type(captured).__name__}; expected what tahf4.capture(model, args) returns")
+    parsed = Options.parse(options)
+    return Lowered(captured, lower_graph(captured, parsed, passes, keep_text=True), parsed)

@@ -1,0 +1,121 @@
+"""The plan and the history of a compilation, for people (``report.txt``) and programs (``plan.json``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .pass_base import Decision
+from .pass_manager import PassRecord
+
+__all__ = ["Totals", "plan_json", "report"]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the linears of a graph.
+
+    Attributes:
+        linears: all of them.
+        quantized: those in HiF4.
+        flops: of one call.
+        flops_4bit: of those in HiF4.
+        bytes_before: of all linears' weights.
+        bytes_4bit: of the weights (before) that the plan puts in HiF4.
+        bytes_after: of all weights as the plan leaves them.
+    """
+
+    linears: int
+    quantized: int
+    flops: int
+    flops_4bit: int
+    bytes_before: int
+    bytes_4bit: int
+    bytes_after: int
+
+    @classmethod
+    def of(cls, plan: Sequence[Decision]) -> Totals:
+        """Add up a plan."""
+        chosen = [d for d in plan if d.decision == "hif4"]
+        return cls(
+            linears=len(plan),
+            quantized=len(chosen),
+            flops=sum(d.flops for d in plan),
+            flops_4bit=sum(d.flops for d in chosen),
+            bytes_before=sum(d.bytes_before for d in plan),
+            bytes_4bit=sum(d.bytes_before for d in chosen),
+            bytes_after=sum(d.bytes_after for d in plan),
+        )
+
+    def lines(self) -> list[str]:
+        """Return the totals as text."""
+        return [
+            f"linears in HiF4       {self.quantized} of {self.linears}",
+            f"FLOPs in 4 bits       {_percent(self.flops_4bit, self.flops)} of {self.flops / 1e9:.3f} GFLOP a call",
+            f"weight bytes in 4 bits {_percent(self.bytes_4bit, self.bytes_before)}: "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
+            + (f" ({self.bytes_before / self.bytes_after:.2f}x smaller)" if self.bytes_after else ""),
+        ]
+
+
+def plan_json(plan: Sequence[Decision]) -> str:
+    """Return a plan as JSON: a list with one object a linear."""
+    fields = ("module", "k", "n", "decision", "reason", "bytes_before", "bytes_after", "flops", "kernel")
+    return json.dumps([{name: getattr(d, name) for name in fields} for d in plan], indent=1) + "\n"
+
+
+def report(
+    name: str,
+    plan: Sequence[Decision],
+    history: Sequence[PassRecord],
+    notes: Mapping[str, Sequence[str]],
+    seconds: Mapping[str, float],
+) -> str:
+    """Return the plan as a table, what each pass did, and the totals.
+
+    Args:
+        name: of the compiled module.
+        plan: decisions in execution order.
+        history: one record a pass.
+        notes: by pass name.
+        seconds: of each stage of the compilation.
+    """
+    lines = [f"tahf4 report: {name}", ""]
+    rows = [("module", "k", "n", "decision", "bytes", "after", "reason")]
+    rows += [
+        (d.module, str(d.k), str(d.n), d.decision, f"{d.bytes_before:,}", f"{d.bytes_after:,}", d.reason) for d in plan
+    ]
+    lines += _table(rows, right={1, 2, 4, 5}) if plan else ["no linears in this graph"]
+    lines += ["", *Totals.of(plan).lines(), ""]
+    rows = [("pass", "matches", "nodes", "seconds", "added error", "error so far")]
+    rows += [
+        (
+            r.name,
+            str(r.matches) if r.name != "captured" else "",
+            str(r.nodes),
+            f"{r.seconds:.3f}",
+            "" if r.error is None else f"{r.error:.3e}",
+            "" if r.total_error is None else f"{r.total_error:.3e}",
+        )
+        for r in history
+    ]
+    lines += _table(rows, right={1, 2, 3, 4, 5})
+    for pass_name, texts in notes.items():
+        lines += [f"{pass_name}: {text}" for text in texts]
+    lines += ["", "compile time: " + ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def _table(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    out = []
+    for row in rows:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        out.append("  ".join(cells).rstrip())
+    out.insert(1, "  ".join("-" * width for width in widths))
+    return out
