@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..attach import attached
-from ..capture import Capture, capture_dynamo
+from ..attach import attached, matching
+from ..graph_capture import Capture, capture_dynamo
 from ..graph import INPUT, linears, weight_input
 from ..lowering import LoweredGraph, lower_graph
 from ..options import Options
@@ -72,8 +72,13 @@ class CompiledGraph:
         self._options = options
         self._lock = threading.Lock()
         graph = captured.graph_module.graph
-        sources = (weight_input(node.args[1]) for node in linears(graph))  # type: ignore[arg-type]
-        self._weights = sorted({source.meta[INPUT].index for source in sources if source is not None})
+        found = [weight_input(node.args[1]) for node in linears(graph)]  # type: ignore[arg-type]
+        sources = {source.meta[INPUT].index: source.meta[INPUT].path for source in found if source is not None}
+        known = {i: captured.surroundings.path(captured.example_inputs[i]) for i in sources}
+        names = {i: path.removesuffix(".weight") for i, path in sources.items()}
+        self._weights = {i: known[i] or name for i, name in names.items()}
+        # A piece of the compiled module, named otherwise inside: other pieces of its class may stand elsewhere.
+        self._piece = any(known[i] not in (None, name) for i, name in names.items())
         # Tensors that the graph held as attributes are inputs at the end, which Dynamo does not pass.
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         first = _lower(captured, options)
@@ -84,7 +89,7 @@ class CompiledGraph:
         with torch._subclasses.fake_tensor.unset_fake_temporarily():
             first.binding(captured.example_inputs, store, options.weight_check)  # convert now, not in the first step
         # The example's tensors must not live as long as the compiled code.
-        self._captured = replace(captured, example_inputs=(), root=None)
+        self._captured = replace(captured, example_inputs=())
         _announce(first)
 
     def __call__(self, *args: Any) -> Any:
@@ -99,7 +104,17 @@ class CompiledGraph:
         return run(*lowered.binding(args, store, self._options.weight_check))
 
     def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(attached(args[i]) for i in self._weights)
+        """Return what may set these parameters' decisions apart from others': attachments and paths."""
+        where, keep = self._captured.surroundings, self._options.keep
+        out = []
+        for index, path in self._weights.items():
+            weight = args[index]
+            if self._piece:
+                where.learn(weight)
+                path = where.path(weight) or path
+            in_block = where.block_of(path) is not None
+            out.append((attached(weight), bool(keep) and matching(keep, path) is not None, in_block))
+        return tuple(out)
 
     def _called_with(self, graph: fx.Graph) -> int:
         return sum(n.op == "placeholder" and not n.meta.get("tahf4_lifted", False) for n in graph.nodes)

@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import CaptureError
 from ..options import Options
 
 __all__ = ["make_runner"]
+
+_FALLBACKS = (
+    torch._subclasses.fake_tensor.DataDependentOutputException,
+    torch._subclasses.fake_tensor.DynamicOutputShapeException,
+    torch._subclasses.fake_tensor.UnsupportedFakeTensorException,
+    torch._subclasses.fake_tensor.UnsupportedOperatorException,
+)
 
 
 def make_runner(
@@ -34,7 +42,14 @@ def make_runner(
 
     if example is None:
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-        return compile_fx(graph_module, inputs, config_patches=config or None)
+        try:
+            return compile_fx(graph_module, inputs, config_patches=config or None)
+        except _FALLBACKS as error:
+            # Dynamo would take these for a graph break and run the original linears without a word.
+            raise CaptureError(
+                f"Inductor cannot compile the lowered graph: {type(error).__name__}: {error}. "
+                "options={'inductor': False} runs the graph as it is."
+            ) from error
     fake_mode = torch._subclasses.FakeTensorMode()
     inputs = [
         fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import networkx as nx
-from torch import fx, nn
+from torch import fx
 
-from ..graph import LINEAR, linears, module_classes
+from ..graph import LINEAR, linears, module_classes, weight_input
 from ..pass_base import Context, Pass, PassResult
 
 ROLE = "tahf4_role"
@@ -45,14 +45,18 @@ class Classify(Pass):
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""
-        blocks = self.repeated_blocks(graph_module.graph)
-        blocks |= {path: kind for path, kind in self._known_blocks(context.root, graph_module.graph).items()}
-        alone = not blocks and not self._root_blocks(context.root)
-        for node in linears(graph_module.graph):
+        graph = graph_module.graph
+        blocks = self.repeated_blocks(graph)
+        partial = _partial_containers(graph, context)
+        alone = not blocks and not context.surroundings.blocks
+        for node in linears(graph):
             context.matched(node)
-            block = next((path for path in module_classes(node) if path in blocks), None)
+            block = next(((path, blocks[path]) for path in module_classes(node) if path in blocks), None)
+            if block is None and (path := _path(node, context)) is not None:
+                known = context.surroundings.block_of(path)
+                block = known if known is not None and known[0].rpartition(".")[0] in partial else None
             if block is not None:
-                node.meta[ROLE] = Role(True, f"in repeated block {block} ({blocks[block]})")
+                node.meta[ROLE] = Role(True, f"in repeated block {block[0]} ({block[1]})")
             elif alone:
                 node.meta[ROLE] = Role(True, "the graph has no repeated blocks and counts as one block")
             else:
@@ -91,30 +95,24 @@ class Classify(Pass):
         for key, members in groups.items():
             yield members, len(key) == 2
 
-    def _known_blocks(self, root: nn.Module | None, graph: fx.Graph) -> dict[str, str]:
-        """Return repeated blocks of the root module that a graph after a graph break holds only partly."""
-        wanted = self._root_blocks(root)
-        present = {path for node in linears(graph) for path in module_classes(node)}
-        # Where all members are in this graph, the flow between them has already decided.
-        partial = {container for container, members in wanted.items() if not set(members) <= present}
-        return {p: cls for c in partial for p, cls in wanted[c].items() if p in present}
 
-    def _root_blocks(self, root: nn.Module | None) -> dict[str, dict[str, str]]:
-        """Return ``container path -> {member path: class}`` of the outermost containers of like members."""
-        found: dict[str, dict[str, str]] = {}
-        for path, module in root.named_modules() if root is not None else ():
-            if not isinstance(module, nn.ModuleList | nn.Sequential) or any(
-                path.startswith(f"{member}.") for members in found.values() for member in members
-            ):
-                continue
-            by_class: dict[type, list[str]] = defaultdict(list)
-            for name, child in module.named_children():
-                if sum(isinstance(m, nn.Linear) for m in child.modules()) >= self.min_linears:
-                    by_class[type(child)].append(f"{path}.{name}" if path else name)
-            members = {p: cls.__qualname__ for cls, paths in by_class.items() if len(paths) > 1 for p in paths}
-            if members:
-                found[path] = members
-        return found
+def _path(node: fx.Node, context: Context) -> str | None:
+    source = weight_input(node.args[1])  # type: ignore[arg-type]
+    return context.module_of(source) if source is not None else None
+
+
+def _partial_containers(graph: fx.Graph, context: Context) -> set[str]:
+    """Return the compiled module's block containers that a graph after a graph break holds only partly.
+
+    Where all members are in the graph, the flow between them has already decided.
+    """
+    present = set()
+    for node in linears(graph):
+        path = _path(node, context)
+        block = context.surroundings.block_of(path) if path is not None else None
+        if block is not None:
+            present.add(block[0])
+    return {name for name, members in context.surroundings.blocks.items() if not set(members) <= present}
 
 
 @dataclass

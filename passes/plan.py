@@ -10,8 +10,8 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import hif4
-from ..attach import attached, linear_paths, matching, require_matches
-from ..graph import INPUT, GraphInput, linears, size_hint, weight_input
+from ..attach import attached, matching, require_matches
+from ..graph import INPUT, GraphInput, linears, module_classes, size_hint, weight_input
 from ..pass_base import Context, Decision, Pass, PassResult
 from .classify import ROLE
 
@@ -53,8 +53,9 @@ class Plan(Pass):
                     by_weight[weight] = decision
             node.meta[DECISION] = decision
         if context.plan and context.options.keep:
-            paths = linear_paths(context.root) if context.root is not None else [d.module for d in context.plan]
-            require_matches(context.options.keep, paths, "this graph" if context.root is None else "the module")
+            known = context.surroundings.linear_paths
+            paths = known or [d.module for d in context.plan]
+            require_matches(context.options.keep, paths, "the compiled module" if known else "this graph")
         return PassResult(graph_module, modified=False)
 
     def decide(self, node: fx.Node, context: Context) -> Decision:
@@ -65,7 +66,7 @@ class Plan(Pass):
         n, k = (value.shape[0], value.shape[1]) if value.dim() == 2 else (1, value.shape[-1])
         n, k = size_hint(n), size_hint(k)
         source = weight_input(weight)
-        module = _module_name(source, node)
+        module = context.module_of(source) if source is not None else _module_name(node)
         high = self._reason_to_keep(node, source, module, n, k, context)
         if source is not None:
             value = source.meta["val"]
@@ -124,9 +125,5 @@ def _example(source: fx.Node, context: Context) -> Any:
     return context.inputs[placeholder.index]
 
 
-def _module_name(source: fx.Node | None, node: fx.Node) -> str:
-    if source is not None:
-        return source.meta[INPUT].path.removesuffix(".weight")
-    from ..graph import module_classes
-
+def _module_name(node: fx.Node) -> str:
     return next(reversed(module_classes(node)), node.name)

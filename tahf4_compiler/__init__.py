@@ -6,7 +6,7 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 
 from . import hif4, ops
 from .attach import keep
-from .capture import Capture, capture
+from .graph_capture import Capture, capture
 from .errors import (
     CaptureError,
     FormatError,

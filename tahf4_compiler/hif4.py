@@ -50,7 +50,6 @@ ROUNDINGS = ("half_away", "half_even")
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAN_SCALE = 0xFF
-_ONE_SEVENTH = 0.142578125  # 1/7 rounded to bfloat16
 _MIN_SCALE = 2.0**-48
 _MAX_SCALE = 49152.0  # 1.5 * 2**15
 # Mantissa bits (float32) of 1/1.25, 1/1.5 and 1/1.75 rounded to bfloat16; each lies in [0.5, 1).
@@ -234,7 +233,9 @@ def check_packed(packed: Packed) -> None:
     """Raise :class:`FormatError` unless dtypes and shapes of a packed tensor fit each other."""
     codes, scales, k = packed
     if codes.dtype != torch.uint8 or scales.dtype != torch.int32:
-        raise FormatError(f"packed tensor of {codes.dtype} codes and {scales.dtype} scales; expected uint8 and int32")
+        raise FormatError(
+            f"packed tensor of {codes.dtype} codes and {scales.dtype} scales; expected uint8 and int32"
+        )
     if codes.dim() == 0 or scales.dim() == 0 or codes.shape[:-1] != scales.shape[:-1]:
         raise FormatError(
             f"packed tensor with codes {tuple(codes.shape)} and scales {tuple(scales.shape)}; "
@@ -256,7 +257,8 @@ def level1_scale(unit_max: Tensor) -> Tensor:
     Returns:
         int32 of the same shape: the E6M2 byte, 0 to 254.
     """
-    scale = _round_bits((unit_max * _ONE_SEVENTH).view(torch.int32), 16).view(torch.float32)
+    # A literal, not a module constant: Dynamo would make an input of that. It is 1/7 rounded to bfloat16.
+    scale = _round_bits((unit_max * 0.142578125).view(torch.int32), 16).view(torch.float32)
     bits = _round_bits(scale.clamp(_MIN_SCALE, _MAX_SCALE).view(torch.int32), 21)
     return (bits >> 21) - ((127 - 48) << 2)
 

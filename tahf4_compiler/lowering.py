@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .binding import Binding
-from .capture import Capture
+from .graph_capture import Capture
 from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .errors import OptionError
 from .options import Options
@@ -80,7 +80,7 @@ def lower_graph(
     folder = dump_folder(options.dump_dir)
     tracing = bool(torch._logging._internal.trace_log.handlers)
     graph_module = fx.GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
-    context = Context(options, captured.example_inputs, captured.root, captured.fake_mode)
+    context = Context(options, captured.example_inputs, captured.surroundings, captured.fake_mode)
     start = time.perf_counter()
     manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
     graph_module, history = manager.run(graph_module, context)

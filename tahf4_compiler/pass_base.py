@@ -24,11 +24,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, overload
 
-from torch import fx, nn
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .errors import OptionError, PassError, PipelineError
+from .graph import INPUT
 from .options import Options
+from .surroundings import Surroundings
 
 __all__ = ["Context", "Decision", "Pass", "PassResult", "register_pass", "registered_passes", "unregister_pass"]
 
@@ -74,7 +76,7 @@ class Context:
     Attributes:
         options: the validated options.
         inputs: example inputs, one for each placeholder of the captured graph.
-        root: the module that is compiled, where it is known.
+        surroundings: the module that was compiled, as far as it is known.
         fake_mode: mode of the graph's ``meta["val"]``.
         plan: decisions in execution order; written by ``plan``, read by everything after it.
         notes: what passes have to say, by pass name, printed in the report.
@@ -82,7 +84,7 @@ class Context:
 
     options: Options
     inputs: tuple[Any, ...]
-    root: nn.Module | None
+    surroundings: Surroundings
     fake_mode: Any
     plan: list[Decision] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
@@ -92,6 +94,11 @@ class Context:
     def matched(self, node: fx.Node | None = None, count: int = 1) -> None:
         """Count a match of the running pass; ``node`` may name what matched."""
         self.matches += count
+
+    def module_of(self, weight: fx.Node) -> str:
+        """Return the module path of a parameter's placeholder, in the module that was compiled."""
+        source = weight.meta[INPUT]
+        return self.surroundings.path(self.inputs[source.index]) or source.path.removesuffix(".weight")
 
     def note(self, text: str) -> None:
         """Add a line to the report under the running pass's name."""

@@ -15,8 +15,10 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .decompositions import DECOMPOSITIONS
 from .errors import CaptureError, GradientError
 from .graph import INPUT, GraphInput, module_path, root_expression
+from .surroundings import Surroundings
 
 __all__ = ["Capture", "capture", "capture_dynamo"]
 
@@ -29,7 +31,7 @@ class Capture:
         graph_module: ATen operators; every placeholder has a :class:`GraphInput` in its metadata.
         example_inputs: one value for each placeholder: tensors, integers and symbolic integers.
         fake_mode: the mode that the graph's ``meta["val"]`` tensors belong to.
-        root: the module whose paths the graph's names are relative to, where it is known.
+        surroundings: the module that was compiled, as far as it is known.
         name: of the root's class, or of the function.
         bind: flattens a call's arguments to the graph's inputs (export only; Dynamo calls flat).
         unflatten: turns the graph's flat outputs into what the module returns (export only).
@@ -38,7 +40,7 @@ class Capture:
     graph_module: fx.GraphModule
     example_inputs: tuple[Any, ...]
     fake_mode: Any
-    root: nn.Module | None
+    surroundings: Surroundings
     name: str
     bind: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]] | None = None
     unflatten: Callable[[Any], Any] | None = None
@@ -133,7 +135,13 @@ def _from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs:
         None,
     )
     return Capture(
-        graph_module, bind(args, kwargs), fake_mode, model, type(model).__name__, bind=bind, unflatten=unflatten
+        graph_module,
+        bind(args, kwargs),
+        fake_mode,
+        Surroundings(model),
+        type(model).__name__,
+        bind=bind,
+        unflatten=unflatten,
     )
 
 
@@ -166,12 +174,17 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
             # The interpreter, unlike the module's own code, says which node it is at: module paths survive.
             run = fx.Interpreter(graph_module).run
-            traced = make_fx(run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*fakes)
+            # Inputs are fake already; another tracing mode would copy them and lose their symbolic values.
+            trace = make_fx(run, DECOMPOSITIONS, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+            traced = trace(*fakes)
     except Exception as error:
         raise CaptureError(
             f"tracing the graph to ATen operators failed: {type(error).__name__}: {error}. The same graph runs with "
             'backend="inductor"; please report it with the output of TORCH_LOGS="graph_code".'
         ) from error
+    for node in reversed(list(traced.graph.nodes)):
+        if node.target in _READS and not node.users:  # a Python number that tracing found to be constant
+            traced.graph.erase_node(node)
     roots = {root for value, source in zip(inputs, sources, strict=True) if (root := _parameter_root(value, source))}
     for index, (node, value, source) in enumerate(
         zip([n for n in traced.graph.nodes if n.op == "placeholder"], inputs, sources, strict=True)
@@ -183,7 +196,10 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     traced.recompile()
     root = _root_module(roots)
     name = type(root).__name__ if root is not None else "function"
-    return Capture(traced, inputs, context.fake_mode, root, name)
+    return Capture(traced, inputs, context.fake_mode, Surroundings.find(root), name)
+
+
+_READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
 
 def refuse_gradients(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:

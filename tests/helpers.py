@@ -1,0 +1,57 @@
+"""What many tests need: the plan of a compilation, and the same model with fake-quantized linears."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tahf4_compiler import hif4
+
+GRAPH = {"inductor": False}
+"""Options that run the lowered graph as it is: what a test means is decided before Inductor."""
+
+
+class FakeLinear(nn.Module):
+    """The meaning of a W4A4 linear, written without the compiler."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = hif4.dequantize(hif4.quantize(x), torch.float64)
+        right = hif4.dequantize(hif4.quantize(self.weight.detach()), torch.float64)
+        bias = None if self.bias is None else self.bias.double()
+        return nn.functional.linear(left, right, bias).to(x.dtype)
+
+
+def expected(model: nn.Module, quantized: Iterable[str]) -> nn.Module:
+    """Return a copy of a model whose named linears are W4A4 by definition, in eager mode."""
+    model = copy.deepcopy(model)
+    for path in quantized:
+        parent, _, leaf = path.rpartition(".")
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        setattr(model.get_submodule(parent), leaf, FakeLinear(linear))
+    return model
+
+
+def block_linears(model: nn.Module, container: str = "blocks") -> list[str]:
+    """Return the paths of the linears inside a container."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{container}.")]
+
+
+def plans(dump_dir: Path) -> list[list[dict[str, Any]]]:
+    """Return the plan of every graph dumped to a folder, in run order."""
+    return [json.loads((folder / "plan.json").read_text()) for folder in sorted(dump_dir.iterdir())]
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Return the relative error of a tensor."""
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
