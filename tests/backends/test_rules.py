@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import GRAPH, block_linears, expected, plans, relative
 from models import Block, Stack, output, wan
-from torch import nn
+from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.packing import store
@@ -195,6 +195,26 @@ def test_inductor_gives_the_numbers_of_the_graph():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="tahf4")(x)
     assert relative(compiled, graph) < CLOSE
+
+
+class Scaled(Stack):
+    """Multiplies by a Python number, which dynamic=True makes a symbolic input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.75
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_a_python_number_may_be_symbolic(inductor):
+    model, x = Scaled().eval(), torch.randn(5, 64)
+    compiled = torch.compile(model, backend="tahf4", options={"inductor": inductor}, dynamic=True, fullgraph=True)
+    for scale in (0.75, 0.5):
+        model.scale = scale
+        assert relative(compiled(x), expected(model, block_linears(model))(x)) < CLOSE
 
 
 SECOND_PROCESS = """

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import GRAPH, plans, relative
+from helpers import GRAPH, expected, plans, relative
 from models import Block, Stack, encoder, flux, output, pixart, sd3, wan
 from torch import Tensor, nn
 
@@ -154,22 +154,54 @@ def test_a_block_compiled_alone_is_all_body(tmp_path):
     assert len(quantized(plan)) == len(plan) == 10
 
 
-class Broken(Stack):
-    """A graph break between the first linear and the blocks, and inside the loop over blocks."""
+class Embed(nn.Module):
+    """A boundary module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
+        return self.two(nn.functional.silu(self.one(x)))
+
+
+class Broken(Stack):
+    """A graph break inside the loop over blocks: Dynamo compiles what the loop calls, piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Embed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
         for block in self.blocks:
             torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
+class BrokenOnce(Broken):
+    """A graph break between the embedder and the blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.embed(x))
+        torch._dynamo.graph_break()
+        for block in self.blocks:
             x = block(x)
         torch._dynamo.graph_break()
         return self.last(x)
 
 
-def test_graph_breaks_do_not_move_the_boundary(tmp_path):
-    model, x = Broken().eval(), torch.randn(4, 64)
+@pytest.mark.parametrize("build", [Broken, BrokenOnce])
+def test_graph_breaks_do_not_move_the_boundary(build, tmp_path):
+    models, x = [build().eval() for _ in range(2)], torch.randn(4, 64)
+    chosen = {f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("up", "down")} - {"blocks.0.up"}
+    options = {**GRAPH, "dump_dir": str(tmp_path), "keep": ["blocks.0.up"]}
     with torch.no_grad():
-        torch.compile(model, backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path), "keep": ["blocks.0.up"]})(x)
+        for model in models:
+            want = expected(model, chosen)(x)
+            model.compile(backend="tahf4", options=options)
+            assert relative(model(x), want) < 1e-5
     together = [d for plan in plans(tmp_path) for d in plan]
-    assert kept(together) == {"first", "last", "blocks.0.up"}
-    assert quantized(together) == {f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("up", "down")} - {"blocks.0.up"}
+    assert {"embed.one", "embed.two", "blocks.0.up"} <= kept(together)
+    assert quantized(together) <= chosen
