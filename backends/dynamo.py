@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from ..attach import attached, matching
+from ..graph import INPUT, linears, node_arg, weight_input
 from ..graph_capture import Capture, capture_dynamo
-from ..graph import INPUT, linears, weight_input
 from ..lowering import LoweredGraph, lower_graph
 from ..options import Options
 from ..packing import store
@@ -72,7 +72,7 @@ class CompiledGraph:
         self._options = options
         self._lock = threading.Lock()
         graph = captured.graph_module.graph
-        found = [weight_input(node.args[1]) for node in linears(graph)]  # type: ignore[arg-type]
+        found = [weight_input(node_arg(node, 1)) for node in linears(graph)]
         sources = {source.meta[INPUT].index: source.meta[INPUT].path for source in found if source is not None}
         known = {i: captured.surroundings.path(captured.example_inputs[i]) for i in sources}
         names = {i: path.removesuffix(".weight") for i, path in sources.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -43,7 +43,7 @@ def make_runner(
     if example is None:
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
         try:
-            return compile_fx(graph_module, inputs, config_patches=config or None)
+            return cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=config or None))
         except _FALLBACKS as error:
             # Dynamo would take these for a graph break and run the original linears without a word.
             raise CaptureError(
@@ -56,4 +56,4 @@ def make_runner(
         for value in example
     ]
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-        return compile_fx(graph_module, inputs, config_patches=config or None)
+        return cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=config or None))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch import fx
 
-from ..graph import LINEAR, linears, module_classes, weight_input
+from ..graph import LINEAR, linears, module_classes, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
 
 ROLE = "tahf4_role"
@@ -90,14 +90,14 @@ class Classify(Pass):
             if len(module.linears) < self.min_linears:
                 continue
             parent, _, leaf = path.rpartition(".")
-            key = (parent, module.cls) if leaf.isdigit() else (parent, module.cls, _structure(module))
+            key: tuple[str, ...] = (parent, module.cls) if leaf.isdigit() else (parent, module.cls, _structure(module))
             groups[key].append(path)
         for key, members in groups.items():
             yield members, len(key) == 2
 
 
 def _path(node: fx.Node, context: Context) -> str | None:
-    source = weight_input(node.args[1])  # type: ignore[arg-type]
+    source = weight_input(node_arg(node, 1))
     return context.module_of(source) if source is not None else None
 
 
@@ -164,11 +164,11 @@ def _structure(module: _Module) -> str:
 
 
 def _weight_shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.args[1].meta["val"].shape) if node.target is LINEAR else ()  # type: ignore[union-attr]
+    return tuple(node_arg(node, 1).meta["val"].shape) if node.target is LINEAR else ()
 
 
 def _weight_size(node: fx.Node) -> int:
-    return node.args[1].meta["val"].numel()  # type: ignore[union-attr]
+    return node_arg(node, 1).meta["val"].numel()
 
 
 def _short(cls: str) -> str:

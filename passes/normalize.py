@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
 
-from ..graph import LINEAR, weight_input
+from ..graph import LINEAR, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
 
 aten = torch.ops.aten
@@ -57,32 +58,34 @@ class Normalize(Pass):
 
 def _is_identity(node: fx.Node) -> bool:
     if node.target in (aten.dropout.default, aten.feature_dropout.default):
-        return node.args[2] is False or node.args[1] == 0
+        return node.args[2] is False or node.args[1] in (0, 0.0)
     return node.target in (aten.alias.default, aten.detach.default)
 
 
-def _product(node: fx.Node) -> tuple[fx.Node | None, ...] | None:
+def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
     """Return (x, weight, bias) if a node is a product with a transposed parameter."""
+    bias: fx.Node | None = None
     if node.target in (aten.mm.default, aten.matmul.default):
-        x, right, bias = node.args[0], node.args[1], None
+        x, right = node_arg(node, 0), node_arg(node, 1)
     elif node.target is aten.addmm.default and not node.kwargs:
-        bias, x, right = node.args[:3]
-        if not isinstance(bias, fx.Node) or bias.meta["val"].dim() != 1:
+        bias, x, right = (node_arg(node, i) for i in range(3))
+        if bias.meta["val"].dim() != 1:
             return None
     else:
         return None
-    if not isinstance(right, fx.Node) or right.target not in _TRANSPOSES:
+    if right.target not in _TRANSPOSES:
         return None
-    weight = right.args[0]
-    if not isinstance(weight, fx.Node) or weight_input(weight) is None or weight.meta["val"].dim() != 2:
+    weight = node_arg(right, 0)
+    if weight_input(weight) is None or weight.meta["val"].dim() != 2 or not _swaps(right):
         return None
-    if list(right.meta["val"].shape) != list(reversed(weight.meta["val"].shape)):
-        return None
-    swapped = right.target in (aten.t.default, aten.numpy_T.default) or set(_axes(right)) == {0, 1}
-    return (x, weight, bias) if swapped else None  # type: ignore[return-value]
+    return x, weight, bias
 
 
-def _axes(node: fx.Node) -> tuple[int, ...]:
-    axes = node.args[1] if node.target is aten.permute.default else node.args[1:3]
-    reduced = tuple(axis % 2 for axis in axes)  # type: ignore[union-attr]
-    return reduced if node.target is not aten.permute.default or reduced == (1, 0) else ()
+def _swaps(node: fx.Node) -> bool:
+    """Whether a transposition of a matrix exchanges its two axes."""
+    if node.target is aten.transpose.int:
+        first, second = cast(tuple[int, int], node.args[1:3])
+        return first % 2 != second % 2
+    if node.target is aten.permute.default:
+        return [axis % 2 for axis in cast(list[int], node.args[1])] == [1, 0]
+    return True

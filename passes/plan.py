@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import hif4
 from ..attach import attached, matching, require_matches
-from ..graph import INPUT, GraphInput, linears, module_classes, size_hint, weight_input
+from ..graph import INPUT, GraphInput, linears, module_classes, node_arg, size_hint, weight_input
 from ..pass_base import Context, Decision, Pass, PassResult
 from .classify import ROLE
 
@@ -42,7 +42,7 @@ class Plan(Pass):
         for node in linears(graph_module.graph):
             context.matched(node)
             decision = self.decide(node, context)
-            weight = weight_input(node.args[1])  # type: ignore[arg-type]
+            weight = weight_input(node_arg(node, 1))
             first = by_weight.get(weight) if weight is not None else None
             if first is not None and first.decision == decision.decision:
                 first.flops += decision.flops  # one weight, called again
@@ -60,8 +60,7 @@ class Plan(Pass):
 
     def decide(self, node: fx.Node, context: Context) -> Decision:
         """Return the decision for one ``aten.linear`` node."""
-        weight = node.args[1]
-        assert isinstance(weight, fx.Node)
+        weight = node_arg(node, 1)
         value = weight.meta["val"]
         n, k = (value.shape[0], value.shape[1]) if value.dim() == 2 else (1, value.shape[-1])
         n, k = size_hint(n), size_hint(k)
@@ -73,7 +72,7 @@ class Plan(Pass):
         before = n * k * value.element_size()
         after = before if high else n * hif4.units(k) * hif4.BYTES_PER_UNIT
         rows = 1
-        for size in node.args[0].meta["val"].shape[:-1]:  # type: ignore[union-attr]
+        for size in node_arg(node, 0).meta["val"].shape[:-1]:
             rows *= size_hint(size)
         role = node.meta.get(ROLE)
         return Decision(
@@ -92,8 +91,7 @@ class Plan(Pass):
     def _reason_to_keep(
         self, node: fx.Node, source: fx.Node | None, module: str, n: int, k: int, context: Context
     ) -> str | None:
-        weight = node.args[1]
-        assert isinstance(weight, fx.Node)
+        weight = node_arg(node, 1)
         if source is None:
             origin = weight.meta.get(INPUT)
             if isinstance(origin, GraphInput):
@@ -104,7 +102,7 @@ class Plan(Pass):
             return f"weight: a {type(real).__name__}, not a plain tensor"
         if source.meta["val"].dim() != 2:
             return f"shape: the weight has {source.meta['val'].dim()} axes, not 2"
-        x = node.args[0].meta["val"]  # type: ignore[union-attr]
+        x = node_arg(node, 0).meta["val"]
         for name, dtype in (("weight", source.meta["val"].dtype), ("activation", x.dtype)):
             if dtype not in _DTYPES:
                 return f"dtype: {name} is {str(dtype).removeprefix('torch.')}"

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
-from ..graph import INPUT, PackedInput, linears, weight_input
+from ..graph import INPUT, PackedInput, linears, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
 
@@ -36,10 +36,10 @@ class Quantize(Pass):
         graph = graph_module.graph
         chosen = [n for n in linears(graph) if DECISION in n.meta and n.meta[DECISION].decision == "hif4"]
         for node in chosen:
-            x, weight, *rest = node.args
+            x, *rest = node.args[0], *node.args[2:]
             bias = rest[0] if rest else node.kwargs.get("bias")
-            source = weight_input(weight)  # type: ignore[arg-type]
-            assert source is not None
+            source = weight_input(node_arg(node, 1))
+            assert source is not None, "the plan chooses parameters only"
             codes = packed_input(graph, source, (source.meta[INPUT].index,), "codes")
             scales = packed_input(graph, source, (source.meta[INPUT].index,), "scales")
             with graph.inserting_before(node):
@@ -51,7 +51,8 @@ class Quantize(Pass):
             node.replace_all_uses_with(product)
             graph.erase_node(node)
             context.matched(product)
-        drop_unused_weights(graph)
+        if chosen:
+            drop_unused_weights(graph)
         return PassResult(graph_module, modified=bool(chosen))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from ..graph import INPUT, PackedInput, mutates
+from ..graph import INPUT, mutates, node_arg
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
 from .quantize import call, drop_unused_weights, packed_input
@@ -69,7 +69,7 @@ class Share(Pass):
             parts: dict[int, fx.Node] = {}
             for user in list(first.users):
                 if user.target is operator.getitem:
-                    kept = parts.setdefault(user.args[1], user)  # type: ignore[arg-type]
+                    kept = parts.setdefault(cast(int, user.args[1]), user)
                     if kept is not user:
                         user.replace_all_uses_with(kept)
                         graph.erase_node(user)
@@ -82,12 +82,12 @@ class Share(Pass):
             groups[(codes, scales, dtype, bias is None)].append(node)
         merged = 0
         for nodes in groups.values():
-            biases = [node.args[4] for node in nodes]
-            weights = [w for node in nodes for w in node.args[2].meta[INPUT].weights]  # type: ignore[union-attr]
-            ready = all(bias is None or bias.op == "placeholder" for bias in biases)  # type: ignore[union-attr]
+            biases = [node_arg(node, 4) for node in nodes if node.args[4] is not None]
+            weights = [w for node in nodes for w in node_arg(node, 2).meta[INPUT].weights]
+            ready = all(bias.op == "placeholder" for bias in biases)
             if len(nodes) < 2 or not ready or len(set(weights)) != len(weights) or _written(biases):
                 continue
-            if len({bias.meta["val"].dtype for bias in biases if bias is not None}) > 1:  # type: ignore[union-attr]
+            if len({bias.meta["val"].dtype for bias in biases}) > 1:
                 continue
             _merge(graph, nodes, tuple(weights))
             context.matched(nodes[0], len(nodes))
@@ -102,15 +102,15 @@ def seen_quantizations(graph: fx.Graph) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=QUANTIZE))
 
 
-def _written(biases: list[Any]) -> bool:
-    return any(mutates(user) for bias in biases if bias is not None for user in bias.users)
+def _written(biases: list[fx.Node]) -> bool:
+    return any(mutates(user) for bias in biases for user in bias.users)
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> None:
     first = nodes[0]
-    codes, scales, weight_codes, _, bias, dtype = first.args
-    sizes = [node.meta["val"].shape[-1] if "val" in node.meta else _rows(node) for node in nodes]
-    packed = [packed_input(graph, weight_codes, weights, part) for part in ("codes", "scales")]  # type: ignore[arg-type]
+    codes, scales, _, _, bias, dtype = first.args
+    sizes = [node_arg(node, 2).meta["val"].shape[0] for node in nodes]
+    packed = [packed_input(graph, node_arg(first, 2), weights, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:
             bias = call(first, torch.ops.aten.cat.default, ([node.args[4] for node in nodes],))
@@ -122,8 +122,3 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
         node.replace_all_uses_with(part)
         graph.erase_node(node)
 
-
-def _rows(node: fx.Node) -> int:
-    source = node.args[2].meta[INPUT]  # type: ignore[union-attr]
-    assert isinstance(source, PackedInput)
-    return node.args[2].meta["val"].shape[0]  # type: ignore[union-attr]

@@ -6,7 +6,6 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 
 from . import hif4, ops
 from .attach import keep
-from .graph_capture import Capture, capture
 from .errors import (
     CaptureError,
     FormatError,
@@ -17,6 +16,7 @@ from .errors import (
     PipelineError,
     Tahf4Error,
 )
+from .graph_capture import Capture, capture
 from .kernels import Kernel, register_kernel
 from .lowering import Lowered, lower
 from .options import Options

@@ -23,6 +23,7 @@ __all__ = [
     "module_classes",
     "module_path",
     "mutates",
+    "node_arg",
     "size_hint",
     "tensor_meta",
     "weight_input",
@@ -75,10 +76,18 @@ class PackedInput:
     hadamard_block: int = 0
 
 
+def node_arg(node: fx.Node, index: int) -> fx.Node:
+    """Return an argument that is a node."""
+    arg = node.args[index]
+    if not isinstance(arg, fx.Node):
+        raise TypeError(f"argument {index} of {node.name} is {arg!r}; expected a node")
+    return arg
+
+
 def weight_input(node: fx.Node) -> fx.Node | None:
     """Return the parameter placeholder that ``node`` is, or is a cast of; None for anything computed."""
     while node.op == "call_function" and node.target in _CASTS:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node_arg(node, 0)
     source = node.meta.get(INPUT)
     if isinstance(source, GraphInput) and source.kind == "parameter":
         return node

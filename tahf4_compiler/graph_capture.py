@@ -185,7 +185,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     for node in reversed(list(traced.graph.nodes)):
         if node.target in _READS and not node.users:  # a Python number that tracing found to be constant
             traced.graph.erase_node(node)
-    roots = {root for value, source in zip(inputs, sources, strict=True) if (root := _parameter_root(value, source))}
+    roots = {_parameter_root(value, source) for value, source in zip(inputs, sources, strict=True)} - {""}
     for index, (node, value, source) in enumerate(
         zip([n for n in traced.graph.nodes if n.op == "placeholder"], inputs, sources, strict=True)
     ):
@@ -205,7 +205,7 @@ _READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.defaul
 def refuse_gradients(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Raise :class:`GradientError` if running the graph would record gradients."""
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    tensors += [value for value in graph_module.parameters()]
+    tensors += list(graph_module.parameters())
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise GradientError(
             "this graph needs gradients: gradient mode is on and an input or parameter requires them, but 4-bit "

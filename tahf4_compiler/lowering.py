@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from .binding import Binding
-from .graph_capture import Capture
 from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .errors import OptionError
+from .graph_capture import Capture
 from .options import Options
 from .packing import store
 from .pass_base import Context, Decision

@@ -209,7 +209,8 @@ def register_pass(
         if other is not None and (other.__module__, other.__qualname__) != (target.__module__, target.__qualname__):
             raise PipelineError(
                 f"two passes are named {target.name!r}: {other.__module__}.{other.__qualname__} and "
-                f"{target.__module__}.{target.__qualname__}. Give one another `name`, or unregister_pass({target.name!r})."
+                f"{target.__module__}.{target.__qualname__}. Give one another `name`, or call "
+                f"unregister_pass({target.name!r})."
             )
         _registry[target.name] = target
         return target

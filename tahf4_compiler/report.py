@@ -82,7 +82,7 @@ def report(
         seconds: of each stage of the compilation.
     """
     lines = [f"tahf4 report: {name}", ""]
-    rows = [("module", "k", "n", "decision", "bytes", "after", "reason")]
+    rows: list[tuple[str, ...]] = [("module", "k", "n", "decision", "bytes", "after", "reason")]
     rows += [
         (d.module, str(d.k), str(d.n), d.decision, f"{d.bytes_before:,}", f"{d.bytes_after:,}", d.reason) for d in plan
     ]

@@ -79,13 +79,12 @@ def _compiled_module(part: object) -> nn.Module | None:
     frame = sys._getframe(1)
     outermost: nn.Module | None = None
     while frame is not None:
-        module = frame.f_locals.get("self")
-        # Only the frames of calls: a tracer's own frames have a `self` too, but no module.
-        if isinstance(module, nn.Module):
-            module = getattr(module, "_orig_mod", module)
+        called = frame.f_locals.get("self")
+        if isinstance(called, nn.Module):
+            module: nn.Module = getattr(called, "_orig_mod", called)
             if _holds(module, part):
                 outermost = module
-                if module._compiled_call_impl is not None or module is not frame.f_locals.get("self"):
+                if module._compiled_call_impl is not None or module is not called:
                     return module
         frame = frame.f_back  # type: ignore[assignment]
     return outermost

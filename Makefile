@@ -1,0 +1,41 @@
+# Every target makes the environment it needs: .venv from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types tiny-wan clean
+
+help: ## Explain the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(STAMP) ## Make the environment (.venv) from constraints.txt
+
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## Generate clips with the shipped tiny Wan2.2, original beside W4A4, into out/
+	$(BIN)/tahf4 demo
+
+test: $(STAMP) ## Run the tests (no GPU, no network)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
+
+lint: $(STAMP) ## Check style with ruff
+	$(BIN)/ruff check .
+
+types: $(STAMP) ## Check types with mypy
+	@# mypy does not know setuptools' package-dir map: show it the folders where they are installed
+	@rm -rf build/types && mkdir -p build/types/tahf4_compiler
+	@ln -s $(CURDIR)/tahf4_compiler/* build/types/tahf4_compiler/
+	@ln -s $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/tools build/types/tahf4_compiler/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tahf4_compiler
+
+tiny-wan: $(STAMP) ## Train the shipped pipeline again (about an hour and a half on 2 cores; can be stopped and taken up again)
+	$(BIN)/python -m tahf4_compiler.tools.tiny_wan.train
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) build out *.egg-info

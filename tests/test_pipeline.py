@@ -1,0 +1,214 @@
+"""Passes: their order, their options, what the manager checks between them, and how others join."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from models import Stack
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.options import Options
+from tahf4_compiler.pipeline import build_pipeline, order
+
+DEFAULT = ["normalize", "classify", "plan", "quantize", "share", "lower"]
+
+
+def names(passes):
+    return [p.name for p in passes]
+
+
+def lowered(**options):
+    return tahf4.lower(tahf4.capture(Stack().eval(), (torch.randn(4, 64),)), options=options)
+
+
+@dataclass(frozen=True)
+class Nothing(tahf4.Pass):
+    """Do nothing."""
+
+    def __call__(self, graph_module, context):
+        return tahf4.PassResult(graph_module, modified=False)
+
+
+def make(name, after=(), before=(), replaces=None, call=None):
+    """Return an instance of a new pass."""
+    body = {"name": name, "after": after, "before": before, "replaces": replaces}
+    if call is not None:
+        body["__call__"] = lambda self, graph_module, context: call(graph_module, context)
+    return type(name.title(), (Nothing,), body)()
+
+
+def test_the_default_pipeline():
+    assert names(build_pipeline(Options())) == DEFAULT
+
+
+def test_a_pass_stands_where_it_says():
+    added = make("mine", after=("plan",), before=("quantize",))
+    assert names(build_pipeline(Options(passes=(added,)))) == [*DEFAULT[:3], "mine", *DEFAULT[3:]]
+
+
+def test_a_pass_without_a_place_comes_last_and_order_is_stable():
+    assert names(order([make("b"), make("a"), make("c", before=("b",))])) == ["a", "c", "b"]
+
+
+def test_a_pass_can_replace_a_default_one_and_inherits_its_place():
+    result = names(build_pipeline(Options(passes=(make("my_share", replaces="share"),))))
+    assert result == ["normalize", "classify", "plan", "quantize", "my_share", "lower"]
+
+
+def test_a_cycle_names_the_passes():
+    with pytest.raises(tahf4.PipelineError, match=r"plan -> quantize|quantize -> .*mine|mine -> "):
+        build_pipeline(Options(passes=(make("mine", after=("quantize",), before=("plan",)),)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"passes": [make("mine", after=("smoth",))]}, "after='smoth', but no pass has that name"),
+        ({"passes": [make("share")]}, "two passes are named 'share'"),
+        ({"passes": [print]}, "is not a pass"),
+        ({"disable_passes": ["nothing"]}, "disable_passes names 'nothing'"),
+        ({"nothing.option": 1}, "no pass is named 'nothing'"),
+    ],
+)
+def test_a_wrong_pipeline_is_refused(options, message):
+    with pytest.raises(tahf4.PipelineError, match=message):
+        lowered(**options)
+
+
+def test_a_pass_can_be_left_out():
+    assert "share" not in [record.name for record in lowered(disable_passes=["share"]).history]
+    assert names(build_pipeline(Options(disable_passes=("classify",)))) == [n for n in DEFAULT if n != "classify"]
+
+
+def test_a_registered_pass_joins_every_pipeline():
+    @tahf4.register_pass(after="plan", before="quantize")
+    class CountGelus(tahf4.Pass):
+        """Count the GELUs."""
+
+        approximate: str = "none"
+
+        def __call__(self, graph_module, context):
+            for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
+                context.matched(node)
+            context.note(f"counted {context.matches} ({self.approximate})")
+            return tahf4.PassResult(graph_module, modified=False)
+
+    try:
+        result = lowered(**{"count_gelus.approximate": "tanh"})
+        (record,) = [r for r in result.history if r.name == "count_gelus"]
+        assert record.matches == 3
+        assert "count_gelus: counted 3 (tanh)" in result.report()
+        assert [r.name for r in result.history] == ["captured", *DEFAULT[:3], "count_gelus", *DEFAULT[3:]]
+        with pytest.raises(tahf4.PipelineError, match="two passes are named"):
+            tahf4.register_pass(type("Other", (Nothing,), {"name": "count_gelus"}))
+    finally:
+        tahf4.unregister_pass("count_gelus")
+    assert names(build_pipeline(Options())) == DEFAULT
+
+
+def _raise(graph_module, context):
+    raise KeyError("lost")
+
+
+def _drop_input(graph_module, context):
+    (x,) = [n for n in graph_module.graph.nodes if n.op == "placeholder" and n.meta["tahf4_input"].kind == "user"]
+    with graph_module.graph.inserting_after(x):
+        zeros = graph_module.graph.call_function(torch.ops.aten.zeros.default, ([4, 64],))
+    x.replace_all_uses_with(zeros)
+    graph_module.graph.erase_node(x)
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+def _change_dtype(graph_module, context):
+    (output,) = graph_module.graph.find_nodes(op="output")
+    (value,) = output.args[0]
+    with graph_module.graph.inserting_before(output):
+        half = graph_module.graph.call_function(torch.ops.aten.to.dtype, (value, torch.float16))
+    output.args = ((half,),)
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+def _wrong_shape(graph_module, context):
+    node = next(iter(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)))
+    with graph_module.graph.inserting_after(node):
+        bad = graph_module.graph.call_function(torch.ops.aten.view.default, (node, [3, 3]))
+    node.replace_all_uses_with(bad, delete_user_cb=lambda user: user is not bad)
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+def _dangling(graph_module, context):
+    nodes = list(graph_module.graph.nodes)
+    last = nodes[-2]
+    nodes[2].append(last)
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (_raise, r"pass 'bad' .* failed: KeyError: 'lost'"),
+        (_drop_input, r"pass 'bad' removed the graph's inputs x"),
+        (_change_dtype, r"pass 'bad' changed the graph's outputs: output 0: float32.* became float16"),
+        (_wrong_shape, r"pass 'bad' left node .* that cannot be computed"),
+        (_dangling, r"pass 'bad' left a broken graph"),
+        (lambda graph_module, context: graph_module, r"pass 'bad' returned GraphModule; expected PassResult"),
+    ],
+)
+def test_a_pass_that_breaks_the_graph_is_caught_at_its_own_step(call, message):
+    with pytest.raises(tahf4.PassError, match=message):
+        lowered(passes=[make("bad", after=("plan",), before=("quantize",), call=call)])
+
+
+def test_conditions_of_a_pass_are_checked():
+    def has_a_plan(graph_module, context):
+        return None if context.plan else "there is no plan"
+
+    early = type("Early", (Nothing,), {"requires": (has_a_plan,), "before": ("plan",), "name": "early"})
+    with pytest.raises(tahf4.PassError, match="pass 'early' needs has_a_plan: there is no plan"):
+        lowered(passes=[early])
+
+
+def test_verify_names_the_pass_that_adds_error():
+    def scale(graph_module, context):
+        (output,) = graph_module.graph.find_nodes(op="output")
+        (value,) = output.args[0]
+        with graph_module.graph.inserting_before(output):
+            twice = graph_module.graph.call_function(torch.ops.aten.mul.Tensor, (value, 2.0))
+        output.args = ((twice,),)
+        return tahf4.PassResult(graph_module, modified=True)
+
+    result = lowered(verify=True, passes=[make("wrong", after=("share",), before=("lower",), call=scale)])
+    errors = {record.name: record.error for record in result.history if record.error is not None}
+    assert errors["wrong"] == pytest.approx(1.0)
+    assert 1e-3 < errors["quantize"] < 0.1
+    assert all(errors[name] == 0 for name in ("normalize", "classify", "plan", "lower"))
+    assert errors["share"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kepp": ["x"]}, r"unknown option 'kepp'.*Did you mean 'keep'"),
+        ({"keep": "blocks"}, "expected a list of strings"),
+        ({"inductor": "yes"}, "expected True, False or a mapping"),
+        ({"verify": 1}, "expected True or False"),
+        ({"dump_dir": 3}, "expected a path"),
+        ({"weight_check": "never"}, "expected one of 'content', 'version'"),
+        ({"passes": "share"}, "expected a list of passes"),
+    ],
+)
+def test_options_are_validated(options, message):
+    with pytest.raises(tahf4.OptionError, match=message):
+        Options.parse(options)
+
+
+def test_options_are_frozen_and_comparable():
+    first = Options.parse({"keep": ["a"], "inductor": {"max_autotune": True}, "plan.min_features": 128})
+    assert first == Options.parse({"plan.min_features": 128, "inductor": {"max_autotune": True}, "keep": ("a",)})
+    assert first != Options.parse({"keep": ["a"]})
+    hash(first)
+    assert Options.parse({}, mode="max-autotune-no-cudagraphs").inductor_options()["max_autotune"] is True
+    with pytest.raises(tahf4.OptionError, match="not one of torch.compile's modes"):
+        Options.parse({}, mode="fast")
