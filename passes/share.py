@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..graph import INPUT, mutates, node_arg
+from ..graph import INPUT, mutates, node_arg, size_hint
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
 from .quantize import call, drop_unused_weights, packed_input
@@ -109,7 +109,7 @@ def _written(biases: list[fx.Node]) -> bool:
 def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> None:
     first = nodes[0]
     codes, scales, _, _, bias, dtype = first.args
-    sizes = [node_arg(node, 2).meta["val"].shape[0] for node in nodes]
+    sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
     packed = [packed_input(graph, node_arg(first, 2), weights, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:

@@ -212,3 +212,23 @@ def test_options_are_frozen_and_comparable():
     assert Options.parse({}, mode="max-autotune-no-cudagraphs").inductor_options()["max_autotune"] is True
     with pytest.raises(tahf4.OptionError, match="not one of torch.compile's modes"):
         Options.parse({}, mode="fast")
+
+
+def test_a_pass_joins_through_an_entry_point(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from tahf4_compiler import pass_base
+
+    point = EntryPoint("mine", f"{__name__}:FromEntryPoint", pass_base.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(pass_base.importlib.metadata, "entry_points", lambda group: [point])
+    pass_base._load_entry_points.cache_clear()
+    try:
+        assert names(build_pipeline(Options())) == [*DEFAULT, "from_entry_point"]
+    finally:
+        tahf4.unregister_pass("from_entry_point")
+        monkeypatch.undo()
+        pass_base._load_entry_points.cache_clear()
+
+
+class FromEntryPoint(Nothing):
+    """A pass that an installed package brings along."""
