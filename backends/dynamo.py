@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ..attach import attached, matching
-from ..graph import INPUT, linears, node_arg, weight_input
+from ..graph import INPUT, GraphInput
 from ..graph_capture import Capture, capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..options import Options
@@ -72,8 +72,13 @@ class CompiledGraph:
         self._options = options
         self._lock = threading.Lock()
         graph = captured.graph_module.graph
-        found = [weight_input(node_arg(node, 1)) for node in linears(graph)]
-        sources = {source.meta[INPUT].index: source.meta[INPUT].path for source in found if source is not None}
+        sources = {
+            source.index: source.path
+            for node in graph.find_nodes(op="placeholder")
+            if isinstance(source := node.meta[INPUT], GraphInput)
+            and source.kind == "parameter"
+            and node.meta["val"].dim() == 2
+        }
         known = {i: captured.surroundings.path(captured.example_inputs[i]) for i in sources}
         names = {i: path.removesuffix(".weight") for i, path in sources.items()}
         self._weights = {i: known[i] or name for i, name in names.items()}
@@ -105,15 +110,14 @@ class CompiledGraph:
 
     def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Return what may set these parameters' decisions apart from others': attachments and paths."""
-        where, keep = self._captured.surroundings, self._options.keep
-        out = []
-        for index, path in self._weights.items():
+        if not self._piece:
+            return tuple(attached(args[index]) for index in self._weights)
+        where, keep, out = self._captured.surroundings, self._options.keep, []
+        for index, name in self._weights.items():
             weight = args[index]
-            if self._piece:
-                where.learn(weight)
-                path = where.path(weight) or path
-            in_block = where.block_of(path) is not None
-            out.append((attached(weight), bool(keep) and matching(keep, path) is not None, in_block))
+            where.learn(weight)
+            path = where.path(weight) or name
+            out.append((attached(weight), matching(keep, path) is not None, where.block_of(path) is not None))
         return tuple(out)
 
     def _called_with(self, graph: fx.Graph) -> int:

@@ -1,1 +1,1 @@
-"""The tiny Wan2.2 pipeline that ships with tahf4, and the script that trains it."""
+"""A tiny Wan2.2 text-to-video pipeline, trained from scratch on rendered clips."""
