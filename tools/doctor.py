@@ -1,0 +1,181 @@
+"""``tahf4 doctor``: is everything here that the compiler needs?"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import typer
+
+__all__ = ["CHECKS", "Finding", "doctor"]
+
+BROKEN, WARNING, FINE = "broken", "warning", "ok"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        text: one line.
+        state: ``"ok"``, ``"warning"`` or ``"broken"``.
+        remedy: what to do, if it is not ok.
+    """
+
+    text: str
+    state: str = FINE
+    remedy: str = ""
+
+
+def doctor() -> None:
+    """Check the environment and run a self test of a second.
+
+    Exit code 1 if something essential is broken, with what to do about it.
+    """
+    marks = {FINE: (" ok ", "green"), WARNING: ("warn", "yellow"), BROKEN: ("FAIL", "red")}
+    broken = False
+    for name, check in CHECKS.items():
+        try:
+            finding = check()
+        except Exception as error:
+            finding = Finding(f"{type(error).__name__}: {error}", BROKEN, "Install tahf4-compiler again.")
+        broken |= finding.state == BROKEN
+        mark, colour = marks[finding.state]
+        typer.secho(mark, fg=colour, nl=False)
+        typer.echo(f"  {name:<14} {finding.text}")
+        if finding.remedy:
+            typer.echo(f"{'':22}-> {finding.remedy}")
+    if broken:
+        raise typer.Exit(1)
+
+
+def _package(name: str, *, essential: bool = True, remedy: str = "") -> Finding:
+    try:
+        return Finding(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding("not installed", BROKEN if essential else WARNING, remedy or f"pip install {name}")
+
+
+def _triton() -> Finding:
+    import torch
+
+    remedy = "GPU kernels need it: pip install triton" if torch.cuda.is_available() else "only GPUs need it"
+    return _package("triton", essential=False, remedy=remedy)
+
+
+def _cpu() -> Finding:
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return Finding(f"{platform.machine()}, {capability}, {os.cpu_count()} cores, PyTorch uses {threads} threads")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("none")
+    devices = [
+        "{} (capability {}.{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
+    return Finding(", ".join(devices))
+
+
+def _backend() -> Finding:
+    import torch
+
+    if "tahf4" in torch._dynamo.list_backends():
+        return Finding('torch.compile knows backend="tahf4"')
+    remedy = "Its entry point is missing: install tahf4-compiler again."
+    return Finding('torch.compile does not know backend="tahf4"', BROKEN, remedy)
+
+
+def _cpp_compiler() -> Finding:
+    import shutil
+
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    remedy = 'Install one (g++ or clang++) or name it in CXX; without one use options={"inductor": False}.'
+    try:
+        compiler = get_cpp_compiler()
+    except Exception as error:
+        return Finding(f"none that Inductor accepts ({type(error).__name__})", BROKEN, remedy)
+    found = shutil.which(compiler)
+    return Finding(found) if found else Finding(f"{compiler} is not on the PATH", BROKEN, remedy)
+
+
+def _cache() -> Finding:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    path = os.path.abspath(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    nearest = path
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if os.path.isdir(nearest) and os.access(nearest, os.W_OK):
+        return Finding(path)
+    return Finding(f"{path} cannot be written", BROKEN, "Name another folder in TORCHINDUCTOR_CACHE_DIR.")
+
+
+def _kernels() -> Finding:
+    from .. import kernels
+    from ..backends import dynamo  # noqa: F401  (backends register their kernels)
+
+    by_operator: dict[str, list[str]] = {}
+    for kernel in kernels.kernels():
+        by_operator.setdefault(str(kernel.operator).removesuffix(".default"), []).append(kernel.name)
+    return Finding("; ".join(f"{operator}: {', '.join(names)}" for operator, names in by_operator.items()))
+
+
+def _shipped_pipeline() -> Finding:
+    from .tiny_wan import settings
+
+    if (settings.PIPELINE_DIR / "model_index.json").is_file():
+        return Finding(str(settings.PIPELINE_DIR))
+    return Finding(
+        f"nothing at {settings.PIPELINE_DIR}",
+        WARNING,
+        "`tahf4 demo` needs it or a folder of yours: install the package again, or train it with "
+        "`python -m tahf4_compiler.tools.tiny_wan.train`.",
+    )
+
+
+def _format() -> Finding:
+    from .selftest import check_format
+
+    wrong = check_format()
+    if wrong:
+        return Finding(wrong, BROKEN, "4-bit results are wrong here; please report it with this output.")
+    return Finding("a known vector converts to HiF4 and back, bit for bit")
+
+
+def _compile() -> Finding:
+    from .selftest import check_compile
+
+    wrong = check_compile()
+    if wrong:
+        return Finding(wrong, BROKEN, "Run it with `TORCH_LOGS=+tahf4_compiler` for the details.")
+    return Finding('torch.compile(nn.Linear, backend="tahf4") gives the product of the 4-bit values')
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "python": lambda: Finding(platform.python_version()),
+    "tahf4-compiler": lambda: _package("tahf4-compiler"),
+    "torch": lambda: _package("torch"),
+    "triton": _triton,
+    "diffusers": lambda: _package("diffusers"),
+    "CPU": _cpu,
+    "GPU": _gpu,
+    "backend": _backend,
+    "C++ compiler": _cpp_compiler,
+    "compile cache": _cache,
+    "kernels": _kernels,
+    "tiny Wan2.2": _shipped_pipeline,
+    "number format": _format,
+    "compilation": _compile,
+}
+"""Name and function of each check, in the order in which they run."""

@@ -1,0 +1,46 @@
+"""Results are made in a folder beside their place and moved there when all are done."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CommandError
+
+__all__ = ["staged"]
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Yield an empty folder inside ``out``; move what is in it to ``out`` if all went well, else drop it.
+
+    A file or folder of the same name from a former run is replaced as a whole; others stay.
+
+    Raises:
+        CommandError: ``out`` is a file, or no folder can be made there.
+    """
+    existed = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
+    except OSError as error:
+        message = f"cannot write to the folder {out}: {error.strerror}. Name another with -o."
+        raise CommandError(message) from error
+    try:
+        yield stage
+        for path in sorted(stage.iterdir()):
+            _replace(path, out / path.name, stage)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if not existed and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _replace(new: Path, place: Path, stage: Path) -> None:
+    """Rename a file or folder to its place; what stood there goes into the stage, to be dropped with it."""
+    if place.is_dir() and not place.is_symlink():
+        place.rename(stage / f".former-{place.name}")
+    new.replace(place)
