@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..attach import attached, matching
-from ..graph import INPUT, GraphInput
+from ..graph import INPUT, GraphInput, linears
 from ..graph_capture import Capture, capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..options import Options
@@ -87,6 +88,7 @@ class CompiledGraph:
         # Tensors that the graph held as attributes are inputs at the end, which Dynamo does not pass.
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         first = _lower(captured, options)
+        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         first_key = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
             first_key: (first, _finish(first, options, None))
@@ -110,12 +112,15 @@ class CompiledGraph:
 
     def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Return what may set these parameters' decisions apart from others': attachments and paths."""
+        for index in self._weights:
+            if args[index] not in self._seen:  # another module's, or a parameter that was replaced
+                self._captured.surroundings.learn(args[index])
+                self._seen[args[index]] = True
         if not self._piece:
             return tuple(attached(args[index]) for index in self._weights)
         where, keep, out = self._captured.surroundings, self._options.keep, []
         for index, name in self._weights.items():
             weight = args[index]
-            where.learn(weight)
             path = where.path(weight) or name
             out.append((attached(weight), matching(keep, path) is not None, where.block_of(path) is not None))
         return tuple(out)
@@ -159,7 +164,9 @@ def _announce(lowered: LoweredGraph) -> None:
         totals.linears,
         ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
     )
-    boundary = all(d.reason.startswith("boundary") for d in lowered.plan)
+    boundary = bool(lowered.plan) and all(d.reason.startswith("boundary") for d in lowered.plan)
+    if not lowered.plan and any(linears(lowered.graph_module.graph)):
+        log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
     if totals.linears and not totals.quantized and not boundary:
         reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in lowered.plan})[:3])
         log.warning("%s: none of %d linears runs in 4 bits (%s)", lowered.name, totals.linears, reasons)

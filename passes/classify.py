@@ -37,11 +37,13 @@ class Classify(Pass):
     Members of one container (``blocks.0``, ``blocks.1``, ...) of one class are repeated blocks if each holds at
     least ``min_linears`` linears and reads what the one before it wrote. So do modules that are attributes
     of one parent, if their graphs are the same (Weisfeiler-Lehman hash) and they hold nearly all weights.
+    The only member of a container is a block if it holds ``min_linears_alone`` linears.
     Embedders that only stand side by side are no blocks. A graph without repetition, inside a module
     without any, is one block by itself: so ``compile_repeated_blocks`` sees it.
     """
 
     min_linears: int = 2
+    min_linears_alone: int = 4
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""
@@ -80,6 +82,11 @@ class Classify(Pass):
                 continue
             for path in chain:
                 found[path] = _short(modules[path].cls)
+        for path, module in modules.items():
+            # A model of one layer, or of one layer of a kind, has a container for it all the same.
+            lone = path.rpartition(".")[2].isdigit() and len(module.linears) >= self.min_linears_alone
+            if lone and path not in found and (found or 2 * weight[path] >= total) and not _siblings_of(path, modules):
+                found[path] = _short(module.cls)
         # Only the outermost: a block's own attention layers may repeat as well.
         return {path: cls for path, cls in found.items() if not any(path.startswith(f"{p}.") for p in found)}
 
@@ -94,6 +101,15 @@ class Classify(Pass):
             groups[key].append(path)
         for key, members in groups.items():
             yield members, len(key) == 2
+
+
+def _siblings_of(path: str, modules: dict[str, _Module]) -> bool:
+    """Whether a container's member has siblings of its class."""
+    parent = path.rpartition(".")[0]
+    return any(
+        other != path and other.rpartition(".")[0] == parent and module.cls == modules[path].cls
+        for other, module in modules.items()
+    )
 
 
 def _path(node: fx.Node, context: Context) -> str | None:

@@ -12,7 +12,7 @@ from ..graph import LINEAR, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
 
 aten = torch.ops.aten
-_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default)
+_TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _product(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         x, right = node_arg(node, 0), node_arg(node, 1)
     elif node.target is aten.addmm.default and not node.kwargs:
         bias, x, right = (node_arg(node, i) for i in range(3))
-        if bias.meta["val"].dim() != 1:
+        if list(bias.meta["val"].shape) != list(node.meta["val"].shape[-1:]):
             return None
     else:
         return None

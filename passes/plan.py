@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import hif4
 from ..attach import attached, matching, require_matches
-from ..graph import INPUT, GraphInput, linears, module_classes, node_arg, size_hint, weight_input
+from ..graph import INPUT, GraphInput, is_written, linears, module_classes, node_arg, size_hint, weight_input
 from ..pass_base import Context, Decision, Pass, PassResult
 from .classify import ROLE
 
@@ -97,6 +97,8 @@ class Plan(Pass):
             if isinstance(origin, GraphInput):
                 return f"weight: {origin.path} is an argument or buffer of the graph, not a parameter"
             return f"weight: computed in the graph ({weight.target}), not a parameter"
+        if is_written(source):
+            return "weight: the graph writes to it"
         real = _example(source, context)
         if is_traceable_wrapper_subclass(real):
             return f"weight: a {type(real).__name__}, not a plain tensor"

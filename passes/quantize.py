@@ -64,6 +64,7 @@ def packed_input(graph: fx.Graph, beside: fx.Node, weights: tuple[int, ...], par
             return node
     with graph.inserting_before(beside):
         node = graph.placeholder(f"{beside.name}_{part}")
+    node.target = node.name  # the graph has made the name unique, but not the target
     node.meta[INPUT] = wanted
     return node
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..graph import INPUT, mutates, node_arg, size_hint
+from ..graph import INPUT, is_view, is_written, mutates, node_arg, size_hint
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
 from .quantize import call, drop_unused_weights, packed_input
@@ -85,7 +85,7 @@ class Share(Pass):
             biases = [node_arg(node, 4) for node in nodes if node.args[4] is not None]
             weights = [w for node in nodes for w in node_arg(node, 2).meta[INPUT].weights]
             ready = all(bias.op == "placeholder" for bias in biases)
-            if len(nodes) < 2 or not ready or len(set(weights)) != len(weights) or _written(biases):
+            if len(nodes) < 2 or not ready or len(set(weights)) != len(weights) or any(map(is_written, biases)):
                 continue
             if len({bias.meta["val"].dtype for bias in biases}) > 1:
                 continue
@@ -102,8 +102,24 @@ def seen_quantizations(graph: fx.Graph) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=QUANTIZE))
 
 
-def _written(biases: list[fx.Node]) -> bool:
-    return any(mutates(user) for bias in biases for user in bias.users)
+def _needs_contiguous(node: fx.Node) -> bool:
+    """Whether somebody may notice that a tensor is a strided part of a wider one."""
+    for user in node.users:
+        if user.op == "output" or mutates(user) or user.target is torch.ops.aten.as_strided.default:
+            return True
+        if not isinstance(user.target, torch._ops.OpOverload) or user.target.namespace not in ("aten", "tahf4"):
+            return True
+        if user.target is torch.ops.aten.view.default and not _splits_last_axis(user):
+            return True
+        if is_view(user) and _needs_contiguous(user):
+            return True
+    return False
+
+
+def _splits_last_axis(view: fx.Node) -> bool:
+    shape, wanted = node_arg(view, 0).meta["val"].shape, view.meta["val"].shape
+    leading = len(shape) - 1
+    return len(wanted) > leading and all(str(a) == str(b) for a, b in zip(shape[:leading], wanted))
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> None:
@@ -118,6 +134,10 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
         product.meta[DECISION] = [node.meta[DECISION] for node in nodes]
         split = call(first, torch.ops.aten.split_with_sizes.default, (product, sizes, -1))
         parts = [call(node, operator.getitem, (split, i)) for i, node in enumerate(nodes)]
+        for i, node in enumerate(nodes):
+            if _needs_contiguous(node):
+                parts[i] = call(node, torch.ops.aten.clone.default, (parts[i],))
+                parts[i].kwargs = {"memory_format": torch.contiguous_format}
     for node, part in zip(nodes, parts, strict=True):
         node.replace_all_uses_with(part)
         graph.erase_node(node)

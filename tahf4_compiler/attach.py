@@ -1,7 +1,8 @@
-"""Decisions attached to parameters, so that they hold wherever and however the module is compiled.
+"""Decisions attached to modules, so that they hold wherever and however the module is compiled.
 
 Names are relative to the compiled module under regional compilation (``compile_repeated_blocks``), so
-a pattern over full paths is resolved on the whole model beforehand and kept with each parameter.
+a pattern over full paths is resolved on the whole model beforehand and kept on the module that owns the weight:
+it survives ``copy.deepcopy`` and a replaced parameter. At run time it is found by the parameter's identity.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Attachment:
     reason: str
 
 
+_ATTRIBUTE = "_tahf4_kept"
 _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -54,14 +56,36 @@ def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     weights = dict(linear_weights(model))
     require_matches(checked, list(weights), f"{type(model).__name__}")
     kept = []
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
     for path, weight in weights.items():
+        _attachments.pop(weight, None)
         pattern = matching(checked, path)
-        if pattern is None:
-            _attachments.pop(weight, None)
-        else:
-            _attachments[weight] = Attachment("high_precision", f"kept by tahf4.keep: {pattern!r} matches {path}")
+        if pattern is not None:
+            owner, name = _owner(model, path)
+            attachment = Attachment("high_precision", f"kept by tahf4.keep: {pattern!r} matches {path}")
+            owner.__dict__.setdefault(_ATTRIBUTE, {})[name] = attachment
             kept.append(path)
+    refresh(model)
     return kept
+
+
+def refresh(model: nn.Module) -> None:
+    """Read what is attached to a model's modules again, for the parameters that they own now."""
+    for module in model.modules():
+        for name, attachment in module.__dict__.get(_ATTRIBUTE, {}).items():
+            if (parameter := module._parameters.get(name)) is not None:
+                _attachments[parameter] = attachment
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the module that owns a weight, and the parameter's name there."""
+    for full in (f"{path}.weight", path):
+        parent, _, name = full.rpartition(".")
+        for candidate, owner in model.named_modules(remove_duplicate=False):
+            if candidate.replace("_orig_mod.", "").removesuffix("_orig_mod") == parent and name in owner._parameters:
+                return owner, name
+    raise PatternError(f"{path} is no parameter of {type(model).__name__}")
 
 
 def attached(weight: object) -> Attachment | None:
@@ -74,7 +98,7 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         leaf = name.rpartition(".")[2]
         if parameter.dim() == 2 and leaf.endswith("weight"):
-            yield name.removesuffix(".weight"), parameter
+            yield name.replace("_orig_mod.", "").removesuffix(".weight"), parameter
 
 
 def linear_paths(model: nn.Module) -> list[str]:

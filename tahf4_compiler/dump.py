@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .errors import OptionError
 from .pass_manager import PassRecord
 
 __all__ = ["GraphDump", "dump_folder", "trace_artifacts"]
@@ -53,7 +54,10 @@ def dump_folder(dump_dir: str | None) -> Path | None:
 
 def new_graph_dump(dump_dir: Path, name: str) -> GraphDump:
     """Create the next numbered folder; folders of earlier runs stay."""
-    dump_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        dump_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot write to dump_dir {str(dump_dir)!r}: {error}. Choose another folder.") from error
     numbers = (re.match(r"graph_(\d+)_", entry.name) for entry in dump_dir.iterdir())
     start = max((int(match.group(1)) for match in numbers if match), default=-1) + 1
     for number in itertools.count(start):

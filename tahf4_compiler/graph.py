@@ -19,6 +19,8 @@ __all__ = [
     "INPUT",
     "GraphInput",
     "PackedInput",
+    "is_view",
+    "is_written",
     "linears",
     "module_classes",
     "module_path",
@@ -87,11 +89,34 @@ def node_arg(node: fx.Node, index: int) -> fx.Node:
 def weight_input(node: fx.Node) -> fx.Node | None:
     """Return the parameter placeholder that ``node`` is, or is a cast of; None for anything computed."""
     while node.op == "call_function" and node.target in _CASTS:
+        if not _keeps_values(node):
+            return None
         node = node_arg(node, 0)
     source = node.meta.get(INPUT)
     if isinstance(source, GraphInput) and source.kind == "parameter":
         return node
     return None
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    """Whether a cast stays among floating types of 16 bits and more, on one device."""
+    before, after = node_arg(node, 0).meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    wide = all(t.dtype.is_floating_point and t.element_size() >= 2 for t in (before, after))
+    return wide and before.device == after.device
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's result shares memory with its first argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns
+    )
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether the graph writes to a tensor, directly or through a view of it."""
+    return any(mutates(user) or (is_view(user) and is_written(user)) for user in node.users)
 
 
 def linears(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -122,8 +147,11 @@ def module_classes(node: fx.Node) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, cls in (node.meta.get("nn_module_stack") or {}).values():
         name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-        found[module_path(path)] = name
-    found.pop("", None)
+        root = root_expression(path)
+        # A function may call several models: their blocks must not be taken for one another's.
+        prefix = "" if root in ("", "L['self']") else f"{root[3:-2]}."
+        if inner := module_path(path):
+            found[f"{prefix}{inner}"] = name
     return found
 
 

@@ -109,22 +109,27 @@ def _from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs:
             lifted.append((kind, spec.target))
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     constants = dict(program.constants)
-    user_count = len(placeholders) - len(lifted)
+    users = [node for node in placeholders if node.meta[INPUT].kind == "user"]
+    captured_values = torch.utils._pytree.tree_leaves((args, kwargs))
+    for node, value in zip(users, captured_values, strict=True):
+        node.meta.setdefault("val", value)
+    ranges = dict(program.range_constraints)
 
     def fetch(kind: str, target: str) -> torch.Tensor:
         if kind == "parameter":
             return model.get_parameter(target)
-        return constants[target] if kind == "constant" or target in constants else model.get_buffer(target)
+        return model.get_buffer(target) if kind == "buffer" else constants[target]
 
     def bind(call_args: tuple[Any, ...], call_kwargs: dict[str, Any]) -> tuple[Any, ...]:
         ordered = {name: call_kwargs[name] for name in kwargs if name in call_kwargs}
         ordered.update(call_kwargs)
         flat, spec = torch.utils._pytree.tree_flatten((call_args, ordered))
-        if spec != in_spec or len(flat) != user_count:
+        if spec != in_spec or len(flat) != len(users):
             raise CaptureError(
                 f"called with arguments of structure {spec}; the model was captured with {in_spec}. "
                 "Pass the same positional and keyword arguments as at capture."
             )
+        _check_arguments(flat, users, captured_values, ranges)
         return (*(fetch(kind, target) for kind, target in lifted), *flat)
 
     def unflatten(flat: Any) -> Any:
@@ -143,6 +148,41 @@ def _from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs:
         bind=bind,
         unflatten=unflatten,
     )
+
+
+def _check_arguments(
+    values: Sequence[Any], placeholders: Sequence[fx.Node], captured: Sequence[Any], ranges: Mapping[Any, Any]
+) -> None:
+    """Raise :class:`CaptureError` for an argument that the captured graph was not made for."""
+    sizes: dict[Any, int] = {}
+    for value, node, example in zip(values, placeholders, captured, strict=True):
+        expected = node.meta["val"]
+        if not isinstance(example, torch.Tensor):
+            symbolic = isinstance(expected, torch.SymInt | torch.SymFloat | torch.SymBool)
+            if type(value) is not type(example) or (value != example and not symbolic):
+                raise CaptureError(
+                    f"argument {node.name!r} is {value!r}; it was {example!r} at capture, a constant of the graph. "
+                    "Capture the model again with this value."
+                )
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError(f"argument {node.name!r} is a {type(value).__name__}; expected a tensor")
+        found = (tuple(value.shape), value.dtype, value.device)
+        wrong = value.dtype != expected.dtype or value.device != expected.device or value.dim() != expected.dim()
+        for size, wanted in zip(value.shape, expected.shape, strict=False):
+            if not isinstance(wanted, torch.SymInt):
+                wrong |= size != wanted
+                continue
+            symbol = wanted.node.expr
+            wrong |= sizes.setdefault(symbol, size) != size
+            if (interval := ranges.get(symbol)) is not None:
+                wrong |= not interval.lower <= size <= interval.upper
+        if wrong:
+            raise CaptureError(
+                f"argument {node.name!r} is {found}; the graph was captured for "
+                f"{(tuple(expected.shape), expected.dtype, expected.device)}. Capture the model again, or name the "
+                "axis in dynamic_shapes."
+            )
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
@@ -170,6 +210,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     sources = [_source_name(node) for node in placeholders]
     fakes = [_fake(context, value) for value in inputs]
+    _write_data_as_detach(graph_module)
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
             # The interpreter, unlike the module's own code, says which node it is at: module paths survive.
@@ -197,6 +238,14 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     root = _root_module(roots)
     name = type(root).__name__ if root is not None else "function"
     return Capture(traced, inputs, context.fake_mode, Surroundings.find(root), name)
+
+
+def _write_data_as_detach(graph_module: fx.GraphModule) -> None:
+    """Replace ``tensor.data``, which tracing cannot follow, by ``detach``: both share the tensor's memory."""
+    for node in graph_module.graph.nodes:
+        if getattr(node.target, "__name__", "") == "_get_data_attr":
+            node.op, node.target = "call_function", torch.ops.aten.detach.default
+    graph_module.recompile()
 
 
 _READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
@@ -289,6 +338,12 @@ def _lift_attributes(graph_module: fx.GraphModule, fake_mode: Any) -> tuple[torc
         value = _attribute(graph_module, node.target)
         if not isinstance(value, torch.Tensor):
             continue
+        if isinstance(value, torch._subclasses.FakeTensor):
+            raise CaptureError(
+                f"the graph reads {node.target!r}, a tensor that tracing lost track of (of shape "
+                f"{tuple(value.shape)}). Writes through .data or other ways around autograd do that; use an in-place "
+                "operator under torch.no_grad() instead."
+            )
         if node.target not in by_target:
             anchor = [n for n in graph.nodes if n.op == "placeholder"]
             with graph.inserting_after(anchor[-1]) if anchor else graph.inserting_before(next(iter(graph.nodes))):

@@ -14,6 +14,7 @@ from torch import fx
 from .binding import Binding
 from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .errors import OptionError
+from .graph import INPUT, PackedInput
 from .graph_capture import Capture
 from .options import Options
 from .packing import store
@@ -84,6 +85,7 @@ def lower_graph(
     start = time.perf_counter()
     manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
     graph_module, history = manager.run(graph_module, context)
+    _check_plan_against_graph(graph_module, context.plan)
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     lowered = LoweredGraph(
         graph_module, Binding(graph_module), context.plan, history, context.notes, seconds, captured.name
@@ -96,6 +98,16 @@ def lower_graph(
         lowered.dump.write("plan.json", plan_json(context.plan))
         lowered.write_report()
     return lowered
+
+
+def _check_plan_against_graph(graph_module: fx.GraphModule, plan: Sequence[Decision]) -> None:
+    """Correct decisions that no pass carried out: the report says what runs, not what was wanted."""
+    sources = (node.meta.get(INPUT) for node in graph_module.graph.nodes if node.op == "placeholder")
+    packed = {index for source in sources if isinstance(source, PackedInput) for index in source.weights}
+    for decision in plan:
+        if decision.decision == "hif4" and decision.weight_index not in packed:
+            decision.decision, decision.bytes_after = "high_precision", decision.bytes_before
+            decision.reason = f"planned for HiF4, but no pass rewrote it ({decision.reason})"
 
 
 class Lowered:

@@ -139,6 +139,14 @@ def _path(name: str, value: Any) -> str | None:
 
 def _inductor(name: str, value: Any) -> bool | tuple[tuple[str, Any], ...]:
     if isinstance(value, Mapping):
+        import torch._inductor
+
+        known = torch._inductor.list_options()
+        for option in value:
+            if str(option).replace("-", "_") not in known:
+                near = difflib.get_close_matches(str(option), known, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise OptionError(f"option {name!r} names {option!r}, which Inductor does not have.{hint}")
         return tuple(value.items())
     if not isinstance(value, bool):
         raise OptionError(f"option {name!r} is {value!r}; expected True, False or a mapping of Inductor's options")

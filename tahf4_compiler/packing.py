@@ -7,6 +7,7 @@ again when their contents change.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from .ops import transform
 __all__ = ["PackedStore", "PackedWeight", "checksum", "pack_weight", "store"]
 
 _ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
-_LANES = 4093  # a prime, so that exchanged rows fall on other lanes
+_LANES = 4096
+_CHECKED = 256 * _LANES  # words summed at a time: bounds the temporaries to 8 MB
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,33 @@ def pack_weight(weight: Tensor, hadamard_block: int = 0) -> hif4.Packed:
 def checksum(weight: Tensor) -> Tensor:
     """Return an int64 scalar that depends on every byte of a tensor and on where it stands.
 
-    The bytes are summed in 4093 lanes of 8 bytes, and the lanes with different odd factors. One read of the
-    tensor, no copy where it is contiguous.
+    The bytes are read as 32-bit words, each times a random 64-bit factor of its lane and one of its row, summed
+    modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
     data = weight.detach().contiguous().reshape(-1).view(torch.uint8)
-    whole = data.numel() // 8 * 8
-    words = data[:whole].view(torch.int64)
-    lanes = words.numel() // _LANES * _LANES
-    total = (words[:lanes].view(-1, _LANES).sum(0) * _factors(_LANES, data.device)).sum()
-    rest = torch.cat((words[lanes:], data[whole:].to(torch.int64)))
-    return total + (rest * _factors(rest.numel(), data.device)).sum() * 3
+    data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
+    words = data.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for start in range(0, words.numel(), _CHECKED):
+        part = words[start : start + _CHECKED]
+        whole = part.numel() // _LANES * _LANES
+        for rows in (part[:whole].view(-1, _LANES), part[whole:].view(1, -1)):
+            sums = (rows.to(torch.int64) * _lane_factors(data.device)[: rows.shape[1]]).sum(1)
+            first = start // _LANES + (whole // _LANES if rows.shape[1] != _LANES else 0)
+            total = total + (sums * _row_factors(first, len(rows), data.device)).sum()
+    return total
 
 
-def _factors(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device, dtype=torch.int64) * 0x9E3779B97F4A7C15 % (1 << 62) * 2 + 1
+@functools.cache
+def _lane_factors(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0x4F4)
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (_LANES,), generator=generator, dtype=torch.int64).to(device)
+
+
+def _row_factors(first: int, count: int, device: torch.device) -> Tensor:
+    mixed = torch.arange(first + 1, first + count + 1, device=device, dtype=torch.int64) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 29)) * -0x40A7B892E31B1A47
+    return (mixed ^ (mixed >> 32)) | 1
 
 
 class PackedStore:
@@ -121,7 +136,7 @@ class PackedStore:
             return [packed for packed in found if packed is not None]
 
     def _find(self, weights: tuple[Tensor, ...], block: int, state: tuple[object, ...]) -> hif4.Packed | None:
-        entry = self._entries.get(weights[0], {}).get((len(weights), block))
+        entry = self._entries.get(weights[0], {}).get(_key(weights, block))
         if entry is None or entry.state != state:
             return None
         same = all(ref() is weight for ref, weight in zip(entry.others, weights[1:], strict=True))
@@ -138,16 +153,25 @@ class PackedStore:
         if len(parts) > 1:
             packed = hif4.Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
         entry = _Entry(state, tuple(weakref.ref(weight) for weight in weights[1:]), packed)
-        self._entries.setdefault(weights[0], {})[(len(weights), block)] = entry
+        mine = self._entries.setdefault(weights[0], {})
+        for key in [key for key, old in mine.items() if any(ref() is None for ref in old.others)]:
+            del mine[key]
+        mine[_key(weights, block)] = entry
         return packed
+
+
+def _key(weights: tuple[Tensor, ...], block: int) -> tuple[int, ...]:
+    """Tell the groups that begin with one weight apart; identities are checked against the entry's references."""
+    return (block, *(id(weight) for weight in weights[1:]))
 
 
 def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[object, ...]]:
     """Return, for each group of weights, what changes when their contents do."""
-    if check == "version":
-        return [tuple((*_identity(w), w.data_ptr()) for w in group) for group in groups]
-    sums = iter(_read([checksum(w) for group in groups for w in group]))
-    return [tuple((*_identity(w), next(sums)) for w in group) for group in groups]
+    def counted(weight: Tensor) -> bool:
+        return check == "version" and not weight.is_inference()  # inference tensors have no version counter
+
+    sums = iter(_read([checksum(w) for group in groups for w in group if not counted(w)]))
+    return [tuple((*_identity(w), w.data_ptr() if counted(w) else next(sums)) for w in group) for group in groups]
 
 
 def _read(values: list[Tensor]) -> list[int]:

@@ -152,9 +152,8 @@ class Pass:
                     f"pass {self.name!r} has no option {option!r}; it has {', '.join(sorted(known)) or 'none'}"
                 )
             expected = type(known[option])
-            if known[option] is not None and not isinstance(value, expected) and not (
-                expected is float and isinstance(value, int)
-            ):
+            fits = type(value) is expected or (expected is float and type(value) is int)
+            if known[option] is not None and not fits:
                 raise OptionError(
                     f"option {self.name}.{option} is {value!r}; expected {expected.__name__}, "
                     f"as its default {known[option]!r}"

@@ -18,7 +18,7 @@ from torch import fx
 
 from .binding import Binding, packed_fake
 from .errors import PassError, Tahf4Error
-from .graph import INPUT, GraphInput, PackedInput, mutates, tensor_meta
+from .graph import INPUT, GraphInput, PackedInput, is_written, mutates, tensor_meta
 from .packing import store
 from .pass_base import Context, Pass, PassResult
 
@@ -87,8 +87,7 @@ class PassManager:
             before = _interface(graph_module)
             result = self._call(item, graph_module, context)
             graph_module = result.graph_module
-            if result.modified:
-                self._check(item, graph_module, context, before)
+            self._check(item, graph_module, context, before)
             record = self._record(item.name, graph_module)
             record.matches, record.modified = context.matches, result.modified
             record.seconds = time.perf_counter() - start
@@ -101,6 +100,7 @@ class PassManager:
             logging.getLogger(f"{log.name}.{item.name}").info(
                 "%s: %d matches, %d nodes, %.3f s", item.name, record.matches, record.nodes, record.seconds
             )
+        graph_module.recompile()
         return graph_module, records
 
     def _record(self, name: str, graph_module: fx.GraphModule) -> PassRecord:
@@ -145,17 +145,20 @@ class PassManager:
                 if old != new
             ] or [f"{len(before.outputs)} outputs became {len(after.outputs)}"]
             raise PassError(f"pass {item.name!r} changed the graph's outputs: {'; '.join(changed)}")
-        graph_module.recompile()
 
     def _outputs(self, graph_module: fx.GraphModule, context: Context) -> list[Any]:
-        """Run a graph on the example inputs; parameters are used as they are, all else is copied."""
+        """Run a graph on the example inputs; parameters are used as they are unless it writes to them."""
         kinds = {
-            node.meta[INPUT].index: node.meta[INPUT].kind
+            node.meta[INPUT].index: "written" if is_written(node) else node.meta[INPUT].kind
             for node in graph_module.graph.nodes
             if node.op == "placeholder" and isinstance(node.meta[INPUT], GraphInput)
         }
+
+        def copied(index: int) -> bool:
+            return kinds.get(index, "parameter") != "parameter"
+
         args = [
-            value.clone() if isinstance(value, torch.Tensor) and kinds.get(i) != "parameter" else _concrete(value)
+            value.clone() if isinstance(value, torch.Tensor) and copied(i) else _concrete(value)
             for i, value in enumerate(context.inputs)
         ]
         from torch._subclasses.fake_tensor import unset_fake_temporarily

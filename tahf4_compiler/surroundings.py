@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .attach import linear_weights
+from .attach import linear_weights, refresh
 
 __all__ = ["Surroundings"]
 
@@ -51,6 +51,7 @@ class Surroundings:
 
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights."""
+        refresh(module)
         for path, weight in linear_weights(module):
             self._paths[weight] = path
 
