@@ -147,11 +147,8 @@ def module_classes(node: fx.Node) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, cls in (node.meta.get("nn_module_stack") or {}).values():
         name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-        root = root_expression(path)
-        # A function may call several models: their blocks must not be taken for one another's.
-        prefix = "" if root in ("", "L['self']") else f"{root[3:-2]}."
         if inner := module_path(path):
-            found[f"{prefix}{inner}"] = name
+            found[inner] = name
     return found
 
 

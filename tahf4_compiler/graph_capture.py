@@ -233,6 +233,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         kind, path = _kind(value, source), _path(source, roots)
         node.meta[INPUT] = GraphInput(kind, path or placeholders[index].name, index)
         _rename(node, f"{kind[0]}_{path}" if kind in ("parameter", "buffer") else placeholders[index].name)
+    _name_modules(traced, roots)
     inputs += _lift_attributes(traced, context.fake_mode)
     traced.recompile()
     root = _root_module(roots)
@@ -304,6 +305,23 @@ def _path(source: str, roots: set[str]) -> str:
     if len(roots) > 1 and (root := root_expression(source)):
         return f"{root[3:-2]}.{path}"
     return path
+
+
+def _name_modules(graph_module: fx.GraphModule, roots: set[str]) -> None:
+    """Write module paths relative to their root, as torch.export does.
+
+    With several roots (a function that calls two models) each path begins with its root, so that one
+    model's blocks are not taken for another's.
+    """
+
+    def relative(path: str) -> str:
+        root = max((r for r in roots if path.startswith(r)), key=len, default="")
+        inner = module_path(path[len(root) :])
+        return f"{module_path(root) or root_expression(root)[3:-2]}.{inner}" if len(roots) > 1 and inner else inner
+
+    for node in graph_module.graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {key: (relative(path), cls) for key, (path, cls) in stack.items()}
 
 
 def _rename(node: fx.Node, name: str) -> None:

@@ -37,8 +37,8 @@ FULL = Schedule(
     vae=loop.Stage("vae", 3600, 2e-3),
     clips=6144,
     base=loop.Stage("base", 1350, 1e-3),
-    high_noise=loop.Stage("high_noise", 350, 5e-4, average_decay=0.985),
-    low_noise=loop.Stage("low_noise", 150, 5e-4, average_decay=0.985),
+    high_noise=loop.Stage("high_noise", 1100, 8e-4, average_decay=0.995),
+    low_noise=loop.Stage("low_noise", 900, 5e-4, average_decay=0.995),
 )
 """The schedule of the shipped weights."""
 
