@@ -42,9 +42,10 @@ FULL = Schedule(
 )
 """The schedule of the shipped weights.
 
-They were trained in about 80 minutes on 2 cores that did other work as well: VAE 40, latents 1, base 16, and the
-experts 20, side by side in two processes of one thread. The base stage was interrupted once: its first 300 steps followed the
-learning rate of a stage of 1900 steps. A run of this schedule from the start will therefore differ in the digits.
+They were trained in about 80 minutes on 2 cores that did other work as well: VAE 40, latents 1, base 16, and
+the experts 20, side by side in two processes of one thread. The base stage was interrupted once: its first 300
+steps followed the learning rate of a stage of 1900 steps. A run of this schedule from the start will
+therefore differ in the digits.
 """
 
 QUICK = Schedule(
