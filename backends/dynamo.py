@@ -113,6 +113,7 @@ class CompiledGraph:
     def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Return what may set these parameters' decisions apart from others': attachments and paths."""
         for index in self._weights:
+            attached(args[index])  # notices a parameter that left its module, and finds the one that came instead
             if args[index] not in self._seen:  # another module's, or a parameter that was replaced
                 self._captured.surroundings.learn(args[index])
                 self._seen[args[index]] = True

@@ -8,6 +8,7 @@ it survives ``copy.deepcopy`` and a replaced parameter. At run time it is found 
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,9 +74,9 @@ def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def refresh(model: nn.Module) -> None:
     """Read what is attached to a model's modules again, for the parameters that they own now."""
     for module in model.modules():
-        for name, attachment in module.__dict__.get(_ATTRIBUTE, {}).items():
+        for name in module.__dict__.get(_ATTRIBUTE, {}):
             if (parameter := module._parameters.get(name)) is not None:
-                _attachments[parameter] = attachment
+                _attachments[parameter] = (weakref.ref(module), name)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -89,8 +90,18 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def attached(weight: object) -> Attachment | None:
-    """Return what is attached to a parameter, or None."""
-    return _attachments.get(weight) if isinstance(weight, torch.Tensor) else None
+    """Return what is attached to the module that owns a parameter, or None."""
+    if not isinstance(weight, torch.Tensor) or (entry := _attachments.get(weight)) is None:
+        return None
+    reference, name = entry
+    owner = reference()
+    found = owner.__dict__.get(_ATTRIBUTE, {}).get(name) if owner is not None else None
+    if owner is not None and found is not None and owner._parameters.get(name) is weight:
+        return found
+    del _attachments[weight]  # the module owns another parameter now, or is kept no more
+    if owner is not None:
+        refresh(owner)
+    return None
 
 
 def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -159,7 +159,8 @@ def _check_arguments(
         expected = node.meta["val"]
         if not isinstance(example, torch.Tensor):
             symbolic = isinstance(expected, torch.SymInt | torch.SymFloat | torch.SymBool)
-            if type(value) is not type(example) or (value != example and not symbolic):
+            # repr tells -0.0 from 0.0, and NaN is itself
+            if type(value) is not type(example) or (repr(value) != repr(example) and not symbolic):
                 raise CaptureError(
                     f"argument {node.name!r} is {value!r}; it was {example!r} at capture, a constant of the graph. "
                     "Capture the model again with this value."
@@ -236,9 +237,13 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     _name_modules(traced, roots)
     inputs += _lift_attributes(traced, context.fake_mode)
     traced.recompile()
-    root = _root_module(roots)
+    modules = _root_modules(roots)
+    root = modules[0] if len(roots) == len(modules) == 1 else None
+    surroundings = Surroundings.find(root)
+    for module in modules:
+        surroundings.watch(module)
     name = type(root).__name__ if root is not None else "function"
-    return Capture(traced, inputs, context.fake_mode, Surroundings.find(root), name)
+    return Capture(traced, inputs, context.fake_mode, surroundings, name)
 
 
 def _write_data_as_detach(graph_module: fx.GraphModule) -> None:
@@ -330,20 +335,19 @@ def _rename(node: fx.Node, name: str) -> None:
     node.target = node.name
 
 
-def _root_module(roots: set[str]) -> nn.Module | None:
-    """Return the module that Dynamo is compiling, if the graph belongs to exactly one."""
-    if len(roots) != 1:
-        return None
+def _root_modules(roots: set[str]) -> list[nn.Module]:
+    """Return the modules that Dynamo is compiling: one, or several that a function calls."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    (expression,) = roots
-    try:
-        output = InstructionTranslator.current_tx().output
-        scope = {"L": output.local_scope, "G": output.global_scope}
-        found = eval(expression, scope)  # an expression that Dynamo wrote: L['self'] and the like
-    except Exception:
-        return None
-    return found if isinstance(found, nn.Module) else None
+    found = []
+    for expression in roots:
+        try:
+            output = InstructionTranslator.current_tx().output
+            scope = {"L": output.local_scope, "G": output.global_scope}
+            found.append(eval(expression, scope))  # an expression that Dynamo wrote: L['self'] and the like
+        except Exception:  # not every source can be read back; the graph's own names serve then
+            continue
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _lift_attributes(graph_module: fx.GraphModule, fake_mode: Any) -> tuple[torch.Tensor, ...]:

@@ -8,6 +8,7 @@ boundary must not depend on that, so both are decided by a weight's path in the 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import defaultdict
 
 import torch
@@ -33,6 +34,7 @@ class Surroundings:
     def __init__(self, module: nn.Module | None) -> None:
         """Read a module, or nothing."""
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._roots: list[weakref.ref[nn.Module]] = []
         self.linear_paths: list[str] = []
         self.blocks: dict[str, dict[str, str]] = {}
         if module is not None:
@@ -51,9 +53,14 @@ class Surroundings:
 
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights."""
-        refresh(module)
+        self.watch(module)
         for path, weight in linear_weights(module):
             self._paths[weight] = path
+
+    def watch(self, module: nn.Module) -> None:
+        """Read what is attached to a module, now and whenever a parameter is new."""
+        self._roots.append(weakref.ref(module))
+        refresh(module)
 
     def path(self, weight: object) -> str | None:
         """Return the module path of a weight, or None if it belongs to another module."""
@@ -69,6 +76,9 @@ class Surroundings:
 
     def learn(self, weight: object) -> None:
         """At run time, remember the module around a weight that came with another module of the same class."""
+        for reference in self._roots:
+            if (root := reference()) is not None:
+                refresh(root)
         if self.path(weight) is None and (module := _compiled_module(weight)) is not None:
             self.add(module)
 

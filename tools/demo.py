@@ -49,7 +49,7 @@ def demo(
         list[str] | None,
         typer.Option(
             metavar="REGEX",
-            help="Keep linears in high precision whose module path matches, such as 'blocks\\.0\\.'; "
+            help="Keep linears in high precision whose module path matches, such as `blocks\\.0\\.`; "
             "repeat it for more.",
         ),
     ] = None,

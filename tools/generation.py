@@ -17,6 +17,7 @@ from diffusers import WanPipeline
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import Tahf4Error
 from .errors import CommandError
 
 __all__ = ["Run", "StepTime", "experts", "generate", "load_pipeline"]
@@ -143,13 +144,18 @@ def generate(
     for i, prompt in enumerate(prompts):
         pipe.set_progress_bar_config(desc=f"{label} {i + 1}/{len(prompts)}", position=1, leave=False)
         clock.start()
-        video = pipe(
-            prompt=prompt,
-            generator=torch.Generator().manual_seed(seed + i),
-            output_type="np",
-            callback_on_step_end=clock,
-            **arguments,
-        ).frames[0]
+        try:
+            video = pipe(
+                prompt=prompt,
+                generator=torch.Generator().manual_seed(seed + i),
+                output_type="np",
+                callback_on_step_end=clock,
+                **arguments,
+            ).frames[0]
+        except Tahf4Error:
+            raise
+        except ValueError as error:
+            raise CommandError(f"the pipeline refuses these arguments: {error}") from error
         run.videos.append(np.asarray(video, dtype=np.float32))
         run.calls_per_step = 2 if pipe.do_classifier_free_guidance else 1
         overall.update()

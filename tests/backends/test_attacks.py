@@ -275,3 +275,44 @@ def test_the_reference_of_these_tests_is_the_operators_meaning():
     linear, x = nn.Linear(100, 70), torch.randn(3, 100)
     got = torch.compile(linear, backend="tahf4", options=GRAPH)(x)
     assert relative(got, FakeLinear(linear)(x)) < CLOSE
+
+
+def quantized_as(model: nn.Module, names: list[str], got: Tensor, x: Tensor) -> bool:
+    return relative(got, expected(model, names)(x)) < CLOSE
+
+
+class Pair(Two):
+    def forward(self, x):
+        return self.b(functional.silu(self.a(x)))
+
+
+def test_keep_holds_for_copies_called_beside_the_original():
+    model, x = Pair().eval(), torch.randn(4, 64)
+    tahf4.keep(model, ["a"])
+    copied = copy.deepcopy(model)
+    copied.a.weight.mul_(3)
+    got = torch.compile(lambda x: (model(x), copied(x)), backend="tahf4", options=GRAPH)(x)
+    assert quantized_as(model, ["b"], got[0], x)
+    assert quantized_as(copied, ["b"], got[1], x)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_keep_stays_with_the_module_when_weights_are_exchanged(first):
+    model, x = Pair().eval(), torch.randn(4, 64)
+    tahf4.keep(model, ["a"])
+    compiled = torch.compile(model, backend="tahf4", options=GRAPH)
+    if first:
+        compiled(x)
+    model.a.weight, model.b.weight = model.b.weight, model.a.weight
+    assert quantized_as(model, ["b"], compiled(x), x)
+
+
+def test_a_keep_that_was_taken_back_does_not_return_with_its_parameter():
+    model, x = Pair().eval(), torch.randn(4, 64)
+    tahf4.keep(model, ["a"])
+    weight, compiled = model.a.weight, torch.compile(model, backend="tahf4", options=GRAPH)
+    model.a.weight = nn.Parameter(torch.randn(64, 64))
+    assert quantized_as(model, ["b"], compiled(x), x)
+    tahf4.keep(model, [])
+    model.a.weight = weight
+    assert quantized_as(model, ["a", "b"], compiled(x), x)

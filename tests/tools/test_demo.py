@@ -313,3 +313,14 @@ def test_other_prompts_and_sizes_are_not_judged():
 
 def test_the_example_prompts_are_captions_of_the_tiny_pipeline():
     assert set(demo.PROMPTS) <= {str(caption) for caption in data.all_captions()}
+
+
+def test_a_size_that_the_pipeline_refuses_is_one_message(tmp_path):
+    from tahf4_compiler.tools.cli import app
+    from typer.testing import CliRunner
+
+    arguments = ["demo", "--height", "33", "--steps", "1", "--no-inductor", "--prompt", "x", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "the pipeline refuses these arguments" in result.output
+    assert not (tmp_path / "out").exists()
