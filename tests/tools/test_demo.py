@@ -199,7 +199,7 @@ def test_a_wrong_keep_pattern_is_refused_before_anything_is_generated(folder, tm
     result = runner.invoke(app, arguments(folder, tmp_path / "out", "--keep", pattern))
     assert result.exit_code == 2
     assert message in result.output
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,8 @@ def test_a_size_that_the_pipeline_refuses_is_one_message(tmp_path):
     from tahf4_compiler.tools.cli import app
     from typer.testing import CliRunner
 
-    arguments = ["demo", "--height", "33", "--steps", "1", "--no-inductor", "--prompt", "x", "-o", str(tmp_path / "out")]
+    arguments = ["demo", "--height", "33", "--steps", "1", "--no-inductor", "--prompt", "x", "-o", str(tmp_path / "o")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "the pipeline refuses these arguments" in result.output
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "o").exists()
