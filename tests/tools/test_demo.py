@@ -199,7 +199,7 @@ def test_a_wrong_keep_pattern_is_refused_before_anything_is_generated(folder, tm
     result = runner.invoke(app, arguments(folder, tmp_path / "out", "--keep", pattern))
     assert result.exit_code == 2
     assert message in result.output
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
