@@ -263,3 +263,13 @@ def test_threads_share_one_conversion():
         results = list(pool.map(lambda _: store.get([((w,), 0) for w in weights]), range(8)))
     assert store.conversions - before == len(weights)
     assert all(torch.equal(r[0].codes, results[0][0].codes) for r in results)
+
+
+def test_nothing_is_unpickled():
+    root = Path(__file__).parents[2]
+    sources = [p for folder in ("tahf4_compiler", "passes", "backends", "tools") for p in (root / folder).rglob("*.py")]
+    assert len(sources) > 30
+    for path in sources:
+        text = path.read_text()
+        assert "pickle" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True"), f"{path}: checkpoints hold tensors only"
