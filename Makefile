@@ -34,7 +34,7 @@ types: $(STAMP) ## Check types with mypy
 	@ln -s $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/tools build/types/tahf4_compiler/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tahf4_compiler
 
-tiny-wan: $(STAMP) ## Train the shipped pipeline again (about an hour and a half on 2 cores; can be stopped and taken up again)
+tiny-wan: $(STAMP) ## Train the shipped pipeline again (about 80 minutes of stages on 2 cores; can be stopped and taken up again)
 	$(BIN)/python -m tahf4_compiler.tools.tiny_wan.train
 
 clean: ## Remove the environment and everything that was built

@@ -114,9 +114,10 @@ class CompiledGraph:
         """Return what may set these parameters' decisions apart from others': attachments and paths."""
         for index in self._weights:
             attached(args[index])  # notices a parameter that left its module, and finds the one that came instead
-            if args[index] not in self._seen:  # another module's, or a parameter that was replaced
-                self._captured.surroundings.learn(args[index])
-                self._seen[args[index]] = True
+        unseen = [args[index] for index in self._weights if args[index] not in self._seen]
+        if unseen:  # another module's, or parameters that were replaced
+            self._captured.surroundings.learn(unseen)
+            self._seen.update((weight, True) for weight in unseen)
         if not self._piece:
             return tuple(attached(args[index]) for index in self._weights)
         where, keep, out = self._captured.surroundings, self._options.keep, []

@@ -63,7 +63,8 @@ def packed_input(graph: fx.Graph, beside: fx.Node, weights: tuple[int, ...], par
         if node.op == "placeholder" and node.meta.get(INPUT) == wanted:
             return node
     with graph.inserting_before(beside):
-        node = graph.placeholder(f"{beside.name}_{part}")
+        merged = "_merged" if len(weights) > 1 else ""
+        node = graph.placeholder(f"{beside.name.removesuffix('_codes')}{merged}_{part}")
     node.target = node.name  # the graph has made the name unique, but not the target
     node.meta[INPUT] = wanted
     return node

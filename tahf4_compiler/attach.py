@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .errors import PatternError
 from .options import patterns as check_patterns
 
-__all__ = ["Attachment", "attached", "keep", "linear_paths"]
+__all__ = ["Attachment", "attached", "keep", "linear_weights", "refresh"]
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,6 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         leaf = name.rpartition(".")[2]
         if parameter.dim() == 2 and leaf.endswith("weight"):
             yield name.replace("_orig_mod.", "").removesuffix(".weight"), parameter
-
-
-def linear_paths(model: nn.Module) -> list[str]:
-    """Return the module paths of everything in a model that may be the weight of a linear."""
-    return [path for path, _ in linear_weights(model)]
 
 
 def matching(patterns: Sequence[str], path: str) -> str | None:

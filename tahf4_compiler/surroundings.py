@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -74,13 +75,14 @@ class Surroundings:
                     return member, kind
         return None
 
-    def learn(self, weight: object) -> None:
-        """At run time, remember the module around a weight that came with another module of the same class."""
+    def learn(self, weights: Sequence[object]) -> None:
+        """At run time, look again for weights that are new: another module's of the class, or replaced ones."""
         for reference in self._roots:
             if (root := reference()) is not None:
                 refresh(root)
-        if self.path(weight) is None and (module := _compiled_module(weight)) is not None:
-            self.add(module)
+        for weight in weights:
+            if self.path(weight) is None and (module := _compiled_module(weight)) is not None:
+                self.add(module)
 
 
 def _compiled_module(part: object) -> nn.Module | None:

@@ -14,7 +14,7 @@ import numpy as np
 from diffusers import WanPipeline
 from tqdm import tqdm
 
-from ..attach import linear_paths, require_matches
+from ..attach import linear_weights, require_matches
 from ..options import Options
 from .generation import Run, experts, generate
 from .media import psnr
@@ -133,7 +133,7 @@ def compare(
     """
     models = experts(pipe)
     for name, model in models.items():
-        require_matches(Options.parse(options).keep, linear_paths(model), name)
+        require_matches(Options.parse(options).keep, [path for path, _ in linear_weights(model)], name)
     dumps = Path(options["dump_dir"])
     with tqdm(total=2 * len(prompts), desc="videos", unit="video") as overall:
         original = generate(pipe, prompts, arguments, seed=seed, label="original", overall=overall)
