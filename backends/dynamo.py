@@ -51,12 +51,20 @@ def tahf4(
         CaptureError, PassError, PipelineError: see there. Dynamo wraps all of them in
             ``BackendCompilerFailed``, with their message.
     """
-    parsed = Options.parse(options, mode)
-    start = time.perf_counter()
-    captured = capture_dynamo(graph_module, example_inputs)
-    captured.seconds = time.perf_counter() - start
-    compiled = CompiledGraph(captured, parsed)
-    return lambda *args: compiled(*args)
+    return compiler(Options.parse(options, mode))(graph_module, example_inputs)
+
+
+def compiler(options: Options, passes: Sequence[Any] | None = None) -> Callable[..., Callable[..., Any]]:
+    """Return a ``torch.compile`` backend with these options, and other passes than the default ones if given."""
+
+    def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        start = time.perf_counter()
+        captured = capture_dynamo(graph_module, example_inputs)
+        captured.seconds = time.perf_counter() - start
+        compiled = CompiledGraph(captured, options, passes)
+        return lambda *args: compiled(*args)
+
+    return compile_graph
 
 
 class CompiledGraph:
@@ -67,9 +75,10 @@ class CompiledGraph:
     (:func:`tahf4_compiler.keep`), another lowering is made and kept beside the first.
     """
 
-    def __init__(self, captured: Capture, options: Options) -> None:
+    def __init__(self, captured: Capture, options: Options, passes: Sequence[Any] | None = None) -> None:
         """Lower the graph for the parameters of the example."""
         self._captured = captured
+        self._passes = passes
         self._options = options
         self._lock = threading.Lock()
         graph = captured.graph_module.graph
@@ -87,7 +96,7 @@ class CompiledGraph:
         self._piece = any(known[i] not in (None, name) for i, name in names.items())
         # Tensors that the graph held as attributes are inputs at the end, which Dynamo does not pass.
         self._lifted = captured.example_inputs[self._called_with(graph) :]
-        first = _lower(captured, options)
+        first = lower_graph(captured, options, passes)
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         first_key = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
@@ -118,13 +127,17 @@ class CompiledGraph:
         if unseen:  # another module's, or parameters that were replaced
             self._captured.surroundings.learn(unseen)
             self._seen.update((weight, True) for weight in unseen)
+        names: dict[str, int] = {}
+        held = [attached(args[index]) for index in self._weights]
+        # Which weights are transformed alike is part of the graph; what their activation is called is not.
+        decisions = [(a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held]
         if not self._piece:
-            return tuple(attached(args[index]) for index in self._weights)
+            return tuple(decisions)
         where, keep, out = self._captured.surroundings, self._options.keep, []
-        for index, name in self._weights.items():
+        for (index, name), decision in zip(self._weights.items(), decisions, strict=True):
             weight = args[index]
             path = where.path(weight) or name
-            out.append((attached(weight), matching(keep, path) is not None, where.block_of(path) is not None))
+            out.append((decision, matching(keep, path) is not None, where.block_of(path) is not None))
         return tuple(out)
 
     def _called_with(self, graph: fx.Graph) -> int:
@@ -135,7 +148,7 @@ class CompiledGraph:
         with self._lock:
             if key in self._variants:
                 return
-            lowered = _lower(replace(self._captured, example_inputs=args), self._options)
+            lowered = lower_graph(replace(self._captured, example_inputs=args), self._options, self._passes)
             bound = lowered.binding(args, store, self._options.weight_check)
             self._variants[key] = (lowered, _finish(lowered, self._options, bound))
             _announce(lowered)
@@ -143,10 +156,6 @@ class CompiledGraph:
 
 def _size(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else value
-
-
-def _lower(captured: Capture, options: Options) -> LoweredGraph:
-    return lower_graph(captured, options)
 
 
 def _finish(lowered: LoweredGraph, options: Options, example: Sequence[Any] | None) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ class Lower(Pass):
         y = tahf4.linear(...)        ->        y = mine.linear_sm90(...)
     """
 
-    after = ("quantize", "share")
+    after = ("quantize", "share", "smooth", "rotate", "scale_search")
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""

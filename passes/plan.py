@@ -25,7 +25,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Plan(Pass):
     """Give every linear a decision with its reason. The graph stays as it is.
 
-    In order: what cannot be quantized, what the user keeps, what stands on the boundary; all else runs in HiF4.
+    In order: what cannot be quantized, what the user keeps, what a recipe decided (by measured sensitivity and a
+    budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4.
 
     Attributes:
         min_features: linears with fewer input or output features stay in high precision: less than one
@@ -75,12 +76,15 @@ class Plan(Pass):
         for size in node_arg(node, 0).meta["val"].shape[:-1]:
             rows *= size_hint(size)
         role = node.meta.get(ROLE)
+        reason = high or (role.reason if role else "not classified")
+        if not high and (recipe := attached(_example(source, context))) is not None:  # type: ignore[arg-type]
+            reason = recipe.reason
         return Decision(
             module=module,
             k=k,
             n=n,
             decision="high_precision" if high else "hif4",
-            reason=high or (role.reason if role else "not classified"),
+            reason=reason,
             bytes_before=before,
             bytes_after=after,
             flops=2 * rows * k * n,
@@ -110,10 +114,11 @@ class Plan(Pass):
                 return f"dtype: {name} is {str(dtype).removeprefix('torch.')}"
         if (pattern := matching(context.options.keep, module)) is not None:
             return f"kept: {pattern!r} matches"
-        if (attachment := attached(real)) is not None:
+        attachment = attached(real)
+        if attachment is not None and attachment.decision == "high_precision":
             return attachment.reason
         role = node.meta.get(ROLE)
-        if role is not None and not role.body:
+        if role is not None and not role.body and attachment is None:
             return role.reason
         if min(n, k) < self.min_features:
             return f"shape: {k} -> {n} features, less than {self.min_features}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
-from ..graph import INPUT, PackedInput, linears, node_arg, weight_input
+from ..attach import Attachment, attached_recipe
+from ..graph import INPUT, PackedInput, PackedWeight, linears, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
 
@@ -40,8 +41,8 @@ class Quantize(Pass):
             bias = rest[0] if rest else node.kwargs.get("bias")
             source = weight_input(node_arg(node, 1))
             assert source is not None, "the plan chooses parameters only"
-            codes = packed_input(graph, source, (source.meta[INPUT].index,), "codes")
-            scales = packed_input(graph, source, (source.meta[INPUT].index,), "scales")
+            weight = PackedWeight((source.meta[INPUT].index,))
+            codes, scales = (packed_input(graph, source, weight, part) for part in ("codes", "scales"))
             with graph.inserting_before(node):
                 activation = call(node, torch.ops.tahf4.quantize.default, (x, None, 0))
                 parts = [call(node, operator.getitem, (activation, i)) for i in (0, 1)]
@@ -56,18 +57,92 @@ class Quantize(Pass):
         return PassResult(graph_module, modified=bool(chosen))
 
 
-def packed_input(graph: fx.Graph, beside: fx.Node, weights: tuple[int, ...], part: Any) -> fx.Node:
-    """Return the placeholder of a packed weight's codes or scales, added next to ``beside`` if it is new."""
-    wanted = PackedInput(part, weights)
+def packed_input(graph: fx.Graph, beside: fx.Node, weight: PackedWeight, part: Any) -> fx.Node:
+    """Return the placeholder of a part of a packed weight, added next to ``beside`` if it is new."""
+    wanted = PackedInput(part, weight)
     for node in graph.nodes:
         if node.op == "placeholder" and node.meta.get(INPUT) == wanted:
             return node
+    base = beside.name.removesuffix("_codes")
+    merged = "_merged" if len(weight.weights) > 1 and not base.endswith("_merged") else ""
     with graph.inserting_before(beside):
-        merged = "_merged" if len(weights) > 1 else ""
-        node = graph.placeholder(f"{beside.name.removesuffix('_codes')}{merged}_{part}")
+        node = graph.placeholder(f"{base}{merged}_{part}")
     node.target = node.name  # the graph has made the name unique, but not the target
     node.meta[INPUT] = wanted
     return node
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A quantized activation in a graph: the one place where its transform is decided.
+
+    Attributes:
+        node: the ``tahf4.quantize`` node.
+        products: the ``tahf4.linear`` nodes that read it.
+        weights: positions of all the weights that read it.
+    """
+
+    node: fx.Node
+    products: list[fx.Node]
+    weights: tuple[int, ...]
+
+    def attached(self, context: Context) -> Attachment | None:
+        """Return what a recipe says about the activation's weights, if it says one thing about all of them."""
+        found = [attached_recipe(context.inputs[index]) for index in self.weights]
+        first = found[0]
+        if first is None or any(other is None or other.activation != first.activation for other in found):
+            return None
+        return first
+
+    def module(self, context: Context) -> str:
+        """Return the module path of the first weight that reads it."""
+        return context.path_of(self.weights[0])
+
+    def change(self, **values: Any) -> None:
+        """Change how the weights are transformed: fields of :class:`~tahf4_compiler.graph.PackedWeight`."""
+        graph = self.node.graph
+        for product in self.products:
+            for position, part in ((2, "codes"), (3, "scales")):
+                old = node_arg(product, position)
+                wanted = PackedInput(part, replace(old.meta[INPUT].weight, **values))  # type: ignore[arg-type]
+                same = [n for n in graph.find_nodes(op="placeholder") if n.meta.get(INPUT) == wanted]
+                if same:
+                    product.update_arg(position, same[0])
+                elif len(old.users) == 1:
+                    old.meta[INPUT] = wanted  # keeps its name
+                else:
+                    product.update_arg(position, packed_input(graph, old, wanted.weight, part))
+        drop_unused_weights(graph)
+
+    def weight(self) -> PackedWeight:
+        """Return how the weights are transformed, as positions of all of them."""
+        how: PackedWeight = node_arg(self.products[0], 2).meta[INPUT].weight
+        return replace(how, weights=self.weights)
+
+    def multiply(self) -> None:
+        """Give the quantization the multiplier that belongs to the weights' transform."""
+        graph, how = self.node.graph, replace(self.weight(), hadamard_block=0, search="")
+        beside, old = node_arg(self.products[0], 2), self.node.args[1]
+        self.node.update_arg(1, packed_input(graph, beside, how, "multiplier"))
+        if isinstance(old, fx.Node) and not old.users:
+            graph.erase_node(old)
+
+
+def activations(graph: fx.Graph) -> list[Activation]:
+    """Return the quantized activations of a graph that products in 4 bits read."""
+    found = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.tahf4.quantize.default):
+        products = [
+            user
+            for part in node.users
+            if part.target is operator.getitem and part.args[1] == 0
+            for user in part.users
+            if user.target is torch.ops.tahf4.linear.default and user.args[0] is part
+        ]
+        if products:
+            weights = dict.fromkeys(i for product in products for i in node_arg(product, 2).meta[INPUT].weights)
+            found.append(Activation(node, products, tuple(weights)))
+    return found
 
 
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:

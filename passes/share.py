@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx
 from ..graph import INPUT, is_view, is_written, mutates, node_arg, size_hint
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
-from .quantize import call, drop_unused_weights, packed_input
+from .quantize import activations, call, drop_unused_weights, packed_input
 
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default
@@ -58,7 +58,8 @@ class Share(Pass):
                 seen.clear()  # the activation may not be what it was
             if node.target is not QUANTIZE:
                 continue
-            first = seen.setdefault(node.args, node)
+            # What a recipe transforms in another way stays apart.
+            first = seen.setdefault((node.args, activation_name(node, context)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
@@ -97,6 +98,12 @@ class Share(Pass):
         return merged
 
 
+def activation_name(node: fx.Node, context: Context) -> str | None:
+    """Return the name that a recipe gives the activation of a quantization with one product."""
+    recipe = next((a.attached(context) for a in activations(node.graph) if a.node is node), None)
+    return recipe.activation if recipe is not None else None
+
+
 def seen_quantizations(graph: fx.Graph) -> list[fx.Node]:
     """Return the ``tahf4.quantize`` nodes of a graph."""
     return list(graph.find_nodes(op="call_function", target=QUANTIZE))
@@ -126,7 +133,8 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
     first = nodes[0]
     codes, scales, _, _, bias, dtype = first.args
     sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
-    packed = [packed_input(graph, node_arg(first, 2), weights, part) for part in ("codes", "scales")]
+    how = replace(node_arg(first, 2).meta[INPUT].weight, weights=weights)
+    packed = [packed_input(graph, node_arg(first, 2), how, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:
             bias = call(first, torch.ops.aten.cat.default, ([node.args[4] for node in nodes],))

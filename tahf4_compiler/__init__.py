@@ -6,7 +6,9 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 
 from . import hif4, ops
 from .attach import keep
+from .calibration import Calibration, calibrate
 from .errors import (
+    CalibrationError,
     CaptureError,
     FormatError,
     GradientError,
@@ -14,6 +16,7 @@ from .errors import (
     PassError,
     PatternError,
     PipelineError,
+    RecipeError,
     Tahf4Error,
 )
 from .graph_capture import Capture, capture
@@ -22,10 +25,13 @@ from .lowering import Lowered, lower
 from .options import Options
 from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
 from .pipeline import default_passes
+from .recipe import Recipe, apply_recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
     "Capture",
     "CaptureError",
     "Context",
@@ -41,7 +47,11 @@ __all__ = [
     "PassResult",
     "PatternError",
     "PipelineError",
+    "Recipe",
+    "RecipeError",
     "Tahf4Error",
+    "apply_recipe",
+    "calibrate",
     "capture",
     "default_passes",
     "hif4",

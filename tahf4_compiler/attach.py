@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,24 +18,45 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import PatternError
 from .options import patterns as check_patterns
+from .steps import StepPrecision
 
-__all__ = ["Attachment", "attached", "keep", "linear_weights", "refresh"]
+__all__ = ["Attachment", "attach", "attached", "attached_recipe", "keep", "linear_weights", "refresh"]
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """A decision that belongs to one weight.
+    """What was decided for one weight outside of a compilation.
+
+    Two are equal if one lowered graph can serve both: values that are looked up at run time take no part.
 
     Attributes:
-        decision: ``"high_precision"``.
+        decision: ``"hif4"`` or ``"high_precision"``.
         reason: why, for the report.
+        masked: whether there is a mask.
+        hadamard_block: width of the rotation, 0 for none.
+        search: how the weight's scales are chosen, see :class:`tahf4_compiler.graph.PackedWeight`.
+        activation: name of the activation that the weight reads; weights of one name are transformed alike.
+        mask: float32 ``[K]``.
+        seed: of the rotation's signs.
+        second_moment: float32 ``[K]``, of the activation's channels.
+        steps: says whether the step at hand runs in high precision, or None.
     """
 
     decision: str
-    reason: str
+    reason: str = field(compare=False)
+    masked: bool = False
+    hadamard_block: int = 0
+    search: str = ""
+    activation: str = field(default="", compare=False)
+    mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    seed: int | None = field(default=None, compare=False)
+    second_moment: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    steps: StepPrecision | None = field(default=None, compare=False, repr=False)
 
 
-_ATTRIBUTE = "_tahf4_kept"
+_KEPT = "_tahf4_kept"
+_RECIPE = "_tahf4_recipe"
+_STEP = Attachment("high_precision", "this step runs in high precision")
 _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -54,29 +75,40 @@ def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         PatternError: a pattern is no regular expression or matches no linear.
     """
     checked = check_patterns("keep", patterns)
-    weights = dict(linear_weights(model))
-    require_matches(checked, list(weights), f"{type(model).__name__}")
-    kept = []
+    paths = [path for path, _ in linear_weights(model)]
+    require_matches(checked, paths, f"{type(model).__name__}")
+    kept = {
+        path: Attachment("high_precision", f"kept by tahf4.keep: {pattern!r} matches {path}")
+        for path in paths
+        if (pattern := matching(checked, path)) is not None
+    }
+    attach(model, kept, _KEPT)
+    return list(kept)
+
+
+def attach(model: nn.Module, attachments: Mapping[str, Attachment], kind: str = _RECIPE) -> None:
+    """Attach a decision to the owner of each weight, in place of everything of that kind attached before.
+
+    Args:
+        model: any module.
+        attachments: by module path, as :func:`linear_weights` names them.
+        kind: a recipe's, or those of :func:`keep`, which come first.
+    """
     for module in model.modules():
-        module.__dict__.pop(_ATTRIBUTE, None)
-    for path, weight in weights.items():
-        _attachments.pop(weight, None)
-        pattern = matching(checked, path)
-        if pattern is not None:
-            owner, name = _owner(model, path)
-            attachment = Attachment("high_precision", f"kept by tahf4.keep: {pattern!r} matches {path}")
-            owner.__dict__.setdefault(_ATTRIBUTE, {})[name] = attachment
-            kept.append(path)
+        module.__dict__.pop(kind, None)
+    for path, attachment in attachments.items():
+        owner, name = _owner(model, path)
+        owner.__dict__.setdefault(kind, {})[name] = attachment
     refresh(model)
-    return kept
 
 
 def refresh(model: nn.Module) -> None:
     """Read what is attached to a model's modules again, for the parameters that they own now."""
     for module in model.modules():
-        for name in module.__dict__.get(_ATTRIBUTE, {}):
-            if (parameter := module._parameters.get(name)) is not None:
-                _attachments[parameter] = (weakref.ref(module), name)
+        for kind in (_KEPT, _RECIPE):
+            for name in module.__dict__.get(kind, {}):
+                if (parameter := module._parameters.get(name)) is not None:
+                    _attachments[parameter] = (weakref.ref(module), name)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -90,15 +122,30 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def attached(weight: object) -> Attachment | None:
-    """Return what is attached to the module that owns a parameter, or None."""
+    """Return what holds now for a parameter: what was kept, then what the step says, then the recipe; or None."""
+    kept = _find(weight, _KEPT)
+    if kept is not None:
+        return kept
+    recipe = _find(weight, _RECIPE)
+    if recipe is not None and recipe.decision == "hif4" and recipe.steps is not None and recipe.steps.high():
+        return _STEP
+    return recipe
+
+
+def attached_recipe(weight: object) -> Attachment | None:
+    """Return what a recipe says about a parameter, or None."""
+    return _find(weight, _RECIPE)
+
+
+def _find(weight: object, kind: str) -> Attachment | None:
     if not isinstance(weight, torch.Tensor) or (entry := _attachments.get(weight)) is None:
         return None
     reference, name = entry
     owner = reference()
-    found = owner.__dict__.get(_ATTRIBUTE, {}).get(name) if owner is not None else None
-    if owner is not None and found is not None and owner._parameters.get(name) is weight:
+    if owner is not None and owner._parameters.get(name) is weight and any(k in owner.__dict__ for k in (_KEPT, _RECIPE)):
+        found: Attachment | None = owner.__dict__.get(kind, {}).get(name)
         return found
-    del _attachments[weight]  # the module owns another parameter now, or is kept no more
+    del _attachments[weight]  # the module owns another parameter now, or nothing is attached to it any more
     if owner is not None:
         refresh(owner)
     return None

@@ -10,7 +10,8 @@ from torch import fx
 
 from . import hif4
 from .graph import INPUT, GraphInput, PackedInput
-from .packing import PackedStore, PackedWeight
+from .observing import handle_of
+from .packing import PackedStore
 
 __all__ = ["Binding"]
 
@@ -24,19 +25,17 @@ class Binding:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         """Read the inputs off the graph's placeholders."""
-        self.weights: list[PackedWeight] = []
-        self._plan: list[tuple[int, str | None]] = []
-        for node in graph_module.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            source = node.meta[INPUT]
+        sources = [node.meta[INPUT] for node in graph_module.graph.nodes if node.op == "placeholder"]
+        packed = [source for source in sources if isinstance(source, PackedInput)]
+        self.weights = list(dict.fromkeys(s.weight for s in packed if s.part in ("codes", "scales")))
+        self._plan: list[tuple[int, Any]] = []
+        for source in sources:
             if isinstance(source, GraphInput):
                 self._plan.append((source.index, None))
+            elif source.part in ("codes", "scales"):
+                self._plan.append((self.weights.index(source.weight), source.part))
             else:
-                request = PackedWeight(source.weights, source.hadamard_block)
-                if request not in self.weights:
-                    self.weights.append(request)
-                self._plan.append((self.weights.index(request), source.part))
+                self._plan.append((-1, source))
 
     def __call__(self, args: Sequence[Any], store: PackedStore, check: str = "content") -> list[Any]:
         """Return the lowered graph's arguments.
@@ -48,15 +47,28 @@ class Binding:
         """
         packed: list[hif4.Packed] = []
         if self.weights:
-            requests = [(tuple(args[i] for i in w.weights), w.hadamard_block) for w in self.weights]
-            packed = store.get(requests, check)
-        return [args[i] if part is None else getattr(packed[i], part) for i, part in self._plan]
+            packed = store.get([(tuple(args[i] for i in w.weights), w) for w in self.weights], check)
+
+        def value(index: int, part: Any) -> Any:
+            if part is None:
+                return args[index]
+            if isinstance(part, str):
+                return getattr(packed[index], part)
+            weights = tuple(args[i] for i in part.weights)
+            return store.multiplier(weights, part.weight) if part.part == "multiplier" else handle_of(weights)
+
+        return [value(index, part) for index, part in self._plan]
 
 
 def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return an empty tensor of the shape and dtype of a packed input, for its weights' fake tensors."""
     rows = sum(weight.shape[0] for weight in weights)
-    count = hif4.units(weights[0].shape[1])
+    k = weights[0].shape[1]
+    count = hif4.units(k)
+    if source.part == "observer":
+        return weights[0].new_empty((2,), dtype=torch.int64, device="cpu")
+    if source.part == "multiplier":
+        return weights[0].new_empty((k,), dtype=torch.float32)
     if source.part == "codes":
         return weights[0].new_empty((rows, count * (hif4.UNIT // 2)), dtype=torch.uint8)
     return weights[0].new_empty((rows, count), dtype=torch.int32)

@@ -7,6 +7,7 @@ Each message says what was found, what was expected and what to do. Every error 
 from __future__ import annotations
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "FormatError",
     "GradientError",
@@ -14,6 +15,7 @@ __all__ = [
     "PassError",
     "PatternError",
     "PipelineError",
+    "RecipeError",
     "Tahf4Error",
 ]
 
@@ -48,3 +50,11 @@ class PipelineError(Tahf4Error, ValueError):
 
 class PassError(Tahf4Error, RuntimeError):
     """A pass failed, or left a graph that breaks its contract. The message names the pass."""
+
+
+class CalibrationError(Tahf4Error, RuntimeError):
+    """A calibration saw nothing, was used in the wrong order, or its checkpoint does not fit."""
+
+
+class RecipeError(Tahf4Error, ValueError):
+    """A recipe cannot be read, or was made for other modules, shapes or weights."""

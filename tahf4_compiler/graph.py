@@ -19,6 +19,7 @@ __all__ = [
     "INPUT",
     "GraphInput",
     "PackedInput",
+    "PackedWeight",
     "is_view",
     "is_written",
     "linears",
@@ -63,19 +64,44 @@ class GraphInput:
 
 
 @dataclass(frozen=True)
-class PackedInput:
-    """An input that the rewrite added: a weight in HiF4, found at run time by the identity of its parameters.
+class PackedWeight:
+    """A weight in HiF4 and what was done to it before, as far as a graph knows.
+
+    What belongs to the module at hand (the mask's values, the seed of a recipe) is looked up at run time.
 
     Attributes:
-        part: ``"codes"`` (uint8 ``[N, K / 2]``) or ``"scales"`` (int32 ``[N, K / 64]``).
         weights: the parameters' positions among the arguments of the captured graph. More than
             one means that their rows stand one after the other (one merged product).
-        hadamard_block: width of the block rotation along K, 0 for none.
+        masked: whether channels are divided by the mask that a recipe attached to the weights.
+        seed: of the rotation's signs, unless a recipe attached another; None for no rotation.
+        hadamard_block: width of the rotation along K, 0 for none.
+        search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error).
     """
 
-    part: Literal["codes", "scales"]
     weights: tuple[int, ...]
+    masked: bool = False
+    seed: int | None = None
     hadamard_block: int = 0
+    search: str = ""
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """An input that the rewrite added, found at run time by the identity of its parameters.
+
+    Attributes:
+        part: ``"codes"`` (uint8 ``[N, K / 2]``), ``"scales"`` (int32 ``[N, K / 64]``), ``"multiplier"`` (float32
+            ``[K]``, for the activation that the weights read) or ``"observer"`` (int64 ``[2]``, on the CPU).
+        weight: which weight, and how it is transformed.
+    """
+
+    part: Literal["codes", "scales", "multiplier", "observer"]
+    weight: PackedWeight
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Return the parameters' positions."""
+        return self.weight.weights
 
 
 def node_arg(node: fx.Node, index: int) -> fx.Node:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch import fx
 from . import ops  # noqa: F401  (defines torch.ops.tahf4)
 from .errors import OptionError
 
-__all__ = ["KERNEL", "Kernel", "kernels", "register_kernel", "select"]
+__all__ = ["KERNEL", "Kernel", "kernels", "quantize", "register_kernel", "select"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ _OPERATORS = (
     torch.ops.tahf4.linear.default,
 )
 _kernels: list[Kernel] = [Kernel("reference", op, op, lambda node: True) for op in _OPERATORS]
+_lock = threading.RLock()
+_built_in_registered = False
 
 
 def register_kernel(
@@ -64,6 +67,7 @@ def register_kernel(
     Raises:
         OptionError: ``operator`` is none of ours, or a kernel of that name serves it already.
     """
+    _register_built_in()
     if operator not in _OPERATORS:
         raise OptionError(f"kernel {name!r} is for {operator}; expected one of {', '.join(map(str, _OPERATORS))}")
     if any(kernel.name == name and kernel.operator is operator for kernel in _kernels):
@@ -80,11 +84,29 @@ def unregister_kernel(kernel: Kernel) -> None:
 
 def kernels() -> tuple[Kernel, ...]:
     """Return all kernels, first asked first."""
+    _register_built_in()
     return tuple(_kernels)
+
+
+def _register_built_in() -> None:
+    """Register this project's own kernels, once and before all others, so that those are asked first.
+
+    Late, since they import this module. Whether they can run is asked when there is something to run: nothing is
+    compiled here.
+    """
+    global _built_in_registered
+    with _lock:
+        if _built_in_registered:
+            return
+        _built_in_registered = True
+        from .backends import cpu
+
+        cpu.register()
 
 
 def select(node: fx.Node) -> Kernel:
     """Return the kernel that runs a node."""
+    _register_built_in()
     kernel = next(k for k in _kernels if k.operator is node.target and k.serves(node))
     if kernel.name == "reference":
         _say_once(_device(node))
@@ -103,3 +125,27 @@ def _say_once(device: str) -> None:
         "original linears)",
         device,
     )
+
+
+def quantize(
+    x: torch.Tensor, multiplier: torch.Tensor | None = None, hadamard_block: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the best ``tahf4::quantize`` for a tensor outside of a graph, as packing does.
+
+    Args:
+        x: ``[..., K]``.
+        multiplier: float32 ``[K]`` or None.
+        hadamard_block: a power of two, or 0.
+
+    Returns:
+        Codes uint8 ``[..., ceil(K / 64) * 32]`` and scales int32 ``[..., ceil(K / 64)]``.
+
+    Raises:
+        FormatError: as ``tahf4::quantize``.
+    """
+    from .backends import cpu
+
+    if cpu.serves(x, multiplier):
+        return cpu.quantize(x, multiplier, hadamard_block)
+    codes, scales = torch.ops.tahf4.quantize(x, multiplier, hadamard_block)
+    return codes, scales

@@ -82,6 +82,9 @@ def lower_graph(
     tracing = bool(torch._logging._internal.trace_log.handlers)
     graph_module = fx.GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
     context = Context(options, captured.example_inputs, captured.surroundings, captured.fake_mode)
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        if node.meta[INPUT].kind == "parameter":
+            context.paths[node.meta[INPUT].index] = node.meta[INPUT].path.removesuffix(".weight")
     start = time.perf_counter()
     manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
     graph_module, history = manager.run(graph_module, context)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import hif4
 from .errors import FormatError
+from .observing import take
 
-__all__ = ["dequantize", "hadamard", "linear", "quantize", "transform"]
+__all__ = ["dequantize", "hadamard", "linear", "observe", "quantize", "transform"]
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
@@ -200,3 +201,20 @@ def _check_linear(
         )
     if bias is not None and tuple(bias.shape) != (weight_codes.shape[0],):
         raise FormatError(f"bias of shape {tuple(bias.shape)}; expected ({weight_codes.shape[0]},)")
+
+
+@torch.library.custom_op("tahf4::observe", mutates_args=("handle",))
+def observe(x: Tensor, handle: Tensor) -> None:
+    """Show an activation to the calibration that runs (:mod:`tahf4_compiler.calibration`).
+
+    Args:
+        x: ``[..., K]``; it is not changed.
+        handle: int64 ``[2]`` on the CPU: number of the observer, and how often it was called, which is
+            counted up, so that no compiler takes the call for useless.
+    """
+    take(x, handle)
+
+
+@observe.register_fake
+def _(x: Tensor, handle: Tensor) -> None:
+    return None

@@ -11,63 +11,72 @@ import functools
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from . import hif4
+from . import hif4, kernels
+from .attach import Attachment, attached_recipe
+from .graph import PackedWeight
+from .hif4 import Packed
 from .ops import transform
+from .scale_search import search_scales
+from .transforms import multipliers
 
-__all__ = ["PackedStore", "PackedWeight", "checksum", "pack_weight", "store"]
+__all__ = ["PackedStore", "checksum", "moment_as_quantized", "pack_weight", "store"]
 
 _ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
 _LANES = 4096
 _CHECKED = 256 * _LANES  # words summed at a time: bounds the temporaries to 8 MB
 
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """What a graph needs to ask for a packed weight.
-
-    Attributes:
-        weights: positions of the parameters among the captured graph's arguments; their rows are joined.
-        hadamard_block: width of the rotation along K, 0 for none.
-    """
-
-    weights: tuple[int, ...]
-    hadamard_block: int = 0
-
-
 @dataclass
 class _Entry:
     state: tuple[object, ...]
+    recipe: Attachment | None
     others: tuple[weakref.ref[Tensor], ...]
     packed: hif4.Packed
 
 
-def pack_weight(weight: Tensor, hadamard_block: int = 0) -> hif4.Packed:
-    """Convert one weight, some rows at a time.
+def pack_weight(
+    weight: Tensor,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    *,
+    search: str = "",
+    importance: Tensor | None = None,
+) -> hif4.Packed:
+    """Transform and convert one weight, some rows at a time.
 
     Args:
         weight: ``[N, K]`` of a floating-point type.
+        multiplier: float32 ``[K]`` or None: ``signs / mask``, see :mod:`tahf4_compiler.transforms`.
         hadamard_block: width of the rotation along K, 0 for none.
+        search: ``""``, ``"squared"`` or ``"weighted"``, see :class:`tahf4_compiler.graph.PackedWeight`.
+        importance: float32 ``[K]``, the second moment of the activation's channels as they are quantized, for
+            ``"weighted"``.
 
     Returns:
         Codes uint8 ``[N, ceil(K / 64) * 32]`` and scales int32 ``[N, ceil(K / 64)]`` on the weight's device.
 
     Raises:
-        FormatError: the weight is not floating point, or the block does not divide K.
+        FormatError: the weight is not floating point, or the transform does not fit K.
     """
     rows = max(1, _ROW_CHUNK // max(1, weight.shape[1]))
-    parts = [hif4.quantize(transform(chunk, None, hadamard_block)) for chunk in weight.detach().split(rows)]
-    if len(parts) == 1:
-        return hif4.Packed(parts[0].codes, parts[0].scales, weight.shape[1])
-    return hif4.Packed(
-        torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), weight.shape[1]
-    )
+    codes, scales = [], []
+    for chunk in weight.detach().split(rows):
+        if search:
+            moved = transform(chunk, multiplier, hadamard_block)
+            packed = search_scales(moved, importance if search == "weighted" else None)
+            parts = packed.codes, packed.scales
+        else:
+            parts = kernels.quantize(chunk, multiplier, hadamard_block)
+        codes.append(parts[0])
+        scales.append(parts[1])
+    return hif4.Packed(torch.cat(codes), torch.cat(scales), weight.shape[1])
 
 
 def checksum(weight: Tensor) -> Tensor:
@@ -108,14 +117,15 @@ class PackedStore:
     def __init__(self) -> None:
         """Start empty."""
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._multipliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._lock = threading.RLock()
         self.conversions = 0
 
-    def get(self, requests: Sequence[tuple[tuple[Tensor, ...], int]], check: str = "content") -> list[hif4.Packed]:
+    def get(self, requests: Sequence[tuple[tuple[Tensor, ...], PackedWeight]], check: str = "content") -> list[Packed]:
         """Return one packed weight for each request, converting those that are new or whose contents changed.
 
         Args:
-            requests: ``(weights, hadamard_block)``; the rows of several weights are joined.
+            requests: ``(weights, how they are transformed)``; the rows of several weights are joined.
             check: ``"content"`` or ``"version"``, see :class:`tahf4_compiler.options.Options`.
 
         Returns:
@@ -123,46 +133,92 @@ class PackedStore:
         """
         with self._lock, torch.no_grad():
             states = _states([weights for weights, _ in requests], check)
-            found = [self._find(w, block, state) for (w, block), state in zip(requests, states, strict=True)]
+            found = [self._find(w, how, state) for (w, how), state in zip(requests, states, strict=True)]
             missing = [i for i, packed in enumerate(found) if packed is None]
             if missing:
                 total = sum(w.numel() for i in missing for w in requests[i][0])
                 # Shown only when it takes more than a second.
                 with tqdm(total=total, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
                     for i in missing:
-                        weights, block = requests[i]
+                        weights, how = requests[i]
                         # A weight that two requests name is converted for the first of them.
-                        found[i] = self._find(weights, block, states[i]) or self._pack(weights, block, states[i], bar)
+                        found[i] = self._find(weights, how, states[i]) or self._pack(weights, how, states[i], bar)
             return [packed for packed in found if packed is not None]
 
-    def _find(self, weights: tuple[Tensor, ...], block: int, state: tuple[object, ...]) -> hif4.Packed | None:
-        entry = self._entries.get(weights[0], {}).get(_key(weights, block))
-        if entry is None or entry.state != state:
+    def multiplier(self, weights: tuple[Tensor, ...], how: PackedWeight) -> Tensor:
+        """Return the factors of the channels that some weights read: float32 ``[K]`` on the weights' device."""
+        first, recipe = weights[0], _recipe(weights[0], how)
+        key = (how.masked, how.seed, first.device)
+        with self._lock:
+            mine = self._multipliers.setdefault(first, {})
+            if key not in mine or mine[key][0] is not recipe:
+                factors, _ = multipliers(first.shape[1], *_values(recipe, how))
+                mine[key] = recipe, (factors if factors is not None else torch.ones(first.shape[1])).to(first.device)
+            return mine[key][1]
+
+    def _find(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...]) -> Packed | None:
+        entry = self._entries.get(weights[0], {}).get(_key(weights, how))
+        if entry is None or entry.state != state or entry.recipe is not _recipe(weights[0], how):
             return None
         same = all(ref() is weight for ref, weight in zip(entry.others, weights[1:], strict=True))
         on_device = entry.packed.codes.device == weights[0].device
         return entry.packed if same and on_device else None
 
-    def _pack(self, weights: tuple[Tensor, ...], block: int, state: tuple[object, ...], bar: tqdm) -> hif4.Packed:
+    def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Packed:
+        recipe = _recipe(weights[0], how)
+        mask, seed = _values(recipe, how)
+        device, k = weights[0].device, weights[0].shape[1]
+        multiplier = multipliers(k, mask, seed)[1]
+        multiplier = multiplier.to(device) if multiplier is not None else None
+        importance = None
+        if how.search == "weighted" and recipe is not None and recipe.second_moment is not None:
+            importance = moment_as_quantized(recipe.second_moment, mask, how.hadamard_block).to(device)
         parts = []
         for weight in weights:
-            parts.append(pack_weight(weight, block))
+            parts.append(
+                pack_weight(weight, multiplier, how.hadamard_block, search=how.search, importance=importance)
+            )
             bar.update(weight.numel())
         self.conversions += len(weights)
         packed = parts[0]
         if len(parts) > 1:
-            packed = hif4.Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
-        entry = _Entry(state, tuple(weakref.ref(weight) for weight in weights[1:]), packed)
+            packed = Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
+        entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed)
         mine = self._entries.setdefault(weights[0], {})
         for key in [key for key, old in mine.items() if any(ref() is None for ref in old.others)]:
             del mine[key]
-        mine[_key(weights, block)] = entry
+        mine[_key(weights, how)] = entry
         return packed
 
 
-def _key(weights: tuple[Tensor, ...], block: int) -> tuple[int, ...]:
+def _key(weights: tuple[Tensor, ...], how: PackedWeight) -> tuple[object, ...]:
     """Tell the groups that begin with one weight apart; identities are checked against the entry's references."""
-    return (block, *(id(weight) for weight in weights[1:]))
+    return (replace(how, weights=()), *(id(weight) for weight in weights[1:]))
+
+
+def _recipe(weight: Tensor, how: PackedWeight) -> Attachment | None:
+    """Return what is attached to a weight if its packed form depends on it."""
+    return attached_recipe(weight) if how.masked or how.seed is not None or how.search == "weighted" else None
+
+
+def _values(recipe: Attachment | None, how: PackedWeight) -> tuple[Tensor | None, int | None]:
+    """Return the mask and the seed."""
+    seed = how.seed
+    if seed is not None and recipe is not None and recipe.seed is not None:
+        seed = recipe.seed
+    return (recipe.mask if recipe is not None and how.masked else None), seed
+
+
+def moment_as_quantized(moment: Tensor, mask: Tensor | None, block: int) -> Tensor:
+    """Return the second moment of an activation's channels after mask and rotation.
+
+    A rotation with random signs spreads the energy of a block evenly over it, as far as channels are uncorrelated.
+    """
+    moment = moment.to(torch.float32) * (mask.square() if mask is not None else 1.0)
+    if block:
+        padded = torch.nn.functional.pad(moment, (0, hif4.units(len(moment)) * hif4.UNIT - len(moment)))
+        moment = padded.unflatten(0, (-1, block)).mean(1, keepdim=True).expand(-1, block).flatten()
+    return moment
 
 
 def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[object, ...]]:

@@ -80,6 +80,7 @@ class Context:
         fake_mode: mode of the graph's ``meta["val"]``.
         plan: decisions in execution order; written by ``plan``, read by everything after it.
         notes: what passes have to say, by pass name, printed in the report.
+        paths: the parameters' paths in the captured graph, by position.
     """
 
     options: Options
@@ -90,6 +91,7 @@ class Context:
     notes: dict[str, list[str]] = field(default_factory=dict)
     matches: int = 0
     current: str = ""
+    paths: dict[int, str] = field(default_factory=dict, repr=False)
 
     def matched(self, node: fx.Node | None = None, count: int = 1) -> None:
         """Count a match of the running pass; ``node`` may name what matched."""
@@ -99,6 +101,10 @@ class Context:
         """Return the module path of a parameter's placeholder, in the module that was compiled."""
         source = weight.meta[INPUT]
         return self.surroundings.path(self.inputs[source.index]) or source.path.removesuffix(".weight")
+
+    def path_of(self, index: int) -> str:
+        """Return the module path of the parameter at a position among the captured graph's arguments."""
+        return self.surroundings.path(self.inputs[index]) or self.paths.get(index, "")
 
     def note(self, text: str) -> None:
         """Add a line to the report under the running pass's name."""

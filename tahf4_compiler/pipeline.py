@@ -15,8 +15,8 @@ __all__ = ["build_pipeline", "default_passes", "order"]
 
 
 def default_passes() -> list[Pass]:
-    """Return the default pipeline: one language, a decision for each linear, the rewrite, the kernels."""
-    from .passes import classify, lower, normalize, plan, quantize, share
+    """Return the default pipeline: one language, a decision for each linear, the rewrite, the transforms, the kernels."""
+    from .passes import classify, lower, normalize, plan, quantize, rotate, scale_search, share, smooth
 
     return [
         normalize.Normalize(),  # one spelling for each meaning: linears whole, no-ops gone
@@ -24,6 +24,9 @@ def default_passes() -> list[Pass]:
         plan.Plan(),  # a decision and its reason for every linear
         quantize.Quantize(),  # linear -> quantize + W4A4 linear
         share.Share(),  # one quantization for q, k and v; one merged product
+        smooth.Smooth(),  # channel masks of a recipe
+        rotate.Rotate(),  # block Hadamard with random signs
+        scale_search.ScaleSearch(),  # scales of weights by squared error
         lower.Lower(),  # choose a kernel for each operator
     ]
 

@@ -23,7 +23,7 @@ def count(lowered, target):
 
 def test_a_lowered_model_runs_with_the_models_own_weights():
     model, x = Stack().eval(), torch.randn(4, 64)
-    lowered = tahf4.lower(tahf4.capture(model, (x,)))
+    lowered = tahf4.lower(tahf4.capture(model, (x,)), options=GRAPH)
     assert relative(lowered(x), expected(model, block_linears(model))(x)) < 1e-5
     with torch.no_grad():
         model.blocks[0].up.weight.mul_(2)
@@ -33,7 +33,7 @@ def test_a_lowered_model_runs_with_the_models_own_weights():
 def test_dynamic_shapes_go_through_export():
     model = Stack().eval()
     captured = tahf4.capture(model, (torch.randn(4, 64),), dynamic_shapes=({0: torch.export.Dim("rows")},))
-    lowered, x = tahf4.lower(captured), torch.randn(9, 64)
+    lowered, x = tahf4.lower(captured, options=GRAPH), torch.randn(9, 64)
     assert relative(lowered(x), expected(model, block_linears(model))(x)) < 1e-5
 
 
@@ -51,12 +51,16 @@ def test_capture_and_lower_refuse_what_they_cannot_do():
         lowered.print_readable(after="nothing")
 
 
+PLAIN = {**GRAPH, "disable_passes": ["lower"]}
+"""Options that leave the reference operators in the graph."""
+
+
 def test_wan_shares_quantizations_and_merges_products():
     model, inputs = wan()
     captured = tahf4.capture(model, (), inputs)
-    apart = tahf4.lower(captured, options={"disable_passes": ["share"]})
-    shared = tahf4.lower(captured, options={"share.merge": False})
-    merged = tahf4.lower(captured)
+    apart = tahf4.lower(captured, options={**PLAIN, "disable_passes": ["share", "lower"]})
+    shared = tahf4.lower(captured, options={**PLAIN, "share.merge": False})
+    merged = tahf4.lower(captured, options=PLAIN)
     # A block: q, k, v of self-attention read one activation, k and v of cross-attention another.
     assert (count(apart, QUANTIZE), count(apart, LINEAR)) == (20, 20)
     assert (count(shared, QUANTIZE), count(shared, LINEAR)) == (14, 20)
@@ -85,7 +89,7 @@ def test_an_activation_that_is_written_to_is_not_shared(inductor):
     model, x = Written().eval(), torch.randn(4, 64)
     with torch.no_grad():
         want = expected(model, ["one", "two"])(x)
-        got = torch.compile(model, backend="tahf4", options={"inductor": inductor})(x)
+        got = torch.compile(model, backend="tahf4", options={**GRAPH, "inductor": inductor})(x)
     assert relative(got, want) < 1e-5
 
 
@@ -106,7 +110,7 @@ class Transposed(nn.Module):
 
 def test_products_with_a_transposed_parameter_are_linears():
     model, x = Transposed().eval(), torch.randn(4, 64)
-    lowered = tahf4.lower(tahf4.capture(model, (x,)))
+    lowered = tahf4.lower(tahf4.capture(model, (x,)), options=GRAPH)
     assert [d.module for d in lowered.plan] == ["a", "b", "c"]
     kept = tahf4.lower(tahf4.capture(model, (x,)), options={"keep": ["."]})
     assert relative(kept(x), model(x)) < 1e-6
@@ -141,7 +145,7 @@ def test_a_dump_holds_every_graph_the_plan_and_the_report(tmp_path, monkeypatch)
         torch.compile(model, backend="tahf4", options=GRAPH)(torch.randn(2, 3, 64))
     first, second = sorted(tmp_path.iterdir())
     assert (first.name, second.name) == ("graph_000_Stack", "graph_001_Stack")
-    stages = ["captured", "normalize", "classify", "plan", "quantize", "share", "lower"]
+    stages = ["captured", *(p.name for p in tahf4.default_passes())]
     files = [f"{i:02d}_{stage}.py" for i, stage in enumerate(stages)]
     assert sorted(p.name for p in first.iterdir()) == [*files, "plan.json", "report.txt"]
     assert "torch.ops.aten.linear.default" in (first / files[0]).read_text()
@@ -196,9 +200,11 @@ def test_a_kernel_of_a_plug_in_takes_the_place_of_the_reference():
     )
     try:
         model, x = Stack().eval(), torch.randn(4, 64)
-        lowered = tahf4.lower(tahf4.capture(model, (x,)))
+        lowered = tahf4.lower(tahf4.capture(model, (x,)), options=GRAPH)
+        (usual,) = {d.kernel for d in lowered.plan if d.module.startswith("blocks") and d.module.endswith("down")}
+        assert usual in ("cpu", "reference")
         assert {d.module: d.kernel for d in lowered.plan if d.kernel} == {
-            path: "fast" if path.endswith("up") else "reference" for path in block_linears(model)
+            path: "fast" if path.endswith("up") else usual for path in block_linears(model)
         }
         assert relative(lowered(x), expected(model, block_linears(model))(x)) < 1e-5
     finally:

@@ -98,7 +98,7 @@ class ScalarBias(Two):
 def test_a_graph_computes_what_w4a4_means_however_results_are_used(build):
     model, x = build().eval(), torch.randn(4, 64)
     want = expected(model, ["a", "b", "c"])(x)
-    for options in (GRAPH, {}) if build in (DataWrite, Strided) else (GRAPH,):
+    for options in (GRAPH, {**GRAPH, "inductor": True}) if build in (DataWrite, Strided) else (GRAPH,):
         torch._dynamo.reset()
         got = torch.compile(model, backend="tahf4", options=options)(x)
         for value, reference in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
@@ -256,7 +256,7 @@ def test_a_model_of_one_layer_keeps_its_boundary(tmp_path):
 
 def test_weights_written_through_data_under_dynamic_shapes_and_inductor():
     model, x = Block().eval(), torch.randn(4, 64)
-    compiled = torch.compile(model, backend="tahf4")
+    compiled = torch.compile(model, backend="tahf4", options={**GRAPH, "inductor": True})
     compiled(x)
     model.up.weight.data[:, 1].neg_()
     assert relative(compiled(x), expected(model, ["up", "down"])(x)) < CLOSE

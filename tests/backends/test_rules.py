@@ -17,6 +17,7 @@ from models import Block, Stack, output, wan
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.graph import PackedWeight
 from tahf4_compiler.packing import store
 
 CLOSE = 1e-5
@@ -125,7 +126,7 @@ def test_another_decision_goes_through_inductor_too():
     tahf4.keep(kept, ["up"])
     x = torch.randn(5, 64)
     for model in (plain, kept):
-        model.compile(backend="tahf4", dynamic=True)
+        model.compile(backend="tahf4", dynamic=True, options={**GRAPH, "inductor": True})
     for rows in (5, 9):
         x = torch.randn(rows, 64)
         assert relative(plain(x), expected(plain, ["up", "down"])(x)) < CLOSE
@@ -193,7 +194,7 @@ def test_inductor_gives_the_numbers_of_the_graph():
     model, x = Stack().eval(), torch.randn(5, 64)
     graph = torch.compile(model, backend="tahf4", options=GRAPH)(x)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="tahf4")(x)
+    compiled = torch.compile(model, backend="tahf4", options={**GRAPH, "inductor": True})(x)
     assert relative(compiled, graph) < CLOSE
 
 
@@ -211,7 +212,7 @@ class Scaled(Stack):
 @pytest.mark.parametrize("inductor", [False, True])
 def test_a_python_number_may_be_symbolic(inductor):
     model, x = Scaled().eval(), torch.randn(5, 64)
-    compiled = torch.compile(model, backend="tahf4", options={"inductor": inductor}, dynamic=True, fullgraph=True)
+    compiled = torch.compile(model, backend="tahf4", options={**GRAPH, "inductor": inductor}, dynamic=True, fullgraph=True)
     for scale in (0.75, 0.5):
         model.scale = scale
         assert relative(compiled(x), expected(model, block_linears(model))(x)) < CLOSE
@@ -260,7 +261,7 @@ def test_threads_share_one_conversion():
     weights = [nn.Parameter(torch.randn(64, 128)) for _ in range(4)]
     before = store.conversions
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: store.get([((w,), 0) for w in weights]), range(8)))
+        results = list(pool.map(lambda _: store.get([((w,), PackedWeight((0,))) for w in weights]), range(8)))
     assert store.conversions - before == len(weights)
     assert all(torch.equal(r[0].codes, results[0][0].codes) for r in results)
 

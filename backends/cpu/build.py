@@ -1,0 +1,120 @@
+"""Compile ``kernels.cpp`` once, with Inductor's compiler and flags, and keep the library in Inductor's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+
+__all__ = ["SOURCE", "library"]
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+
+# Behind Inductor's own flags, so that these have the last word: vectorize loops, and change no bit of a result.
+_FLAGS = ("-fno-unsafe-math-optimizations", "-fsigned-zeros", "-ffp-contract=off")
+_GCC_FLAGS = ("-ftree-loop-vectorize",)
+
+_pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "tahf4_quantize": (
+        *(_pointer, _int, _int64, _int64, _int64, _pointer),
+        *(_int64, ctypes.c_float, _pointer, _pointer, _int),
+    ),
+    "tahf4_dequantize": (_pointer, _pointer, _int64, _int64, _pointer, _int),
+    "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
+}
+
+_lock = threading.Lock()
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels; None, with one warning, where they cannot be built.
+
+    The first call compiles, unless a process before it has. ``TAHF4_NO_CPP=1`` in the environment switches the
+    kernels off.
+    """
+    if os.environ.get("TAHF4_NO_CPP", "") not in ("", "0"):
+        return None
+    with _lock:
+        return _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        found = _load(_build())
+    except Exception as error:
+        # The first line says what is wrong; a compiler's whole output does not belong in a warning.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        log.warning(
+            "the C++ kernels for the CPU cannot be built, so that the reference runs in their place: %s: %s",
+            type(error).__name__,
+            reason,
+        )
+        log.debug("why the C++ kernels cannot be built", exc_info=True)
+        return None
+    return found
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def _build() -> Path:
+    """Return the path of the library, compiled if it is not in the cache.
+
+    OpenMP is linked by the name that Inductor's kernels link (``libgomp.so.1`` or the like), which is in the process
+    already, with torch.
+    """
+    from torch._inductor.codecache import cache_dir
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, is_gcc
+
+    flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
+    options = CppTorchOptions(include_pytorch=False, warning_all=False, extra_flags=flags)
+
+    def builder(source: Path, folder: Path) -> CppBuilder:
+        return CppBuilder(name="tahf4_cpu", sources=str(source), BuildOption=options, output_dir=str(folder))
+
+    source = SOURCE.read_bytes()
+    # Code made for one processor may not run on another that shares the cache.
+    command = builder(Path("kernels.cpp"), Path("out")).get_command_line()
+    key = hashlib.sha256(b"\0".join((source, command.encode(), _processor().encode()))).hexdigest()[:32]
+    folder = Path(cache_dir()) / "tahf4"
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = Path(builder(SOURCE, folder).get_target_file_path()).suffix
+    path = folder / f"cpu_{key}{suffix}"
+    if not path.exists():
+        # Beside its place and then renamed: whoever comes second, or was stopped, leaves a whole file.
+        with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as temporary:
+            copy = Path(temporary) / SOURCE.name
+            copy.write_bytes(source)
+            work = builder(copy, Path(temporary))
+            work.build()
+            os.replace(work.get_target_file_path(), path)
+    return path
+
+
+def _processor() -> str:
+    """Return what code for this processor may use."""
+    known = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    # "flags" on x86, "Features" on ARM; the first core speaks for all.
+    known += [line for line in lines if line.split("\t")[0].strip() in ("flags", "Features")][:1]
+    return "\n".join(known)

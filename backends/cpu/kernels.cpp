@@ -1,0 +1,379 @@
+// HiFloat4 on the CPU: conversion both ways, and the histogram that calibration collects.
+//
+// Every function works on raw pointers and is bit for bit what tahf4_compiler/hif4.py and ops.py do. It relies on
+// IEEE float32 arithmetic without contraction into fused multiply-adds and without value-changing optimizations
+// (-ffp-contract=off, no -ffast-math). Loops of fixed length over one unit are left to the compiler's
+// vectorizer; only the exchange of neighbouring lanes is spelled out.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int kUnit = 64;
+constexpr int kNanScale = 0xFF;
+constexpr int kFiniteEnd = 0x7F800000;  // bits of infinity: magnitudes below are finite
+constexpr int kExponent = 1 << 23;      // 1 in the exponent of a float32
+constexpr int kOne = 127 << 23;         // bits of 1.0f
+constexpr int kFour = 129 << 23;        // and of 4.0f
+constexpr int kBuckets = 98;
+constexpr int64_t kValuesPerThread = 1 << 14;  // fewer are not worth a thread
+
+enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+template <class To, class From>
+inline To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To result;
+  std::memcpy(&result, &value, sizeof(result));
+  return result;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
+inline float to_float(Float16 value) {
+  // The exponent of float32 is biased by 112 more; a product with 2**112 also makes subnormal numbers normal.
+  const uint32_t magnitude = value.bits & 0x7FFFu;
+  uint32_t bits = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
+  bits |= magnitude >= 0x7C00u ? 0x7F800000u : 0u;
+  return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
+}
+
+int team(int64_t values, int threads) {
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / kValuesPerThread)));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Exchange of lanes: out[i] = in[i ^ S] over 64 values.
+
+#if defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 12)
+// No wider than what the vectorizer stores: a load across two stores would wait for both.
+#if defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef int32_t Lanes __attribute__((vector_size(kLanes * 4)));
+
+template <int S>
+inline Lanes exchange_lanes(Lanes v) {
+#define LANE(i) (((i) ^ S) & (kLanes - 1))
+#if defined(__AVX__)
+  return __builtin_shufflevector(v, v, LANE(0), LANE(1), LANE(2), LANE(3), LANE(4), LANE(5), LANE(6), LANE(7));
+#else
+  return __builtin_shufflevector(v, v, LANE(0), LANE(1), LANE(2), LANE(3));
+#endif
+#undef LANE
+}
+
+template <int S>
+inline void exchange(const void* in, void* out) {
+  constexpr int kVectors = kUnit / kLanes;
+  Lanes v[kVectors], w[kVectors];
+  std::memcpy(v, in, sizeof(v));
+  if constexpr (S < kLanes) {
+    for (int i = 0; i < kVectors; ++i) w[i] = exchange_lanes<S>(v[i]);
+  } else {
+    for (int i = 0; i < kVectors; ++i) w[i] = v[i ^ (S / kLanes)];
+  }
+  std::memcpy(out, w, sizeof(w));
+}
+#else
+template <int S>
+inline void exchange(const void* in, void* out) {
+  int32_t v[kUnit], w[kUnit];
+  std::memcpy(v, in, sizeof(v));
+  for (int i = 0; i < kUnit; ++i) w[i] = v[i ^ S];
+  std::memcpy(out, w, sizeof(w));
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Transform.
+
+// One stage of the Walsh-Hadamard transform inside 64 values: (low + high, low - high) at a distance of S.
+template <int S>
+inline void butterfly(float* x) {
+  float other[kUnit];
+  exchange<S>(x, other);
+  // The upper lane holds `high` itself: low - high is low + (-high), bit for bit.
+  for (int i = 0; i < kUnit; ++i) x[i] = other[i] + ((i & S) ? -x[i] : x[i]);
+}
+
+inline void hadamard_unit(float* x, int64_t block) {
+  if (block > 1) butterfly<1>(x);
+  if (block > 2) butterfly<2>(x);
+  if (block > 4) butterfly<4>(x);
+  if (block > 8) butterfly<8>(x);
+  if (block > 16) butterfly<16>(x);
+  if (block > 32) butterfly<32>(x);
+}
+
+// Transform `count` values (a multiple of 64 and of `block`), strides ascending, the normalization last.
+inline void hadamard(float* x, int64_t count, int64_t block, float norm) {
+  for (int64_t i = 0; i < count; i += kUnit) hadamard_unit(x + i, block);
+  for (int64_t stride = kUnit; stride < block; stride *= 2) {
+    for (int64_t first = 0; first < count; first += 2 * stride) {
+      float* low = x + first;
+      float* high = low + stride;
+      for (int64_t i = 0; i < stride; ++i) {
+        const float a = low[i], b = high[i];
+        low[i] = a + b;
+        high[i] = a - b;
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) x[i] *= norm;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Conversion.
+
+inline int round_bits(int bits, int drop) {
+  bits += ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1);
+  return (bits >> drop) << drop;
+}
+
+inline int level1_scale(float unit_max) {
+  const float scale = bits_as<float>(round_bits(bits_as<int>(unit_max * 0.142578125f), 16));
+  const float clamped = std::min(std::max(scale, 0x1p-48f), 49152.0f);
+  return (round_bits(bits_as<int>(clamped), 21) >> 21) - ((127 - 48) << 2);
+}
+
+inline float reciprocal(int code) {
+  constexpr int kFraction[4] = {0, 77 << 16, 43 << 16, 18 << 16};
+  const int mantissa = code & 3;
+  return bits_as<float>(((127 + 48 - (code >> 2) - (mantissa > 0)) << 23) | kFraction[mantissa]);
+}
+
+struct Metadata {
+  int32_t e8[kUnit];   // for each lane: the bit of its group of 8
+  int32_t e16[kUnit];  // and of its group of 4
+  constexpr Metadata() : e8(), e16() {
+    for (int i = 0; i < kUnit; ++i) {
+      e8[i] = 1 << (8 + i / 8);
+      e16[i] = 1 << (16 + i / 4);
+    }
+  }
+};
+constexpr Metadata kMetadata;
+
+inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale) {
+  int32_t bits[kUnit], magnitude[kUnit], max4[kUnit], max8[kUnit], other[kUnit];
+  std::memcpy(bits, x, sizeof(bits));
+  for (int i = 0; i < kUnit; ++i) magnitude[i] = bits[i] & 0x7FFFFFFF;
+  // Bits of magnitudes are ordered as the magnitudes are. Every lane gets the maximum of its group.
+  exchange<1>(magnitude, other);
+  for (int i = 0; i < kUnit; ++i) max4[i] = std::max(magnitude[i], other[i]);
+  exchange<2>(max4, other);
+  for (int i = 0; i < kUnit; ++i) max4[i] = std::max(max4[i], other[i]);
+  exchange<4>(max4, other);
+  for (int i = 0; i < kUnit; ++i) max8[i] = std::max(max4[i], other[i]);
+  int unit_max = 0;
+  for (int i = 0; i < kUnit; ++i) unit_max = std::max(unit_max, max8[i]);
+  if (unit_max >= kFiniteEnd) {  // an infinity or NaN
+    std::memset(codes, 0, kUnit / 2);
+    *scale = kNanScale;
+    return;
+  }
+  const int code = level1_scale(bits_as<float>(unit_max));
+  const float factor = reciprocal(code);
+  // Conditions are masks (0 or -1): the exponent of a float32 changes with an addition to its bits.
+  int32_t nibbles[kUnit];
+  int32_t metadata = code;
+  for (int i = 0; i < kUnit; ++i) {
+    const int32_t e8 = -int32_t(bits_as<float>(max8[i]) * factor >= 4.0f);
+    const float half8 = bits_as<float>(kOne - (e8 & kExponent));  // 2**-e8
+    const int32_t e16 = -int32_t(bits_as<float>(max4[i]) * factor * half8 >= 2.0f);
+    metadata |= (e8 & kMetadata.e8[i]) | (e16 & kMetadata.e16[i]);
+    const float quarters = bits_as<float>(kFour - (e8 & kExponent) - (e16 & kExponent));  // 4 * 2**-(e8 + e16)
+    const float rounded = bits_as<float>(magnitude[i]) * factor * quarters + 0.5f;  // >= 0: truncation is floor
+    nibbles[i] = int32_t(rounded < 7.0f ? rounded : 7.0f) | int32_t(uint32_t(bits[i]) >> 31 << 3);
+  }
+  for (int i = 0; i < kUnit / 2; ++i) codes[i] = uint8_t(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
+  *scale = metadata;
+}
+
+template <class T>
+inline void load(const T* x, int64_t count, int64_t padded, const float* multiplier, float* out) {
+  if (multiplier) {
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]) * multiplier[i];
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]);
+  }
+  for (int64_t i = count; i < padded; ++i) out[i] = 0.0f;
+}
+
+template <class T>
+void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const float* multiplier, int64_t block,
+              float norm, uint8_t* codes, int32_t* scales, int threads) {
+  const int64_t units = (k + kUnit - 1) / kUnit;
+  const int64_t width = std::max<int64_t>(kUnit, block);  // values that one piece of work transforms
+  const int64_t pieces = units * kUnit / width;
+#pragma omp parallel num_threads(team(rows * units * kUnit, threads))
+  {
+    std::vector<float> wide(width > kUnit ? width : 0);
+    alignas(64) float narrow[kUnit];
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows * pieces; ++row) {
+      const int64_t r = row / pieces, first = row % pieces * width;
+      const T* source = x + r * row_stride + first;
+      const float* factors = multiplier ? multiplier + first : nullptr;
+      const int64_t unit = r * units + first / kUnit;
+      if (width == kUnit) {
+        // Two calls, so that the common one has a fixed length.
+        if (first + kUnit <= k) {
+          load(source, kUnit, kUnit, factors, narrow);
+        } else {
+          load(source, k - first, kUnit, factors, narrow);
+        }
+        if (block) {
+          hadamard_unit(narrow, block);
+          for (int i = 0; i < kUnit; ++i) narrow[i] *= norm;
+        }
+        quantize_unit(narrow, codes + unit * (kUnit / 2), scales + unit);
+        continue;
+      }
+      load(source, std::max<int64_t>(0, std::min(width, k - first)), width, factors, wide.data());
+      hadamard(wide.data(), width, block, norm);
+      for (int64_t i = 0; i < width / kUnit; ++i) {
+        quantize_unit(wide.data() + i * kUnit, codes + (unit + i) * (kUnit / 2), scales + unit + i);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Histogram.
+
+// What one piece of a row adds to `width` channels; W > 0 fixes the width.
+template <int W, class T>
+inline int64_t histogram_piece(const T* x, int width, int32_t* counts, float* maxima, double* squares) {
+  constexpr int kMost = W > 0 ? W : kUnit;
+  if (W > 0) width = W;
+  int32_t place[kMost];
+  int32_t largest = 0;
+  for (int i = 0; i < width; ++i) {
+    const int32_t bits = bits_as<int32_t>(to_float(x[i])) & 0x7FFFFFFF;
+    largest = std::max(largest, bits);
+    const int32_t bucket = std::min(std::max((bits >> 21) - ((127 - 10) << 2) + 1, 0), kBuckets - 1);
+    place[i] = bucket + i * kBuckets;
+  }
+  if (largest < kFiniteEnd) {
+    for (int i = 0; i < width; ++i) {
+      const float value = to_float(x[i]);
+      const float magnitude = bits_as<float>(bits_as<int32_t>(value) & 0x7FFFFFFF);
+      maxima[i] = magnitude > maxima[i] ? magnitude : maxima[i];
+      squares[i] += double(value) * double(value);
+    }
+    for (int i = 0; i < width; ++i) ++counts[place[i]];
+    return 0;
+  }
+  int64_t nonfinite = 0;
+  for (int i = 0; i < width; ++i) {
+    const float value = to_float(x[i]);
+    const float magnitude = bits_as<float>(bits_as<int32_t>(value) & 0x7FFFFFFF);
+    if (bits_as<int32_t>(magnitude) >= kFiniteEnd) {
+      ++nonfinite;
+      continue;
+    }
+    maxima[i] = std::max(maxima[i], magnitude);
+    squares[i] += double(value) * double(value);
+    ++counts[place[i]];
+  }
+  return nonfinite;
+}
+
+template <class T>
+void histogram(const T* x, int64_t rows, int64_t channels, int64_t row_stride, int32_t* counts, float* maxima,
+               double* squares, int64_t* nonfinite, int threads) {
+  const int64_t pieces = (channels + kUnit - 1) / kUnit;
+  int64_t found = 0;
+#pragma omp parallel for schedule(static) reduction(+ : found) num_threads(team(rows * channels, threads))
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t first = piece * kUnit;
+    const int width = int(std::min<int64_t>(kUnit, channels - first));
+    const T* source = x + first;
+    int32_t* my_counts = counts + first * kBuckets;
+    for (int64_t row = 0; row < rows; ++row, source += row_stride) {
+      found += width == kUnit ? histogram_piece<kUnit>(source, width, my_counts, maxima + first, squares + first)
+                              : histogram_piece<0>(source, width, my_counts, maxima + first, squares + first);
+    }
+  }
+  *nonfinite += found;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Transform and convert rows of k values to HiF4, as tahf4_compiler.ops.quantize does.
+//
+// x: [rows, k], rows `row_stride` values apart; dtype 0 float32, 1 bfloat16, 2 float16. multiplier: [k] or null.
+// hadamard_block: a power of two that divides k rounded up to a multiple of 64, or 0; norm: hadamard_block ** -0.5.
+// codes: [rows, units * 32]; scales: [rows, units].
+void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const float* multiplier,
+                    int64_t hadamard_block, float norm, uint8_t* codes, int32_t* scales, int threads) {
+  const auto run = [&](auto* typed) {
+    quantize(typed, rows, k, row_stride, multiplier, hadamard_block, norm, codes, scales, threads);
+  };
+  if (dtype == kFloat32) run(static_cast<const float*>(x));
+  if (dtype == kBFloat16) run(static_cast<const BFloat16*>(x));
+  if (dtype == kFloat16) run(static_cast<const Float16*>(x));
+}
+
+// Convert rows of units back to float32, as tahf4_compiler.hif4.dequantize does.
+//
+// codes: [rows, units * 32]; scales: [rows, units]; out: [rows, units * 64].
+void tahf4_dequantize(const uint8_t* codes, const int32_t* scales, int64_t rows, int64_t units, float* out,
+                      int threads) {
+#pragma omp parallel for schedule(static) num_threads(team(rows * units * kUnit, threads))
+  for (int64_t unit = 0; unit < rows * units; ++unit) {
+    const int32_t metadata = scales[unit];
+    const int code = metadata & 0xFF;
+    const int scale_bits = code == kNanScale ? 0x7FC00000 : ((code >> 2) + (127 - 48)) << 23 | (code & 3) << 21;
+    const float quarter = bits_as<float>(scale_bits) * 0.25f;
+    const uint8_t* bytes = codes + unit * (kUnit / 2);
+    int32_t nibbles[kUnit];
+    for (int i = 0; i < kUnit / 2; ++i) {
+      nibbles[2 * i] = bytes[i] & 15;
+      nibbles[2 * i + 1] = bytes[i] >> 4;
+    }
+    float* values = out + unit * kUnit;
+    for (int i = 0; i < kUnit; ++i) {
+      const float e8 = (metadata & kMetadata.e8[i]) ? 2.0f : 1.0f;
+      const float e16 = (metadata & kMetadata.e16[i]) ? 2.0f : 1.0f;
+      const float magnitude = float(nibbles[i] & 7);
+      // Powers of two and at most 3 bits: exact in any order.
+      const float element = bits_as<float>(bits_as<int32_t>(magnitude) | (nibbles[i] & 8) << 28);
+      values[i] = element * (e8 * e16 * quarter);
+    }
+  }
+}
+
+// Add the values of rows of channels to a histogram of magnitudes, four buckets an octave, for each channel.
+//
+// x: [rows, channels], rows `row_stride` values apart; dtype as above. counts: [channels, 98]: below 2**-10, 96 buckets
+// from 2**-10 to 2**14, the rest. maxima: [channels], largest magnitudes. squares: [channels], sums of squares.
+// nonfinite: [1]: how many values are NaN or infinite; they count nowhere else. All are added to. A thread owns its
+// channels and takes rows in their order, so that the number of threads changes nothing.
+void tahf4_histogram(const void* x, int dtype, int64_t rows, int64_t channels, int64_t row_stride, int32_t* counts,
+                     float* maxima, double* squares, int64_t* nonfinite, int threads) {
+  const auto run = [&](auto* typed) {
+    histogram(typed, rows, channels, row_stride, counts, maxima, squares, nonfinite, threads);
+  };
+  if (dtype == kFloat32) run(static_cast<const float*>(x));
+  if (dtype == kBFloat16) run(static_cast<const BFloat16*>(x));
+  if (dtype == kFloat16) run(static_cast<const Float16*>(x));
+}
+
+}  // extern "C"

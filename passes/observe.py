@@ -1,0 +1,67 @@
+"""Show the activations of linears to a calibration."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
+from ..graph import INPUT, PackedWeight, linears, mutates, node_arg, weight_input
+from ..pass_base import Context, Pass, PassResult
+from .classify import ROLE
+from .plan import DECISION
+from .quantize import call, packed_input
+
+
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Insert an observer for each distinct activation of the linears that HiF4 may hold.
+
+    Before::
+
+        q = aten.linear(x, wq)
+        k = aten.linear(x, wk)
+
+    After (``handle`` is a new input: whose activation it is, known at run time)::
+
+        tahf4.observe(x, handle)
+        q = aten.linear(x, wq)
+        k = aten.linear(x, wk)
+
+    Linears of the body that were kept in high precision by hand are observed as well.
+    """
+
+    after = ("plan",)
+
+    def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
+        """Rewrite in place."""
+        graph = graph_module.graph
+        readers: dict[Any, list[fx.Node]] = defaultdict(list)
+        epoch, chosen = 0, set(_candidates(graph))
+        for node in graph.nodes:
+            epoch += mutates(node)  # the activation may not be what it was
+            if node in chosen:
+                readers[(node.args[0], epoch)].append(node)
+        for (x, _), nodes in readers.items():
+            sources = [weight_input(node_arg(node, 1)) for node in nodes]
+            weights = tuple(dict.fromkeys(s.meta[INPUT].index for s in sources if s is not None))
+            handle = packed_input(graph, sources[0], PackedWeight(weights), "observer")  # type: ignore[arg-type]
+            with graph.inserting_before(nodes[0]):
+                call(nodes[0], torch.ops.tahf4.observe.default, (x, handle))
+            context.matched(nodes[0])
+        return PassResult(graph_module, bool(readers))
+
+
+def _candidates(graph: fx.Graph) -> list[fx.Node]:
+    found = []
+    for node in linears(graph):
+        role, decision = node.meta.get(ROLE), node.meta.get(DECISION)
+        if role is None or decision is None or not role.body or decision.weight_index < 0:
+            continue
+        if decision.decision == "hif4" or decision.reason.startswith(("kept", "sensitivity", "this step")):
+            found.append(node)
+    return found

@@ -1,0 +1,63 @@
+"""Tensors and a JSON header in one safetensors file, written beside its place and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import Tahf4Error
+
+__all__ = ["load_tensors", "save_tensors"]
+
+_KEY = "tahf4"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) -> None:
+    """Write a file; the same arguments give the same bytes.
+
+    Args:
+        path: of the file; missing or replaced as a whole, never half written.
+        tensors: by name.
+        kind: format and version, such as ``"tahf4-recipe-1"``.
+        header: what JSON can hold.
+    """
+    from safetensors.torch import save_file
+
+    text = json.dumps({"format": kind, **header}, sort_keys=True, separators=(",", ":"))
+    values = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(values, beside, metadata={_KEY: text})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path, kind: str, error: type[Tahf4Error]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of a kind.
+
+    Raises:
+        Tahf4Error: of the type ``error``: no such file, not a safetensors file, or of another kind or version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise error(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            header = json.loads(metadata.get(_KEY, "null"))
+            found = header.get("format") if isinstance(header, dict) else None
+            if found != kind:
+                raise error(f"{path} is of the format {found!r}; expected {kind!r}, as this version of tahf4 writes it")
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError, OSError) as cause:
+        if isinstance(cause, Tahf4Error):
+            raise
+        raise error(f"{path} cannot be read as a safetensors file: {cause}") from cause

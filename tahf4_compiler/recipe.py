@@ -1,0 +1,545 @@
+"""What a calibration decided, as a small file: masks, rotations, decisions, their numbers and where they come from.
+
+A recipe holds no weights. It is attached to a model (:func:`apply_recipe`); the transforms go into the weights
+when these are packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import hif4
+from .attach import Attachment, attach, linear_weights
+from .calibration import check_percentile, experts
+from .errors import CalibrationError, OptionError, RecipeError
+from .files import load_tensors, save_tensors
+from .packing import checksum, moment_as_quantized
+from .sensitivity import QuantizedWeight, choose, network_effects, output_error, sqnr_db
+from .steps import StepCounter, StepPrecision
+from .surroundings import Surroundings
+from .transforms import hadamard_block, seed_of
+
+if TYPE_CHECKING:
+    from .calibration import Calibration, _Cells
+
+__all__ = ["LinearEntry", "Recipe", "RecipeEntry", "apply_recipe", "channel_mask", "make_recipe"]
+
+FORMAT = "tahf4-recipe-1"
+
+MASKS = (None, "max", "percentile", "search")
+SEARCHES = ("", "squared", "weighted")
+COMBINE = ("max", "mean", "merged")
+AMAX_FLOOR = 1e-3
+SEARCHED = tuple((percent, alpha) for percent in (99.0, 99.9, 100.0) for alpha in (0.1, 0.3, 0.5, 0.7, 0.9))
+"""(percentile, weight exponent) that ``mask="search"`` tries for each activation, besides no mask."""
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """A linear of a recipe.
+
+    Attributes:
+        shape: ``(N, K)`` of its weight.
+        weight_sum: checksum of the weight that was calibrated.
+        decision: ``"hif4"`` or ``"high_precision"``.
+        reason: in words, for the report.
+        sqnr_db: of its output on calibration rows when it is quantized, or None if it was not measured.
+        effect: relative squared error of the network's output when only it is quantized, or None.
+        flops: of the calibration's calls.
+    """
+
+    shape: tuple[int, int]
+    weight_sum: int
+    decision: str = "hif4"
+    reason: str = ""
+    sqnr_db: float | None = None
+    effect: float | None = None
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """An activation of a recipe, and the linears that read it.
+
+    Attributes:
+        linears: by module path.
+        hadamard_block: width of the rotation, 0 for none.
+        seed: of its signs.
+        search: how scales of the weights are chosen.
+        percentile: that the mask was made with, None without a mask.
+        weight_exponent: that the mask was made with.
+        mask: float32 ``[K]`` or None.
+        second_moment: bfloat16 ``[K]`` or None, for ``search="weighted"``.
+    """
+
+    linears: Mapping[str, LinearEntry]
+    hadamard_block: int = 0
+    seed: int | None = None
+    search: str = ""
+    percentile: float | None = None
+    weight_exponent: float | None = None
+    mask: Tensor | None = field(default=None, repr=False)
+    second_moment: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Masks, rotations and decisions for each activation of each expert.
+
+    Attributes:
+        experts: ``expert -> name of an activation -> entry``; the expert of a bare module is ``""``.
+        high_precision_steps: indices of denoising steps that run in high precision, negative from the end.
+        provenance: how it was made.
+    """
+
+    experts: Mapping[str, Mapping[str, RecipeEntry]]
+    high_precision_steps: tuple[int, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def linears(self, expert: str) -> dict[str, LinearEntry]:
+        """Return an expert's linears by module path."""
+        return {path: linear for entry in self.experts[expert].values() for path, linear in entry.linears.items()}
+
+    def plan(self, **budget: Any) -> Recipe:
+        """Return the recipe with other linears in high precision, chosen by measured effect.
+
+        Args:
+            budget: one of ``max_high_precision_linears``, ``max_high_precision_blocks`` (both for each expert) and
+                ``min_flops_4bit`` (a share of the FLOPs of the linears in the recipe), see
+                :func:`tahf4_compiler.sensitivity.choose`.
+
+        Raises:
+            RecipeError: the recipe holds no effects (``sensitivity=False``).
+            OptionError: the budget is unknown or out of range.
+        """
+        known = ("max_high_precision_linears", "max_high_precision_blocks", "min_flops_4bit")
+        for name in budget:
+            if name not in known:
+                raise OptionError(f"unknown budget {name!r}; expected one of {', '.join(known)}")
+        words = ", ".join(f"{name}={value}" for name, value in budget.items())
+        planned = {}
+        for expert, entries in self.experts.items():
+            linears = self.linears(expert)
+            effects = {path: linear.effect for path, linear in linears.items() if linear.effect is not None}
+            if len(effects) < len(linears):
+                raise RecipeError("the recipe holds no effects; make it with sensitivity=True to plan with a budget")
+            flops = {path: linear.flops for path, linear in linears.items()}
+            kept = choose(effects, flops, _block_of(list(linears)), **budget)
+            ranks = {path: i + 1 for i, path in enumerate(sorted(effects, key=lambda p: (-effects[p], p)))}
+            planned[expert] = {
+                name: dataclasses.replace(
+                    entry,
+                    linears={
+                        path: _decided(linear, path in kept, ranks[path], len(ranks), words)
+                        for path, linear in entry.linears.items()
+                    },
+                )
+                for name, entry in entries.items()
+            }
+        return dataclasses.replace(self, experts=planned, provenance={**self.provenance, "budget": dict(budget)})
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with a JSON header; the same recipe gives the same bytes."""
+        tensors, entries = {}, []
+        for expert, activations in sorted(self.experts.items()):
+            for name, entry in sorted(activations.items()):
+                prefix = f"{expert}/{name}"
+                for part in ("mask", "second_moment"):
+                    if (value := getattr(entry, part)) is not None:
+                        tensors[f"{prefix}.{part}"] = value
+                values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
+                del values["mask"], values["second_moment"]
+                values["linears"] = {p: dataclasses.asdict(linear) for p, linear in entry.linears.items()}
+                entries.append({"expert": expert, "name": name, **values})
+        header = {
+            "entries": entries,
+            "high_precision_steps": list(self.high_precision_steps),
+            "provenance": dict(self.provenance),
+        }
+        save_tensors(Path(path), tensors, FORMAT, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a file that :meth:`save` wrote. Nothing in it is executed.
+
+        Raises:
+            RecipeError: no such file, not a recipe, or of another version.
+        """
+        tensors, header = load_tensors(Path(path), FORMAT, RecipeError)
+        found: dict[str, dict[str, RecipeEntry]] = {}
+        try:
+            for values in header["entries"]:
+                expert, name = values.pop("expert"), values.pop("name")
+                linears = {
+                    p: LinearEntry(**{**linear, "shape": tuple(linear["shape"])})
+                    for p, linear in values.pop("linears").items()
+                }
+                parts = {part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")}
+                entry = RecipeEntry(linears=linears, **values, **parts)
+                _check_entry(entry, f"{path}: {expert}/{name}")
+                found.setdefault(expert, {})[name] = entry
+            return cls(found, tuple(header["high_precision_steps"]), header["provenance"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"{path} is damaged: its header lacks or misspells {error}") from error
+
+
+def _check_entry(entry: RecipeEntry, where: str) -> None:
+    ks = {linear.shape[1] for linear in entry.linears.values()}
+    k = next(iter(ks), 0)
+    for part in (entry.mask, entry.second_moment):
+        if len(ks) != 1 or (part is not None and tuple(part.shape) != (k,)):
+            raise RecipeError(f"{where}: the mask or the shapes of the linears do not fit each other; the file is damaged")
+    if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
+        raise RecipeError(f"{where}: the mask holds values that are not positive and finite; the file is damaged")
+
+
+def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str) -> LinearEntry:
+    numbers = f"effect on the output {linear.effect:.2e} (rank {rank} of {count})"
+    if linear.sqnr_db is not None:
+        numbers += f", SQNR {linear.sqnr_db:.1f} dB"
+    if kept:
+        return dataclasses.replace(linear, decision="high_precision", reason=f"sensitivity: {numbers}; budget {budget}")
+    return dataclasses.replace(linear, decision="hif4", reason=f"recipe: {numbers}")
+
+
+def _block_of(paths: Sequence[str]) -> Callable[[str], str]:
+    """Return what names the block of a module path: up to its first number."""
+
+    def block(path: str) -> str:
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        return ".".join(parts[: at + 1]) if at is not None else path
+
+    return block
+
+
+def channel_mask(weight_max: Tensor, activation_max: Tensor, weight_exponent: float) -> Tensor:
+    """Return the channel mask of ViDiT-Q: ``wmax**alpha / amax**(1 - alpha)``.
+
+    The activation is multiplied by it, the weight divided. Source: ViDiT-Q (arXiv 2406.02540), as Tail-Aware
+    HiFloat4 adapts it; alpha is the exponent of the *weight*, unlike SmoothQuant's.
+
+    Args:
+        weight_max: float32 ``[K]``, largest magnitude of each input channel over all rows.
+        activation_max: float32 ``[K]``, its maximum or a percentile; floored at 1e-3.
+        weight_exponent: alpha, 0 to 1.
+
+    Returns:
+        float32 ``[K]``, positive, with a geometric mean of 1.
+    """
+    log = weight_exponent * weight_max.double().clamp(min=1e-8).log()
+    log = log - (1 - weight_exponent) * activation_max.double().clamp(min=AMAX_FLOOR).log()
+    return (log - log.mean()).exp().to(torch.float32)
+
+
+def make_recipe(
+    calibration: Calibration,
+    *,
+    mask: str | None = "search",
+    percentile: float | None = None,
+    weight_exponent: float = 0.5,
+    combine: str = "max",
+    rotate: bool = True,
+    block: int = 64,
+    scale_search: str = "squared",
+    sensitivity: bool = True,
+    high_precision_steps: Sequence[int] = (),
+    **budget: Any,
+) -> Recipe:
+    """Turn statistics into a recipe.
+
+    Args:
+        calibration: that has seen the model.
+        mask: ``None``, ``"max"``, ``"percentile"``, or ``"search"``: percentile and exponent of least output error on
+            the sample rows, for each activation.
+        percentile: of |x| for ``mask="percentile"``; by default the calibration's.
+        weight_exponent: alpha of :func:`channel_mask`.
+        combine: how statistics of step groups and branches give one number a channel: the ``"max"`` or ``"mean"`` of
+            their percentiles, or the percentile of all values ``"merged"``.
+        rotate: whether to rotate by a block Hadamard.
+        block: the widest Hadamard block.
+        scale_search: ``""``, ``"squared"`` or ``"weighted"``.
+        sensitivity: measure each linear's output error on sample rows and its effect on the network's output.
+        high_precision_steps: denoising steps that run in high precision.
+        budget: as for :meth:`Recipe.plan`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OptionError: a choice is unknown or out of range.
+        CalibrationError: nothing was seen, values were not finite, or a search has no sample rows.
+    """
+    _check_choices(mask, percentile, weight_exponent, combine, block, scale_search, high_precision_steps)
+    if not calibration.activations:
+        raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
+    percent = calibration.percentile if percentile is None else float(percentile)
+    choices = _Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
+    found: dict[str, dict[str, RecipeEntry]] = {}
+    for (expert, name), cells in tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation"):
+        weights = calibration.weights(expert, cells.activation.members)
+        found.setdefault(expert, {})[name] = _entry(cells, weights, choices, sensitivity)
+    if sensitivity:
+        for expert, entries in found.items():
+            found[expert] = _with_effects(calibration, expert, entries)
+    provenance = {
+        "tahf4": importlib.metadata.version("tahf4-compiler"),
+        "torch": torch.__version__,
+        "choices": {
+            **dataclasses.asdict(choices),
+            "rotate": rotate,
+            "sensitivity": sensitivity,
+        },
+        "calibration": {
+            "prompts": len(calibration.prompts),
+            "step_groups": calibration.step_groups,
+            "rows": calibration.rows,
+            "classes": {expert: type(module).__name__ for expert, module in calibration.models.items()},
+        },
+    }
+    recipe = Recipe(found, tuple(high_precision_steps), provenance)
+    return recipe.plan(**budget) if budget else recipe
+
+
+@dataclass(frozen=True)
+class _Choices:
+    mask: str | None
+    percentile: float
+    weight_exponent: float
+    combine: str
+    block: int
+    scale_search: str
+
+
+def _check_choices(
+    mask: Any, percentile: Any, exponent: Any, combine: Any, block: Any, search: Any, steps: Sequence[int]
+) -> None:
+    for name, value, allowed in (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", search, SEARCHES)):
+        if value not in allowed:
+            raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    if percentile is not None:
+        check_percentile(percentile)
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
+        raise OptionError(f"weight_exponent is {exponent!r}; expected a number from 0 to 1")
+    if not isinstance(block, int) or block < 0 or block & (block - 1):
+        raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
+    if any(not isinstance(step, int) or isinstance(step, bool) for step in steps):
+        raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+
+
+def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity: bool) -> RecipeEntry:
+    activation = cells.activation
+    k = activation.channels
+    block = hadamard_block(k, choices.block)
+    seed = seed_of(activation.name) if block else None
+    bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
+    if bad:
+        raise CalibrationError(
+            f"{activation.expert or 'the module'}: {bad} values that {activation.name} reads are NaN or infinite. "
+            "Check the model in its original precision; float16 overflows where bfloat16 does not."
+        )
+    device = weights[0].device
+    weight_max = torch.stack([w.detach().to(torch.float32).abs().amax(0) for w in weights]).amax(0)
+    moment = _second_moment(cells).to(device)
+    rows = _rows(cells)
+
+    def amax(percent: float) -> Tensor:
+        values = torch.stack([sketch.percentile(percent) for sketch, _ in cells.cells.values()])
+        if choices.combine == "merged":
+            whole = _merge_all(cells)
+            return whole.percentile(percent).to(device)
+        return (values.amax(0) if choices.combine == "max" else values.mean(0)).to(device)
+
+    def product(mask: Tensor | None, search: str) -> QuantizedWeight:
+        importance = moment_as_quantized(moment, mask, block) if search == "weighted" else None
+        return QuantizedWeight(torch.cat([w.detach() for w in weights]), mask, seed, block, search, importance)
+
+    def error(mask: Tensor | None) -> float:
+        # Relative to each linear's own output: v may be much smaller than q.
+        return sum(output_error(rows, weights, product(mask, "")))
+
+    mask, percentile, exponent = None, None, None
+    if choices.mask in ("max", "percentile"):
+        percentile = 100.0 if choices.mask == "max" else choices.percentile
+        exponent = float(choices.weight_exponent)
+        mask = channel_mask(weight_max, amax(percentile), exponent)
+    elif choices.mask == "search":
+        if not len(rows):
+            raise CalibrationError("mask='search' needs sample rows; calibrate with rows=64, or choose a fixed mask")
+        best = error(None)
+        for percent, alpha in SEARCHED:
+            candidate = channel_mask(weight_max, amax(percent), alpha)
+            if (value := error(candidate)) < best:
+                best, mask, percentile, exponent = value, candidate, percent, alpha
+    errors: list[float | None] = [None] * len(weights)
+    if sensitivity and len(rows):
+        errors = list(output_error(rows, weights, product(mask, choices.scale_search)))
+    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
+    linears = {}
+    for path, weight, value in zip(activation.members, weights, errors, strict=True):
+        n = weight.shape[0]
+        db = None if value is None else round(sqnr_db(value), 3)
+        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
+        linears[path] = LinearEntry(
+            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, flops=2 * seen * n * k
+        )
+    return RecipeEntry(
+        linears,
+        block,
+        seed,
+        choices.scale_search,
+        percentile,
+        exponent,
+        mask.cpu() if mask is not None else None,
+        moment.cpu().to(torch.bfloat16) if choices.scale_search == "weighted" else None,
+    )
+
+
+def _merge_all(cells: _Cells) -> Any:
+    from .calibration import _merged
+
+    return _merged([sketch for sketch, _ in cells.cells.values()])
+
+
+def _second_moment(cells: _Cells) -> Tensor:
+    squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
+    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
+    return (squares / max(1, seen)).to(torch.float32)
+
+
+def _rows(cells: _Cells) -> Tensor:
+    """Return the sample rows of all cells, as many of each."""
+    found = [sample.rows for _, sample in cells.cells.values() if sample.rows is not None]
+    return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
+
+
+def _with_effects(
+    calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry]
+) -> dict[str, RecipeEntry]:
+    calls = calibration.calls.get(expert, [])
+    if not calls:
+        return dict(entries)
+    weights = dict(linear_weights(calibration.models[expert]))
+
+    def make(entry: RecipeEntry, path: str) -> Callable[[], QuantizedWeight]:
+        def build() -> QuantizedWeight:
+            weight = weights[path]
+            mask = entry.mask.to(weight.device) if entry.mask is not None else None
+            moment = entry.second_moment
+            importance = moment_as_quantized(moment, mask, entry.hadamard_block) if moment is not None else None
+            return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
+
+        return build
+
+    makers = {path: make(entry, path) for entry in entries.values() for path in entry.linears}
+    model = calibration.models[expert]
+    modules = {path: module for path, module in model.named_modules()}
+    effects = network_effects(model, calls, {p: m for p, m in makers.items() if isinstance(modules.get(p), nn.Linear)})
+
+    def named(linear: LinearEntry, path: str) -> LinearEntry:
+        effect = effects.get(path)
+        if effect is None:
+            return linear
+        reason = f"recipe: effect on the output {effect:.2e}"
+        if linear.sqnr_db is not None:
+            reason += f", SQNR {linear.sqnr_db:.1f} dB"
+        return dataclasses.replace(linear, effect=effect, reason=reason)
+
+    return {
+        name: dataclasses.replace(entry, linears={p: named(linear, p) for p, linear in entry.linears.items()})
+        for name, entry in entries.items()
+    }
+
+
+def apply_recipe(
+    model: Any, recipe: Recipe, *, expert: str | None = None, check_weights: bool = True, scheduler: Any = None
+) -> None:
+    """Attach a recipe to a model, in place of an earlier one; compile the model before or after, whole or by blocks.
+
+    Args:
+        model: a pipeline (each expert of the recipe goes to the component of its name), or a module.
+        recipe: see :class:`Recipe`.
+        expert: which expert's part goes to a module, if the recipe was made for a pipeline.
+        check_weights: compare the weights' checksums with those that were calibrated. False for a fine-tune or
+            a merged adapter, whose activations are nearly the same.
+        scheduler: of a bare module, if the recipe has ``high_precision_steps``.
+
+    Raises:
+        RecipeError: module paths, shapes or weights are not those of the recipe (the first three are named), or the
+            recipe has experts that the model has not.
+        OptionError: the model is neither module nor pipeline.
+    """
+    models = experts(model)
+    parts = dict(recipe.experts)
+    if set(models) == {""}:
+        name = expert if expert is not None else next(iter(parts), "") if len(parts) == 1 else ""
+        if name not in parts:
+            raise RecipeError(
+                f"the recipe has the experts {', '.join(map(repr, parts)) or 'none'}, not {name!r}; say which one "
+                "belongs to this module with expert=..."
+            )
+        parts = {"": parts[name]}
+    missing = sorted(set(parts) - set(models))
+    if missing:
+        raise RecipeError(f"the recipe has the experts {', '.join(parts)}; {type(model).__name__} has no {missing[0]!r}")
+    steps = None
+    if recipe.high_precision_steps:
+        clock = scheduler if scheduler is not None else getattr(model, "scheduler", None)
+        if clock is None:
+            raise RecipeError(
+                f"the recipe runs the steps {list(recipe.high_precision_steps)} in high precision; pass scheduler=..., "
+                "so that steps are counted"
+            )
+        steps = StepPrecision(StepCounter.of(clock), recipe.high_precision_steps)
+    for name, entries in parts.items():
+        _check_fits(models[name], entries, check_weights, name)
+    for name, entries in parts.items():
+        attach(models[name], dict(_attachments(entries, steps)))
+
+
+def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weights: bool, expert: str) -> None:
+    weights = dict(linear_weights(model))
+    wrong = []
+    for entry in entries.values():
+        for path, linear in entry.linears.items():
+            weight = weights.get(path)
+            if weight is None:
+                wrong.append(f"{path}: no such linear")
+            elif tuple(weight.shape) != linear.shape:
+                wrong.append(f"{path}: shape {tuple(weight.shape)}, expected {linear.shape}")
+            elif check_weights and weight.device.type != "meta" and int(checksum(weight)) != linear.weight_sum:
+                wrong.append(f"{path}: other weights than those that were calibrated")
+    if wrong:
+        where = f"{expert} ({type(model).__name__})" if expert else type(model).__name__
+        raise RecipeError(
+            f"the recipe does not fit {where} in {len(wrong)} linears: {'; '.join(wrong[:3])}. Use the recipe "
+            "that was made for this model in this precision; check_weights=False accepts other weights of these shapes."
+        )
+
+
+def _attachments(
+    entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
+) -> Iterator[tuple[str, Attachment]]:
+    for name, entry in entries.items():
+        for path, linear in entry.linears.items():
+            yield path, Attachment(
+                linear.decision,
+                linear.reason,
+                masked=entry.mask is not None,
+                hadamard_block=entry.hadamard_block,
+                search=entry.search,
+                activation=name,
+                mask=entry.mask,
+                seed=entry.seed,
+                second_moment=entry.second_moment,
+                steps=steps,
+            )

@@ -1,0 +1,227 @@
+"""Mergeable statistics of an activation: a log-spaced histogram for each channel, and sample rows.
+
+The histogram follows DDSketch (Masson, Rim, Lee, VLDB 2019, arXiv 1908.10693): logarithmic buckets give every
+quantile with a bounded relative error, and two sketches merge by addition. Buckets here are four an
+octave, linear inside it (the top bits of a float32), which makes the index a shift.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["BUCKETS", "RELATIVE_ERROR", "SMALLEST", "RowSample", "Sketch"]
+
+_LOW, _HIGH = -10, 14
+_PER_OCTAVE = 4
+BUCKETS = (_HIGH - _LOW) * _PER_OCTAVE + 2
+"""Buckets of a channel: below 2**-10, four an octave up to 2**14, and above."""
+
+RELATIVE_ERROR = 1 / 9
+"""Of a quantile between :data:`SMALLEST` and 2**14: a bucket [u, 1.25 u) is reported at 10/9 u."""
+
+SMALLEST = 2.0**_LOW
+"""Quantiles below this are reported as 0: the absolute error is less than 0.001."""
+
+_SHIFT = 23 - 2
+_FIRST = (127 + _LOW) << 2
+_MOST_ROWS = 2**31 - 1
+
+
+class Sketch:
+    """Per-channel statistics of |x|, of a size that does not depend on how much was seen.
+
+    Memory: ``channels * (98 * 4 + 4 + 8)`` bytes.
+
+    Attributes:
+        counts: int32 ``[C, BUCKETS]``.
+        maxima: float32 ``[C]``, exact.
+        squares: float64 ``[C]``, sum of squares.
+        rows: how many rows were seen, exact.
+        nonfinite: int64 ``[1]``, NaN and infinite values, which are in none of the others.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        """Start empty."""
+        self.counts = torch.zeros(channels, BUCKETS, dtype=torch.int32, device=device)
+        self.maxima = torch.zeros(channels, device=device)
+        self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rows = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            x: ``[..., C]`` of a floating-point type, on the sketch's device.
+
+        Raises:
+            OverflowError: a channel would have more than 2**31 - 1 values.
+        """
+        rows = x.reshape(-1, x.shape[-1]).detach()
+        if self.rows + len(rows) > _MOST_ROWS:
+            raise OverflowError("a sketch holds at most 2**31 - 1 rows; begin another and merge quantiles instead")
+        self.rows += len(rows)
+        if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            from .backends import cpu
+
+            if cpu.available():
+                cpu.histogram(rows, self.counts, self.maxima, self.squares, self.nonfinite)
+                return
+        for part in rows.split(max(1, (1 << 24) // rows.shape[1])):
+            self._update(part)
+
+    def _update(self, rows: Tensor) -> None:
+        magnitude = rows.to(torch.float32).abs()
+        finite = magnitude <= torch.finfo(torch.float32).max
+        clean = torch.where(finite, magnitude, 0.0)
+        index = (clean.view(torch.int32) >> _SHIFT) - (_FIRST - 1)
+        index = index.clamp(0, BUCKETS - 1)
+        flat = index + torch.arange(rows.shape[1], device=rows.device) * BUCKETS
+        ones = finite.to(torch.int32).reshape(-1)
+        self.counts.view(-1).scatter_add_(0, flat.reshape(-1).to(torch.int64), ones)
+        self.maxima = torch.maximum(self.maxima, clean.amax(0)) if len(rows) else self.maxima
+        self.squares += clean.to(torch.float64).square().sum(0)
+        self.nonfinite += (~finite).sum()
+
+    def merge(self, other: Sketch) -> None:
+        """Add what another sketch saw.
+
+        Raises:
+            OverflowError: together they have more than 2**31 - 1 rows.
+        """
+        if self.rows + other.rows > _MOST_ROWS:
+            raise OverflowError("a sketch holds at most 2**31 - 1 rows")
+        self.counts += other.counts.to(self.counts.device)
+        self.maxima = torch.maximum(self.maxima, other.maxima.to(self.maxima.device))
+        self.squares += other.squares.to(self.squares.device)
+        self.nonfinite += other.nonfinite.to(self.nonfinite.device)
+        self.rows += other.rows
+
+    def percentile(self, percent: float) -> Tensor:
+        """Return a percentile of |x| for each channel.
+
+        Args:
+            percent: in [0, 100]; 100 is the exact maximum. The value of rank ``ceil(percent / 100 * rows)``.
+
+        Returns:
+            float32 ``[C]``. Between :data:`SMALLEST` and 2**14 it is within :data:`RELATIVE_ERROR`; it is never more
+            than the maximum.
+        """
+        if percent >= 100 or not self.rows:
+            return self.maxima.clone()
+        cumulated = self.counts.cumsum(1, dtype=torch.int64)
+        total = cumulated[:, -1]
+        rank = (total.double() * (percent / 100)).ceil().clamp(min=1).to(torch.int64)
+        bucket = torch.searchsorted(cumulated, rank[:, None]).squeeze(1)
+        lower = ((bucket.to(torch.int32) + (_FIRST - 1)) << _SHIFT).view(torch.float32)
+        value = torch.where(bucket == 0, 0.0, lower * (10 / 9))
+        value = torch.where(bucket == BUCKETS - 1, self.maxima, value)
+        return torch.minimum(value.to(torch.float32), self.maxima)
+
+    def second_moment(self) -> Tensor:
+        """Return the mean of x**2 for each channel: float32 ``[C]``."""
+        return (self.squares / max(1, self.rows)).to(torch.float32)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything as tensors, for a file."""
+        rows = torch.tensor([self.rows])
+        return {
+            "counts": self.counts,
+            "maxima": self.maxima,
+            "squares": self.squares,
+            "nonfinite": self.nonfinite,
+            "rows": rows,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Sketch:
+        """Undo :meth:`tensors`."""
+        sketch = cls(0)
+        sketch.counts, sketch.maxima = tensors["counts"], tensors["maxima"]
+        sketch.squares, sketch.nonfinite = tensors["squares"], tensors["nonfinite"]
+        sketch.rows = int(tensors["rows"])
+        return sketch
+
+
+class RowSample:
+    """A uniform sample of rows, of bounded size: those of the largest random priorities (mergeable).
+
+    Attributes:
+        rows: ``[n, C]``, n at most ``size``, in order of priority.
+        priorities: float64 ``[n]``.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        """Start empty; the name seeds the priorities."""
+        self.size = size
+        self.rows: Tensor | None = None
+        self.priorities = torch.zeros(0, dtype=torch.float64)
+        self._generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+        )
+
+    def update(self, x: Tensor) -> None:
+        """Offer rows ``[..., C]``."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        full = len(self.priorities) == self.size
+        floor = float(self.priorities[-1]) if full and self.size else 0.0
+        # How many of so many uniform numbers lie above the floor, then which rows they belong to.
+        if floor > 0:
+            mean = len(rows) * (1 - floor)
+            if mean < 0.02 * len(rows) + 8:
+                count = _binomial(len(rows), 1 - floor, self._generator)
+                if not count:
+                    return
+                chosen = torch.randperm(len(rows), generator=self._generator)[:count]
+                values = floor + (1 - floor) * torch.rand(count, dtype=torch.float64, generator=self._generator)
+                self._add(rows[chosen.to(rows.device)], values)
+                return
+        values = torch.rand(len(rows), dtype=torch.float64, generator=self._generator)
+        chosen = torch.nonzero(values > floor).squeeze(1)
+        if len(chosen) > self.size:
+            chosen = chosen[values[chosen].topk(self.size).indices]
+        self._add(rows[chosen.to(rows.device)], values[chosen])
+
+    def _add(self, rows: Tensor, priorities: Tensor) -> None:
+        rows = rows.clone()
+        joined = rows if self.rows is None else torch.cat((self.rows, rows))
+        everything = torch.cat((self.priorities, priorities))
+        order = everything.argsort(descending=True, stable=True)[: self.size]
+        self.rows, self.priorities = joined[order.to(joined.device)], everything[order]
+
+    def merge(self, other: RowSample) -> None:
+        """Offer what another sample holds."""
+        if other.rows is not None:
+            device = self.rows.device if self.rows is not None else other.rows.device
+            self._add(other.rows.to(device), other.priorities)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything as tensors, for a file."""
+        found = {"priorities": self.priorities, "generator": self._generator.get_state()}
+        if self.rows is not None:
+            found["sample"] = self.rows
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo :meth:`tensors`."""
+        self.priorities = tensors["priorities"]
+        self.rows = tensors.get("sample")
+        self._generator.set_state(tensors["generator"])
+
+
+def _binomial(n: int, p: float, generator: torch.Generator) -> int:
+    """Draw how many of n events of probability p happen (by gaps, quick for few)."""
+    if p <= 0:
+        return 0
+    count, position = 0, 0.0
+    while True:
+        u = float(torch.rand((), dtype=torch.float64, generator=generator))
+        position += math.floor(math.log(1 - u) / math.log1p(-p)) + 1 if p < 1 else 1
+        if position > n:
+            return count
+        count += 1
