@@ -175,9 +175,9 @@ def _announce(lowered: LoweredGraph) -> None:
         totals.linears,
         ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
     )
-    boundary = bool(lowered.plan) and all(d.reason.startswith("boundary") for d in lowered.plan)
+    wanted = bool(lowered.plan) and all(d.reason.startswith(("boundary", "this step")) for d in lowered.plan)
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
-    if totals.linears and not totals.quantized and not boundary:
+    if totals.linears and not totals.quantized and not wanted:
         reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in lowered.plan})[:3])
         log.warning("%s: none of %d linears runs in 4 bits (%s)", lowered.name, totals.linears, reasons)

@@ -308,6 +308,9 @@ class Calibration:
                 own_sketch, own_sample = mine.cell(where, sketch.counts.device)
                 own_sketch.merge(sketch)
                 own_sample.merge(sample)
+        for expert, calls in other.calls.items():
+            kept = self.calls.setdefault(expert, [])
+            kept += calls[: KEPT_CALLS - len(kept)]
         self.prompts += [prompt for prompt in other.prompts if prompt not in self.prompts]
 
     def recipe(self, **choices: Any) -> Recipe:
@@ -334,7 +337,12 @@ class Calibration:
                 index[-1]["cells"].append([group, branch])
                 for key, value in {**sketch.tensors(), **sample.tensors()}.items():
                     tensors[f"{i}.{j}.{key}"] = value
+        calls = {
+            expert: [_encode(call, tensors, f"call.{expert}.{i}") for i, call in enumerate(kept)]
+            for expert, kept in self.calls.items()
+        }
         header = {
+            "calls": calls,
             "step_groups": self.step_groups,
             "rows": self.rows,
             "prompts": self.prompts,
@@ -351,7 +359,7 @@ class Calibration:
         """
         other = Calibration.__new__(Calibration)
         other.__dict__.update(self.__dict__)
-        other.activations, other.prompts = {}, []
+        other.activations, other.prompts, other.calls = {}, [], {}
         other._load(Path(path))
         self.merge(other)
 
@@ -378,6 +386,9 @@ class Calibration:
                 sample.load(part)
                 cells.cells[(group, branch)] = Sketch.from_tensors(part), sample
         self.prompts = list(header["prompts"])
+        device = {expert: next(model.parameters()).device for expert, model in self.models.items()}
+        for expert, kept in header["calls"].items():
+            self.calls[expert] = [_decode(call, tensors, device[expert]) for call in kept]
 
     def _weight_sums(self) -> dict[str, int]:
         return {f"{expert}/{path}": int(checksum(w)) for (expert, path), w in self._all_weights()}
@@ -447,8 +458,43 @@ class _Calls:
         count = self._seen[where] = self._seen.get(where, 0) + 1
         kept = self._calibration.calls.setdefault(self._expert, [])
         # The first call of each place, then every fifth: neighbouring steps tell the same.
-        if len(kept) < KEPT_CALLS and count % 5 == 1:
+        if len(kept) < KEPT_CALLS and count % 5 == 1 and _plain((args, kwargs)):
             kept.append(torch.utils._pytree.tree_map(_copy, (args, kwargs)))
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is made of what a file can hold: tensors, numbers, texts, None, and lists and dicts of these."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(_plain(part) for part in value)
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """Return a plain value for JSON, its tensors put aside under names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {key: _encode(part, tensors, f"{name}.{key}") for key, part in value.items()}}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(part, tensors, f"{name}.{i}") for i, part in enumerate(value)]}
+    return {"value": value}
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Undo :func:`_encode`."""
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content].to(device)
+    if kind == "dict":
+        return {key: _decode(part, tensors, device) for key, part in content.items()}
+    if kind in ("list", "tuple"):
+        parts = [_decode(part, tensors, device) for part in content]
+        return parts if kind == "list" else tuple(parts)
+    return content
 
 
 def _copy(value: Any) -> Any:

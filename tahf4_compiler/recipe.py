@@ -7,7 +7,9 @@ when these are packed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from .calibration import check_percentile, experts
 from .errors import CalibrationError, OptionError, RecipeError
 from .files import load_tensors, save_tensors
 from .packing import checksum, moment_as_quantized
-from .sensitivity import QuantizedWeight, choose, network_effects, output_error, sqnr_db
+from .sensitivity import Network, QuantizedWeight, choose, output_error, sqnr_db
 from .steps import StepCounter, StepPrecision
 from .surroundings import Surroundings
 from .transforms import hadamard_block, seed_of
@@ -33,14 +35,16 @@ if TYPE_CHECKING:
 
 __all__ = ["LinearEntry", "Recipe", "RecipeEntry", "apply_recipe", "channel_mask", "make_recipe"]
 
+log = logging.getLogger(__name__)
+
 FORMAT = "tahf4-recipe-1"
 
-MASKS = (None, "max", "percentile", "search")
+MASKS = (None, "max", "percentile", "layer_search", "network_search")
 SEARCHES = ("", "squared", "weighted")
 COMBINE = ("max", "mean", "merged")
 AMAX_FLOOR = 1e-3
 SEARCHED = tuple((percent, alpha) for percent in (99.0, 99.9, 100.0) for alpha in (0.1, 0.3, 0.5, 0.7, 0.9))
-"""(percentile, weight exponent) that ``mask="search"`` tries for each activation, besides no mask."""
+"""(percentile, weight exponent) that the searches try, besides no mask."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,7 @@ def channel_mask(weight_max: Tensor, activation_max: Tensor, weight_exponent: fl
 def make_recipe(
     calibration: Calibration,
     *,
-    mask: str | None = "search",
+    mask: str | None = "network_search",
     percentile: float | None = None,
     weight_exponent: float = 0.5,
     combine: str = "max",
@@ -259,8 +263,9 @@ def make_recipe(
 
     Args:
         calibration: that has seen the model.
-        mask: ``None``, ``"max"``, ``"percentile"``, or ``"search"``: percentile and exponent of least output error on
-            the sample rows, for each activation.
+        mask: ``None``; ``"max"`` or ``"percentile"``; ``"layer_search"``: percentile and exponent of least output error on
+            the sample rows, for each activation; ``"network_search"``: one percentile and exponent for each expert, of
+            least error of the network's output on the calls that the calibration kept.
         percentile: of |x| for ``mask="percentile"``; by default the calibration's.
         weight_exponent: alpha of :func:`channel_mask`.
         combine: how statistics of step groups and branches give one number a channel: the ``"max"`` or ``"mean"`` of
@@ -285,9 +290,13 @@ def make_recipe(
     percent = calibration.percentile if percentile is None else float(percentile)
     choices = _Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
     found: dict[str, dict[str, RecipeEntry]] = {}
-    for (expert, name), cells in tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation"):
+    searched: dict[str, _Choices] = {}
+    if mask == "network_search":
+        searched = {expert: _search_network(calibration, expert, choices) for expert in calibration.models}
+    bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
+    for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
-        found.setdefault(expert, {})[name] = _entry(cells, weights, choices, sensitivity)
+        found.setdefault(expert, {})[name] = _entry(cells, weights, searched.get(expert, choices), sensitivity)
     if sensitivity:
         for expert, entries in found.items():
             found[expert] = _with_effects(calibration, expert, entries)
@@ -372,9 +381,9 @@ def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity:
         percentile = 100.0 if choices.mask == "max" else choices.percentile
         exponent = float(choices.weight_exponent)
         mask = channel_mask(weight_max, amax(percentile), exponent)
-    elif choices.mask == "search":
+    elif choices.mask == "layer_search":
         if not len(rows):
-            raise CalibrationError("mask='search' needs sample rows; calibrate with rows=64, or choose a fixed mask")
+            raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64, or choose a fixed mask")
         best = error(None)
         for percent, alpha in SEARCHED:
             candidate = channel_mask(weight_max, amax(percent), alpha)
@@ -422,28 +431,69 @@ def _rows(cells: _Cells) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
 
 
+def _search_network(calibration: Calibration, expert: str, choices: _Choices) -> _Choices:
+    """Return the choices with the mask of least error of the network's output, everything quantized."""
+    network = _network(calibration, expert)
+    if network is None:
+        raise CalibrationError(
+            "mask='network_search' needs calls of the model, and the calibration kept none; "
+            "calibrate with a prompt first, or choose another mask"
+        )
+    candidates = [dataclasses.replace(choices, mask=None)]
+    candidates += [
+        dataclasses.replace(choices, mask="percentile", percentile=percent, weight_exponent=alpha)
+        for percent, alpha in SEARCHED
+    ]
+    activations = [(key, cells) for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
+    best, chosen = float("inf"), choices
+    for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
+        quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
+        quantized = {}
+        for _, cells in activations:
+            weights = calibration.weights(expert, cells.activation.members)
+            entry = _entry(cells, weights, quick, False)
+            quantized |= {path: make() for path, make in _products(entry, dict(zip(entry.linears, weights, strict=True)))}
+        error = network.error(quantized)
+        if error < best:
+            best, chosen = error, candidate
+    log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
+    return chosen
+
+
+def _network(calibration: Calibration, expert: str) -> Network | None:
+    calls = calibration.calls.get(expert)
+    return Network(calibration.models[expert], calls) if calls else None
+
+
+def _products(
+    entry: RecipeEntry, weights: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
+    """Yield for each linear of an entry what makes its quantized product."""
+    for path in entry.linears:
+        weight = weights[path]
+        mask = entry.mask.to(weight.device) if entry.mask is not None else None
+        moment, importance = entry.second_moment, None
+        if moment is not None:
+            importance = moment_as_quantized(moment.to(weight.device), mask, entry.hadamard_block)
+        arguments = (weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
+        yield path, functools.partial(QuantizedWeight, *arguments)
+
+
 def _with_effects(
     calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry]
 ) -> dict[str, RecipeEntry]:
-    calls = calibration.calls.get(expert, [])
-    if not calls:
+    network = _network(calibration, expert)
+    if network is None:
         return dict(entries)
     weights = dict(linear_weights(calibration.models[expert]))
-
-    def make(entry: RecipeEntry, path: str) -> Callable[[], QuantizedWeight]:
-        def build() -> QuantizedWeight:
-            weight = weights[path]
-            mask = entry.mask.to(weight.device) if entry.mask is not None else None
-            moment = entry.second_moment
-            importance = moment_as_quantized(moment, mask, entry.hadamard_block) if moment is not None else None
-            return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
-
-        return build
-
-    makers = {path: make(entry, path) for entry in entries.values() for path in entry.linears}
-    model = calibration.models[expert]
-    modules = {path: module for path, module in model.named_modules()}
-    effects = network_effects(model, calls, {p: m for p, m in makers.items() if isinstance(modules.get(p), nn.Linear)})
+    modules = dict(calibration.models[expert].named_modules())
+    makers = {
+        path: make
+        for entry in entries.values()
+        for path, make in _products(entry, weights)
+        if isinstance(modules.get(path), nn.Linear)
+    }
+    effects = network.effects(makers)
 
     def named(linear: LinearEntry, path: str) -> LinearEntry:
         effect = effects.get(path)

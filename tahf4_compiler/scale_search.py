@@ -5,19 +5,11 @@ activation can afford at run time. A weight is converted once, so :func:`search_
 scales for each unit and, for each of them, all exponent bits of its subgroups. The result is an ordinary packed
 tensor; nothing that reads it needs to know.
 
-For a fixed level-1 scale the best exponent bits are found exactly, without trying all 2**24: the squared error is
-a sum over groups of 8, and given the bit of such a group its two groups of 4 are independent. An element's step is
-``scale * 2**(e8 + e16) / 4``, and E6M2 has four codes an octave, so the error of a group of 4 depends only on
-``code + 4 * (e8 + e16)``: neighbouring scales share most of the work.
-
-Sources: format as in :mod:`tahf4_compiler.hif4`; the choice of the scale by squared error, sub-exponents included,
-is published for weights in "HiFloat4 Format for Language Model Inference" (arXiv 2602.11287). Weighing each
-channel by its activation's second moment minimizes the error of the linear's output if channels are uncorrelated.
+For a fixed level-1 scale the best exponent bits are found exactly without trying all 2**24: the squared error is
+a sum over groups of 8, and given the bit of such a group its two groups of 4 are independent.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,117 +17,132 @@ from torch import Tensor
 from . import hif4
 from .errors import FormatError
 
-__all__ = ["CANDIDATES", "MAX_CANDIDATES", "search_error", "search_scales"]
+__all__ = ["CANDIDATES", "search_error", "search_scales"]
 
-_OFFSETS = (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8)
+CANDIDATES = 3
+"""Level-1 scales that are tried on either side of the default one; E6M2 has four codes an octave."""
 
-CANDIDATES = 5
-MAX_CANDIDATES = len(_OFFSETS)
-
-_OCTAVE = 4  # E6M2 codes
-_LAST_CODE = 0xFE
-_CODE_MARGIN = 8 + 2 * _OCTAVE
-_CHUNK_UNITS = {"cpu": 512}
-_CHUNK_UNITS_ELSEWHERE = 1 << 14
-# A searched unit replaces the default one only if it is better by more than float64 sums can be wrong by.
-_BETTER = 1.0 - 2.0**-40
+_CHUNK = 8192  # units at a time: bounds the temporaries to about 30 MB
+_LARGEST_CODE = 0xFE
 
 
-@torch.no_grad()
 def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: int = CANDIDATES) -> hif4.Packed:
-    offsets = _OFFSETS[:candidates]
-    lead = x.shape[:-1]
-    k = x.shape[-1]
-    count = hif4.units(k)
-    codes = torch.empty((*lead, count * 32), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*lead, count), dtype=torch.int32, device=x.device)
-    weights = None if importance is None else _unit_weights(importance.to(x.device))
-    for part, (out_codes, out_scales), first in _blocks(x.detach(), (codes, scales)):
-        block = None if weights is None else weights[:, first : first + out_scales.shape[-1]]
-        new_codes, new_scales = _search_block(part, block, offsets)
-        out_codes.copy_(new_codes)
-        out_scales.copy_(new_scales)
-    return hif4.Packed(codes, scales, k)
+    """Convert to HiF4 with the scales of least squared error.
 
+    Args:
+        x: ``[..., K]`` as for :func:`tahf4_compiler.hif4.quantize`.
+        importance: float32 ``[K]``, >= 0: weight of each channel's squared error (the second moment of
+            the activation's channel, for a linear's weight), or None for equal weights.
+        candidates: level-1 scales tried below and above the default one.
 
-def search_error(x, packed, importance=None):
-    raise NotImplementedError
+    Returns:
+        A packed tensor. In no unit is the (weighted) squared error larger than that of ``hif4.quantize``; units of
+        NaN, infinities or zeros are as there.
 
-
-def _unit_weights(importance: Tensor) -> Tensor:
-    k = importance.shape[0]
-    padded = torch.nn.functional.pad(importance.to(torch.float64), (0, hif4.units(k) * 64 - k))
-    return padded.unflatten(0, (-1, 64)).t().contiguous()
-
-
-def _blocks(x: Tensor, outs):
-    k = x.shape[-1]
-    codes, scales = outs
-    if x.dim() != 2:
-        x, codes, scales = x.view(-1, k), codes.view(-1, codes.shape[-1]), scales.view(-1, scales.shape[-1])
-    limit = _CHUNK_UNITS.get(x.device.type, _CHUNK_UNITS_ELSEWHERE)
-    n = hif4.units(k)
-    cols = min(n, limit)
-    rows = max(1, limit // cols)
-    for r in range(0, x.shape[0], rows):
-        for c in range(0, n, cols):
-            yield x[r:r+rows, c*64:(c+cols)*64], (codes[r:r+rows, c*32:(c+cols)*32], scales[r:r+rows, c:c+cols]), c
-
-
-def _steps(device):
-    code = torch.arange(-_CODE_MARGIN, 256 + _CODE_MARGIN, dtype=torch.float64, device=device)
-    e = torch.floor(code / 4)
-    return torch.exp2(e - 48) * (1 + (code - 4 * e) / 4) / 4
-
-
-def _group_errors(y, step, w, buf):
-    torch.mul(y, 1.0 / step, out=buf)
-    buf.round_().clamp_(max=7.0).mul_(step).sub_(y)
-    buf.mul_(buf)
-    if w is not None:
-        buf.mul_(w)
-    g = buf.view(16, 4, -1)
-    return (g[:, 0] + g[:, 1]) + (g[:, 2] + g[:, 3])
-
-
-def _search_block(x, weights, offsets):
-    import time
+    Raises:
+        FormatError: as ``hif4.quantize``; or ``importance`` is not of shape ``[K]``, negative or not finite.
+    """
     default = hif4.quantize(x)
-    rows, n = default.scales.shape
-    values = hif4._as_units(hif4._to_float32(x)).reshape(rows * n, 64)
-    u = rows * n
-    code0 = (default.scales & 0xFF).view(-1)
-    finite = code0 != 0xFF
-    signed = torch.where(finite[:, None], values, 0.0).t().to(torch.float64)   # [64,U]
-    y = signed.abs().contiguous()
-    w = None if weights is None else weights.repeat(1, rows)
-    table = _steps(x.device)
-    code0 = code0.to(torch.int64)
-    buf = torch.empty_like(y)
-    errors = {}
-    def err(j):
-        if j not in errors:
-            errors[j] = _group_errors(y, table[code0 + (j + _CODE_MARGIN)], w, buf)
-        return errors[j]
-    pairs = {}
-    def pair(j):
-        if j not in pairs:
-            m = torch.minimum(err(j), err(j + 4)).view(8, 2, u)
-            pairs[j] = m[:, 0] + m[:, 1]
-        return pairs[j]
-    best = None
-    best_off = torch.zeros_like(code0)
-    for d in offsets:
-        t = torch.minimum(pair(d), pair(d + 4))
-        t = t[:4] + t[4:]
-        t = t[:2] + t[2:]
-        cost = t[0] + t[1]
-        if best is None:
-            best = cost
-            continue
-        code = code0 + d
-        better = (cost < best) & (code >= 0) & (code <= _LAST_CODE)
-        best = torch.where(better, cost, best)
-        best_off = torch.where(better, d, best_off)
-    return default.codes, (default.scales), best, best_off, code0, values
+    if importance is not None:
+        _check_importance(importance, x.shape[-1])
+    values = _units(x)
+    codes = default.codes.reshape(-1, hif4.UNIT // 2).clone()
+    scales = default.scales.reshape(-1).clone()
+    weights = None if importance is None else _units(importance.to(x.device))
+    count = hif4.units(x.shape[-1])
+    for start in range(0, len(values), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        mine = None
+        if weights is not None:
+            mine = weights[torch.arange(start, min(start + _CHUNK, len(values)), device=x.device) % count]
+        codes[part], scales[part] = _search(values[part], codes[part], scales[part], mine, candidates)
+    return hif4.Packed(codes.reshape(default.codes.shape), scales.reshape(default.scales.shape), default.k)
 
+
+def search_error(x: Tensor, packed: hif4.Packed, importance: Tensor | None = None) -> Tensor:
+    """Return the (weighted) squared error of each unit: float64 ``[..., ceil(K / 64)]``."""
+    difference = _units(x).double() - _units(hif4.dequantize(packed, torch.float64)).double()
+    squared = difference.square().reshape(*packed.scales.shape, hif4.UNIT)
+    if importance is not None:
+        squared = squared * _units(importance.to(x.device)).double()
+    return squared.sum(-1)
+
+
+def _check_importance(importance: Tensor, k: int) -> None:
+    if tuple(importance.shape) != (k,) or not importance.dtype.is_floating_point:
+        raise FormatError(
+            f"importance is {importance.dtype} of shape {tuple(importance.shape)}; expected floating point of shape "
+            f"({k},), one for each channel"
+        )
+    if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        raise FormatError("importance holds negative or non-finite values; expected a second moment, >= 0")
+
+
+def _units(x: Tensor) -> Tensor:
+    """Return ``[..., K]`` as ``[units, 64]``, padded with zeros."""
+    padded = torch.nn.functional.pad(x, (0, hif4.units(x.shape[-1]) * hif4.UNIT - x.shape[-1]))
+    return padded.reshape(-1, hif4.UNIT)
+
+
+def _search(
+    values: Tensor, codes: Tensor, scales: Tensor, weights: Tensor | None, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """Return better codes ``[U, 32]`` and scales ``[U]`` for values ``[U, 64]``, the given ones where none is better."""
+    first = scales & 0xFF
+    scale = _e6m2(first)
+    magnitude = values.double().abs() / scale[:, None]
+    usable = (first != 0xFF) & (magnitude.amax(-1) > 0)
+    magnitude = torch.where(usable[:, None], magnitude, 0.0).to(torch.float32).unflatten(-1, (8, 2, 4))
+    weight = None if weights is None else weights.to(torch.float32).unflatten(-1, (8, 2, 4))
+    best = torch.full(first.shape, torch.inf, device=values.device)
+    code = first.clone()
+    e8 = torch.zeros(*first.shape, 8, dtype=torch.bool, device=values.device)
+    e16 = torch.zeros(*first.shape, 8, 2, dtype=torch.bool, device=values.device)
+    for offset in range(-candidates, candidates + 1):
+        tried = (first + offset).clamp(0, _LARGEST_CODE)
+        ratio = (_e6m2(tried) / scale).to(torch.float32)[:, None, None, None]
+        errors = [_error(magnitude, ratio * (0.25 * 2.0**e), weight) for e in range(3)]
+        low, high = torch.minimum(errors[0], errors[1]).sum(-1), torch.minimum(errors[1], errors[2]).sum(-1)
+        cost = torch.minimum(low, high).sum(-1)
+        better = cost < best
+        chosen = high < low
+        fine = torch.where(chosen[..., None], errors[2] < errors[1], errors[1] < errors[0])
+        best = torch.where(better, cost, best)
+        code = torch.where(better, tried, code)
+        e8 = torch.where(better[:, None], chosen, e8)
+        e16 = torch.where(better[:, None, None], fine, e16)
+    found = _encode(values, code, e8, e16)
+    worse = _exact(values, *found, weights) >= _exact(values, codes, scales, weights)
+    keep = worse | ~usable
+    return torch.where(keep[:, None], codes, found[0]), torch.where(keep, scales, found[1])
+
+
+def _error(magnitude: Tensor, step: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the squared error of each group of 4 for steps that broadcast: ``[U, 8, 2]``."""
+    rounded = torch.floor(magnitude / step + 0.5).clamp_(max=7.0)
+    squared = (rounded * step - magnitude).square()
+    return (squared if weight is None else squared * weight).sum(-1)
+
+
+def _e6m2(code: Tensor) -> Tensor:
+    return (1.0 + (code & 3).double() / 4) * torch.exp2((code >> 2).double() - 48)
+
+
+def _encode(values: Tensor, code: Tensor, e8: Tensor, e16: Tensor) -> tuple[Tensor, Tensor]:
+    step = _e6m2(code)[:, None, None] * 0.25 * torch.exp2(e8[..., None].double() + e16.double())
+    magnitude = values.double().abs().nan_to_num(0.0, 0.0, 0.0).unflatten(-1, (8, 2, 4))
+    elements = torch.floor(magnitude / step[..., None] + 0.5).clamp(max=7.0).to(torch.int32).flatten(1)
+    # The sign of a value that rounds to zero stays, as in hif4.quantize.
+    elements = elements + torch.signbit(values).to(torch.int32) * 8
+    packed = (elements[:, 0::2] + elements[:, 1::2] * 16).to(torch.uint8)
+    eighths = (e8.to(torch.int32) << torch.arange(8, 16, device=code.device, dtype=torch.int32)).sum(-1)
+    shifts = torch.arange(16, 32, device=code.device, dtype=torch.int32)
+    quarters = (e16.flatten(1).to(torch.int32) << shifts).sum(-1)
+    return packed, (code + eighths + quarters).to(torch.int32)
+
+
+def _exact(values: Tensor, codes: Tensor, scales: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the squared error in float64: ``[U]``; NaN where a unit holds one."""
+    decoded = hif4.dequantize(hif4.Packed(codes, scales[:, None], hif4.UNIT), torch.float64)
+    squared = (decoded - values.double()).square()
+    return (squared if weights is None else squared * weights.double()).sum(-1)

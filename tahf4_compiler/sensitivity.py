@@ -16,7 +16,7 @@ from .errors import OptionError
 from .packing import pack_weight
 from .transforms import multipliers
 
-__all__ = ["QuantizedWeight", "choose", "network_effects", "output_error", "sqnr_db"]
+__all__ = ["Network", "QuantizedWeight", "choose", "output_error", "sqnr_db"]
 
 
 class QuantizedWeight:
@@ -74,38 +74,47 @@ def sqnr_db(error: float) -> float:
     return -10 * math.log10(max(error, 1e-30))
 
 
-def network_effects(
-    model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], quantized: Mapping[str, Callable[[], Any]]
-) -> dict[str, float]:
-    """Return, for each linear, the relative squared error of the network's output when only it is quantized.
+class Network:
+    """A model's outputs on a few calls, and their relative squared error when some linears are quantized.
 
-    One pass of the original model for each linear and call, in the model's own precision: no estimate.
-
-    Args:
-        model: as it is, not compiled.
-        calls: arguments and keyword arguments.
-        quantized: ``path -> function that makes its`` :class:`QuantizedWeight`.
+    The model runs as it is, not compiled, in its own precision.
     """
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
-    try:
-        with torch.no_grad():
-            wanted = [_first(model(*args, **kwargs)) for args, kwargs in calls]
-            effects: dict[str, float] = {}
-            for path, make in tqdm(quantized.items(), desc="sensitivity", unit="linear", delay=1.0):
-                with _one_quantized(model.get_submodule(path), make()):
-                    found = [_first(model(*args, **kwargs)) for args, kwargs in calls]
-                errors = [
-                    float((a.float() - b.float()).square().sum() / b.float().square().sum().clamp(min=1e-30))
-                    for a, b in zip(found, wanted, strict=True)
-                ]
-                effects[path] = sum(errors) / len(errors)
-            return effects
-    finally:
-        model._compiled_call_impl = compiled
+
+    def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
+        """Run the calls (arguments and keyword arguments) in the original precision."""
+        self._model, self._calls = model, calls
+        self._wanted = self._outputs()
+
+    def _outputs(self) -> list[Tensor]:
+        # Not a compiled one, whatever is compiled inside.
+        held = {m: m._compiled_call_impl for m in self._model.modules() if m._compiled_call_impl is not None}
+        for module in held:
+            module._compiled_call_impl = None
+        try:
+            with torch.no_grad():
+                return [_first(self._model(*args, **kwargs)).float() for args, kwargs in self._calls]
+        finally:
+            for module, call in held.items():
+                module._compiled_call_impl = call
+
+    def error(self, quantized: Mapping[str, QuantizedWeight]) -> float:
+        """Return the mean over the calls of the relative squared error, with these linears quantized, by path."""
+        with contextlib.ExitStack() as stack:
+            for path, product in quantized.items():
+                stack.enter_context(_quantized(self._model.get_submodule(path), product))
+            found = self._outputs()
+        pairs = zip(found, self._wanted, strict=True)
+        errors = [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
+        return sum(errors) / len(errors)
+
+    def effects(self, quantized: Mapping[str, Callable[[], QuantizedWeight]]) -> dict[str, float]:
+        """Return the error when only one linear is quantized, for each: one pass a linear and call, no estimate."""
+        bar = tqdm(quantized.items(), desc="sensitivity", unit="linear", delay=1.0)
+        return {path: self.error({path: make()}) for path, make in bar}
 
 
 @contextlib.contextmanager
-def _one_quantized(linear: nn.Module, product: QuantizedWeight) -> Iterator[None]:
+def _quantized(linear: nn.Module, product: QuantizedWeight) -> Iterator[None]:
     def forward(x: Tensor) -> Tensor:
         out = product(x)
         bias = getattr(linear, "bias", None)

@@ -32,7 +32,9 @@ def available() -> bool:
 def serves(x: Tensor, multiplier: Tensor | None = None) -> bool:
     """Return whether :func:`quantize` takes tensors: on the CPU, float32, bfloat16 or float16, and it is compiled."""
     given = [x] if multiplier is None else [x, multiplier]
-    return all(t.device.type == "cpu" and t.dtype in _DTYPES for t in given) and available()
+    # A subclass (a fake tensor, for one) may have no memory of its own to read.
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
+    return plain and all(t.device.type == "cpu" and t.dtype in _DTYPES for t in given) and available()
 
 
 def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:

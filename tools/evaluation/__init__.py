@@ -1,0 +1,1 @@
+"""How well quantized models do: a stress variant of a model, formats to compare with, measures."""

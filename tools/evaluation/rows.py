@@ -1,0 +1,58 @@
+"""What is compared: each row is a way to run the same pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["ROWS", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to run a pipeline.
+
+    Attributes:
+        name: in tables.
+        recipe: choices of ``calibration.recipe``, or None for no recipe.
+        options: of the backend.
+        simulate: a format of :mod:`tahf4_compiler.tools.evaluation.formats`, in place of HiF4, or None.
+        block: the widest Hadamard block of the simulation.
+    """
+
+    name: str
+    recipe: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    simulate: str | None = None
+    block: int = 0
+
+
+PROTECTED = 4
+"""Linears that stay in high precision in each expert, where a row protects any."""
+
+_PLAIN: dict[str, Any] = {"mask": None, "rotate": False, "scale_search": "", "sensitivity": False}
+_PROTECT: dict[str, Any] = {"sensitivity": True, "max_high_precision_linears": PROTECTED}
+_EVERYTHING: dict[str, Any] = {"mask": "network_search", "rotate": True, "scale_search": "squared", **_PROTECT}
+
+ROWS = (
+    Row("HiF4 naive", options={"rotate.block": 0}),
+    Row("+ max mask", {**_PLAIN, "mask": "max"}),
+    Row("+ percentile mask (99.9)", {**_PLAIN, "mask": "percentile", "percentile": 99.9}),
+    Row("+ rotation", {**_PLAIN, "rotate": True}),
+    Row("+ percentile mask, rotation", {**_PLAIN, "mask": "percentile", "percentile": 99.9, "rotate": True}),
+    Row("+ layer-searched mask, rotation", {**_PLAIN, "mask": "layer_search", "rotate": True}),
+    Row("+ network-searched mask", {**_PLAIN, "mask": "network_search"}),
+    Row("+ network-searched mask, rotation", {**_PLAIN, "mask": "network_search", "rotate": True}),
+    Row("+ scale search", {**_PLAIN, "scale_search": "squared"}),
+    Row(f"+ {PROTECTED} linears protected", {**_PLAIN, **_PROTECT}),
+    Row("everything without rotation", {**_PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
+    Row("everything", _EVERYTHING),
+    Row("everything, first step in high precision", {**_EVERYTHING, "high_precision_steps": (0,)}),
+    *(
+        Row(f"{name.upper()} {kind}", simulate=name, block=block)
+        for name in ("nvfp4", "mxfp4", "int4")
+        for kind, block in (("naive", 0), ("rotated", 64))
+    ),
+)
+"""The rows of ``tahf4 evaluate``. Masks, rotations and searches are added to HiF4 naive, one or several at once."""

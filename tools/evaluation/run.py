@@ -1,0 +1,247 @@
+"""Run the rows of an evaluation, one file each, so that a run that is stopped takes up where it was."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from ...calibration import Calibration, calibrate
+from ...lowering import lower  # noqa: F401  (the compiler is loaded before anything is timed)
+from ...recipe import apply_recipe
+from ..generation import experts, load_pipeline
+from ..tiny_wan import data, settings
+from .formats import simulate_
+from .measures import against_reference, by_itself
+from .rows import ROWS, Row
+from .stress import stress_pipeline_
+
+__all__ = ["REFERENCE", "Clips", "Plan", "evaluate_variant", "generate"]
+
+REFERENCE = "high precision"
+STRESS_SEED = 11
+CALIBRATION_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is generated.
+
+    Attributes:
+        prompts: captions of the tiny pipeline, drawn from a fixed seed.
+        seeds: of noise, for each prompt.
+        steps: denoising steps.
+        batch: clips at a time.
+    """
+
+    prompts: int = 64
+    seeds: int = 3
+    steps: int = settings.GENERATION["num_inference_steps"]
+    batch: int = 8
+
+    def captions(self) -> list[data.Caption]:
+        """Return distinct captions; none is used for calibration."""
+        order = np.random.default_rng(2026).permutation(len(data.all_captions()))
+        return [data.all_captions()[i] for i in order[: self.prompts]]
+
+    def calibration_captions(self) -> list[data.Caption]:
+        """Return captions for calibration."""
+        order = np.random.default_rng(2026).permutation(len(data.all_captions()))
+        return [data.all_captions()[i] for i in order[::-1][:CALIBRATION_PROMPTS]]
+
+    def clips(self) -> list[tuple[int, data.Caption, int]]:
+        """Return ``(prompt number, caption, noise seed)`` of every clip."""
+        pairs = enumerate(self.captions())
+        return [(i, caption, 1000 * seed + i) for i, caption in pairs for seed in range(self.seeds)]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call."""
+        return {**settings.GENERATION, "num_inference_steps": self.steps}
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Generated clips.
+
+    Attributes:
+        videos: ``[clips, frames, height, width, 3]`` in [0, 1].
+        latents: ``[clips, steps, channels, frames, height, width]`` after each step.
+    """
+
+    videos: NDArray[np.float32]
+    latents: NDArray[np.float32]
+
+
+def generate(pipe: WanPipeline, plan: Plan, label: str) -> Clips:
+    """Generate every clip of a plan."""
+    videos, latents = [], []
+    arguments = plan.arguments()
+    negative = arguments.pop("negative_prompt")
+    pipe.set_progress_bar_config(disable=True)
+    clips = plan.clips()
+    with tqdm(total=len(clips), desc=label, unit="clip", mininterval=5.0) as bar, torch.no_grad():
+        for start in range(0, len(clips), plan.batch):
+            part = clips[start : start + plan.batch]
+            steps: list[NDArray[np.float32]] = []
+
+            def keep(pipe: Any, i: int, t: Any, tensors: dict[str, Any], steps: Any = steps) -> dict[str, Any]:
+                steps.append(tensors["latents"].float().cpu().numpy())
+                return tensors
+
+            found = pipe(
+                [str(caption) for _, caption, _ in part],
+                [negative] * len(part),
+                generator=[torch.Generator().manual_seed(seed) for *_, seed in part],
+                output_type="np",
+                callback_on_step_end=keep,
+                **arguments,
+            ).frames
+            videos.append(np.asarray(found, np.float32))
+            latents.append(np.stack(steps, 1))
+            bar.update(len(part))
+    return Clips(np.concatenate(videos), np.concatenate(latents))
+
+
+def evaluate_variant(
+    variant: str, plan: Plan, folder: Path, *, rows: Sequence[Row] = ROWS, model_dir: Path = settings.PIPELINE_DIR
+) -> None:
+    """Generate with every row that has no file yet, and write what was measured.
+
+    Args:
+        variant: ``"plain"`` or ``"stress"``.
+        plan: what to generate.
+        folder: for ``variant/key/*.json``; the key names plan and weights.
+        rows: to run.
+        model_dir: of the saved tiny pipeline.
+    """
+    home = folder / variant / _key(plan, model_dir)
+    home.mkdir(parents=True, exist_ok=True)
+    todo = [row for row in (Row(REFERENCE), *rows) if not (home / _file(row)).exists()]
+    if not todo:
+        return
+    pipe = load_pipeline(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    if variant == "stress":
+        prompt = str(plan.calibration_captions()[0])
+        noise = torch.Generator().manual_seed(STRESS_SEED)
+        reports = stress_pipeline_(pipe, STRESS_SEED, {**settings.GENERATION, "prompt": prompt, "generator": noise})
+        text = "\n".join(f"{name}\n{report}" for name, report in reports.items())
+        _write(home / "stress.txt", (text + "\n").encode())
+    reference = _reference(pipe, plan, home)
+    original = {name: model for name, model in experts(pipe).items()}
+    calibration = _calibration(pipe, plan, home) if any(row.recipe is not None for row in todo) else None
+    for row in todo:
+        for name, model in original.items():
+            setattr(pipe, name, _copy(model))
+        details = prepare(pipe, row, calibration)
+        clips = reference if row.name == REFERENCE else generate(pipe, plan, f"{variant}: {row.name}")
+        _write(home / _file(row), _as_json(row, variant, plan, reference, clips, details))
+        for name, model in original.items():
+            setattr(pipe, name, model)
+        torch._dynamo.reset()
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def prepare(pipe: WanPipeline, row: Row, calibration: Calibration | None) -> dict[str, Any]:
+    """Make a pipeline run as a row says; return what there is to know about it."""
+    details: dict[str, Any] = {}
+    if row.name == REFERENCE:
+        return details
+    if row.simulate is not None:
+        for model in experts(pipe).values():
+            simulate_(model, _body(model), row.simulate, block=row.block, compiled=True)
+        return details
+    if row.recipe is not None:
+        assert calibration is not None
+        recipe = calibration.recipe(**row.recipe)
+        apply_recipe(pipe, recipe)
+        details["high_precision"] = {
+            expert: {p: e.reason for p, e in recipe.linears(expert).items() if e.decision != "hif4"}
+            for expert in recipe.experts
+        }
+    for model in experts(pipe).values():
+        model.compile(backend="tahf4", options={"inductor": False, **row.options})
+    return details
+
+
+def _body(model: nn.Module) -> list[str]:
+    """Return the linears inside the blocks, which is what the default plan quantizes."""
+    return [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.startswith("blocks.")]
+
+
+def _calibration(pipe: WanPipeline, plan: Plan, home: Path) -> Calibration:
+    checkpoint = home / "calibration.safetensors"
+    with calibrate(pipe, step_groups=4, checkpoint=checkpoint, options={"inductor": False}) as calibration:
+        calibration.run([str(caption) for caption in plan.calibration_captions()], **plan.arguments())
+    return calibration
+
+
+def _reference(pipe: WanPipeline, plan: Plan, home: Path) -> Clips:
+    path = home / "reference.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as arrays:
+            return Clips(arrays["videos"], arrays["latents"])
+    clips = generate(pipe, plan, REFERENCE)
+    beside = path.with_name(".reference.partial.npz")
+    np.savez(beside, videos=clips.videos, latents=clips.latents)
+    os.replace(beside, path)
+    return clips
+
+
+def _as_json(
+    row: Row, variant: str, plan: Plan, reference: Clips, clips: Clips, details: Mapping[str, Any]
+) -> bytes:
+    measured = []
+    for i, (prompt, caption, seed) in enumerate(plan.clips()):
+        far = against_reference(reference.videos[i], clips.videos[i], reference.latents[i], clips.latents[i])
+        alone = by_itself(clips.videos[i], caption)
+        measured.append({"prompt": prompt, "caption": str(caption), "seed": seed, **far, **alone})
+    content = {"row": row.name, "variant": variant, "recipe": row.recipe, **details, "clips": measured}
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _file(row: Row) -> str:
+    words = "".join(c if c.isalnum() else "_" for c in row.name).strip("_")
+    digest = hashlib.sha256(repr(row).encode()).hexdigest()[:8]
+    return f"row_{words}_{digest}.json"
+
+
+def files_of(home: Path, rows: Sequence[Row] = ROWS) -> list[Path]:
+    """Return the files of rows that were run, in the order of the rows."""
+    return [home / _file(row) for row in (Row(REFERENCE), *rows) if (home / _file(row)).exists()]
+
+
+def home_of(variant: str, plan: Plan, folder: Path, model_dir: Path = settings.PIPELINE_DIR) -> Path:
+    """Return the folder of a variant's rows."""
+    return folder / variant / _key(plan, model_dir)
+
+
+def _key(plan: Plan, model_dir: Path) -> str:
+    """Return a short name that changes with the plan and the weights."""
+    digest = hashlib.sha256(repr(plan).encode())
+    for path in sorted(model_dir.rglob("*.safetensors")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"{plan.prompts}x{plan.seeds}_{digest.hexdigest()[:10]}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+Progress = Callable[[str], None]
