@@ -142,7 +142,8 @@ def _find(weight: object, kind: str) -> Attachment | None:
         return None
     reference, name = entry
     owner = reference()
-    if owner is not None and owner._parameters.get(name) is weight and any(k in owner.__dict__ for k in (_KEPT, _RECIPE)):
+    held = owner is not None and any(part in owner.__dict__ for part in (_KEPT, _RECIPE))
+    if owner is not None and held and owner._parameters.get(name) is weight:
         found: Attachment | None = owner.__dict__.get(kind, {}).get(name)
         return found
     del _attachments[weight]  # the module owns another parameter now, or nothing is attached to it any more

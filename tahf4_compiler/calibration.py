@@ -8,7 +8,6 @@ guidance branch.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -270,7 +269,9 @@ class Calibration:
 
     # -- results ---------------------------------------------------------------------------------------------------
 
-    def sketch(self, name: str, *, expert: str | None = None, step_group: int | None = None, branch: str | None = None) -> Sketch:
+    def sketch(
+        self, name: str, *, expert: str | None = None, step_group: int | None = None, branch: str | None = None
+    ) -> Sketch:
         """Return the merged statistics of an activation.
 
         Args:
@@ -330,7 +331,8 @@ class Calibration:
         """Write everything seen so far to a safetensors file, beside it and renamed."""
         from .files import save_tensors
 
-        tensors, index = {}, []
+        tensors: dict[str, Tensor] = {}
+        index: list[dict[str, Any]] = []
         for i, ((expert, name), cells) in enumerate(sorted(self.activations.items())):
             index.append({"expert": expert, "name": name, "members": list(cells.activation.members), "cells": []})
             for j, ((group, branch), (sketch, sample)) in enumerate(sorted(cells.cells.items())):
@@ -502,7 +504,7 @@ def _copy(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _compiled(module: nn.Module, backend: Any, listen: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]:
     """Compile a module whole, show its calls to a listener, and put it back as it was."""
     old = {m: m._compiled_call_impl for m in module.modules() if m._compiled_call_impl is not None}
     for part in old:

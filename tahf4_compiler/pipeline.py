@@ -15,7 +15,7 @@ __all__ = ["build_pipeline", "default_passes", "order"]
 
 
 def default_passes() -> list[Pass]:
-    """Return the default pipeline: one language, a decision for each linear, the rewrite, the transforms, the kernels."""
+    """Return the default pipeline: one language, decisions, the rewrite, transforms, kernels."""
     from .passes import classify, lower, normalize, plan, quantize, rotate, scale_search, share, smooth
 
     return [

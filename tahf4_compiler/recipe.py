@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import hif4
 from .attach import Attachment, attach, linear_weights
 from .calibration import check_percentile, experts
 from .errors import CalibrationError, OptionError, RecipeError
@@ -27,7 +26,6 @@ from .files import load_tensors, save_tensors
 from .packing import checksum, moment_as_quantized
 from .sensitivity import Network, QuantizedWeight, choose, output_error, sqnr_db
 from .steps import StepCounter, StepPrecision
-from .surroundings import Surroundings
 from .transforms import hadamard_block, seed_of
 
 if TYPE_CHECKING:
@@ -187,7 +185,9 @@ class Recipe:
                     p: LinearEntry(**{**linear, "shape": tuple(linear["shape"])})
                     for p, linear in values.pop("linears").items()
                 }
-                parts = {part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")}
+                parts: dict[str, Any] = {
+                    part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")
+                }
                 entry = RecipeEntry(linears=linears, **values, **parts)
                 _check_entry(entry, f"{path}: {expert}/{name}")
                 found.setdefault(expert, {})[name] = entry
@@ -201,7 +201,7 @@ def _check_entry(entry: RecipeEntry, where: str) -> None:
     k = next(iter(ks), 0)
     for part in (entry.mask, entry.second_moment):
         if len(ks) != 1 or (part is not None and tuple(part.shape) != (k,)):
-            raise RecipeError(f"{where}: the mask or the shapes of the linears do not fit each other; the file is damaged")
+            raise RecipeError(f"{where}: mask and shapes of the linears do not fit each other; the file is damaged")
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
         raise RecipeError(f"{where}: the mask holds values that are not positive and finite; the file is damaged")
 
@@ -263,9 +263,9 @@ def make_recipe(
 
     Args:
         calibration: that has seen the model.
-        mask: ``None``; ``"max"`` or ``"percentile"``; ``"layer_search"``: percentile and exponent of least output error on
-            the sample rows, for each activation; ``"network_search"``: one percentile and exponent for each expert, of
-            least error of the network's output on the calls that the calibration kept.
+        mask: ``None``; ``"max"`` or ``"percentile"``; ``"layer_search"``: percentile and exponent of least output
+            error on the sample rows, for each activation; ``"network_search"``: one percentile and exponent for each
+            expert, of least error of the network's output on the calls that the calibration kept.
         percentile: of |x| for ``mask="percentile"``; by default the calibration's.
         weight_exponent: alpha of :func:`channel_mask`.
         combine: how statistics of step groups and branches give one number a channel: the ``"max"`` or ``"mean"`` of
@@ -332,7 +332,8 @@ class _Choices:
 def _check_choices(
     mask: Any, percentile: Any, exponent: Any, combine: Any, block: Any, search: Any, steps: Sequence[int]
 ) -> None:
-    for name, value, allowed in (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", search, SEARCHES)):
+    words = (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", search, SEARCHES))
+    for name, value, allowed in words:
         if value not in allowed:
             raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
     if percentile is not None:
@@ -376,19 +377,22 @@ def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity:
         # Relative to each linear's own output: v may be much smaller than q.
         return sum(output_error(rows, weights, product(mask, "")))
 
-    mask, percentile, exponent = None, None, None
+    mask: Tensor | None = None
+    percentile: float | None = None
+    exponent: float | None = None
     if choices.mask in ("max", "percentile"):
         percentile = 100.0 if choices.mask == "max" else choices.percentile
         exponent = float(choices.weight_exponent)
         mask = channel_mask(weight_max, amax(percentile), exponent)
     elif choices.mask == "layer_search":
         if not len(rows):
-            raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64, or choose a fixed mask")
+            raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64 or fix the mask")
         best = error(None)
         for percent, alpha in SEARCHED:
             candidate = channel_mask(weight_max, amax(percent), alpha)
             if (value := error(candidate)) < best:
-                best, mask, percentile, exponent = value, candidate, percent, alpha
+                best, mask = value, candidate
+                percentile, exponent = percent, alpha
     errors: list[float | None] = [None] * len(weights)
     if sensitivity and len(rows):
         errors = list(output_error(rows, weights, product(mask, choices.scale_search)))
@@ -448,11 +452,12 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices) ->
     best, chosen = float("inf"), choices
     for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
         quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
-        quantized = {}
+        quantized: dict[str, QuantizedWeight] = {}
         for _, cells in activations:
             weights = calibration.weights(expert, cells.activation.members)
             entry = _entry(cells, weights, quick, False)
-            quantized |= {path: make() for path, make in _products(entry, dict(zip(entry.linears, weights, strict=True)))}
+            makers = _products(entry, dict(zip(entry.linears, weights, strict=True)))
+            quantized |= {path: make() for path, make in makers}
         error = network.error(quantized)
         if error < best:
             best, chosen = error, candidate
@@ -540,7 +545,9 @@ def apply_recipe(
         parts = {"": parts[name]}
     missing = sorted(set(parts) - set(models))
     if missing:
-        raise RecipeError(f"the recipe has the experts {', '.join(parts)}; {type(model).__name__} has no {missing[0]!r}")
+        raise RecipeError(
+            f"the recipe has the experts {', '.join(parts)}; {type(model).__name__} has no {missing[0]!r}"
+        )
     steps = None
     if recipe.high_precision_steps:
         clock = scheduler if scheduler is not None else getattr(model, "scheduler", None)

@@ -30,7 +30,8 @@ class StepCounter:
     def of(cls, scheduler: Any) -> StepCounter:
         """Return the counter of a scheduler, which is counted from the first call on."""
         if not hasattr(scheduler, _COUNTER):
-            scheduler.__class__ = _counted(type(scheduler))
+            kind: Any = type(scheduler)
+            scheduler.__class__ = _counted(kind)
             setattr(scheduler, _COUNTER, cls())
         counter: StepCounter = getattr(scheduler, _COUNTER)
         return counter
@@ -41,17 +42,17 @@ class StepCounter:
 
 
 @functools.cache
-def _counted(base: type) -> type:
-    @functools.wraps(base.set_timesteps)  # type: ignore[attr-defined]
+def _counted(base: Any) -> Any:
+    @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = base.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+        result = base.set_timesteps(self, *args, **kwargs)
         counter = getattr(self, _COUNTER)
         counter.step, counter.steps = 0, max(1, len(self.timesteps))
         return result
 
-    @functools.wraps(base.step)  # type: ignore[attr-defined]
+    @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = base.step(self, *args, **kwargs)  # type: ignore[attr-defined]
+        result = base.step(self, *args, **kwargs)
         counter = getattr(self, _COUNTER)
         # Schedulers of higher order call the model several times for a timestep; they count on themselves.
         index = getattr(self, "step_index", None)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import demo, doctor, passes
+from . import calibrate, demo, doctor, evaluate, passes
 from .errors import own_error
 
 __all__ = ["app", "main"]
@@ -63,6 +63,8 @@ def tahf4(
 
 
 app.command("demo")(demo.demo)
+app.command("calibrate")(calibrate.calibrate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("passes")(passes.passes)
 app.command("doctor")(doctor.doctor)
 

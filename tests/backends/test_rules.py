@@ -212,7 +212,8 @@ class Scaled(Stack):
 @pytest.mark.parametrize("inductor", [False, True])
 def test_a_python_number_may_be_symbolic(inductor):
     model, x = Scaled().eval(), torch.randn(5, 64)
-    compiled = torch.compile(model, backend="tahf4", options={**GRAPH, "inductor": inductor}, dynamic=True, fullgraph=True)
+    options = {**GRAPH, "inductor": inductor}
+    compiled = torch.compile(model, backend="tahf4", options=options, dynamic=True, fullgraph=True)
     for scale in (0.75, 0.5):
         model.scale = scale
         assert relative(compiled(x), expected(model, block_linears(model))(x)) < CLOSE

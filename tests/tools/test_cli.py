@@ -18,6 +18,7 @@ from tahf4_compiler import Pass, PassResult, PatternError, Tahf4Error, register_
 from tahf4_compiler.options import Options
 from tahf4_compiler.pipeline import build_pipeline
 
+COMMANDS = ("demo", "calibrate", "evaluate", "passes", "doctor")
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 
 
@@ -28,11 +29,11 @@ def run(*arguments: str):
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "passes", "doctor"):
+    for command in COMMANDS:
         assert command in result.output
 
 
-@pytest.mark.parametrize("command", ["demo", "passes", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ...calibration import Calibration, calibrate
-from ...lowering import lower  # noqa: F401  (the compiler is loaded before anything is timed)
 from ...recipe import apply_recipe
 from ..generation import experts, load_pipeline
 from ..tiny_wan import data, settings
 from .formats import simulate_
-from .measures import against_reference, by_itself
+from .measures import measure, relative_errors
 from .rows import ROWS, Row
 from .stress import stress_pipeline_
 
@@ -139,21 +138,17 @@ def evaluate_variant(
         text = "\n".join(f"{name}\n{report}" for name, report in reports.items())
         _write(home / "stress.txt", (text + "\n").encode())
     reference = _reference(pipe, plan, home)
-    original = {name: model for name, model in experts(pipe).items()}
+    original = experts(pipe)
     calibration = _calibration(pipe, plan, home) if any(row.recipe is not None for row in todo) else None
     for row in todo:
         for name, model in original.items():
-            setattr(pipe, name, _copy(model))
+            setattr(pipe, name, copy.deepcopy(model))
         details = prepare(pipe, row, calibration)
         clips = reference if row.name == REFERENCE else generate(pipe, plan, f"{variant}: {row.name}")
         _write(home / _file(row), _as_json(row, variant, plan, reference, clips, details))
         for name, model in original.items():
             setattr(pipe, name, model)
         torch._dynamo.reset()
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
 
 
 def prepare(pipe: WanPipeline, row: Row, calibration: Calibration | None) -> dict[str, Any]:
@@ -163,7 +158,7 @@ def prepare(pipe: WanPipeline, row: Row, calibration: Calibration | None) -> dic
         return details
     if row.simulate is not None:
         for model in experts(pipe).values():
-            simulate_(model, _body(model), row.simulate, block=row.block, compiled=True)
+            simulate_(model, _body(model), row.simulate, hadamard_block=row.block)
         return details
     if row.recipe is not None:
         assert calibration is not None
@@ -193,7 +188,7 @@ def _calibration(pipe: WanPipeline, plan: Plan, home: Path) -> Calibration:
 def _reference(pipe: WanPipeline, plan: Plan, home: Path) -> Clips:
     path = home / "reference.npz"
     if path.exists():
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:  # of plain arrays: numpy refuses objects by itself
             return Clips(arrays["videos"], arrays["latents"])
     clips = generate(pipe, plan, REFERENCE)
     beside = path.with_name(".reference.partial.npz")
@@ -205,13 +200,33 @@ def _reference(pipe: WanPipeline, plan: Plan, home: Path) -> Clips:
 def _as_json(
     row: Row, variant: str, plan: Plan, reference: Clips, clips: Clips, details: Mapping[str, Any]
 ) -> bytes:
-    measured = []
-    for i, (prompt, caption, seed) in enumerate(plan.clips()):
-        far = against_reference(reference.videos[i], clips.videos[i], reference.latents[i], clips.latents[i])
-        alone = by_itself(clips.videos[i], caption)
-        measured.append({"prompt": prompt, "caption": str(caption), "seed": seed, **far, **alone})
+    captions = [caption for _, caption, _ in plan.clips()]
+    found = measure(
+        clips.videos,
+        captions,
+        reference=reference.videos,
+        latents=clips.latents[:, -1],
+        reference_latents=reference.latents[:, -1],
+    )
+    steps = range(clips.latents.shape[1])
+    by_step = np.stack([relative_errors(reference.latents[:, s], clips.latents[:, s]) for s in steps], 1)
+    measured = [
+        {
+            "prompt": prompt,
+            "caption": str(caption),
+            "seed": seed,
+            **{name: _number(values[i]) for name, values in found.items()},
+            "step_errors": [_number(value) for value in by_step[i]],
+        }
+        for i, (prompt, caption, seed) in enumerate(plan.clips())
+    ]
     content = {"row": row.name, "variant": variant, "recipe": row.recipe, **details, "clips": measured}
     return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _number(value: Any) -> float | None:
+    """Return a number for JSON, None for infinity: a PSNR of equal clips, the error of a clip that failed."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _file(row: Row) -> str:
@@ -243,5 +258,3 @@ def _write(path: Path, content: bytes) -> None:
     beside.write_bytes(content)
     os.replace(beside, path)
 
-
-Progress = Callable[[str], None]

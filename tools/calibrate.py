@@ -1,0 +1,104 @@
+"""``tahf4 calibrate``: from a pipeline and some prompts to a recipe."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["Dtype", "MaskKind", "calibrate"]
+
+
+class MaskKind(str, Enum):
+    """How the channel masks are made."""
+
+    network_search = "network_search"
+    layer_search = "layer_search"
+    percentile = "percentile"
+    max = "max"
+    none = "none"
+
+
+class Dtype(str, Enum):
+    """In which precision the original runs."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def calibrate(
+    model_dir: Annotated[Path, typer.Argument(help="Folder of a saved WanPipeline.")],
+    prompts: Annotated[Path, typer.Option(help="Text file with one prompt a line.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The recipe, a safetensors file.")] = Path(
+        "recipe.safetensors"
+    ),
+    mask: Annotated[MaskKind, typer.Option(help="How channel masks are made.")] = MaskKind.network_search,
+    percentile: Annotated[float, typer.Option(help="Of |x|, for --mask percentile.")] = 99.9,
+    weight_exponent: Annotated[float, typer.Option(help="Alpha, for --mask percentile and max.")] = 0.5,
+    no_rotation: Annotated[bool, typer.Option("--no-rotation", help="Do not rotate.")] = False,
+    keep_linears: Annotated[
+        int | None, typer.Option(min=0, help="Linears of each expert to keep in high precision, by measured effect.")
+    ] = None,
+    keep_blocks: Annotated[
+        int | None, typer.Option(min=0, help="Blocks of each expert to keep in high precision, by measured effect.")
+    ] = None,
+    step_groups: Annotated[int, typer.Option(min=1, help="Parts of the schedule whose statistics are apart.")] = 4,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a video.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="Height of a frame in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, help="Width of a frame in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the original.")] = Dtype.bfloat16,
+    no_inductor: Annotated[bool, typer.Option("--no-inductor", help="Run captured graphs as they are.")] = False,
+) -> None:
+    """Generate a video for each prompt, watch the activations, and write a recipe.
+
+    The statistics are kept beside the recipe (`.calibration`) after each prompt, so that a run that is stopped
+    takes up after the last one. In Python the recipe is applied with
+    `tahf4.apply_recipe(pipe, tahf4.Recipe.load("recipe.safetensors"))`.
+    """
+    import torch
+
+    from ..calibration import calibrate as observe
+    from .errors import CommandError
+    from .generation import load_pipeline
+    from .tiny_wan import settings
+
+    if not prompts.is_file():
+        raise CommandError(f"there is no file {prompts}; give a text file with one prompt a line")
+    lines = list(dict.fromkeys(line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()))
+    lines = [line for line in lines if line]
+    if not lines:
+        raise CommandError(f"{prompts} holds no prompt; expected one a line")
+    shipped = model_dir.resolve() == settings.PIPELINE_DIR.resolve()
+    arguments: dict[str, Any] = dict(settings.GENERATION) if shipped else {}
+    overrides = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
+    arguments |= {name: value for name, value in overrides.items() if value is not None}
+    budget: dict[str, Any] = {}
+    if keep_linears is not None:
+        budget["max_high_precision_linears"] = keep_linears
+    if keep_blocks is not None:
+        budget["max_high_precision_blocks"] = keep_blocks
+    pipe = load_pipeline(model_dir, getattr(torch, dtype.value), "cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(desc="steps", leave=False, position=1)
+    checkpoint = out.with_name(f"{out.name}.calibration")
+    options = {"inductor": not no_inductor}
+    with observe(pipe, step_groups=step_groups, checkpoint=checkpoint, options=options) as calibration:
+        calibration.run(lines, **arguments)
+    recipe = calibration.recipe(
+        mask=None if mask is MaskKind.none else mask.value,
+        percentile=percentile,
+        weight_exponent=weight_exponent,
+        rotate=not no_rotation,
+        **budget,
+    )
+    recipe.save(out)
+    for expert in recipe.experts:
+        linears = recipe.linears(expert)
+        kept = [path for path, linear in linears.items() if linear.decision != "hif4"]
+        worst = sorted(linears, key=lambda p: -(linears[p].effect or 0))[:5]
+        typer.echo(f"{expert}: {len(linears) - len(kept)} linears in HiF4, {len(kept)} in high precision")
+        for path in worst:
+            typer.echo(f"  {path}: {linears[path].decision}, {linears[path].reason}")
+    typer.echo(f"Written to {out} ({out.stat().st_size:,} bytes); statistics in {checkpoint}")
