@@ -126,6 +126,7 @@ class Calibration:
         self.activations: dict[tuple[str, str], _Cells] = {}
         self.prompts: list[str] = []
         self.calls: dict[str, list[Call]] = {}
+        self._calls_seen: dict[tuple[str, int, str], int] = {}
         self._pipe = None if isinstance(model, nn.Module) else model
         self._options = Options.parse(options)
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
@@ -309,6 +310,8 @@ class Calibration:
                 own_sketch, own_sample = mine.cell(where, sketch.counts.device)
                 own_sketch.merge(sketch)
                 own_sample.merge(sample)
+        for place, count in other._calls_seen.items():
+            self._calls_seen[place] = self._calls_seen.get(place, 0) + count
         for expert, calls in other.calls.items():
             kept = self.calls.setdefault(expert, [])
             kept += calls[: KEPT_CALLS - len(kept)]
@@ -345,6 +348,7 @@ class Calibration:
         }
         header = {
             "calls": calls,
+            "calls_seen": sorted([*where, count] for where, count in self._calls_seen.items()),
             "step_groups": self.step_groups,
             "rows": self.rows,
             "prompts": self.prompts,
@@ -361,7 +365,7 @@ class Calibration:
         """
         other = Calibration.__new__(Calibration)
         other.__dict__.update(self.__dict__)
-        other.activations, other.prompts, other.calls = {}, [], {}
+        other.activations, other.prompts, other.calls, other._calls_seen = {}, [], {}, {}
         other._load(Path(path))
         self.merge(other)
 
@@ -388,6 +392,7 @@ class Calibration:
                 sample.load(part)
                 cells.cells[(group, branch)] = Sketch.from_tensors(part), sample
         self.prompts = list(header["prompts"])
+        self._calls_seen = {(expert, group, side): n for expert, group, side, n in header["calls_seen"]}
         device = {expert: next(model.parameters()).device for expert, model in self.models.items()}
         for expert, kept in header["calls"].items():
             self.calls[expert] = [_decode(call, tensors, device[expert]) for call in kept]
@@ -453,11 +458,10 @@ class _Calls:
 
     def __init__(self, calibration: Calibration, expert: str) -> None:
         self._calibration, self._expert = calibration, expert
-        self._seen: dict[tuple[int, str], int] = {}
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        where = self._calibration._where()
-        count = self._seen[where] = self._seen.get(where, 0) + 1
+        seen, where = self._calibration._calls_seen, (self._expert, *self._calibration._where())
+        count = seen[where] = seen.get(where, 0) + 1
         kept = self._calibration.calls.setdefault(self._expert, [])
         # The first call of each place, then every fifth: neighbouring steps tell the same.
         if len(kept) < KEPT_CALLS and count % 5 == 1 and _plain((args, kwargs)):

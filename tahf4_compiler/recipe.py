@@ -393,14 +393,14 @@ def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity:
             if (value := error(candidate)) < best:
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
-    errors: list[float | None] = [None] * len(weights)
+    noise: list[float | None] = [None] * len(weights)
     if sensitivity and len(rows):
-        errors = list(output_error(rows, weights, product(mask, choices.scale_search)))
+        noise = list(output_error(rows, weights, product(mask, choices.scale_search)))
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     linears = {}
-    for path, weight, value in zip(activation.members, weights, errors, strict=True):
+    for path, weight, squared in zip(activation.members, weights, noise, strict=True):
         n = weight.shape[0]
-        db = None if value is None else round(sqnr_db(value), 3)
+        db = None if squared is None else round(sqnr_db(squared), 3)
         reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
         linears[path] = LinearEntry(
             (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, flops=2 * seen * n * k

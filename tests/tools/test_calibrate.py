@@ -1,0 +1,135 @@
+"""``tahf4 calibrate`` and ``tahf4 evaluate`` on the shipped pipeline, small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tahf4_compiler.tools.cli import app
+from tahf4_compiler.tools.evaluation.rows import ROWS, Row
+from tahf4_compiler.tools.evaluation.run import Plan, evaluate_variant, files_of, home_of
+from tahf4_compiler.tools.generation import experts, load_pipeline
+from tahf4_compiler.tools.tiny_wan import settings
+from typer.testing import CliRunner
+
+import tahf4_compiler as tahf4
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
+PROMPTS = ["a large red circle moving right", "a small blue square moving left"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(["", *PROMPTS, PROMPTS[0], "  "]))
+    return path
+
+
+def pipeline():
+    return load_pipeline(settings.PIPELINE_DIR, torch.float32, "cpu")
+
+
+def test_calibrate_writes_a_recipe_that_applies(tmp_path, prompts):
+    out = tmp_path / "recipe.safetensors"
+    arguments = ["calibrate", str(settings.PIPELINE_DIR), "--prompts", str(prompts), "-o", str(out), "--steps", "4"]
+    arguments += ["--dtype", "float32", "--no-inductor", "--mask", "percentile", "--keep-linears", "2"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "transformer_2: 38 linears in HiF4, 2 in high precision" in result.output
+    recipe = tahf4.Recipe.load(out)
+    assert set(recipe.experts) == {"transformer", "transformer_2"}
+    assert recipe.provenance["calibration"]["prompts"] == 2
+    assert recipe.provenance["budget"] == {"max_high_precision_linears": 2}
+    assert {e.percentile for e in recipe.experts["transformer"].values()} == {99.9}
+    tahf4.apply_recipe(pipeline(), recipe)
+
+    before = out.read_bytes()
+    again = runner.invoke(app, arguments)  # takes the statistics from the file: nothing is generated
+    assert again.exit_code == 0, again.output
+    assert out.read_bytes() == before
+
+
+def test_a_run_that_is_stopped_takes_up_with_the_same_statistics(tmp_path):
+    arguments = {**settings.GENERATION, "num_inference_steps": 3, "output_type": "latent"}
+    options = {"step_groups": 3, "options": {"inductor": False}}
+
+    def run(checkpoint, prompts):
+        with tahf4.calibrate(pipeline(), checkpoint=checkpoint, **options) as calibration:
+            calibration.run(prompts, **arguments)
+        return calibration
+
+    class Stop(Exception):
+        pass
+
+    whole = run(tmp_path / "whole", PROMPTS)
+    pipe = pipeline()
+    with pytest.raises(Stop), tahf4.calibrate(pipe, checkpoint=tmp_path / "part", **options) as calibration:
+        calibration.run(PROMPTS[:1], **arguments)
+
+        def stop(*args, **kwargs):
+            raise Stop
+
+        calibration.run(PROMPTS, **arguments, callback_on_step_end=stop)
+    resumed = run(tmp_path / "part", PROMPTS)
+    assert resumed.prompts == whole.prompts == PROMPTS
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+    cells = whole.activations[("transformer", "blocks.0.attn1.to_q")].cells
+    # Two of the three steps are those of the first expert, at both guidance branches.
+    assert set(cells) == {(group, side) for group in (0, 1) for side in ("cond", "uncond")}
+    assert {sketch.rows for sketch, _ in cells.values()} == {2 * 320}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "there is no file"), ("\n \n", "holds no prompt")]
+)
+def test_calibrate_says_what_is_wrong(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_text(content)
+    result = runner.invoke(app, ["calibrate", str(settings.PIPELINE_DIR), "--prompts", str(path)])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_evaluate_writes_tables_and_takes_up(tmp_path):
+    arguments = ["evaluate", "--prompts", "2", "--seeds", "1", "--steps", "3", "-o", str(tmp_path)]
+    arguments += ["--variant", "stress", "--row", "+ max mask", "--row", "HiF4 naive", "--row", "INT4 naive"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    (variant,) = json.loads((tmp_path / "results.json").read_text())["variants"].values()
+    names = [row["row"] for row in variant]
+    assert names == ["high precision", "HiF4 naive", "+ max mask", "INT4 naive"]
+    by_name = {row["row"]: row["measures"] for row in variant}
+    assert by_name["+ max mask"]["psnr"]["mean"] > by_name["HiF4 naive"]["psnr"]["mean"] + 3
+    assert by_name["high precision"]["latent_error"]["mean"] == 0
+    assert "| + max mask |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    again = runner.invoke(app, arguments)
+    assert "clip" not in again.stderr
+    assert again.exit_code == 0
+
+
+def test_an_unknown_row_is_refused(tmp_path):
+    result = runner.invoke(app, ["evaluate", "--row", "nothing", "-o", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "there are: HiF4 naive" in result.output
+
+
+def test_prompts_of_an_evaluation_are_not_those_of_its_calibration():
+    plan = Plan()
+    assert len(set(map(str, plan.captions()))) == 64
+    assert len(plan.clips()) == 192
+    assert not set(plan.captions()) & set(plan.calibration_captions())
+    assert len({seed for *_, seed in plan.clips()}) == 192
+
+
+def test_a_row_leaves_the_pipeline_as_it_was(tmp_path):
+    plan = Plan(prompts=2, seeds=1, steps=2)
+    rows = [ROWS[0], Row("the same again", options={"rotate.block": 0})]
+    evaluate_variant("plain", plan, tmp_path, rows=rows)
+    reference, first, second = (json.loads(p.read_text()) for p in files_of(home_of("plain", plan, tmp_path), rows))
+    assert first["clips"] == second["clips"]
+    assert first["clips"][0]["psnr"] is not None, "the compiled model differs from the original"
+    assert reference["clips"][0]["psnr"] is None, "the reference is equal to itself"
+    assert len(experts(pipeline())) == 2
