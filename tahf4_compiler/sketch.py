@@ -8,6 +8,7 @@ octave, linear inside it (the top bits of a float32), which makes the index a sh
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 from collections.abc import Mapping
 
@@ -149,79 +150,92 @@ class Sketch:
 
 
 class RowSample:
-    """A uniform sample of rows, of bounded size: those of the largest random priorities (mergeable).
-
-    Attributes:
-        rows: ``[n, C]``, n at most ``size``, in order of priority.
-        priorities: float64 ``[n]``.
-    """
+    """A uniform sample of rows, of bounded size: those of the largest random priorities (mergeable)."""
 
     def __init__(self, size: int, name: str) -> None:
         """Start empty; the name seeds the priorities."""
         self.size = size
-        self.rows: Tensor | None = None
-        self.priorities = torch.zeros(0, dtype=torch.float64)
+        self._heap: list[tuple[float, int]] = []  # (priority, place in the buffer)
+        self._buffer: Tensor | None = None
+        self._skip = 0
         self._generator = torch.Generator().manual_seed(
             int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
         )
 
+    @property
+    def rows(self) -> Tensor | None:
+        """Return the sample, ``[n, C]`` with n at most ``size``, by falling priority; None before the first row."""
+        if self._buffer is None:
+            return None
+        places = [place for _, place in sorted(self._heap, reverse=True)]
+        return self._buffer[torch.tensor(places, device=self._buffer.device)]
+
+    @property
+    def priorities(self) -> Tensor:
+        """Return the priorities of the rows, falling: float64 ``[n]``."""
+        return torch.tensor(sorted((value for value, _ in self._heap), reverse=True), dtype=torch.float64)
+
     def update(self, x: Tensor) -> None:
         """Offer rows ``[..., C]``."""
+        count = x.numel() // x.shape[-1] if self.size else 0
+        if self._skip >= count:  # nearly always, once the sample is full
+            self._skip -= count
+            return
         rows = x.detach().reshape(-1, x.shape[-1])
-        full = len(self.priorities) == self.size
-        floor = float(self.priorities[-1]) if full and self.size else 0.0
-        # How many of so many uniform numbers lie above the floor, then which rows they belong to.
-        if floor > 0:
-            mean = len(rows) * (1 - floor)
-            if mean < 0.02 * len(rows) + 8:
-                count = _binomial(len(rows), 1 - floor, self._generator)
-                if not count:
-                    return
-                chosen = torch.randperm(len(rows), generator=self._generator)[:count]
-                values = floor + (1 - floor) * torch.rand(count, dtype=torch.float64, generator=self._generator)
-                self._add(rows[chosen.to(rows.device)], values)
-                return
-        values = torch.rand(len(rows), dtype=torch.float64, generator=self._generator)
-        chosen = torch.nonzero(values > floor).squeeze(1)
-        if len(chosen) > self.size:
-            chosen = chosen[values[chosen].topk(self.size).indices]
-        self._add(rows[chosen.to(rows.device)], values[chosen])
+        at = 0
+        if len(self._heap) < self.size:
+            at = min(count, self.size - len(self._heap))
+            values = torch.rand(at, dtype=torch.float64, generator=self._generator).tolist()
+            for i, value in enumerate(values):
+                self._put(rows[i], value)
+        at += self._skip
+        while at < count:
+            floor = self._heap[0][0]
+            self._put(rows[at], floor + (1 - floor) * self._uniform())
+            at += 1 + self._skip
+        self._skip = max(0, at - count) if len(self._heap) == self.size else 0
 
-    def _add(self, rows: Tensor, priorities: Tensor) -> None:
-        rows = rows.clone()
-        joined = rows if self.rows is None else torch.cat((self.rows, rows))
-        everything = torch.cat((self.priorities, priorities))
-        order = everything.argsort(descending=True, stable=True)[: self.size]
-        self.rows, self.priorities = joined[order.to(joined.device)], everything[order]
+    def _uniform(self) -> float:
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def _put(self, row: Tensor, priority: float) -> None:
+        if self._buffer is None:
+            self._buffer = row.new_zeros(self.size, len(row))
+        if len(self._heap) < self.size:
+            heapq.heappush(self._heap, (priority, len(self._heap)))
+            place = len(self._heap) - 1
+        else:
+            place = self._heap[0][1]
+            heapq.heapreplace(self._heap, (priority, place))
+        self._buffer[place].copy_(row)
+        if len(self._heap) == self.size:
+            # How many rows draw a priority below the smallest one here before one does not: geometric, and
+            # memoryless, so it may be drawn again at any time.
+            floor = self._heap[0][0]
+            self._skip = int(math.log(1 - self._uniform()) / math.log(floor)) if floor > 0 else 0
 
     def merge(self, other: RowSample) -> None:
         """Offer what another sample holds."""
-        if other.rows is not None:
-            device = self.rows.device if self.rows is not None else other.rows.device
-            self._add(other.rows.to(device), other.priorities)
+        rows = other.rows
+        if rows is None or not self.size:
+            return
+        for row, priority in zip(rows, other.priorities.tolist(), strict=True):
+            if len(self._heap) < self.size or priority > self._heap[0][0]:
+                self._put(row, priority)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors, for a file."""
-        found = {"priorities": self.priorities, "generator": self._generator.get_state()}
-        if self.rows is not None:
-            found["sample"] = self.rows
+        state = self._generator.get_state()
+        found = {"priorities": self.priorities, "generator": state, "skip": torch.tensor([self._skip])}
+        if (rows := self.rows) is not None:
+            found["sample"] = rows
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`tensors`."""
-        self.priorities = tensors["priorities"]
-        self.rows = tensors.get("sample")
+        self._heap, self._buffer = [], None
+        if "sample" in tensors:
+            for row, priority in zip(tensors["sample"], tensors["priorities"].tolist(), strict=True):
+                self._put(row, priority)
+        self._skip = int(tensors["skip"])
         self._generator.set_state(tensors["generator"])
-
-
-def _binomial(n: int, p: float, generator: torch.Generator) -> int:
-    """Draw how many of n events of probability p happen (by gaps, quick for few)."""
-    if p <= 0:
-        return 0
-    count, position = 0, 0.0
-    while True:
-        u = float(torch.rand((), dtype=torch.float64, generator=generator))
-        position += math.floor(math.log(1 - u) / math.log1p(-p)) + 1 if p < 1 else 1
-        if position > n:
-            return count
-        count += 1
