@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
-from ..kernels import KERNEL, select
+from ..kernels import KERNEL, OPERATORS, select
 from ..pass_base import Context, Decision, Pass, PassResult
 from .plan import DECISION
 
@@ -30,7 +29,7 @@ class Lower(Pass):
         chosen: Counter[str] = Counter()
         modified = False
         for node in graph_module.graph.nodes:
-            if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "tahf4":
+            if node.target not in OPERATORS:
                 continue
             kernel = select(node)
             node.meta[KERNEL] = kernel.name

@@ -18,7 +18,7 @@ from torch import fx
 from . import ops  # noqa: F401  (defines torch.ops.tahf4)
 from .errors import OptionError
 
-__all__ = ["KERNEL", "Kernel", "kernels", "quantize", "register_kernel", "select"]
+__all__ = ["KERNEL", "OPERATORS", "Kernel", "kernels", "quantize", "register_kernel", "select"]
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ class Kernel:
     serves: Callable[[fx.Node], bool]
 
 
-_OPERATORS = (
+OPERATORS = (
     torch.ops.tahf4.quantize.default,
     torch.ops.tahf4.dequantize.default,
     torch.ops.tahf4.linear.default,
 )
-_kernels: list[Kernel] = [Kernel("reference", op, op, lambda node: True) for op in _OPERATORS]
+_kernels: list[Kernel] = [Kernel("reference", op, op, lambda node: True) for op in OPERATORS]
 _lock = threading.RLock()
 _built_in_registered = False
 
@@ -68,8 +68,8 @@ def register_kernel(
         OptionError: ``operator`` is none of ours, or a kernel of that name serves it already.
     """
     _register_built_in()
-    if operator not in _OPERATORS:
-        raise OptionError(f"kernel {name!r} is for {operator}; expected one of {', '.join(map(str, _OPERATORS))}")
+    if operator not in OPERATORS:
+        raise OptionError(f"kernel {name!r} is for {operator}; expected one of {', '.join(map(str, OPERATORS))}")
     if any(kernel.name == name and kernel.operator is operator for kernel in _kernels):
         raise OptionError(f"a kernel named {name!r} serves {operator} already; choose another name")
     kernel = Kernel(name, operator, target, serves)

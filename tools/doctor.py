@@ -123,10 +123,12 @@ def _cache() -> Finding:
 
 def _kernels() -> Finding:
     from .. import kernels
-    from ..backends import dynamo  # noqa: F401  (backends register their kernels)
+    from ..backends import cpu
 
     by_operator: dict[str, list[str]] = {}
     for kernel in kernels.kernels():
+        if kernel.name == "cpu" and not cpu.available():
+            continue
         by_operator.setdefault(str(kernel.operator).removesuffix(".default"), []).append(kernel.name)
     return Finding("; ".join(f"{operator}: {', '.join(names)}" for operator, names in by_operator.items()))
 
