@@ -95,11 +95,11 @@ def plot(variants: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for i, row in enumerate(shown):
             style = ("-", "--", ":")[i // 10 % 3]
             values = [math.nan if value is None else value for value in row["step_errors"]]
-            right.plot(range(1, len(values) + 1), values, style, label=row["row"])
+            right.plot(range(1, len(values) + 1), [value or math.nan for value in values], style, label=row["row"])
         right.set_yscale("log")
         right.set_xlabel("denoising step")
         right.set_ylabel("relative error of the latents")
-        right.legend(fontsize=7)
+        right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     beside = path.with_name(f".{path.name}.partial.png")
     figure.savefig(beside, dpi=110)
