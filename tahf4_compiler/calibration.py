@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from .attach import linear_weights
 from .errors import CalibrationError, OptionError
+from .files import decode, encode, is_plain, load_tensors, save_tensors
 from .observing import Handles
 from .options import Options
 from .packing import checksum
@@ -292,7 +293,7 @@ class Calibration:
                     if step_group in (None, group) and branch in (None, side)
                 ]
                 if chosen:
-                    return _merged(chosen)
+                    return merged(chosen)
         seen = ", ".join(sorted(name for _, name in self.activations)[:3])
         raise CalibrationError(f"nothing was seen of the activation of {name!r} there; there are {seen}, ...")
 
@@ -318,8 +319,8 @@ class Calibration:
         self.prompts += [prompt for prompt in other.prompts if prompt not in self.prompts]
 
     def recipe(self, **choices: Any) -> Recipe:
-        """Turn the statistics into masks, rotations and decisions: see :func:`tahf4_compiler.recipe.make_recipe`."""
-        from .recipe import make_recipe
+        """Turn the statistics into masks, rotations and decisions: see :func:`tahf4_compiler.recipe_making.make_recipe`."""
+        from .recipe_making import make_recipe
 
         return make_recipe(self, **choices)
 
@@ -332,8 +333,6 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write everything seen so far to a safetensors file, beside it and renamed."""
-        from .files import save_tensors
-
         tensors: dict[str, Tensor] = {}
         index: list[dict[str, Any]] = []
         for i, ((expert, name), cells) in enumerate(sorted(self.activations.items())):
@@ -343,7 +342,7 @@ class Calibration:
                 for key, value in {**sketch.tensors(), **sample.tensors()}.items():
                     tensors[f"{i}.{j}.{key}"] = value
         calls = {
-            expert: [_encode(call, tensors, f"call.{expert}.{i}") for i, call in enumerate(kept)]
+            expert: [encode(call, tensors, f"call.{expert}.{i}") for i, call in enumerate(kept)]
             for expert, kept in self.calls.items()
         }
         header = {
@@ -370,8 +369,6 @@ class Calibration:
         self.merge(other)
 
     def _load(self, path: Path) -> None:
-        from .files import load_tensors
-
         tensors, header = load_tensors(path, FORMAT, CalibrationError)
         for what, mine in (("step_groups", self.step_groups), ("rows", self.rows)):
             if header[what] != mine:
@@ -395,7 +392,7 @@ class Calibration:
         self._calls_seen = {(expert, group, side): n for expert, group, side, n in header["calls_seen"]}
         device = {expert: next(model.parameters()).device for expert, model in self.models.items()}
         for expert, kept in header["calls"].items():
-            self.calls[expert] = [_decode(call, tensors, device[expert]) for call in kept]
+            self.calls[expert] = [decode(call, tensors, device[expert]) for call in kept]
 
     def _weight_sums(self) -> dict[str, int]:
         return {f"{expert}/{path}": int(checksum(w)) for (expert, path), w in self._all_weights()}
@@ -446,7 +443,7 @@ def check_percentile(value: Any) -> None:
         raise OptionError(f"percentile is {value!r}; expected a number above 0 and up to 100 (100 is the maximum)")
 
 
-def _merged(sketches: Sequence[Sketch]) -> Sketch:
+def merged(sketches: Sequence[Sketch]) -> Sketch:
     whole = Sketch(len(sketches[0].maxima), sketches[0].maxima.device)
     for sketch in sketches:
         whole.merge(sketch)
@@ -464,43 +461,8 @@ class _Calls:
         count = seen[where] = seen.get(where, 0) + 1
         kept = self._calibration.calls.setdefault(self._expert, [])
         # The first call of each place, then every fifth: neighbouring steps tell the same.
-        if len(kept) < KEPT_CALLS and count % 5 == 1 and _plain((args, kwargs)):
+        if len(kept) < KEPT_CALLS and count % 5 == 1 and is_plain((args, kwargs)):
             kept.append(torch.utils._pytree.tree_map(_copy, (args, kwargs)))
-
-
-def _plain(value: Any) -> bool:
-    """Whether a value is made of what a file can hold: tensors, numbers, texts, None, and lists and dicts of these."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _plain(part) for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return all(_plain(part) for part in value)
-    return value is None or isinstance(value, Tensor | bool | int | float | str)
-
-
-def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """Return a plain value for JSON, its tensors put aside under names."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {"dict": {key: _encode(part, tensors, f"{name}.{key}") for key, part in value.items()}}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_encode(part, tensors, f"{name}.{i}") for i, part in enumerate(value)]}
-    return {"value": value}
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    """Undo :func:`_encode`."""
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content].to(device)
-    if kind == "dict":
-        return {key: _decode(part, tensors, device) for key, part in content.items()}
-    if kind in ("list", "tuple"):
-        parts = [_decode(part, tensors, device) for part in content]
-        return parts if kind == "list" else tuple(parts)
-    return content
 
 
 def _copy(value: Any) -> Any:

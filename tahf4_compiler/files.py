@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import Tahf4Error
 
-__all__ = ["load_tensors", "save_tensors"]
+__all__ = ["decode", "encode", "is_plain", "load_tensors", "save_tensors"]
 
 _KEY = "tahf4"
 
@@ -61,3 +62,38 @@ def load_tensors(path: Path, kind: str, error: type[Tahf4Error]) -> tuple[dict[s
         if isinstance(cause, Tahf4Error):
             raise
         raise error(f"{path} cannot be read as a safetensors file: {cause}") from cause
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is made of what a file can hold: tensors, numbers, texts, None, and lists and dicts of these."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(is_plain(part) for part in value)
+    return value is None or isinstance(value, Tensor | bool | int | float | str)
+
+
+def encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+    """Return a plain value for JSON, its tensors put aside under names."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {key: encode(part, tensors, f"{name}.{key}") for key, part in value.items()}}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [encode(part, tensors, f"{name}.{i}") for i, part in enumerate(value)]}
+    return {"value": value}
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Undo :func:`encode`."""
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content].to(device)
+    if kind == "dict":
+        return {key: decode(part, tensors, device) for key, part in content.items()}
+    if kind in ("list", "tuple"):
+        parts = [decode(part, tensors, device) for part in content]
+        return parts if kind == "list" else tuple(parts)
+    return content

@@ -12,7 +12,8 @@ from torch import nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.calibration import Calibration
-from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry, channel_mask
+from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
+from tahf4_compiler.recipe_making import channel_mask
 from tahf4_compiler.sensitivity import choose
 
 QUICK = {"inductor": False}

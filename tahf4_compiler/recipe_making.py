@@ -1,0 +1,320 @@
+"""From the statistics of a calibration to a recipe: masks, rotations, and how much each linear costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .attach import linear_weights
+from .calibration import check_percentile, merged
+from .errors import CalibrationError, OptionError
+from .packing import checksum, moment_as_quantized
+from .recipe import LinearEntry, Recipe, RecipeEntry
+from .sensitivity import Network, QuantizedWeight, output_error, sqnr_db
+from .transforms import hadamard_block, seed_of
+
+if TYPE_CHECKING:
+    from .calibration import Calibration, _Cells
+
+__all__ = ["channel_mask", "make_recipe"]
+
+log = logging.getLogger(__name__)
+
+MASKS = (None, "max", "percentile", "layer_search", "network_search")
+SEARCHES = ("", "squared", "weighted")
+COMBINE = ("max", "mean", "merged")
+AMAX_FLOOR = 1e-3
+SEARCHED = tuple((percent, alpha) for percent in (99.0, 99.9, 100.0) for alpha in (0.1, 0.3, 0.5, 0.7, 0.9))
+"""(percentile, weight exponent) that the searches try, besides no mask."""
+
+
+def channel_mask(weight_max: Tensor, activation_max: Tensor, weight_exponent: float) -> Tensor:
+    """Return the channel mask of ViDiT-Q: ``wmax**alpha / amax**(1 - alpha)``.
+
+    The activation is multiplied by it, the weight divided. Source: ViDiT-Q (arXiv 2406.02540), as Tail-Aware
+    HiFloat4 adapts it; alpha is the exponent of the *weight*, unlike SmoothQuant's.
+
+    Args:
+        weight_max: float32 ``[K]``, largest magnitude of each input channel over all rows.
+        activation_max: float32 ``[K]``, its maximum or a percentile; floored at 1e-3.
+        weight_exponent: alpha, 0 to 1.
+
+    Returns:
+        float32 ``[K]``, positive, with a geometric mean of 1.
+    """
+    log = weight_exponent * weight_max.double().clamp(min=1e-8).log()
+    log = log - (1 - weight_exponent) * activation_max.double().clamp(min=AMAX_FLOOR).log()
+    return (log - log.mean()).exp().to(torch.float32)
+
+
+def make_recipe(
+    calibration: Calibration,
+    *,
+    mask: str | None = "network_search",
+    percentile: float | None = None,
+    weight_exponent: float = 0.5,
+    combine: str = "max",
+    rotate: bool = True,
+    block: int = 64,
+    scale_search: str = "squared",
+    sensitivity: bool = True,
+    high_precision_steps: Sequence[int] = (),
+    **budget: Any,
+) -> Recipe:
+    """Turn statistics into a recipe.
+
+    Args:
+        calibration: that has seen the model.
+        mask: ``None``; ``"max"`` or ``"percentile"``; ``"layer_search"``: percentile and exponent of least output
+            error on the sample rows, for each activation; ``"network_search"``: one percentile and exponent for each
+            expert, of least error of the network's output on the calls that the calibration kept.
+        percentile: of |x| for ``mask="percentile"``; by default the calibration's.
+        weight_exponent: alpha of :func:`channel_mask`.
+        combine: how statistics of step groups and branches give one number a channel: the ``"max"`` or ``"mean"`` of
+            their percentiles, or the percentile of all values ``"merged"``.
+        rotate: whether to rotate by a block Hadamard.
+        block: the widest Hadamard block.
+        scale_search: ``""``, ``"squared"`` or ``"weighted"``.
+        sensitivity: measure each linear's output error on sample rows and its effect on the network's output.
+        high_precision_steps: denoising steps that run in high precision.
+        budget: as for :meth:`Recipe.plan`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OptionError: a choice is unknown or out of range.
+        CalibrationError: nothing was seen, values were not finite, or a search has no sample rows.
+    """
+    _check_choices(mask, percentile, weight_exponent, combine, block, scale_search, high_precision_steps)
+    if not calibration.activations:
+        raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
+    percent = calibration.percentile if percentile is None else float(percentile)
+    choices = _Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
+    found: dict[str, dict[str, RecipeEntry]] = {}
+    searched: dict[str, _Choices] = {}
+    if mask == "network_search":
+        searched = {expert: _search_network(calibration, expert, choices) for expert in calibration.models}
+    bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
+    for (expert, name), cells in bar:
+        weights = calibration.weights(expert, cells.activation.members)
+        found.setdefault(expert, {})[name] = _entry(cells, weights, searched.get(expert, choices), sensitivity)
+    if sensitivity:
+        for expert, entries in found.items():
+            found[expert] = _with_effects(calibration, expert, entries)
+    provenance = {
+        "tahf4": importlib.metadata.version("tahf4-compiler"),
+        "torch": torch.__version__,
+        "choices": {
+            **dataclasses.asdict(choices),
+            "rotate": rotate,
+            "sensitivity": sensitivity,
+        },
+        "calibration": {
+            "prompts": len(calibration.prompts),
+            "step_groups": calibration.step_groups,
+            "rows": calibration.rows,
+            "classes": {expert: type(module).__name__ for expert, module in calibration.models.items()},
+        },
+    }
+    recipe = Recipe(found, tuple(high_precision_steps), provenance)
+    return recipe.plan(**budget) if budget else recipe
+
+
+@dataclass(frozen=True)
+class _Choices:
+    mask: str | None
+    percentile: float
+    weight_exponent: float
+    combine: str
+    block: int
+    scale_search: str
+
+
+def _check_choices(
+    mask: Any, percentile: Any, exponent: Any, combine: Any, block: Any, search: Any, steps: Sequence[int]
+) -> None:
+    words = (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", search, SEARCHES))
+    for name, value, allowed in words:
+        if value not in allowed:
+            raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    if percentile is not None:
+        check_percentile(percentile)
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
+        raise OptionError(f"weight_exponent is {exponent!r}; expected a number from 0 to 1")
+    if not isinstance(block, int) or block < 0 or block & (block - 1):
+        raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
+    if any(not isinstance(step, int) or isinstance(step, bool) for step in steps):
+        raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+
+
+def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity: bool) -> RecipeEntry:
+    activation = cells.activation
+    k = activation.channels
+    block = hadamard_block(k, choices.block)
+    seed = seed_of(activation.name) if block else None
+    bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
+    if bad:
+        raise CalibrationError(
+            f"{activation.expert or 'the module'}: {bad} values that {activation.name} reads are NaN or infinite. "
+            "Check the model in its original precision; float16 overflows where bfloat16 does not."
+        )
+    device = weights[0].device
+    weight_max = torch.stack([w.detach().to(torch.float32).abs().amax(0) for w in weights]).amax(0)
+    moment = _second_moment(cells).to(device)
+    rows = _rows(cells)
+
+    def amax(percent: float) -> Tensor:
+        values = torch.stack([sketch.percentile(percent) for sketch, _ in cells.cells.values()])
+        if choices.combine == "merged":
+            whole = merged([sketch for sketch, _ in cells.cells.values()])
+            return whole.percentile(percent).to(device)
+        return (values.amax(0) if choices.combine == "max" else values.mean(0)).to(device)
+
+    def product(mask: Tensor | None, search: str) -> QuantizedWeight:
+        importance = moment_as_quantized(moment, mask, block) if search == "weighted" else None
+        return QuantizedWeight(torch.cat([w.detach() for w in weights]), mask, seed, block, search, importance)
+
+    def error(mask: Tensor | None) -> float:
+        # Relative to each linear's own output: v may be much smaller than q.
+        return sum(output_error(rows, weights, product(mask, "")))
+
+    mask: Tensor | None = None
+    percentile: float | None = None
+    exponent: float | None = None
+    if choices.mask in ("max", "percentile"):
+        percentile = 100.0 if choices.mask == "max" else choices.percentile
+        exponent = float(choices.weight_exponent)
+        mask = channel_mask(weight_max, amax(percentile), exponent)
+    elif choices.mask == "layer_search":
+        if not len(rows):
+            raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64 or fix the mask")
+        best = error(None)
+        for percent, alpha in SEARCHED:
+            candidate = channel_mask(weight_max, amax(percent), alpha)
+            if (value := error(candidate)) < best:
+                best, mask = value, candidate
+                percentile, exponent = percent, alpha
+    noise: list[float | None] = [None] * len(weights)
+    if sensitivity and len(rows):
+        noise = list(output_error(rows, weights, product(mask, choices.scale_search)))
+    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
+    linears = {}
+    for path, weight, squared in zip(activation.members, weights, noise, strict=True):
+        n = weight.shape[0]
+        db = None if squared is None else round(sqnr_db(squared), 3)
+        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
+        linears[path] = LinearEntry(
+            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, flops=2 * seen * n * k
+        )
+    return RecipeEntry(
+        linears,
+        block,
+        seed,
+        choices.scale_search,
+        percentile,
+        exponent,
+        mask.cpu() if mask is not None else None,
+        moment.cpu().to(torch.bfloat16) if choices.scale_search == "weighted" else None,
+    )
+
+
+def _second_moment(cells: _Cells) -> Tensor:
+    squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
+    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
+    return (squares / max(1, seen)).to(torch.float32)
+
+
+def _rows(cells: _Cells) -> Tensor:
+    """Return the sample rows of all cells, as many of each."""
+    found = [sample.rows for _, sample in cells.cells.values() if sample.rows is not None]
+    return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
+
+
+def _search_network(calibration: Calibration, expert: str, choices: _Choices) -> _Choices:
+    """Return the choices with the mask of least error of the network's output, everything quantized."""
+    network = _network(calibration, expert)
+    if network is None:
+        raise CalibrationError(
+            "mask='network_search' needs calls of the model, and the calibration kept none; "
+            "calibrate with a prompt first, or choose another mask"
+        )
+    candidates = [dataclasses.replace(choices, mask=None)]
+    candidates += [
+        dataclasses.replace(choices, mask="percentile", percentile=percent, weight_exponent=alpha)
+        for percent, alpha in SEARCHED
+    ]
+    activations = [(key, cells) for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
+    best, chosen = float("inf"), choices
+    for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
+        quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
+        quantized: dict[str, QuantizedWeight] = {}
+        for _, cells in activations:
+            weights = calibration.weights(expert, cells.activation.members)
+            entry = _entry(cells, weights, quick, False)
+            makers = _products(entry, dict(zip(entry.linears, weights, strict=True)))
+            quantized |= {path: make() for path, make in makers}
+        error = network.error(quantized)
+        if error < best:
+            best, chosen = error, candidate
+    log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
+    return chosen
+
+
+def _network(calibration: Calibration, expert: str) -> Network | None:
+    calls = calibration.calls.get(expert)
+    return Network(calibration.models[expert], calls) if calls else None
+
+
+def _products(
+    entry: RecipeEntry, weights: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
+    """Yield for each linear of an entry what makes its quantized product."""
+    for path in entry.linears:
+        weight = weights[path]
+        mask = entry.mask.to(weight.device) if entry.mask is not None else None
+        moment, importance = entry.second_moment, None
+        if moment is not None:
+            importance = moment_as_quantized(moment.to(weight.device), mask, entry.hadamard_block)
+        arguments = (weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
+        yield path, functools.partial(QuantizedWeight, *arguments)
+
+
+def _with_effects(
+    calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry]
+) -> dict[str, RecipeEntry]:
+    network = _network(calibration, expert)
+    if network is None:
+        return dict(entries)
+    weights = dict(linear_weights(calibration.models[expert]))
+    modules = dict(calibration.models[expert].named_modules())
+    makers = {
+        path: make
+        for entry in entries.values()
+        for path, make in _products(entry, weights)
+        if isinstance(modules.get(path), nn.Linear)
+    }
+    effects = network.effects(makers)
+
+    def named(linear: LinearEntry, path: str) -> LinearEntry:
+        effect = effects.get(path)
+        if effect is None:
+            return linear
+        reason = f"recipe: effect on the output {effect:.2e}"
+        if linear.sqnr_db is not None:
+            reason += f", SQNR {linear.sqnr_db:.1f} dB"
+        return dataclasses.replace(linear, effect=effect, reason=reason)
+
+    return {
+        name: dataclasses.replace(entry, linears={p: named(linear, p) for p, linear in entry.linears.items()})
+        for name, entry in entries.items()
+    }
