@@ -319,7 +319,7 @@ class Calibration:
         self.prompts += [prompt for prompt in other.prompts if prompt not in self.prompts]
 
     def recipe(self, **choices: Any) -> Recipe:
-        """Turn the statistics into masks, rotations and decisions: see :func:`tahf4_compiler.recipe_making.make_recipe`."""
+        """Turn the statistics into a recipe: see :func:`tahf4_compiler.recipe_making.make_recipe`."""
         from .recipe_making import make_recipe
 
         return make_recipe(self, **choices)
