@@ -49,6 +49,10 @@ ROWS = (
     Row("everything without rotation", {**_PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
     Row("everything", _EVERYTHING),
     Row("everything, first step in high precision", {**_EVERYTHING, "high_precision_steps": (0,)}),
+    Row("everything, max mask", {**_EVERYTHING, "mask": "max"}),
+    Row("everything, layer-searched mask", {**_EVERYTHING, "mask": "layer_search"}),
+    Row("everything, mean over steps and branches", {**_EVERYTHING, "combine": "mean"}),
+    Row("everything, Hadamard blocks up to 256", {**_EVERYTHING, "block": 256}),
     *(
         Row(f"{name.upper()} {kind}", simulate=name, block=block)
         for name in ("nvfp4", "mxfp4", "int4")
