@@ -1,0 +1,173 @@
+"""HiF4 in Triton: the functions that generated kernels are built from.
+
+They are never called from here: the text of those that a kernel needs is copied into its generated file, which then
+depends on Triton alone. All of them follow :mod:`tahf4_compiler.hif4` step by step; integer operations do the
+rounding.
+
+**A thread holds a unit.** The 64 values of T units are a tuple of 16 tensors ``[T, 4]``: in the layout that the compiler
+chooses for these, one thread has all values of a unit, so a rotation and all maxima are register operations. (A tile
+``[rows, columns]`` costs a shuffle or a round trip through shared memory for each level of a rotation: 121
+instructions a value where this way has 25.) Kernels that quantize are compiled without fused multiply-adds, which would
+change the bits of a rotation.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fours(x, T: tl.constexpr, WIDTH: tl.constexpr):
+    """Take [T, 4] or [T, 8] apart into tensors [T, 4]."""
+    if WIDTH == 4:
+        found = (x,)
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(x, (T, 2, 4)), (0, 2, 1)))
+        found = (low, high)
+    return found
+
+
+@triton.jit
+def hadamard(parts, T: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr):
+    """Walsh-Hadamard transform of blocks of 2**LEVELS values, from stride 1 upwards; FACTOR comes last."""
+    for level in tl.static_range(LEVELS):
+        new = ()
+        if level < 2:
+            for i in tl.static_range(16):
+                pairs = tl.reshape(parts[i], (T, 2 >> level, 2, 1 << level))
+                low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+                pairs = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
+                new = new + (tl.reshape(pairs, (T, 4)),)
+        elif level < 6:
+            for i in tl.static_range(16):
+                if (i >> (level - 2)) & 1 == 1:
+                    new = new + (parts[i - (1 << (level - 2))] - parts[i],)
+                else:
+                    new = new + (parts[i] + parts[i + (1 << (level - 2))],)
+        else:  # blocks wider than a unit: between threads
+            for i in tl.static_range(16):
+                pairs = tl.reshape(parts[i], (T >> (level - 5), 2, 1 << (level - 6), 4))
+                low, high = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+                pairs = tl.permute(tl.join(low + high, low - high), (0, 3, 1, 2))
+                new = new + (tl.reshape(pairs, (T, 4)),)
+        parts = new
+    new = ()
+    for i in tl.static_range(16):
+        new = new + (parts[i] * FACTOR,)
+    return new
+
+
+@triton.jit
+def round_bits(bits, DROP: tl.constexpr):
+    """Round positive float32 bit patterns half to even, clearing the lowest DROP bits."""
+    bits = bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)
+    return (bits >> DROP) << DROP
+
+
+@triton.jit
+def level1_code(unit_max):
+    """Return the E6M2 byte for the largest magnitude of each unit: bf16(max / 7), then two mantissa bits."""
+    scale = round_bits((unit_max * 0.142578125).to(tl.int32, bitcast=True), 16).to(tl.float32, bitcast=True)
+    scale = tl.minimum(tl.maximum(scale, 3.552713678800501e-15), 49152.0)
+    return (round_bits(scale.to(tl.int32, bitcast=True), 21) >> 21) - 316
+
+
+@triton.jit
+def level1_reciprocal(code):
+    """Return bf16(1 / E6M2) as float32, built from its bits."""
+    mantissa = code & 3
+    fraction = tl.where(mantissa == 1, 77, tl.where(mantissa == 2, 43, tl.where(mantissa == 3, 18, 0)))
+    exponent = 175 - (code >> 2) - tl.where(mantissa > 0, 1, 0)
+    return ((exponent << 23) | (fraction << 16)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def elements(part, maximum, reciprocal, e8, finite):
+    """Return the level-3 bits [T] and the four elements [T] in 16 bits of a group of 4; the group's maximum is [T] bits."""
+    half = tl.where(e8 == 1, 0.5, 1.0)
+    e16 = (maximum.to(tl.float32, bitcast=True) * reciprocal * half >= 2.0).to(tl.int32)
+    factor = reciprocal * (tl.where(e8 == 1, 2.0, 4.0) * tl.where(e16 == 1, 0.5, 1.0))  # times a power of two
+    bits = part.to(tl.int32, bitcast=True)
+    quotient = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True) * factor[:, None]
+    element = tl.minimum(quotient + 0.5, 7.5).to(tl.int32)  # not negative: towards zero is down
+    element = tl.where(finite[:, None], element | ((bits >> 28) & 8), 0)
+    return e16, tl.sum(element << (4 * tl.arange(0, 4)[None, :]), axis=1)
+
+
+@triton.jit
+def to_hif4(parts, T: tl.constexpr):
+    """Convert units to a tuple of 8 words int32 [T], eight elements each, and the metadata int32 [T]."""
+    maxima = ()
+    most = tl.zeros((T,), tl.int32)
+    for i in tl.static_range(16):
+        # As integers: ordered as the magnitudes, infinities and NaN above all others.
+        maximum = tl.max(parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+        maxima = maxima + (maximum,)
+        most = tl.maximum(most, maximum)
+    finite = most < 0x7F800000
+    code = level1_code(tl.where(finite, most, 0).to(tl.float32, bitcast=True))
+    reciprocal = level1_reciprocal(code)
+    metadata = code
+    words = ()
+    for i in tl.static_range(8):
+        max8 = tl.maximum(maxima[2 * i], maxima[2 * i + 1]).to(tl.float32, bitcast=True)
+        e8 = (max8 * reciprocal >= 4.0).to(tl.int32)
+        e16_low, low = elements(parts[2 * i], maxima[2 * i], reciprocal, e8, finite)
+        e16_high, high = elements(parts[2 * i + 1], maxima[2 * i + 1], reciprocal, e8, finite)
+        words = words + (low | (high << 16),)
+        metadata += (e8 << (8 + i)) + (e16_low << (16 + 2 * i)) + (e16_high << (17 + 2 * i))
+    return words, tl.where(finite, metadata, 0xFF)
+
+
+@triton.jit
+def store_hif4(codes, scales, unit, mask, words, metadata, T: tl.constexpr):
+    """Write units [T]: 32 bytes of codes (as int32) and 4 of metadata each."""
+    for half in tl.static_range(2):
+        even = tl.join(words[4 * half], words[4 * half + 2])
+        odd = tl.join(words[4 * half + 1], words[4 * half + 3])
+        four = tl.reshape(tl.join(even, odd), (T, 4))
+        at = codes + (unit * 8)[:, None] + 4 * half + tl.arange(0, 4)[None, :]
+        tl.store(at, four, mask=mask[:, None])
+    tl.store(scales + unit, metadata, mask=mask)
+
+
+@triton.jit
+def halves(x, T: tl.constexpr, WIDTH: tl.constexpr):
+    """Take [T, WIDTH] apart into its lower and its upper columns."""
+    return tl.split(tl.permute(tl.reshape(x, (T, 2, WIDTH // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def unit_parts(x, T: tl.constexpr):
+    """Take a tile [T, 64] apart into 16 tensors [T, 4]."""
+    parts = (x,)
+    for level in tl.static_range(4):
+        new = ()
+        for i in tl.static_range(1 << level):
+            low, high = halves(parts[i], T, 64 >> level)
+            new = new + (low, high)
+        parts = new
+    return parts
+
+
+@triton.jit
+def level1(scales):
+    """Return a quarter of the level-1 scale of units as float32: elements count quarters."""
+    code = scales & 0xFF
+    value = ((((code >> 2) + 77) << 23) | ((code & 3) << 21)).to(tl.float32, bitcast=True)
+    return tl.where(code == 0xFF, float("nan"), value)
+
+
+@triton.jit
+def even_and_odd(codes, scales, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """Return the even and the odd elements of units as int32 [ROWS, UNITS, 32], at most 28 in magnitude.
+
+    codes: uint8 [ROWS, UNITS * 32]; scales: int32 [ROWS, UNITS].
+    """
+    packed = tl.reshape(codes, (ROWS, UNITS, 32)).to(tl.int32)
+    byte = tl.arange(0, 32)[None, None, :]
+    shift = ((scales[:, :, None] >> (8 + byte // 4)) & 1) + ((scales[:, :, None] >> (16 + byte // 2)) & 1)
+    low = (packed & 7) << shift
+    high = ((packed >> 4) & 7) << shift
+    return tl.where(packed & 8 != 0, -low, low), tl.where(packed & 128 != 0, -high, high)

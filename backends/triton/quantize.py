@@ -1,0 +1,228 @@
+"""Quantizing kernels: an optional program, an optional transform, codes and scales.
+
+A program without a reduction is computed by the threads that quantize. With one (a norm), each block of threads takes
+whole rows: first one pass over them for mean and spread (Welford's, a lane at a time), then the same as without, from
+cache. So the input comes from memory once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...hif4 import UNIT, units
+from ...program import Program, Statement
+from . import source
+from .expressions import Leaf, Operand, emit, leaf_parameters, operand
+
+__all__ = ["QuantizeKernel", "kernel_for", "launch"]
+
+THREADS = 128
+
+
+@dataclass(frozen=True)
+class QuantizeKernel:
+    """What a generated quantizing kernel depends on.
+
+    Attributes:
+        program: text, empty for none.
+        leaves: how its inputs are read.
+        whole: K is a multiple of 64.
+        multiplier: whether there is one.
+        block: Hadamard block, 0 for none.
+        width: values that a thread reads at once, 4 or 8.
+    """
+
+    program: str
+    leaves: tuple[Leaf, ...]
+    whole: bool
+    multiplier: bool
+    block: int
+    width: int
+
+    def parameters(self) -> list[str]:
+        """Return the kernel's parameters but for the constants."""
+        own = ["codes", "scales", "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
+        return [*own, *leaf_parameters(self.leaves)]
+
+    def constants(self, unit_count: int) -> dict[str, int]:
+        """Return the constants of a launch.
+
+        Args:
+            unit_count: units in a row; together with the constants it decides how many rows a block takes.
+        """
+        if Program.parse(self.program).reduction() is None:
+            return {"T": THREADS}
+        rows = THREADS // math.gcd(unit_count, THREADS)
+        return {"T": THREADS, "ROWS": rows, "COLUMNS": max(8, 8 * THREADS // rows)}
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Return the file."""
+        return _text(self)
+
+
+def _text(kernel: QuantizeKernel) -> str:
+    program = Program.parse(kernel.program)
+    reduction = program.reduction()
+    leaves = list(kernel.leaves)
+    names = leaf_parameters(leaves)
+    given = "".join(f", {name}" for name in names)
+    pieces = []
+    if reduction is not None:
+        pieces.append(_function("reduced", f"row, row_mask, column, column_mask{given}", emit(program, leaves, until=reduction)))
+    statistics = ", mean, spread" if reduction is not None else ""
+    pieces.append(_function("value", f"row, row_mask, column, column_mask{statistics}{given}", emit(program, leaves)))
+    pieces.append(_units_function(kernel, given, statistics))
+    kernels = _rows_kernel(kernel, reduction, given) if reduction is not None else _flat_kernel(kernel, given)
+    pieces.append(kernels)
+    shown = textwrap.indent(kernel.program or "x0 as it is", "    ")
+    what = f"Quantize to HiF4, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
+    needed = ["to_hif4", "store_hif4", "fours", *(["hadamard"] if kernel.block else [])]
+    return source.module_text(what, needed, "\n\n\n".join(pieces))
+
+
+def _function(name: str, parameters: str, lines: Any) -> str:
+    body = textwrap.indent("\n".join(lines), "    ")
+    return f"@triton.jit\ndef {name}({parameters}):\n{body}\n    return result"
+
+
+def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
+    multiplier = ", multiplier" if kernel.multiplier else ""
+    lines = [
+        "column_mask = " + ("mask[:, None]" if kernel.whole else "mask[:, None] & (column < K)"),
+        f"x = value(row[:, None], mask[:, None], column, column_mask{statistics}{given})",
+        f"x = tl.broadcast_to(x, (T, {kernel.width}))",
+    ]
+    if kernel.multiplier:
+        lines.append("x = x * tl.load(multiplier + column, mask=column_mask, other=0.0)")
+    if not kernel.whole:
+        lines.append("x = tl.where(column_mask, x, 0.0)")
+    body = textwrap.indent("\n".join(lines), " " * 8)
+    transform = ""
+    if kernel.block:
+        levels = kernel.block.bit_length() - 1
+        transform = f"    parts = hadamard(parts, T, {levels}, {kernel.block**-0.5!r})\n"
+    return (
+        f"@triton.jit\ndef quantize_units(codes, scales, unit, row, first, mask, K{multiplier}{statistics}{given}, "
+        "T: tl.constexpr):\n"
+        "    parts = ()\n"
+        f"    for i in tl.static_range({UNIT // kernel.width}):\n"
+        f"        column = first[:, None] + (i * {kernel.width} + tl.arange(0, {kernel.width}))[None, :]\n"
+        f"{body}\n"
+        f"        parts = parts + fours(x, T, {kernel.width})\n"
+        f"{transform}"
+        "    words, metadata = to_hif4(parts, T)\n"
+        "    store_hif4(codes, scales, unit, mask, words, metadata, T)"
+    )
+
+
+def _signature(kernel: QuantizeKernel, constants: Sequence[str]) -> str:
+    parameters = [*kernel.parameters(), *(f"{name}: tl.constexpr" for name in constants)]
+    return f"@triton.jit\ndef kernel({', '.join(parameters)}):"
+
+
+def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
+    multiplier = ", multiplier" if kernel.multiplier else ""
+    return f"""{_signature(kernel, ["T"])}
+    unit = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    row = unit // U
+    mask = row < rows
+    first = ((unit - row * U) * 64).to(tl.int32)
+    quantize_units(codes, scales, unit, row, first, mask, K{multiplier}{given}, T)"""
+
+
+def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
+    multiplier = ", multiplier" if kernel.multiplier else ""
+    if reduction.function == "layer_norm":
+        spread = f"spread = 1.0 / tl.sqrt(squares / K + {float(reduction.arguments[3])!r})"  # type: ignore[arg-type]
+    elif reduction.function == "rms_norm":
+        spread = f"spread = 1.0 / tl.sqrt(squares / K + mean * mean + {float(reduction.arguments[2])!r})"  # type: ignore[arg-type]
+    else:
+        spread = "spread = squares"
+    return f"""{_signature(kernel, ["T", "ROWS", "COLUMNS"])}
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    lane = tl.arange(0, COLUMNS)[None, :]
+    row = (start + tl.arange(0, ROWS))[:, None]
+    row_mask = row < rows
+    means = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(0, tl.cdiv(K, COLUMNS)):
+        column = step * COLUMNS + lane
+        column_mask = row_mask & (column < K)
+        x = tl.broadcast_to(reduced(row, row_mask, column, column_mask{given}), (ROWS, COLUMNS))
+        difference = x - means
+        share = 1.0 / (step + 1)
+        moved = means + difference * share
+        squares = tl.where(column_mask, squares + difference * (x - moved), squares)
+        means = tl.where(column_mask, moved, means)
+    count = ((K - lane + COLUMNS - 1) // COLUMNS).to(tl.float32)
+    mean = tl.sum(means * count, axis=1) / K
+    squares = tl.sum(squares + count * (means - mean[:, None]) * (means - mean[:, None]), axis=1)
+    {spread}
+    for tile in range(0, ROWS * U // T):
+        local = tile * T + tl.arange(0, T)
+        local_row = local // U
+        unit = start * U + local
+        first = (local - local_row * U) * 64
+        unit_row = start + local_row
+        mask = unit_row < rows
+        unit_mean = tl.gather(mean, local_row, axis=0)[:, None]
+        unit_spread = tl.gather(spread, local_row, axis=0)[:, None]
+        quantize_units(codes, scales, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_for(
+    program: str, leaves: tuple[Leaf, ...], whole: bool, multiplier: bool, block: int, width: int
+) -> QuantizeKernel:
+    """Return the kernel of a key; its text is made once."""
+    return QuantizeKernel(program, leaves, whole, multiplier, block, width)
+
+
+def describe(
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, shape: Sequence[int]
+) -> tuple[QuantizeKernel, list[Operand]]:
+    """Return the kernel for some inputs, and how they are passed."""
+    operands = [operand(f"x{i}", value, shape) for i, value in enumerate(inputs)]
+    leaves = tuple(o.leaf for o in operands)
+    # 16 bytes at once of the input that is read most; other widths follow it.
+    full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
+    width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
+    kernel = kernel_for(program, leaves, shape[-1] % UNIT == 0, multiplier is not None, block, width)
+    return kernel, operands
+
+
+def launch(
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """Run a quantizing kernel; arguments and results as for ``tahf4::fused_quantize``."""
+    shape = torch.broadcast_shapes(*(value.shape for value in inputs))
+    k, count = shape[-1], units(shape[-1])
+    device = inputs[0].device
+    codes = torch.empty((*shape[:-1], count * (UNIT // 2)), dtype=torch.uint8, device=device)
+    scales = torch.empty((*shape[:-1], count), dtype=torch.int32, device=device)
+    rows = math.prod(shape[:-1])
+    if rows == 0 or k == 0:
+        return codes, scales
+    kernel, operands = describe(inputs, program, multiplier, block, shape)
+    constants = kernel.constants(count)
+    per_block = constants.get("ROWS")
+    blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
+    given = [value for o in operands for value in o.values]
+    own = [codes.view(torch.int32), scales, rows, k, count, *([multiplier] if multiplier is not None else [])]
+    module = source.load(kernel.text)
+    with _device(device):
+        module.kernel[(blocks,)](*own, *given, **constants, num_warps=THREADS // 32, enable_fp_fusion=False)
+    return codes, scales
+
+
+def _device(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
