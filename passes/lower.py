@@ -22,7 +22,7 @@ class Lower(Pass):
         y = tahf4.linear(...)        ->        y = mine.linear_sm90(...)
     """
 
-    after = ("quantize", "share", "smooth", "rotate", "scale_search")
+    after = ("quantize", "share", "smooth", "rotate", "scale_search", "fuse")
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from . import ops  # noqa: F401  (defines torch.ops.tahf4)
+from . import fused_ops, ops  # noqa: F401  (they define torch.ops.tahf4)
 from .errors import OptionError
 
-__all__ = ["KERNEL", "OPERATORS", "Kernel", "kernels", "quantize", "register_kernel", "select"]
+__all__ = ["KERNEL", "OPERATORS", "Kernel", "compiled", "generated_sources", "kernels", "quantize", "register_kernel", "select"]
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +35,23 @@ class Kernel:
         operator: the ``tahf4::`` operator that it serves.
         target: the operator (``torch.library``) that runs in its place.
         serves: whether it can run a node (its device, dtypes and shapes are in ``meta["val"]``).
+        sources: the text of what is generated for a node, by name of the file, or None if nothing is.
     """
 
     name: str
     operator: torch._ops.OpOverload
     target: torch._ops.OpOverload
     serves: Callable[[fx.Node], bool]
+    sources: Callable[[fx.Node], Mapping[str, str]] | None = None
 
 
 OPERATORS = (
     torch.ops.tahf4.quantize.default,
     torch.ops.tahf4.dequantize.default,
     torch.ops.tahf4.linear.default,
+    torch.ops.tahf4.fused_quantize.default,
+    torch.ops.tahf4.fused_linear.default,
+    torch.ops.tahf4.linear_quantize.default,
 )
 _kernels: list[Kernel] = [Kernel("reference", op, op, lambda node: True) for op in OPERATORS]
 _lock = threading.RLock()
@@ -54,15 +59,20 @@ _built_in_registered = False
 
 
 def register_kernel(
-    name: str, operator: torch._ops.OpOverload, target: torch._ops.OpOverload, serves: Callable[[fx.Node], bool]
+    name: str,
+    operator: torch._ops.OpOverload,
+    target: torch._ops.OpOverload,
+    serves: Callable[[fx.Node], bool],
+    sources: Callable[[fx.Node], Mapping[str, str]] | None = None,
 ) -> Kernel:
     """Add a kernel; the one registered last is asked first.
 
     Args:
         name: for the report.
-        operator: ``torch.ops.tahf4.quantize.default``, ``.dequantize.default`` or ``.linear.default``.
+        operator: one of :data:`OPERATORS`.
         target: an operator with the same arguments and results.
         serves: says whether it can run a node.
+        sources: gives the text that is generated for a node, for dumps.
 
     Raises:
         OptionError: ``operator`` is none of ours, or a kernel of that name serves it already.
@@ -72,7 +82,7 @@ def register_kernel(
         raise OptionError(f"kernel {name!r} is for {operator}; expected one of {', '.join(map(str, OPERATORS))}")
     if any(kernel.name == name and kernel.operator is operator for kernel in _kernels):
         raise OptionError(f"a kernel named {name!r} serves {operator} already; choose another name")
-    kernel = Kernel(name, operator, target, serves)
+    kernel = Kernel(name, operator, target, serves, sources)
     _kernels.insert(0, kernel)
     return kernel
 
@@ -99,9 +109,16 @@ def _register_built_in() -> None:
         if _built_in_registered:
             return
         _built_in_registered = True
-        from .backends import cpu
+        from .backends import cpu, triton
 
         cpu.register()
+        triton.register()
+
+
+def compiled(node: fx.Node) -> bool:
+    """Whether another kernel than the reference can run a node."""
+    _register_built_in()
+    return any(k.operator is node.target and k.name != "reference" and k.serves(node) for k in _kernels)
 
 
 def select(node: fx.Node) -> Kernel:
@@ -111,6 +128,19 @@ def select(node: fx.Node) -> Kernel:
     if kernel.name == "reference":
         _say_once(_device(node))
     return kernel
+
+
+def generated_sources(graph: fx.Graph) -> dict[str, tuple[str, list[str]]]:
+    """Return file name -> (text, names of the nodes that run it) of everything that is generated for a lowered graph."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    by_target = {k.target: k for k in kernels() if k.sources is not None}
+    for node in graph.nodes:
+        kernel = by_target.get(node.target)
+        if kernel is None or kernel.sources is None:
+            continue
+        for name, text in kernel.sources(node).items():
+            found.setdefault(name, (text, []))[1].append(node.name)
+    return found
 
 
 def _device(node: fx.Node) -> str:
@@ -143,9 +173,13 @@ def quantize(
     Raises:
         FormatError: as ``tahf4::quantize``.
     """
-    from .backends import cpu
+    from .backends import cpu, triton
 
     if cpu.serves(x, multiplier):
         return cpu.quantize(x, multiplier, hadamard_block)
+    if x.is_cuda and x.dtype != torch.float64 and x.dim() and triton.available(x.device):
+        _register_built_in()
+        codes, scales = torch.ops.tahf4_triton.quantize(x, multiplier, hadamard_block)
+        return codes, scales
     codes, scales = torch.ops.tahf4.quantize(x, multiplier, hadamard_block)
     return codes, scales

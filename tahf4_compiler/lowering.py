@@ -16,6 +16,7 @@ from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .errors import OptionError
 from .graph import INPUT, PackedInput
 from .graph_capture import Capture
+from .kernels import generated_sources
 from .options import Options
 from .packing import store
 from .pass_base import Context, Decision
@@ -99,6 +100,8 @@ def lower_graph(
         lowered.dump = new_graph_dump(folder, captured.name)
         lowered.dump.write_graphs(history)
         lowered.dump.write("plan.json", plan_json(context.plan))
+        for name, (text, nodes) in generated_sources(graph_module.graph).items():
+            lowered.dump.write(name, "".join(f"# Runs {node}.\n" for node in nodes) + text)
         lowered.write_report()
     return lowered
 

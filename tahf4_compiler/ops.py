@@ -57,7 +57,7 @@ def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tens
     Raises:
         FormatError: the multiplier's shape or the block width does not fit K.
     """
-    _check_transform(x.shape[-1], multiplier, hadamard_block)
+    check_transform(x.shape[-1], multiplier, hadamard_block)
     if multiplier is not None:
         x = x.to(torch.float32) * multiplier
     if hadamard_block:
@@ -66,7 +66,7 @@ def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tens
     return x
 
 
-def _check_transform(k: int, multiplier: Tensor | None, block: int) -> None:
+def check_transform(k: int, multiplier: Tensor | None, block: int) -> None:
     if multiplier is not None and tuple(multiplier.shape) != (k,):
         raise FormatError(f"multiplier of shape {tuple(multiplier.shape)}; expected ({k},), one for each channel")
     if block == 0:
@@ -160,7 +160,7 @@ def linear(
     every partial sum inside a unit at most 22, so each unit's contribution is exact; only the float32 sum over
     units depends on the order. TF32 and bfloat16 matrix units hold the operands exactly too.
     """
-    _check_linear(codes, scales, weight_codes, weight_scales, bias)
+    check_linear(codes, scales, weight_codes, weight_scales, bias)
     k = scales.shape[-1] * hif4.UNIT
     left = hif4.dequantize(hif4.Packed(codes, scales, k))
     right = hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k))
@@ -179,11 +179,11 @@ def _(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    _check_linear(codes, scales, weight_codes, weight_scales, bias)
+    check_linear(codes, scales, weight_codes, weight_scales, bias)
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
 
 
-def _check_linear(
+def check_linear(
     codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None
 ) -> None:
     k = scales.shape[-1] * hif4.UNIT if scales.dim() else 0

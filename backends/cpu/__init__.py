@@ -53,7 +53,7 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
     """
     rows, dtype = _rows("quantize", x)
     k = x.shape[-1]
-    ops._check_transform(k, multiplier, hadamard_block)
+    ops.check_transform(k, multiplier, hadamard_block)
     if multiplier is not None:
         if multiplier.dtype not in _DTYPES:
             raise FormatError(f"quantize got a multiplier of {multiplier.dtype}; expected float32")
@@ -188,7 +188,7 @@ def _linear_op(
     if not available():
         product: Tensor = torch.ops.tahf4.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
         return product
-    ops._check_linear(codes, scales, weight_codes, weight_scales, bias)
+    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     out = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
     if bias is not None:
         out = out + bias.to(torch.float32)
@@ -204,7 +204,7 @@ def _(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    ops._check_linear(codes, scales, weight_codes, weight_scales, bias)
+    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
 
 

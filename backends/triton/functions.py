@@ -133,22 +133,43 @@ def store_hif4(codes, scales, unit, mask, words, metadata, T: tl.constexpr):
 
 
 @triton.jit
-def halves(x, T: tl.constexpr, WIDTH: tl.constexpr):
-    """Take [T, WIDTH] apart into its lower and its upper columns."""
-    return tl.split(tl.permute(tl.reshape(x, (T, 2, WIDTH // 2)), (0, 2, 1)))
+def hadamard_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr):
+    """As hadamard, for a tile [ROWS, COLUMNS] in the layout of a product, by sums over pairs: no layout changes."""
+    for level in tl.static_range(LEVELS):
+        pairs = tl.reshape(x, (ROWS, COLUMNS >> (level + 1), 2, 1 << level))
+        upper = tl.arange(0, 2)[None, None, :, None] == 1
+        total = tl.expand_dims(tl.sum(pairs, axis=2), 2)
+        difference = tl.expand_dims(tl.sum(tl.where(upper, -pairs, pairs), axis=2), 2)
+        x = tl.reshape(tl.where(upper, difference, total), (ROWS, COLUMNS))
+    return x * FACTOR
 
 
 @triton.jit
-def unit_parts(x, T: tl.constexpr):
-    """Take a tile [T, 64] apart into 16 tensors [T, 4]."""
-    parts = (x,)
-    for level in tl.static_range(4):
-        new = ()
-        for i in tl.static_range(1 << level):
-            low, high = halves(parts[i], T, 64 >> level)
-            new = new + (low, high)
-        parts = new
-    return parts
+def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As to_hif4, for a tile [ROWS, COLUMNS]: words int32 [ROWS, COLUMNS / 8] and metadata int32 [ROWS, COLUMNS / 64]."""
+    UNITS: tl.constexpr = COLUMNS // 64
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), (ROWS, UNITS, 8, 2, 4))
+    absolute = bits & 0x7FFFFFFF
+    max4 = tl.max(absolute, axis=4)
+    max8 = tl.max(max4, axis=3)
+    most = tl.max(max8, axis=2)
+    finite = most < 0x7F800000
+    code = level1_code(tl.where(finite, most, 0).to(tl.float32, bitcast=True))
+    reciprocal = level1_reciprocal(code)
+    e8 = max8.to(tl.float32, bitcast=True) * reciprocal[:, :, None] >= 4.0
+    half = tl.where(e8, 0.5, 1.0)[:, :, :, None]
+    e16 = max4.to(tl.float32, bitcast=True) * reciprocal[:, :, None, None] * half >= 2.0
+    quarters = tl.where(e8, 2.0, 4.0)[:, :, :, None] * tl.where(e16, 0.5, 1.0)
+    factor = reciprocal[:, :, None, None] * quarters
+    element = tl.minimum(absolute.to(tl.float32, bitcast=True) * factor[:, :, :, :, None] + 0.5, 7.5).to(tl.int32)
+    element = tl.where(finite[:, :, None, None, None], element | ((bits >> 28) & 8), 0)
+    place = 4 * tl.arange(0, 4)[None, None, None, None, :] + 16 * tl.arange(0, 2)[None, None, None, :, None]
+    words = tl.sum(tl.sum(element << place, axis=4), axis=3)
+    at8 = 8 + tl.arange(0, 8)[None, None, :]
+    at16 = 16 + 2 * tl.arange(0, 8)[None, None, :, None] + tl.arange(0, 2)[None, None, None, :]
+    metadata = code + tl.sum(e8.to(tl.int32) << at8, axis=2)
+    metadata += tl.sum(tl.sum(e16.to(tl.int32) << at16, axis=3), axis=2)
+    return tl.reshape(words, (ROWS, UNITS * 8)), tl.where(finite, metadata, 0xFF)
 
 
 @triton.jit
@@ -171,3 +192,13 @@ def even_and_odd(codes, scales, ROWS: tl.constexpr, UNITS: tl.constexpr):
     low = (packed & 7) << shift
     high = ((packed >> 4) & 7) << shift
     return tl.where(packed & 8 != 0, -low, low), tl.where(packed & 128 != 0, -high, high)
+
+
+@triton.jit
+def unpacked(codes, scales, ROWS: tl.constexpr):
+    """Return the even and the odd values of one unit a row as bfloat16 [ROWS, 32]; exact."""
+    even, odd = even_and_odd(codes, scales[:, None], ROWS, 1)
+    factor = level1(scales)[:, None]
+    even = tl.reshape(even, (ROWS, 32)).to(tl.float32) * factor
+    odd = tl.reshape(odd, (ROWS, 32)).to(tl.float32) * factor
+    return even.to(tl.bfloat16), odd.to(tl.bfloat16)

@@ -1,7 +1,8 @@
 """Triton's interpreter (``TRITON_INTERPRET=1``), which runs kernels on the CPU for tests.
 
-It converts float32 to bfloat16 by cutting bits off, where every GPU rounds half to even (seen in triton 3.6 and 3.7). Tests
-compare bits, so the conversion is put right here; kernels themselves use the plain cast.
+It converts float32 to bfloat16 by cutting bits off, where every GPU rounds half to even, and multiplies matrices of
+bfloat16 as if their bits were integers (seen in triton 3.7). Tests compare numbers, so both are put right here; kernels
+use the plain operations.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["interpreting", "mend_casts"]
+__all__ = ["interpreting", "mend"]
 
 
 def interpreting() -> bool:
@@ -21,8 +22,8 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def mend_casts() -> None:
-    """Make the interpreter round float32 to bfloat16 half to even."""
+def mend() -> None:
+    """Make the interpreter round float32 to bfloat16 half to even, and multiply bfloat16 matrices."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -37,3 +38,16 @@ def mend_casts() -> None:
         return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
 
     interpreter._convert_float = convert
+
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain_dot(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot

@@ -20,9 +20,10 @@ from torch import Tensor
 from ...hif4 import UNIT, units
 from ...program import Program, Statement
 from . import source
+from .call import Call
 from .expressions import Leaf, Operand, emit, leaf_parameters, operand
 
-__all__ = ["QuantizeKernel", "kernel_for", "launch"]
+__all__ = ["QuantizeKernel", "call", "describe"]
 
 THREADS = 128
 
@@ -200,10 +201,10 @@ def describe(
     return kernel, operands
 
 
-def launch(
+def call(
     inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int
-) -> tuple[Tensor, Tensor]:
-    """Run a quantizing kernel; arguments and results as for ``tahf4::fused_quantize``."""
+) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return the results of ``tahf4::fused_quantize``, empty, and the launch that fills them (none for no values)."""
     shape = torch.broadcast_shapes(*(value.shape for value in inputs))
     k, count = shape[-1], units(shape[-1])
     device = inputs[0].device
@@ -211,18 +212,13 @@ def launch(
     scales = torch.empty((*shape[:-1], count), dtype=torch.int32, device=device)
     rows = math.prod(shape[:-1])
     if rows == 0 or k == 0:
-        return codes, scales
+        return (codes, scales), []
     kernel, operands = describe(inputs, program, multiplier, block, shape)
     constants = kernel.constants(count)
     per_block = constants.get("ROWS")
     blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
-    given = [value for o in operands for value in o.values]
-    own = [codes.view(torch.int32), scales, rows, k, count, *([multiplier] if multiplier is not None else [])]
-    module = source.load(kernel.text)
-    with _device(device):
-        module.kernel[(blocks,)](*own, *given, **constants, num_warps=THREADS // 32, enable_fp_fusion=False)
-    return codes, scales
-
-
-def _device(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
+    values = [codes.view(torch.int32), scales, rows, k, count, *([multiplier] if multiplier is not None else [])]
+    values += [value for o in operands for value in o.values]
+    arguments = dict(zip(kernel.parameters(), values, strict=True))
+    launch = Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=THREADS // 32, exact=True)
+    return (codes, scales), [launch]

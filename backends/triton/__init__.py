@@ -1,0 +1,233 @@
+"""Generated Triton kernels: on NVIDIA GPUs, and on the CPU in Triton's interpreter.
+
+Each operator of a lowered graph has a counterpart in the namespace ``tahf4_triton`` that generates a kernel for what it
+is called with, or takes it from the cache, and launches it.
+
+The counterparts are opaque to Inductor (``torch.library.custom_op``). ``triton_op`` would show it the launch, but there is
+nothing left to gain: what Inductor could fuse is in the kernel already, and grid, strides and paths are chosen from the
+sizes at run time, which would otherwise be specialized for each number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ... import fused_ops, ops
+from ...kernels import register_kernel
+from ...program import DTYPES
+from .call import Call
+
+__all__ = ["available", "calls_of", "register", "sources_of", "why_not"]
+
+_FLOATS = tuple(DTYPES.values())
+_CAPABILITY = (8, 0)
+MAX_QUANTIZE_BLOCK = 4096
+
+
+def why_not(device: torch.device) -> str | None:
+    """Return why no kernel can run on a device; None if they can."""
+    from .interpreter import interpreting
+
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if interpreting() else "Triton has no CPU (TRITON_INTERPRET=1 runs its interpreter, for tests)"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"no kernels for device {device.type!r} of this build"
+    if not torch.cuda.is_available():
+        return "CUDA is not available"
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= _CAPABILITY else f"compute capability {found[0]}.{found[1]} is below 8.0"
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether kernels run on a device."""
+    return why_not(device) is None
+
+
+def _run(calls: Sequence[Call]) -> None:
+    from .interpreter import interpreting, mend
+
+    if interpreting():
+        mend()
+    for call in calls:
+        call.run()
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
+    """Return compute capability (None for the interpreter) and number of processors."""
+    if device.type != "cuda":
+        return None, 4
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# What each operator launches: results, empty, and launches that fill them. The device may be the meta device.
+
+
+def _quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Any, list[Call]]:
+    from . import quantize
+
+    ops.check_transform(x.shape[-1], multiplier, hadamard_block)
+    return quantize.call([x], "", multiplier, hadamard_block)
+
+
+def _fused_quantize(
+    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+) -> tuple[Any, list[Call]]:
+    from . import quantize
+
+    ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
+    return quantize.call(inputs, program, multiplier, hadamard_block)
+
+
+def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
+    from . import expand
+
+    return expand.dequantize(codes, scales, k, dtype)
+
+
+def _linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Any, list[Call]]:
+    sizes = [weight_codes.shape[0]]
+    results, calls = _fused_linear(
+        codes, scales, weight_codes, weight_scales, bias, out_dtype, sizes, [], "", out_dtype
+    )
+    return results[0], calls
+
+
+def _fused_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sizes: list[int],
+    inputs: list[Tensor],
+    program: str,
+    result_dtype: torch.dtype,
+) -> tuple[Any, list[Call]]:
+    from . import linear
+
+    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
+    capability, processors = _device_facts(codes.device)
+    return linear.calls(
+        codes, scales, weight_codes, weight_scales, bias, out_dtype, sizes, inputs, program, result_dtype,
+        capability=capability, processors=processors,
+    )  # fmt: skip
+
+
+def _linear_quantize(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    inputs: list[Tensor],
+    program: str,
+    multiplier: Tensor | None,
+    hadamard_block: int,
+) -> tuple[Any, list[Call]]:
+    from . import linear
+
+    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
+    n = weight_codes.shape[0]
+    ops.check_transform(n, multiplier, hadamard_block)
+    capability, processors = _device_facts(codes.device)
+    results, calls = linear.calls(
+        codes, scales, weight_codes, weight_scales, bias, out_dtype, [n], inputs, program, None,
+        multiplier, hadamard_block, capability=capability, processors=processors,
+    )  # fmt: skip
+    return tuple(results), calls
+
+
+_CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "linear": _linear,
+    "fused_quantize": _fused_quantize,
+    "fused_linear": _fused_linear,
+    "linear_quantize": _linear_quantize,
+}
+
+
+def calls_of(node: fx.Node) -> list[Call]:
+    """Return what a node of a lowered graph would launch, on the meta device, for the sizes of the example."""
+    from ...graph import size_hint
+
+    def meta(arg: fx.Node) -> Any:
+        value = arg.meta["val"]
+        if not isinstance(value, Tensor):
+            return size_hint(value)
+        shape, stride = [size_hint(s) for s in value.shape], [size_hint(s) for s in value.stride()]
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), meta)
+    return _CALLS[node.target._opname](*args, **kwargs)[1]  # type: ignore[union-attr]
+
+
+def sources_of(node: fx.Node) -> dict[str, str]:
+    """Return the files of the kernels that a node launches, each with a ``__main__`` that launches it alone."""
+    return {f"kernel_{call.digest}.py": call.standalone() for call in calls_of(node)}
+
+
+def _serves(node: fx.Node) -> bool:
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors or len({value.device for value in tensors}) > 1 or not available(tensors[0].device):
+        return False
+    arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+    block = arguments.get("hadamard_block") or 0
+    limit = 128 if "weight_codes" in arguments else MAX_QUANTIZE_BLOCK
+    dtypes = [value.dtype for value in tensors] + [v for v in arguments.values() if isinstance(v, torch.dtype)]
+    packed = (torch.uint8, torch.int32)
+    return int(block) <= limit and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
+
+
+def _operator(name: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define ``tahf4_triton::name`` with the arguments, results and fake kernel of ``tahf4::name``."""
+    schema = getattr(torch.ops.tahf4, name).default._schema
+    text = str(schema).removeprefix(f"tahf4::{name}")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        results, calls = function(*args, **kwargs)
+        _run(calls)
+        return results
+
+    operator = torch.library.custom_op(f"tahf4_triton::{name}", run, mutates_args=(), schema=text)
+    operator.register_fake(_fake(name))
+    found: torch._ops.OpOverload = getattr(torch.ops.tahf4_triton, name).default
+    return found
+
+
+def _fake(name: str) -> Callable[..., Any]:
+    """Return a function that gives what ``tahf4::name`` gives for fake tensors."""
+    operator = getattr(torch.ops.tahf4, name).default
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        return operator(*args, **kwargs)
+
+    return fake
+
+
+@functools.cache
+def register() -> None:
+    """Register the kernels, once."""
+    assert fused_ops
+    for name, function in _CALLS.items():
+        register_kernel("triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of)
