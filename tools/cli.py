@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from . import calibrate, demo, doctor, evaluate, passes
 from .errors import own_error
+from .kernels import table
 
 __all__ = ["app", "main"]
 
@@ -65,6 +66,7 @@ def tahf4(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("kernels")(table.kernels)
 app.command("passes")(passes.passes)
 app.command("doctor")(doctor.doctor)
 

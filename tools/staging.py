@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import CommandError
 
-__all__ = ["staged"]
+__all__ = ["staged", "write_text"]
 
 
 @contextmanager
@@ -44,3 +44,18 @@ def _replace(new: Path, place: Path, stage: Path) -> None:
     if place.is_dir() and not place.is_symlink():
         place.rename(stage / f".former-{place.name}")
     new.replace(place)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it.
+
+    Raises:
+        CommandError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}. Name another file with -o.") from error

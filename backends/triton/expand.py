@@ -15,7 +15,7 @@ from .call import Call
 
 __all__ = ["dequantize", "expand", "text"]
 
-ROWS, UNITS = 8, 4
+ROWS, UNITS = 8, 8
 
 _KERNEL = """@triton.jit
 def kernel(codes, scales, out, {more}rows, K, U, ROWS: tl.constexpr, UNITS: tl.constexpr):

@@ -1,0 +1,119 @@
+"""Generated kernels compiled for GPUs that are not here: registers, shared memory, matrix instructions, loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET", "0") == "1",
+    reason="needs Triton's compiler",
+)
+
+from tahf4_compiler.backends import triton as backend  # noqa: E402
+from tahf4_compiler.backends.triton import source  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAHF4_KERNEL_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+def listed():
+    from tahf4_compiler.tools.kernels.table import entries
+
+    return [(capability, i) for capability in (80, 90, 100) for i in range(len(entries(capability)))]
+
+
+@pytest.mark.parametrize("capability, index", listed())
+def test_the_kernels_of_wan_fit_the_chip(capability, index):
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+    from tahf4_compiler.tools.kernels.table import entries
+
+    entry = entries(capability)[index]
+    found = compile_call(entry.call, capability)
+    print(entry.name, found)
+    assert found.spills == 0 and found.registers <= 255
+    assert found.shared <= SHARED_LIMIT[capability]
+    counts, text = found.counts, entry.call.text
+    if "tl.dot" in text and entry.call.name != "finish":
+        large = entry.call.constants["BM"] >= 64
+        wanted = {80: "mma", 90: "wgmma" if large else "mma", 100: "tcgen05" if large else "mma"}[capability]
+        assert counts[wanted] > 0
+    elif "store_hif4" in text:
+        assert counts["shuffles"] <= 8 and counts["stores of 16 bytes"] >= 2
+        per_token = any(name.endswith("_length") or name == "x1_stride" for name in entry.call.arguments)
+        assert counts["loads of 16 bytes"] == counts["loads"] or per_token
+
+
+def test_kernels_that_quantize_have_no_fused_multiply_add():
+    """Every operation rounds as in the reference; an FFMA in a rotation would not."""
+    from tahf4_compiler.backends.triton import quantize
+
+    x = torch.empty(1, 64, 5120, dtype=torch.bfloat16, device="meta")
+    _, (call,) = quantize.call([x], "", torch.empty(5120, device="meta"), 64)
+    assert call.exact and call.options()["enable_fp_fusion"] is False
+    assert "fma.rn.f32" not in ptx(call)
+
+
+def test_roundings_to_bfloat16_inside_programs_stay():
+    from tahf4_compiler.backends.triton import quantize
+
+    x = torch.empty(1, 64, 5120, dtype=torch.bfloat16, device="meta")
+    _, (call,) = quantize.call([x], "v0: bfloat16 = silu(x0)", None, 0)
+    assert "cvt.rn.bf16" in ptx(call)
+
+
+def ptx(call, capability=90):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(source.load(call.text), call.name)
+    signature, constants = {}, dict(call.constants)
+    for name, value in call.arguments.items():
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}[value.dtype]
+        else:
+            signature[name] = "i32"
+    signature |= dict.fromkeys(constants, "constexpr")
+    built = triton.compile(
+        ASTSource(kernel, signature=signature, constexprs=constants),
+        target=GPUTarget("cuda", capability, 32),
+        options=call.options(),
+    )
+    return built.asm["ptx"]
+
+
+def test_a_generated_file_is_written_once_under_the_hash_of_its_text(tmp_path):
+    text = source.module_text("Nothing.", ["round_bits"], "@triton.jit\ndef kernel(x):\n    round_bits(x, 16)")
+    first = source.load(text)
+    assert source.load(text) is first
+    (path,) = tmp_path.glob("k_*.py")
+    assert path.read_text() == text and "import tahf4" not in text
+    compile(text, str(path), "exec")
+
+
+def test_a_damaged_file_is_written_again(tmp_path):
+    text = source.module_text("Damaged.", [], "@triton.jit\ndef kernel(x):\n    pass")
+    source.load(text)
+    (path,) = tmp_path.glob("k_*.py")
+    path.write_text("half of it")
+    source.load.cache_clear()
+    source.load(text)
+    assert path.read_text() == text
+
+
+def test_needed_functions_come_with_those_that_they_call():
+    text = source.functions_text(["to_hif4"])
+    assert all(f"def {name}(" in text for name in ("to_hif4", "elements", "level1_code", "round_bits"))
+    assert "def hadamard(" not in text
+
+
+def test_a_cpu_without_the_interpreter_is_not_served():
+    assert "interpreter" in backend.why_not(torch.device("cpu"))
+    assert backend.why_not(torch.device("meta")) is not None

@@ -1,0 +1,66 @@
+"""A whole small Wan2.2 through the generated kernels, and the files that a dump has of them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tahf4_compiler as tahf4
+from tahf4_compiler import kernels
+from tahf4_compiler.tools.generation import load_pipeline
+from tahf4_compiler.tools.tiny_wan import settings
+
+
+@pytest.fixture(scope="module")
+def example():
+    pipe = load_pipeline(settings.PIPELINE_DIR, torch.float32, "cpu")
+    model = pipe.transformer
+    generator = torch.Generator().manual_seed(0)
+    args = (
+        torch.randn(1, model.config.in_channels, 2, 4, 4, generator=generator),
+        torch.tensor([500]),
+        torch.randn(1, 8, model.config.text_dim, generator=generator),
+    )
+    with torch.no_grad():
+        yield model, args, tahf4.capture(model, args)
+
+
+def test_a_step_of_the_tiny_wan_equals_the_reference(example, tmp_path, monkeypatch):
+    model, args, captured = example
+    low = tahf4.lower(captured, options={"dump_dir": str(tmp_path)})
+    assert {d.kernel for d in low.plan if d.decision == "hif4"} == {"triton"}
+    ran = {node.target for node in low.graph_module.graph.nodes if getattr(node.target, "namespace", "") == "tahf4_triton"}
+    assert {op._opname for op in ran} >= {"fused_quantize", "fused_linear", "linear_quantize", "quantize"}
+    with torch.no_grad():
+        got = low(*args)[0]
+        monkeypatch.setattr(kernels, "_kernels", [k for k in kernels.kernels() if k.name == "reference"])
+        reference = tahf4.lower(captured)
+        assert {d.kernel for d in reference.plan if d.decision == "hif4"} == {"reference"}
+        wanted = reference(*args)[0]
+        original = model(*args)[0]
+    error = ((got - wanted).norm() / wanted.norm()).item()
+    quantization = ((wanted - original).norm() / original.norm()).item()
+    print(f"kernels against the reference {error:.2e}, HiF4 against float32 {quantization:.2e}")
+    # Sums in another order move single codes; the whole stays far below what the format itself changes.
+    assert error < 0.05 * quantization
+    files = sorted(tmp_path.glob("*/kernel_*.py"))
+    assert len(files) > 5
+    text = files[0].read_text()
+    assert text.startswith("# Runs ") and "@triton.jit" in text
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, files[0]], capture_output=True, text=True, env=environment, check=True)
+    assert "torch." in done.stdout
+    assert "tahf4_compiler" not in text  # it stands alone
+
+
+def test_torch_compile_runs_the_kernels_for_other_sizes_without_compiling_again(example):
+    model, args, _ = example
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="tahf4", dynamic=True, options={"inductor": False})
+    with torch.no_grad():
+        for height, width in ((4, 6), (8, 2)):
+            x = torch.randn(1, model.config.in_channels, 2, height, width)
+            assert compiled(x, *args[1:])[0].isfinite().all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,1 @@
+"""What the generated kernels become for GPUs: the table of ``tahf4 kernels``, and the roofline of ``tahf4 roofline``."""
