@@ -23,7 +23,7 @@ from ...kernels import register_kernel
 from ...program import DTYPES
 from .call import Call
 
-__all__ = ["available", "calls_of", "register", "sources_of", "why_not"]
+__all__ = ["available", "calls_of", "register", "run", "sources_of", "why_not"]
 
 _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
@@ -52,7 +52,8 @@ def available(device: torch.device) -> bool:
     return why_not(device) is None
 
 
-def _run(calls: Sequence[Call]) -> None:
+def run(calls: Sequence[Call]) -> None:
+    """Launch, one after the other."""
     from .interpreter import interpreting, mend
 
     if interpreting():
@@ -204,12 +205,12 @@ def _operator(name: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
     schema = getattr(torch.ops.tahf4, name).default._schema
     text = str(schema).removeprefix(f"tahf4::{name}")
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def launched(*args: Any, **kwargs: Any) -> Any:
         results, calls = function(*args, **kwargs)
-        _run(calls)
+        run(calls)
         return results
 
-    operator = torch.library.custom_op(f"tahf4_triton::{name}", run, mutates_args=(), schema=text)
+    operator = torch.library.custom_op(f"tahf4_triton::{name}", launched, mutates_args=(), schema=text)
     operator.register_fake(_fake(name))
     found: torch._ops.OpOverload = getattr(torch.ops.tahf4_triton, name).default
     return found

@@ -336,6 +336,7 @@ def calls(
     capability: tuple[int, int] | None,
     processors: int,
     tile: Tile | None = None,
+    path: str | None = None,
 ) -> tuple[list[Tensor], list[Call]]:
     """Return the results of a product, empty, and the launches that fill them.
 
@@ -355,6 +356,7 @@ def calls(
         capability: of the device, None for the interpreter.
         processors: of the device.
         tile: in place of the default.
+        path: one of :data:`PATHS`, in place of the default.
     """
     lead, count = codes.shape[:-1], scales.shape[-1]
     rows, n, device = math.prod(lead), weight_codes.shape[0], codes.device
@@ -367,7 +369,7 @@ def calls(
         ]
     if rows == 0 or n == 0:
         return results, []
-    path = choose_path(rows, capability)
+    path = path or choose_path(rows, capability)
     operands = [operand(f"x{i}", value, (*lead, n)) for i, value in enumerate(inputs)]
     kernel = kernel_for(
         path, len(sizes), bias is not None, out_dtype, program, tuple(o.leaf for o in operands), result_dtype,

@@ -1,0 +1,75 @@
+"""The script for GPUs, run whole at small sizes: its checks must pass and must notice a wrong kernel."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from tahf4_compiler.backends.triton import functions, source
+from tahf4_compiler.tools import gpu_check
+from tahf4_compiler.tools.kernels import measure
+from tahf4_compiler.tools.kernels.wan import Model
+
+CPU = torch.device("cpu")
+SMALL = Model("small", 128, 256, 2, 1, text=8)
+
+
+def once(function):
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def test_every_check_passes():
+    found = measure.check(CPU, k=256, rows=(1, 20))
+    assert len(found) > 40
+    assert [r for r in found if not r["ok"]] == []
+
+
+@pytest.mark.parametrize(
+    "old, new", [("quotient + 0.5", "quotient + 0.4"), (">= 4.0", "> 4.5"), ("low - high", "high - low"), ("(code >> 2) + 77", "(code >> 2) + 78")]
+)  # fmt: skip
+def test_a_wrong_kernel_is_noticed(old, new, monkeypatch):
+    original = source.functions_text
+
+    def changed(names):
+        return original(names).replace(old, new)
+
+    assert old in open(functions.__file__).read()
+    monkeypatch.setattr(source, "functions_text", changed)
+    from tahf4_compiler.backends.triton import expand, linear, quantize
+
+    caches = [quantize.kernel_for, linear.kernel_for, expand.text]
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        found = measure.check(CPU, k=128, rows=(3,))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert any(not r["ok"] for r in found)
+
+
+def test_measurements_have_every_figure_and_a_page(tmp_path, monkeypatch):
+    lines = []
+    with torch.no_grad():
+        found = measure.measure(
+            CPU, model=SMALL, tokens=16, few=(1,), square=64, copied=1 << 16, timer=once, show=lines.append
+        )
+    assert {"ceilings", "quantize", "linear", "block"} <= set(found)
+    whole = found["block"]["block"]
+    assert whole["relative_error"] < 0.3 and whole["tahf4_ms"] > 0
+    assert found["block"]["weights"]["smaller"] == pytest.approx(16 / 4.5)
+    found |= {"facts": measure.facts(CPU), "checks": [{"name": "x", "ok": True, "detail": ""}]}
+    page = gpu_check.markdown(json.loads(json.dumps(found)))
+    assert "TFLOP/s" in page and "| block |" in page and page.count("|---") == 19
+    assert any("linear 16 x 128 x 384" in line for line in lines)
+
+
+def test_the_script_writes_what_it_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "check", lambda device: [{"name": "linear", "ok": False, "detail": "9 of 9 differ"}])
+    monkeypatch.setattr(measure, "measure", lambda *a, **k: pytest.fail("timed a wrong kernel"))
+    assert gpu_check.main(["-o", str(tmp_path)]) == 1
+    assert "WRONG linear: 9 of 9 differ" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gpu_cpu.json").read_text())["checks"][0]["ok"] is False

@@ -1,0 +1,77 @@
+"""The kernels that are listed and computed about are those that a Wan2.2 block launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import wan
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.backends.triton import calls_of
+from tahf4_compiler.tools.kernels.block import WanBlock
+from tahf4_compiler.tools.kernels.wan import A14B, TI2V_5B, block_steps
+
+FUSED = ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize")
+
+
+@pytest.mark.parametrize("expand_timesteps", [False, True])
+def test_the_listed_kernels_are_those_of_the_graph(expand_timesteps):
+    model, args = wan()
+    # As diffusers loads it in bfloat16: norms, tables and the time embedding stay in float32.
+    keep = ("norm", "scale_shift_table", "time_embedder")
+    for name, parameter in model.named_parameters():
+        if not any(word in name for word in keep) or "norm_q" in name or "norm_k" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    args = {k: v.to(torch.bfloat16) if v.is_floating_point() and v.dim() > 1 else v for k, v in args.items()}
+    if expand_timesteps:
+        args["timestep"] = torch.full((1, 32), 10.0)
+    low = tahf4.lower(tahf4.capture(model, (), args), options={"fuse.always": True})
+    nodes = low.graph_module.graph.nodes
+    inside = [n for n in nodes if str(n.target).startswith("tahf4") and n.target._opname in FUSED]
+    launched = {call.text for node in inside for call in calls_of(node)}
+    sizes = dataclasses.replace(TI2V_5B if expand_timesteps else A14B, text=12)
+    steps = block_steps(sizes, 32)
+    listed = {call.text for step in steps for call in step.calls((9, 0), 132)}
+    assert launched == listed
+
+
+def test_the_block_without_diffusers_is_that_of_diffusers():
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+    torch.manual_seed(0)
+    theirs = WanTransformerBlock(128, 256, 2, "rms_norm_across_heads", cross_attn_norm=True, eps=1e-6).eval()
+    mine = WanBlock(128, 256, 2).eval()
+    missing, unexpected = mine.load_state_dict(theirs.state_dict(), strict=False)
+    assert not missing and not unexpected
+    x, text, temb = torch.randn(2, 10, 128), torch.randn(2, 5, 128), torch.randn(2, 6, 128)
+    angle = torch.randn(1, 10, 1, 32)
+    wide = [t.repeat_interleave(2, -1) for t in (angle.cos(), angle.sin())]
+    with torch.no_grad():
+        wanted = theirs(x, text, temb, wide)
+        got = mine(x, text, temb, (angle.cos(), angle.sin()))
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_all_linears_of_the_block_run_in_4_bits(tmp_path):
+    block = WanBlock(128, 256, 2).eval()
+    args = torch.randn(1, 6, 128), torch.randn(1, 5, 128), torch.randn(1, 6, 128), (torch.ones(1, 6, 1, 32),) * 2
+    compiled = torch.compile(block, backend="tahf4", options={"inductor": False, "dump_dir": str(tmp_path)})
+    with torch.no_grad():
+        got, wanted = compiled(*args), block(*args)
+    assert (got - wanted).norm() < 0.2 * wanted.norm()
+    assert "linears in HiF4       10 of 10" in next(tmp_path.glob("*/report.txt")).read_text()
+
+
+def test_the_script_runs_from_a_checkout_and_says_what_it_needs(tmp_path):
+    script = Path(__file__).parents[2] / "tools" / "gpu_check.py"
+    done = subprocess.run([sys.executable, script, "-o", tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert done.returncode == 2
+    assert "This needs an NVIDIA GPU" in done.stderr
+    assert not list(tmp_path.iterdir())
