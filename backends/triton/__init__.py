@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -122,14 +123,8 @@ def _fused_linear(
     program: str,
     result_dtype: torch.dtype,
 ) -> tuple[Any, list[Call]]:
-    from . import linear
-
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    capability, processors = _device_facts(codes.device)
-    return linear.calls(
-        codes, scales, weight_codes, weight_scales, bias, out_dtype, sizes, inputs, program, result_dtype,
-        capability=capability, processors=processors,
-    )  # fmt: skip
+    return _product(codes, scales, weight_codes, weight_scales, bias, out_dtype, sizes, inputs, program, result_dtype)
 
 
 def _linear_quantize(
@@ -144,17 +139,34 @@ def _linear_quantize(
     multiplier: Tensor | None,
     hadamard_block: int,
 ) -> tuple[Any, list[Call]]:
-    from . import linear
-
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
-    capability, processors = _device_facts(codes.device)
-    results, calls = linear.calls(
-        codes, scales, weight_codes, weight_scales, bias, out_dtype, [n], inputs, program, None,
-        multiplier, hadamard_block, capability=capability, processors=processors,
-    )  # fmt: skip
+    operands = (codes, scales, weight_codes, weight_scales, bias, out_dtype)
+    results, calls = _product(*operands, [n], inputs, program, None, multiplier, hadamard_block)
     return tuple(results), calls
+
+
+def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], list[Call]]:
+    from . import linear, tune
+
+    device, rows = codes.device, math.prod(codes.shape[:-1])
+    capability, processors = _device_facts(device)
+
+    def launched(path: str | None = None, tile: Any = None) -> tuple[list[Tensor], list[Call]]:
+        return linear.calls(
+            codes, scales, *args, capability=capability, processors=processors, path=path, tile=tile
+        )
+
+    if not tune.wanted(device, rows):
+        return launched()
+    weight_codes, block = args[0], args[9] if len(args) > 9 else 0
+    n, count = weight_codes.shape[0], scales.shape[-1]
+    key = linear.key_of(codes, scales, *args)
+    known = linear.candidates(rows, n, count, capability, processors, block)
+    chip = torch.cuda.get_device_name(device)
+    path, tile = tune.choose(tune.key_of(key, rows, n, count), chip, known, lambda choice: launched(*choice)[1])
+    return launched(path, tile)
 
 
 _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {

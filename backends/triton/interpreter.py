@@ -1,8 +1,8 @@
 """Triton's interpreter (``TRITON_INTERPRET=1``), which runs kernels on the CPU for tests.
 
-It converts float32 to bfloat16 by cutting bits off, where every GPU rounds half to even, and multiplies matrices of
-bfloat16 as if their bits were integers (seen in triton 3.7). Tests compare numbers, so both are put right here; kernels
-use the plain operations.
+It converts float32 to bfloat16 by cutting bits off, where every GPU rounds half to even, multiplies matrices of
+bfloat16 as if their bits were integers, and rounds twice in a fused multiply-add (seen in triton 3.7). Tests compare
+numbers, so all three are put right here; kernels use the plain operations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def interpreting() -> bool:
 
 @functools.cache
 def mend() -> None:
-    """Make the interpreter round float32 to bfloat16 half to even, and multiply bfloat16 matrices."""
+    """Make the interpreter round to bfloat16 half to even, multiply bfloat16 matrices, and round an fma once."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -51,3 +51,9 @@ def mend() -> None:
         return plain_dot(self, widened(a), widened(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = dot
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.float64) * y.data + z.data  # exact for float32 but for the last rounding
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), x.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fma

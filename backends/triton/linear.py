@@ -38,7 +38,7 @@ from .call import Call
 from .expand import expand
 from .expressions import Leaf, emit, leaf_parameters, operand
 
-__all__ = ["MAX_BLOCK", "PATHS", "LinearKernel", "Tile", "calls", "choose_path", "tiles"]
+__all__ = ["MAX_BLOCK", "PATHS", "LinearKernel", "Tile", "calls", "candidates", "key_of", "choose_path", "tiles"]
 
 PATHS = ("packed", "int8", "bf16")
 MAX_BLOCK = 128
@@ -155,15 +155,18 @@ _LOOPS = {
     k = tl.arange(0, 64)
     a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
     b_at = b + b_row[None, :] * (U * 64) + k[:, None] + {first} * 64
-    a_scale_at = a_scales + a_row + {first} * rows
-    b_scale_at = b_scales + b_row + {first} * ({all})
+    a_scale_at = a_scales + row + {first} * rows
+    b_scale_at = b_scales + start + column + {first} * ({all})
     total = tl.zeros((BM, BN), tl.float32)
     for u in range({first}, {last}):
-        # Sums stay below 2**22: added to the bits of 1.5 * 2**23 they are the mantissa of a float.
+        # Sums stay below 2**22: added to the bits of 1.5 * 2**23 they are the mantissa of a float, and one fused
+        # multiply-add takes 1.5 * 2**23 off again while it scales, exactly.
         magic = tl.full((BM, BN), 0x4B400000, tl.int32)
         dot = tl.dot(tl.load(a_at), tl.load(b_at), magic, out_dtype=tl.int32)
-        exact = dot.to(tl.float32, bitcast=True) - 12582912.0
-        total += exact * tl.load(a_scale_at)[:, None] * tl.load(b_scale_at)[None, :]
+        a_scale = tl.load(a_scale_at, mask=row < rows, other=0.0)[:, None]
+        b_scale = tl.load(b_scale_at, mask=column < width, other=0.0)[None, :]
+        scaled = tl.fma(dot.to(tl.float32, bitcast=True), a_scale, a_scale * -12582912.0)
+        total = tl.fma(scaled, b_scale, total)
         a_at += 64
         b_at += 64
         a_scale_at += rows
@@ -312,11 +315,46 @@ def tiles(path: str, rows: int, columns: int, unit_count: int, processors: int, 
     width = max(64, block)
     if path != "packed":
         many = [Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(128, width, 4, 4)]
+        if path == "bf16":
+            many.append(Tile(128, 256, 8, 3))
         return [Tile(64, width, 4, 3), *many[1:]] if rows < 512 and columns < 1024 else many
     height = 16 if rows <= 16 else 32 if rows <= 32 else 64
     blocks = -(-rows // height) * -(-columns // width)
     split = max(1, min(2 * processors // max(1, blocks), unit_count // 4, 16))
     return [Tile(height, width, 4, 3, split), Tile(height, width, 4, 4, max(1, split // 2))]
+
+
+def candidates(
+    rows: int, columns: int, unit_count: int, capability: tuple[int, int] | None, processors: int, block: int
+) -> list[tuple[str, Tile]]:
+    """Return the paths and tiles to measure for a product, the default first."""
+    default = choose_path(rows, capability)
+    paths = [default]
+    if default != "packed" and not os.environ.get("TAHF4_LINEAR_PATH"):
+        # Two instructions a sum and unit for the scales may cost what the faster product of int8 gains.
+        paths += [path for path in ("int8", "bf16") if path != default and (path == "bf16" or capability < (10, 0))]  # type: ignore[operator]
+    return [(path, tile) for path in paths for tile in tiles(path, rows, columns, unit_count, processors, block)]
+
+
+def key_of(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sizes: Sequence[int],
+    inputs: Sequence[Tensor],
+    program: str,
+    result_dtype: torch.dtype | None,
+    multiplier: Tensor | None = None,
+    block: int = 0,
+) -> LinearKernel:
+    """Return the kernel of a product as :func:`calls` would make it, but for the path."""
+    shape = (*codes.shape[:-1], weight_codes.shape[0])
+    leaves = tuple(operand(f"x{i}", value, shape).leaf for i, value in enumerate(inputs))
+    masked = multiplier is not None
+    return kernel_for("", len(sizes), bias is not None, out_dtype, program, leaves, result_dtype, masked, block)
 
 
 def calls(
@@ -371,10 +409,9 @@ def calls(
         return results, []
     path = path or choose_path(rows, capability)
     operands = [operand(f"x{i}", value, (*lead, n)) for i, value in enumerate(inputs)]
-    kernel = kernel_for(
-        path, len(sizes), bias is not None, out_dtype, program, tuple(o.leaf for o in operands), result_dtype,
-        multiplier is not None, block,
-    )  # fmt: skip
+    leaves = tuple(o.leaf for o in operands)
+    masked = multiplier is not None
+    kernel = kernel_for(path, len(sizes), bias is not None, out_dtype, program, leaves, result_dtype, masked, block)
     before: list[Call] = []
     sides: list[Tensor] = []
     for matrix in ((codes.reshape(rows, -1), scales.reshape(rows, -1)), (weight_codes, weight_scales)):

@@ -1,0 +1,85 @@
+"""Measuring candidates: the fastest wins, is kept in a file, and what cannot run is passed over."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tahf4_compiler.backends.triton import linear, tune  # noqa: E402
+from tahf4_compiler.backends.triton.linear import Tile  # noqa: E402
+
+FAST, SLOW, BROKEN = ("int8", Tile(128, 128, 8, 3)), ("bf16", Tile(128, 128, 8, 4)), ("int8", Tile(128, 64, 4, 4))
+
+
+class Fake:
+    def __init__(self, choice, seen):
+        self.choice, self.seen = choice, seen
+
+    def run(self):
+        if self.choice == BROKEN:
+            raise RuntimeError("out of resource: shared memory")
+        self.seen.append(self.choice)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAHF4_KERNEL_DIR", str(tmp_path))
+    tune._memory.cache_clear()
+    yield tmp_path
+    tune._memory.cache_clear()
+
+
+def choose(key="k", candidates=(SLOW, BROKEN, FAST)):
+    seen = []
+
+    def timer(function):
+        function()
+        return 1.0 if seen[-1] == FAST else 2.0
+
+    return tune.choose(key, "A chip", list(candidates), lambda c: [Fake(c, seen)], timer), seen
+
+
+def test_the_fastest_that_runs_is_chosen_and_kept(measured):
+    choice, seen = choose()
+    assert choice == FAST and seen == [SLOW, FAST]
+    (file,) = measured.glob("tuned_a_chip_*.json")
+    assert json.loads(file.read_text()) == {"k": ["int8", 128, 128, 8, 3, 1]}
+    assert choose() == (FAST, [])
+    tune._memory.cache_clear()  # another process
+    assert choose() == (FAST, [])
+    assert choose("another")[1] == [SLOW, FAST]
+    assert set(json.loads(file.read_text())) == {"k", "another"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"k": ["int8", 1, 1, 1, 1, 1]}'])
+def test_a_damaged_or_outdated_file_is_measured_again(measured, content):
+    tune._file("A chip").write_text(content)
+    assert choose() == (FAST, [SLOW, FAST])
+
+
+def test_where_nothing_runs_the_default_says_why(measured):
+    assert choose(candidates=(BROKEN,))[0] == BROKEN
+    assert not list(measured.glob("tuned_*"))
+
+
+def test_rows_count_in_powers_of_two():
+    kernel = linear.kernel_for("", 1, True, torch.bfloat16, "", (), torch.bfloat16, False, 0)
+    keys = [tune.key_of(kernel, rows, 5120, 80) for rows in (1025, 2048, 2049)]
+    assert keys[0] == keys[1] != keys[2]
+    assert tune.key_of(kernel, 1025, 5120, 81) != keys[0]
+
+
+def test_candidates_start_with_the_default_and_stay_few():
+    for capability, first, paths in (((8, 0), "int8", {"int8", "bf16"}), ((10, 0), "bf16", {"bf16"})):
+        found = linear.candidates(32760, 5120, 80, capability, 132, 64)
+        assert found[0] == (first, Tile(128, 128, 8, 3)) and {p for p, _ in found} == paths
+        assert len(found) <= 8
+    assert {p for p, _ in linear.candidates(1, 5120, 80, (9, 0), 132, 64)} == {"packed"}
+
+
+def test_a_cpu_is_never_measured():
+    assert not tune.wanted(torch.device("cpu"), 1 << 20)
