@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from . import calibrate, demo, doctor, evaluate, passes
 from .errors import own_error
-from .kernels import table
+from .kernels import roofline, table
 
 __all__ = ["app", "main"]
 
@@ -67,6 +67,7 @@ app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("kernels")(table.kernels)
+app.command("roofline")(roofline.roofline)
 app.command("passes")(passes.passes)
 app.command("doctor")(doctor.doctor)
 

@@ -1,0 +1,206 @@
+"""``tahf4 roofline``: the least time that a step of Wan2.2 can take, from bytes and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..staging import write_text
+from .wan import A14B, Model, Step, block_steps
+
+__all__ = ["CHIPS", "Chip", "Part", "parts", "roofline", "step_seconds"]
+
+HIF4 = 36 / 64
+"""Bytes of a value in HiF4."""
+
+GUIDANCE = 2
+"""Calls of a transformer in a step: with and without the prompt."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a chip does at most, from NVIDIA's data sheets (dense).
+
+    Attributes:
+        name: of the chip.
+        bandwidth: bytes a second.
+        bf16: operations a second of the matrix units.
+        int8: the same.
+        lanes: float32 or integer instructions a second, over all lanes.
+        path: how products are computed.
+    """
+
+    name: str
+    bandwidth: float
+    bf16: float
+    int8: float
+    lanes: float
+    path: str
+
+
+CHIPS = (
+    Chip("H100 SXM", 3.35e12, 989e12, 1979e12, 33.5e12, "int8"),
+    Chip("H200", 4.8e12, 989e12, 1979e12, 33.5e12, "int8"),
+    Chip("B200", 8.0e12, 2250e12, 4500e12, 40e12, "bf16"),
+)
+
+RESOLUTIONS = (("480p (832 x 480), 81 frames", 32760), ("720p (1280 x 720), 81 frames", 75600))
+
+QUANTIZE_INSTRUCTIONS = {"norm": 37, "plain": 25}
+"""Instructions a value, from the table of ``tahf4 kernels`` (sm_90)."""
+
+SCALE_INSTRUCTIONS = 3
+"""Instructions for each output and unit on the int8 path: start of the accumulator and two fused multiply-adds."""
+
+EPILOGUE_INSTRUCTIONS = 75
+"""Instructions an output of a product whose result is rotated and quantized."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel, or what PyTorch runs in its place.
+
+    Attributes:
+        name: where it stands.
+        seconds: by bound: ``"memory"``, ``"matrix"``, ``"lanes"``; the largest holds.
+    """
+
+    name: str
+    seconds: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """Which bound holds."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+    @property
+    def least(self) -> float:
+        """Least seconds."""
+        return max(self.seconds.values())
+
+
+def _after(step: Step) -> int:
+    """Return how many tensors of the output's size a product's epilogue reads."""
+    return int("residual" in step.name)
+
+
+def _w4a4(step: Step, chip: Chip) -> list[Part]:
+    m, k, n = step.rows, step.k, step.n
+    if n == 0:
+        instructions = QUANTIZE_INSTRUCTIONS["norm" if "norm" in step.name else "plain"]
+        return [Part(step.name, {"memory": m * k * (2 + HIF4) / chip.bandwidth, "lanes": m * k * instructions / chip.lanes})]
+    wide = 1 + 4 / 64 if chip.path == "int8" else 2
+    values = (m + n) * k
+    expand = Part(f"{step.name}: expand", {"memory": values * (HIF4 + wide) / chip.bandwidth})
+    quantizes = "quantize" in step.name
+    out = m * n * (HIF4 if quantizes else 2) + _after(step) * m * n * 2
+    lanes = m * n * (k / 64) * SCALE_INSTRUCTIONS if chip.path == "int8" else 0.0
+    lanes += m * n * EPILOGUE_INSTRUCTIONS if quantizes else 0.0
+    rate = chip.int8 if chip.path == "int8" else chip.bf16
+    product = {"memory": (values * wide + out) / chip.bandwidth, "matrix": 2 * m * n * k / rate, "lanes": lanes / chip.lanes}
+    return [expand, Part(step.name, product)]
+
+
+def _bf16(step: Step, chip: Chip) -> list[Part]:
+    m, k, n = step.rows, step.k, step.n
+    if n == 0:
+        if "norm" not in step.name:
+            return []  # nothing to do in bfloat16
+        return [Part(step.name, {"memory": m * k * 4 / chip.bandwidth})]
+    found = [Part(step.name, {"memory": 2 * (m * k + n * k + m * n) / chip.bandwidth, "matrix": 2 * m * n * k / chip.bf16})]
+    if _after(step) or "GELU" in step.name:
+        # cuBLAS, then one pointwise kernel that reads the product (and the residual) and writes the result.
+        found.append(Part(f"{step.name}: pointwise", {"memory": m * n * 2 * (2 + _after(step)) / chip.bandwidth}))
+    return found
+
+
+def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
+    """Return what is the same in both: norms of q and k, rotary embedding, attention cores."""
+    d = model.dim
+    norms = 2 * tokens * d * 4 + tokens * d * 4 + model.text * d * 4  # q and k of attn1, q and k of attn2
+    return [
+        Part("q, k norms and rotary embedding", {"memory": norms / chip.bandwidth}),
+        Part("self-attention core", {"memory": 8 * tokens * d / chip.bandwidth, "matrix": 4 * tokens**2 * d / chip.bf16}),
+        Part(
+            "cross-attention core",
+            {"memory": 8 * tokens * d / chip.bandwidth, "matrix": 4 * tokens * model.text * d / chip.bf16},
+        ),
+    ]
+
+
+def parts(model: Model, tokens: int, chip: Chip, precision: str) -> list[Part]:
+    """Return the kernels of one block, one call.
+
+    Args:
+        model: whose block.
+        tokens: of the video.
+        chip: where.
+        precision: ``"bf16"`` or ``"w4a4"``.
+    """
+    one = _w4a4 if precision == "w4a4" else _bf16
+    return [part for step in block_steps(model, tokens) for part in one(step, chip)] + _rest(model, tokens, chip)
+
+
+def step_seconds(model: Model, found: Sequence[Part]) -> float:
+    """Return the least seconds of a denoising step: all blocks, both guidance calls."""
+    return GUIDANCE * model.layers * sum(part.least for part in found)
+
+
+def page(model: Model) -> str:
+    """Return the whole page."""
+    lines = [
+        f"# Roofline of {model.name}",
+        "",
+        "Made by `tahf4 roofline`. **Computed, not measured**: for each kernel the largest of bytes over bandwidth, operations over",
+        "the rate of the matrix units, and instructions over the rate of the lanes; no launch, no waiting, no cache miss. It says",
+        "what is worth mending, not what a chip does. Peak rates are those of the data sheets (dense).",
+        "",
+        f"A step is {GUIDANCE} calls (guidance) of {model.layers} blocks; embedding and output layers are left out. Attention cores run in",
+        "bfloat16 in both. Products: both sides are expanded (int8 with a float32 scale a unit on Hopper, bfloat16 on",
+        "Blackwell, where Triton has no int8 product), then multiplied.",
+        "",
+        "| chip | video | bf16 s/step | W4A4 s/step | ratio | without self-attention: bf16 | W4A4 | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for chip in CHIPS:
+        for name, tokens in RESOLUTIONS:
+            both = [parts(model, tokens, chip, precision) for precision in ("bf16", "w4a4")]
+            whole = [step_seconds(model, found) for found in both]
+            less = [step_seconds(model, [p for p in found if p.name != "self-attention core"]) for found in both]
+            lines.append(
+                f"| {chip.name} | {name} | {whole[0]:.2f} | {whole[1]:.2f} | {whole[0] / whole[1]:.2f} | "
+                f"{less[0]:.2f} | {less[1]:.2f} | {less[0] / less[1]:.2f} |"
+            )
+    for chip in CHIPS:
+        name, tokens = RESOLUTIONS[0]
+        lines += ["", f"## {chip.name}, {name}: one block, milliseconds", "", "| kernel | bf16 | bound | W4A4 | bound |", "|---|---|---|---|---|"]
+        tables = [{p.name: p for p in parts(model, tokens, chip, precision)} for precision in ("bf16", "w4a4")]
+        for part in dict.fromkeys([*tables[1], *tables[0]]):
+            cells = [f"{t[part].least * 1e3:.3f} | {t[part].bound}" if part in t else " | " for t in tables]
+            lines.append(f"| {part} | {' | '.join(cells)} |")
+    bytes_bf16 = sum(2 * s.k * s.n for s in block_steps(model, 64)) * model.layers
+    lines += [
+        "",
+        f"Weights of the linears in blocks: {bytes_bf16 / 1e9:.1f} GB in bfloat16, {bytes_bf16 * HIF4 / 2 / 1e9:.1f} GB in HiF4 "
+        f"({2 / HIF4:.2f}x smaller), for each expert.",
+        "",
+        "What it says: on Hopper the scales of the units cost the lanes as much as the faster int8 product saves, so products",
+        "gain less than the factor of two of the matrix units; on Blackwell the product runs at the rate of bfloat16, and W4A4",
+        "saves memory rather than time. Quantization with rotation is bound by instructions where it has more than about 20 a value.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def roofline(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Markdown file to write.")] = None,
+) -> None:
+    """Compute the least time of a step of Wan2.2-A14B in bfloat16 and W4A4, for H100, H200 and B200."""
+    text = page(A14B)
+    typer.echo(text)
+    if output is not None:
+        write_text(output, text)
+        typer.echo(f"wrote {output}")
