@@ -8,6 +8,7 @@ guidance branch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import external_utils, trace_rules
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
@@ -127,7 +129,8 @@ class Calibration:
         self.activations: dict[tuple[str, str], _Cells] = {}
         self.prompts: list[str] = []
         self.calls: dict[str, list[Call]] = {}
-        self._calls_seen: dict[tuple[str, int, str], int] = {}
+        self._call_branches: dict[str, list[str]] = {}  # of the calls that are kept
+        self._calls_seen: dict[tuple[str, str], tuple[int, int]] = {}  # count and stride
         self._pipe = None if isinstance(model, nn.Module) else model
         self._options = Options.parse(options)
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
@@ -137,23 +140,23 @@ class Calibration:
                 self._paths[weight] = (expert, path)
         self._branch = ""
         self._step: int | None = None
-        self._counter: StepCounter | None = None
+        self._running = False
+        self._own_calls = False
+        self._observed = 0
+        self._arguments: str | None = None
+        self._taken_up: list[str] = []
         self._stack = contextlib.ExitStack()
         if self._checkpoint is not None and self._checkpoint.exists():
             self._load(self._checkpoint)
+            self._taken_up = list(self.prompts)
 
     # -- running ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Calibration:
         """Compile the model with observers, in place of how it was compiled before."""
-        from .backends.dynamo import compiler
-        from .passes import classify, normalize, observe, plan
-
-        passes = [normalize.Normalize(), classify.Classify(), plan.Plan(), observe.Observe()]
-        backend = compiler(self._options, passes)
+        backend = _observing_backend(self._options)
         with contextlib.ExitStack() as stack:
-            if self._pipe is not None and hasattr(self._pipe, "scheduler"):
-                self._counter = StepCounter.of(self._pipe.scheduler)
+            stack.enter_context(self._counted_scheduler())
             stack.enter_context(Handles(self._observer))
             for expert, module in self.models.items():
                 stack.enter_context(_compiled(module, backend, _Calls(self, expert)))
@@ -171,7 +174,8 @@ class Calibration:
                 "the calibration saw no activation: call the model inside the `with` block, under torch.no_grad(), "
                 "and check that torch.compile is not switched off (TORCHDYNAMO_DISABLE)"
             )
-        if self._checkpoint is not None and self.activations and not self.prompts:
+        # What a prompt that was not finished left is not kept: run() does the prompt again.
+        if self._checkpoint is not None and self._own_calls and not self._running:
             self.save(self._checkpoint)
 
     def run(self, prompts: Iterable[str], **arguments: Any) -> None:
@@ -186,22 +190,57 @@ class Calibration:
                 ``generator``.
 
         Raises:
-            CalibrationError: a module is calibrated, not a pipeline.
+            CalibrationError: a module is calibrated, not a pipeline; or the checkpoint was made with other prompts
+                or arguments.
         """
         if self._pipe is None:
             raise CalibrationError("run(prompts) needs a pipeline; call a module yourself inside the `with` block")
         todo = list(prompts)
+        self._check_taken_up(todo, arguments)
         with tqdm(total=len(todo), desc="calibration", unit="prompt") as bar:
             for i, prompt in enumerate(todo):
                 if prompt not in self.prompts:
                     before = dict(arguments)
                     before.setdefault("generator", torch.Generator().manual_seed(i))
+                    self._running = True  # and stays so after an error: half a prompt was seen
                     with torch.no_grad():
                         self._pipe(prompt, **before)
+                    self._running = False
                     self.prompts.append(prompt)
                     if self._checkpoint is not None:
                         self.save(self._checkpoint)
                 bar.update()
+
+    def _check_taken_up(self, todo: Sequence[str], arguments: Mapping[str, Any]) -> None:
+        """Refuse to add to a checkpoint of another run."""
+        plain = {name: value for name, value in arguments.items() if not callable(value)}
+        words = {name: "a generator" if isinstance(v, torch.Generator) else repr(v) for name, v in plain.items()}
+        text = ", ".join(f"{name}={words[name]}" for name in sorted(words))
+        others = [prompt for prompt in self._taken_up if prompt not in todo]
+        if others:
+            raise CalibrationError(
+                f"the checkpoint {self._checkpoint} has seen {len(others)} prompts that are not in this run, such as "
+                f"{others[0]!r}; name another checkpoint, or delete this one"
+            )
+        if self._taken_up and self._arguments not in (None, text):
+            raise CalibrationError(
+                f"the checkpoint {self._checkpoint} was made with {self._arguments or 'no arguments'}; this run has "
+                f"{text or 'none'}. Use the same, name another checkpoint, or delete this one"
+            )
+        self._arguments = text
+
+    @contextlib.contextmanager
+    def _counted_scheduler(self) -> Iterator[None]:
+        """Count the steps of the pipeline's scheduler, and leave it as it was."""
+        scheduler = getattr(self._pipe, "scheduler", None)
+        if scheduler is None or StepCounter.counts(scheduler):
+            yield
+            return
+        StepCounter.of(scheduler)
+        try:
+            yield
+        finally:
+            StepCounter.forget(scheduler)
 
     @contextlib.contextmanager
     def at(self, *, step_group: int | None = None, branch: str | None = None) -> Iterator[None]:
@@ -246,7 +285,9 @@ class Calibration:
     def _where(self) -> tuple[int, str]:
         if self._step is not None:
             return self._step, self._branch
-        return (self._counter.group(self.step_groups) if self._counter is not None else 0), self._branch
+        scheduler = getattr(self._pipe, "scheduler", None)
+        counter = StepCounter.of(scheduler) if scheduler is not None else None
+        return (counter.group(self.step_groups) if counter is not None else 0), self._branch
 
     def _observer(self, weights: tuple[Tensor, ...]) -> Callable[[Tensor], None] | None:
         known = [self._paths.get(weight) for weight in weights]
@@ -262,6 +303,7 @@ class Calibration:
         cells = self.activations.setdefault((expert, members[0]), _Cells(activation, self.rows))
 
         def observe(x: Tensor) -> None:
+            self._observed += 1
             sketch, sample = cells.cell(self._where(), x.device)
             sketch.update(x)
             if self.rows:
@@ -301,22 +343,57 @@ class Calibration:
         """Add what another calibration of the same model saw, for example in another process.
 
         Raises:
-            CalibrationError: the step groups differ.
+            CalibrationError: the step groups differ, the model is another, or both saw one prompt. Nothing is
+                added then.
         """
         if other.step_groups != self.step_groups:
             raise CalibrationError(f"step_groups are {self.step_groups} and {other.step_groups}; expected one number")
+        if other is self:
+            raise CalibrationError("a calibration cannot be merged with itself: everything would count twice")
+        twice = [prompt for prompt in other.prompts if prompt in self.prompts]
+        if twice:
+            raise CalibrationError(
+                f"both calibrations saw {twice[0]!r} ({len(twice)} prompts in all), which would count twice; merge "
+                "statistics of different prompts"
+            )
+        for key, theirs in other.activations.items():
+            known = self.activations.get(key)
+            fits = key[0] in self.models and (
+                known is None or known.activation.channels == theirs.activation.channels
+            )
+            if not fits or not set(theirs.activation.members) <= self._known_paths(key[0]):
+                raise CalibrationError(
+                    f"the other calibration is of another model: it saw {'/'.join(filter(None, key))} with "
+                    f"{theirs.activation.channels} channels, which this model does not have"
+                )
         for key, theirs in other.activations.items():
             mine = self.activations.setdefault(key, _Cells(theirs.activation, self.rows))
             for where, (sketch, sample) in theirs.cells.items():
                 own_sketch, own_sample = mine.cell(where, sketch.counts.device)
                 own_sketch.merge(sketch)
                 own_sample.merge(sample)
-        for place, count in other._calls_seen.items():
-            self._calls_seen[place] = self._calls_seen.get(place, 0) + count
+        for place, (count, stride) in other._calls_seen.items():
+            mine_count, mine_stride = self._calls_seen.get(place, (0, 1))
+            self._calls_seen[place] = mine_count + count, max(mine_stride, stride)
         for expert, calls in other.calls.items():
-            kept = self.calls.setdefault(expert, [])
-            kept += calls[: KEPT_CALLS - len(kept)]
+            self.calls.setdefault(expert, []).extend(calls)
+            self._call_branches.setdefault(expert, []).extend(other._call_branches[expert])
+            self._thin_calls(expert)
         self.prompts += [prompt for prompt in other.prompts if prompt not in self.prompts]
+
+    def _known_paths(self, expert: str) -> set[str]:
+        return {path for path, _ in linear_weights(self.models[expert])}
+
+    def _thin_calls(self, expert: str) -> None:
+        """Drop every second kept call of the branch that has most, while there are too many."""
+        calls, branches = self.calls[expert], self._call_branches[expert]
+        while len(calls) > KEPT_CALLS:
+            most = max(sorted(set(branches)), key=branches.count)
+            places = [i for i, branch in enumerate(branches) if branch == most]
+            count, stride = self._calls_seen[(expert, most)]
+            self._calls_seen[(expert, most)] = count, 2 * stride
+            for i in reversed(places[1::2]):
+                del calls[i], branches[i]
 
     def recipe(self, **choices: Any) -> Recipe:
         """Turn the statistics into a recipe: see :func:`tahf4_compiler.recipe_making.make_recipe`."""
@@ -347,14 +424,16 @@ class Calibration:
         }
         header = {
             "calls": calls,
-            "calls_seen": sorted([*where, count] for where, count in self._calls_seen.items()),
+            "call_branches": self._call_branches,
+            "calls_seen": sorted([*where, *numbers] for where, numbers in self._calls_seen.items()),
             "step_groups": self.step_groups,
             "rows": self.rows,
             "prompts": self.prompts,
+            "arguments": self._arguments,
             "weights": self._weight_sums(),
             "activations": index,
         }
-        save_tensors(Path(path), tensors, FORMAT, header)
+        save_tensors(Path(path), tensors, FORMAT, header, CalibrationError)
 
     def load(self, path: str | Path) -> None:
         """Add what a file holds that :meth:`save` wrote.
@@ -364,7 +443,8 @@ class Calibration:
         """
         other = Calibration.__new__(Calibration)
         other.__dict__.update(self.__dict__)
-        other.activations, other.prompts, other.calls, other._calls_seen = {}, [], {}, {}
+        other.activations, other.prompts, other.calls = {}, [], {}
+        other._calls_seen, other._call_branches = {}, {}
         other._load(Path(path))
         self.merge(other)
 
@@ -389,7 +469,9 @@ class Calibration:
                 sample.load(part)
                 cells.cells[(group, branch)] = Sketch.from_tensors(part), sample
         self.prompts = list(header["prompts"])
-        self._calls_seen = {(expert, group, side): n for expert, group, side, n in header["calls_seen"]}
+        self._arguments = header["arguments"]
+        self._calls_seen = {(expert, side): (count, stride) for expert, side, count, stride in header["calls_seen"]}
+        self._call_branches = {expert: list(branches) for expert, branches in header["call_branches"].items()}
         device = {expert: next(model.parameters()).device for expert, model in self.models.items()}
         for expert, kept in header["calls"].items():
             self.calls[expert] = [decode(call, tensors, device[expert]) for call in kept]
@@ -451,41 +533,88 @@ def merged(sketches: Sequence[Sketch]) -> Sketch:
 
 
 class _Calls:
-    """Keeps the arguments of a few of an expert's calls, one of each step group and branch before a second one."""
+    """Keeps the arguments of a few of an expert's calls, spread over all that it sees.
+
+    Every call of a number that the stride divides is kept, counted for each guidance branch; when there are too many,
+    the stride doubles and every second one is dropped. So those that stay are evenly spread over steps and prompts.
+    """
 
     def __init__(self, calibration: Calibration, expert: str) -> None:
         self._calibration, self._expert = calibration, expert
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen, where = self._calibration._calls_seen, (self._expert, *self._calibration._where())
-        count = seen[where] = seen.get(where, 0) + 1
-        kept = self._calibration.calls.setdefault(self._expert, [])
-        # The first call of each place, then every fifth: neighbouring steps tell the same.
-        if len(kept) < KEPT_CALLS and count % 5 == 1 and is_plain((args, kwargs)):
-            kept.append(torch.utils._pytree.tree_map(_copy, (args, kwargs)))
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Keep the arguments; return a mark for :meth:`after`."""
+        self._calibration._own_calls |= not self._calibration._running
+        branch = self._calibration._branch
+        count, stride = self._calibration._calls_seen.get((self._expert, branch), (0, 1))
+        self._calibration._calls_seen[(self._expert, branch)] = count + 1, stride
+        if count % stride == 0 and is_plain((args, kwargs)):
+            self._calibration.calls.setdefault(self._expert, []).append(
+                torch.utils._pytree.tree_map(_copy, (args, kwargs))
+            )
+            self._calibration._call_branches.setdefault(self._expert, []).append(branch)
+            self._calibration._thin_calls(self._expert)
+        return self._calibration._observed
+
+    def after(self, mark: int) -> None:
+        """Check that the call was observed.
+
+        Raises:
+            CalibrationError: it was not.
+        """
+        if self._calibration._observed == mark:
+            raise CalibrationError(
+                f"a call of {self._expert or 'the module'} was not observed: torch.compile ran it as it is. It may be "
+                "switched off (TORCHDYNAMO_DISABLE), not supported for this model, or past its recompile limit, with too "
+                "many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
+            )
 
 
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
+@functools.lru_cache(maxsize=16)
+def _observing_backend(options: Options) -> Any:
+    """Return one backend for all calibrations with the same options.
+
+    Dynamo keeps what a backend compiled with the model's code, up to a limit; a new backend for each calibration would
+    soon reach it.
+    """
+    from .backends.dynamo import compiler
+    from .passes import classify, normalize, observe, plan
+
+    return compiler(options, [normalize.Normalize(), classify.Classify(), plan.Plan(), observe.Observe()])
+
+
 @contextlib.contextmanager
 def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]:
     """Compile a module whole, show its calls to a listener, and put it back as it was."""
+    inner = getattr(module, "_orig_mod", module)  # of what torch.compile(module) returned
     old = {m: m._compiled_call_impl for m in module.modules() if m._compiled_call_impl is not None}
     for part in old:
         part._compiled_call_impl = None
-    module.compile(backend=backend)
-    call: Any = module._compiled_call_impl
+    if trace_rules.check(inner.forward):  # PyTorch's own modules: Dynamo skips their files unless they are inlined
+        call: Any = torch.compile(external_utils.wrap_inline(inner._call_impl), backend=backend)
+    else:
+        inner.compile(backend=backend)
+        call = inner._compiled_call_impl
 
     def heard(*args: Any, **kwargs: Any) -> Any:
-        listen(args, kwargs)
-        return call(*args, **kwargs)
+        mark = listen.before(args, kwargs)
+        result = call(*args, **kwargs)
+        listen.after(mark)
+        return result
 
-    module._compiled_call_impl = heard
+    inner._compiled_call_impl = heard
+    forward = module.__dict__.get("forward")
+    if inner is not module:
+        module.forward = inner.__call__
     try:
         yield
     finally:
-        module._compiled_call_impl = None
+        inner._compiled_call_impl = None
+        if inner is not module:
+            module.forward = forward  # type: ignore[assignment]
         for part, compiled in old.items():
             part._compiled_call_impl = compiled

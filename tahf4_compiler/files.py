@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,12 +15,15 @@ from torch import Tensor
 
 from .errors import Tahf4Error
 
-__all__ = ["decode", "encode", "is_plain", "load_tensors", "save_tensors"]
+__all__ = ["decode", "digest", "encode", "is_plain", "load_tensors", "save_tensors"]
 
 _KEY = "tahf4"
+_SUM = "sha256"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any]) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], kind: str, header: Mapping[str, Any], error: type[Tahf4Error]
+) -> None:
     """Write a file; the same arguments give the same bytes.
 
     Args:
@@ -26,18 +31,42 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str, header: M
         tensors: by name.
         kind: format and version, such as ``"tahf4-recipe-1"``.
         header: what JSON can hold.
+        error: to raise.
+
+    Raises:
+        Tahf4Error: of the type ``error``: it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    text = json.dumps({"format": kind, **header}, sort_keys=True, separators=(",", ":"))
+    content = {"format": kind, **header}
     values = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(values, beside, metadata={_KEY: text})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One entry: the order of several is not the same every time.
+        save_file(values, beside, metadata={_KEY: _text({**content, _SUM: digest(content, values)})})
         os.replace(beside, path)
+    except (OSError, SafetensorError) as cause:
+        raise error(f"cannot write {path}: {cause}; choose another place") from cause
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _text(header: Mapping[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True, separators=(",", ":"))
+
+
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a header and of tensors with their names, dtypes and shapes."""
+    found = hashlib.sha256(_text(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))
+        found.update(flat.view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def load_tensors(path: Path, kind: str, error: type[Tahf4Error]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,7 +86,10 @@ def load_tensors(path: Path, kind: str, error: type[Tahf4Error]) -> tuple[dict[s
             found = header.get("format") if isinstance(header, dict) else None
             if found != kind:
                 raise error(f"{path} is of the format {found!r}; expected {kind!r}, as this version of tahf4 writes it")
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if header.pop(_SUM, None) != digest(header, tensors):
+            raise error(f"{path} is damaged or was edited: its contents do not have the checksum that it names")
+        return tensors, header
     except (SafetensorError, ValueError, OSError) as cause:
         if isinstance(cause, Tahf4Error):
             raise

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .attach import Attachment, attach, linear_weights
 from .calibration import experts
-from .errors import OptionError, RecipeError
+from .errors import RecipeError
 from .files import load_tensors, save_tensors
 from .packing import checksum
-from .sensitivity import choose
-from .steps import StepCounter, StepPrecision
+from .sensitivity import check_budget, choose
+from .steps import StepPrecision
 
 __all__ = ["LinearEntry", "Recipe", "RecipeEntry", "apply_recipe"]
 
@@ -106,17 +106,15 @@ class Recipe:
             RecipeError: the recipe holds no effects (``sensitivity=False``).
             OptionError: the budget is unknown or out of range.
         """
-        known = ("max_high_precision_linears", "max_high_precision_blocks", "min_flops_4bit")
-        for name in budget:
-            if name not in known:
-                raise OptionError(f"unknown budget {name!r}; expected one of {', '.join(known)}")
+        check_budget(**budget)
         words = ", ".join(f"{name}={value}" for name, value in budget.items())
         planned = {}
         for expert, entries in self.experts.items():
             linears = self.linears(expert)
-            effects = {path: linear.effect for path, linear in linears.items() if linear.effect is not None}
-            if len(effects) < len(linears):
+            if all(linear.effect is None for linear in linears.values()):
                 raise RecipeError("the recipe holds no effects; make it with sensitivity=True to plan with a budget")
+            # A few may not be measured: products that are written as no linear. They come last.
+            effects = {path: linear.effect or 0.0 for path, linear in linears.items()}
             flops = {path: linear.flops for path, linear in linears.items()}
             kept = choose(effects, flops, _block_of(list(linears)), **budget)
             ranks = {path: i + 1 for i, path in enumerate(sorted(effects, key=lambda p: (-effects[p], p)))}
@@ -133,7 +131,11 @@ class Recipe:
         return dataclasses.replace(self, experts=planned, provenance={**self.provenance, "budget": dict(budget)})
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with a JSON header; the same recipe gives the same bytes."""
+        """Write a safetensors file with a JSON header; the same recipe gives the same bytes.
+
+        Raises:
+            RecipeError: it cannot be written.
+        """
         tensors, entries = {}, []
         for expert, activations in sorted(self.experts.items()):
             for name, entry in sorted(activations.items()):
@@ -150,7 +152,7 @@ class Recipe:
             "high_precision_steps": list(self.high_precision_steps),
             "provenance": dict(self.provenance),
         }
-        save_tensors(Path(path), tensors, FORMAT, header)
+        save_tensors(Path(path), tensors, FORMAT, header, RecipeError)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -180,17 +182,39 @@ class Recipe:
 
 
 def _check_entry(entry: RecipeEntry, where: str) -> None:
+    if not all(len(linear.shape) == 2 for linear in entry.linears.values()):
+        raise RecipeError(f"{where}: a shape does not have two sizes; the file is damaged")
     ks = {linear.shape[1] for linear in entry.linears.values()}
     k = next(iter(ks), 0)
     for part in (entry.mask, entry.second_moment):
         if len(ks) != 1 or (part is not None and tuple(part.shape) != (k,)):
             raise RecipeError(f"{where}: mask and shapes of the linears do not fit each other; the file is damaged")
+    damaged = f"{where}: {{}}; the file is damaged or was edited"
+    if entry.mask is not None and entry.mask.dtype != torch.float32:
+        raise RecipeError(damaged.format(f"the mask is of {entry.mask.dtype}, expected float32"))
+    if entry.search not in ("", "squared", "weighted"):
+        raise RecipeError(damaged.format(f"the search is {entry.search!r}"))
+    block, padded = entry.hadamard_block, (k + 63) // 64 * 64
+    if type(block) is not int or block < 0 or block & (block - 1) or (block and padded % block):
+        raise RecipeError(damaged.format(f"the Hadamard block is {block!r}, expected a power of two that divides {padded}"))
+    if (block > 0) != (entry.seed is not None) or (block and not _is_seed(entry.seed)):
+        raise RecipeError(damaged.format(f"the seed is {entry.seed!r} with a Hadamard block of {block}"))
+    if entry.second_moment is not None and not bool(torch.isfinite(entry.second_moment).all()):
+        raise RecipeError(damaged.format("the second moment is not finite"))
+    for path, linear in entry.linears.items():
+        if linear.decision not in ("hif4", "high_precision"):
+            raise RecipeError(damaged.format(f"the decision of {path} is {linear.decision!r}"))
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
         raise RecipeError(f"{where}: the mask holds values that are not positive and finite; the file is damaged")
 
 
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
 def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str) -> LinearEntry:
-    numbers = f"effect on the output {linear.effect:.2e} (rank {rank} of {count})"
+    effect = "not measured" if linear.effect is None else f"{linear.effect:.2e}"
+    numbers = f"effect on the output {effect} (rank {rank} of {count})"
     if linear.sqnr_db is not None:
         numbers += f", SQNR {linear.sqnr_db:.1f} dB"
     if kept:
@@ -210,13 +234,16 @@ def _block_of(paths: Sequence[str]) -> Callable[[str], str]:
 
 
 def apply_recipe(
-    model: Any, recipe: Recipe, *, expert: str | None = None, check_weights: bool = True, scheduler: Any = None
+    model: Any, recipe: Recipe | None, *, expert: str | None = None, check_weights: bool = True, scheduler: Any = None
 ) -> None:
     """Attach a recipe to a model, in place of an earlier one; compile the model before or after, whole or by blocks.
 
+    Experts that the recipe does not name keep what they have. With ``high_precision_steps`` the steps are those of the
+    pipeline that is given here, also after its scheduler is replaced; a copy of the pipeline counts for itself.
+
     Args:
         model: a pipeline (each expert of the recipe goes to the component of its name), or a module.
-        recipe: see :class:`Recipe`.
+        recipe: see :class:`Recipe`; None takes an earlier one off again.
         expert: which expert's part goes to a module, if the recipe was made for a pipeline.
         check_weights: compare the weights' checksums with those that were calibrated. False for a fine-tune or
             a merged adapter, whose activations are nearly the same.
@@ -228,6 +255,10 @@ def apply_recipe(
         OptionError: the model is neither module nor pipeline.
     """
     models = experts(model)
+    if recipe is None:
+        for module in models.values():
+            attach(module, {})
+        return
     parts = dict(recipe.experts)
     if set(models) == {""}:
         name = expert if expert is not None else next(iter(parts), "") if len(parts) == 1 else ""
@@ -250,7 +281,7 @@ def apply_recipe(
                 f"the recipe runs the steps {list(recipe.high_precision_steps)} in high precision; pass scheduler=..., "
                 "so that steps are counted"
             )
-        steps = StepPrecision(StepCounter.of(clock), recipe.high_precision_steps)
+        steps = StepPrecision(scheduler if scheduler is not None else model, recipe.high_precision_steps)
     for name, entries in parts.items():
         _check_fits(models[name], entries, check_weights, name)
     for name, entries in parts.items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .attach import linear_weights
@@ -19,13 +19,14 @@ from .calibration import check_percentile, merged
 from .errors import CalibrationError, OptionError
 from .packing import checksum, moment_as_quantized
 from .recipe import LinearEntry, Recipe, RecipeEntry
-from .sensitivity import Network, QuantizedWeight, output_error, sqnr_db
+from .sensitivity import Network, QuantizedWeight, check_budget, output_error, sqnr_db
+from .sketch import LARGEST
 from .transforms import hadamard_block, seed_of
 
 if TYPE_CHECKING:
     from .calibration import Calibration, _Cells
 
-__all__ = ["channel_mask", "make_recipe"]
+__all__ = ["channel_mask", "check_choices", "make_recipe"]
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,13 @@ def channel_mask(weight_max: Tensor, activation_max: Tensor, weight_exponent: fl
         weight_exponent: alpha, 0 to 1.
 
     Returns:
-        float32 ``[K]``, positive, with a geometric mean of 1.
+        float32 ``[K]``, positive, with a geometric mean of 1; 1 for channels whose weights are all zero.
     """
     log = weight_exponent * weight_max.double().clamp(min=1e-8).log()
     log = log - (1 - weight_exponent) * activation_max.double().clamp(min=AMAX_FLOOR).log()
-    return (log - log.mean()).exp().to(torch.float32)
+    live = weight_max > 0
+    mean = log[live].mean() if bool(live.any()) else log.mean()
+    return torch.where(live, log - mean, 0.0).exp().to(torch.float32)
 
 
 def make_recipe(
@@ -95,7 +98,10 @@ def make_recipe(
         OptionError: a choice is unknown or out of range.
         CalibrationError: nothing was seen, values were not finite, or a search has no sample rows.
     """
-    _check_choices(mask, percentile, weight_exponent, combine, block, scale_search, high_precision_steps)
+    check_choices(
+        mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
+        scale_search=scale_search, high_precision_steps=high_precision_steps, **budget,
+    )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
@@ -140,10 +146,24 @@ class _Choices:
     scale_search: str
 
 
-def _check_choices(
-    mask: Any, percentile: Any, exponent: Any, combine: Any, block: Any, search: Any, steps: Sequence[int]
+def check_choices(
+    *,
+    mask: Any = None,
+    percentile: Any = None,
+    weight_exponent: Any = 0.5,
+    combine: Any = "max",
+    block: Any = 64,
+    scale_search: Any = "",
+    high_precision_steps: Any = (),
+    **budget: Any,
 ) -> None:
-    words = (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", search, SEARCHES))
+    """Check choices of :func:`make_recipe`, before anything is run.
+
+    Raises:
+        OptionError: a choice is unknown or out of range.
+    """
+    exponent, steps = weight_exponent, high_precision_steps
+    words = (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", scale_search, SEARCHES))
     for name, value, allowed in words:
         if value not in allowed:
             raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
@@ -151,10 +171,12 @@ def _check_choices(
         check_percentile(percentile)
     if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
         raise OptionError(f"weight_exponent is {exponent!r}; expected a number from 0 to 1")
-    if not isinstance(block, int) or block < 0 or block & (block - 1):
+    if type(block) is not int or block < 0 or block & (block - 1):
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
-    if any(not isinstance(step, int) or isinstance(step, bool) for step in steps):
+    if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+    if budget:
+        check_budget(**budget)
 
 
 def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity: bool) -> RecipeEntry:
@@ -167,6 +189,11 @@ def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity:
         raise CalibrationError(
             f"{activation.expert or 'the module'}: {bad} values that {activation.name} reads are NaN or infinite. "
             "Check the model in its original precision; float16 overflows where bfloat16 does not."
+        )
+    beyond = max(float(sketch.maxima.max()) for sketch, _ in cells.cells.values())
+    if choices.percentile < 100 and beyond >= LARGEST:
+        log.warning(
+            "%s: values up to %.3g; percentiles above %g are taken as the maximum", activation.name, beyond, LARGEST
         )
     device = weights[0].device
     weight_max = torch.stack([w.detach().to(torch.float32).abs().amax(0) for w in weights]).amax(0)
@@ -245,8 +272,8 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices) ->
     network = _network(calibration, expert)
     if network is None:
         raise CalibrationError(
-            "mask='network_search' needs calls of the model, and the calibration kept none; "
-            "calibrate with a prompt first, or choose another mask"
+            f"mask='network_search' needs calls of {expert or 'the module'}, and the calibration kept none; "
+            "calibrate with enough steps that each expert is called, or choose another mask"
         )
     candidates = [dataclasses.replace(choices, mask=None)]
     candidates += [
@@ -264,7 +291,7 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices) ->
             makers = _products(entry, dict(zip(entry.linears, weights, strict=True)))
             quantized |= {path: make() for path, make in makers}
         error = network.error(quantized)
-        if error < best:
+        if error is not None and error < best:
             best, chosen = error, candidate
     log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
     return chosen
@@ -296,12 +323,10 @@ def _with_effects(
     if network is None:
         return dict(entries)
     weights = dict(linear_weights(calibration.models[expert]))
-    modules = dict(calibration.models[expert].named_modules())
     makers = {
         path: make
         for entry in entries.values()
         for path, make in _products(entry, weights)
-        if isinstance(modules.get(path), nn.Linear)
     }
     effects = network.effects(makers)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import hif4, kernels
-from .errors import OptionError
+from .attach import linear_weights
+from .errors import CalibrationError, OptionError
 from .packing import pack_weight
 from .transforms import multipliers
 
-__all__ = ["Network", "QuantizedWeight", "choose", "output_error", "sqnr_db"]
+__all__ = ["Network", "QuantizedWeight", "check_budget", "choose", "output_error", "sqnr_db"]
 
 
 class QuantizedWeight:
@@ -77,13 +78,23 @@ def sqnr_db(error: float) -> float:
 class Network:
     """A model's outputs on a few calls, and their relative squared error when some linears are quantized.
 
-    The model runs as it is, not compiled, in its own precision.
+    The model runs as it is, not compiled, in its own precision. Linears are found where
+    ``torch.nn.functional.linear`` reads their weight: in ``nn.Linear``, ``nn.MultiheadAttention`` and functional calls.
+
+    Raises:
+        CalibrationError: its output is NaN or infinite in its own precision.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
         """Run the calls (arguments and keyword arguments) in the original precision."""
         self._model, self._calls = model, calls
+        self._weights = dict(linear_weights(model))
         self._wanted = self._outputs()
+        if not all(bool(value.isfinite().all()) for value in self._wanted):
+            raise CalibrationError(
+                f"the output of {type(model).__name__} is NaN or infinite in its original precision on the calls that the "
+                "calibration kept; mend the model first (float16 overflows where bfloat16 does not)"
+            )
 
     def _outputs(self) -> list[Tensor]:
         # Not a compiled one, whatever is compiled inside.
@@ -91,44 +102,87 @@ class Network:
         for module in held:
             module._compiled_call_impl = None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 return [_first(self._model(*args, **kwargs)).float() for args, kwargs in self._calls]
         finally:
             for module, call in held.items():
                 module._compiled_call_impl = call
 
-    def error(self, quantized: Mapping[str, QuantizedWeight]) -> float:
-        """Return the mean over the calls of the relative squared error, with these linears quantized, by path."""
-        with contextlib.ExitStack() as stack:
-            for path, product in quantized.items():
-                stack.enter_context(_quantized(self._model.get_submodule(path), product))
+    def error(self, quantized: Mapping[str, QuantizedWeight]) -> float | None:
+        """Return the mean over the calls of the relative squared error, with these linears quantized, by path.
+
+        None if no call read any of their weights as a linear: nothing was measured.
+        """
+        products = {id(self._weights[path]): product for path, product in quantized.items()}
+        with _quantized(products) as used:
             found = self._outputs()
+        if quantized and not used:
+            return None
         pairs = zip(found, self._wanted, strict=True)
         errors = [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
         return sum(errors) / len(errors)
 
-    def effects(self, quantized: Mapping[str, Callable[[], QuantizedWeight]]) -> dict[str, float]:
-        """Return the error when only one linear is quantized, for each: one pass a linear and call, no estimate."""
+    def effects(self, quantized: Mapping[str, Callable[[], QuantizedWeight]]) -> dict[str, float | None]:
+        """Return the error when only one linear is quantized, for each: one pass a linear and call, no estimate.
+
+        None for a weight that no linear reads in the calls.
+        """
         bar = tqdm(quantized.items(), desc="sensitivity", unit="linear", delay=1.0)
         return {path: self.error({path: make()}) for path, make in bar}
 
 
 @contextlib.contextmanager
-def _quantized(linear: nn.Module, product: QuantizedWeight) -> Iterator[None]:
-    def forward(x: Tensor) -> Tensor:
-        out = product(x)
-        bias = getattr(linear, "bias", None)
+def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
+    """Run linears whose weight has one of these identities in 4 bits; yield the identities that were met."""
+    original = nn.functional.linear
+    fast = torch.backends.mha.get_fastpath_enabled()
+    used: set[int] = set()
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        whole = weight if id(weight) in products else getattr(weight, "_base", None)
+        product = products.get(id(whole)) if whole is not None else None
+        if product is None or whole is None:
+            return original(x, weight, bias)
+        used.add(id(whole))
+        rows = product.weight
+        if whole is not weight:  # some rows, as attention takes q, k and v out of one parameter
+            first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+            rows = rows[first : first + len(weight)]
+        out = original(product.quantize(x), rows)
         return (out if bias is None else out + bias.float()).to(x.dtype)
 
-    linear.__dict__["forward"] = forward
+    nn.functional.linear = linear  # type: ignore[assignment]
+    torch.backends.mha.set_fastpath_enabled(False)  # one native operator, which reads no linear
     try:
-        yield
+        yield used
     finally:
-        del linear.__dict__["forward"]
+        nn.functional.linear = original
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _first(value: Any) -> Tensor:
     return next(leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def check_budget(**budget: Any) -> None:
+    """Check a budget of :func:`choose`.
+
+    Raises:
+        OptionError: an unknown name, not exactly one budget, or one out of range.
+    """
+    known = ("max_high_precision_linears", "max_high_precision_blocks", "min_flops_4bit")
+    for name in budget:
+        if name not in known:
+            raise OptionError(f"unknown budget {name!r}; expected one of {', '.join(known)}")
+    given = {name: value for name, value in budget.items() if value is not None}
+    if len(given) != 1:
+        raise OptionError(f"a budget is one of {', '.join(known[:2])} and {known[2]}; got {len(given)} of them")
+    ((name, value),) = given.items()
+    if name == "min_flops_4bit":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise OptionError(f"min_flops_4bit is {value!r}; expected a share from 0 to 1")
+    elif type(value) is not int or value < 0:
+        raise OptionError(f"the budget {name} is {value!r}; expected an integer of at least 0")
 
 
 def choose(
@@ -156,15 +210,12 @@ def choose(
     Raises:
         OptionError: not exactly one budget, or one out of range.
     """
-    budgets = [max_high_precision_linears, max_high_precision_blocks, min_flops_4bit]
-    if sum(budget is not None for budget in budgets) != 1:
-        raise OptionError(
-            "a budget is one of max_high_precision_linears, max_high_precision_blocks and min_flops_4bit; "
-            f"got {sum(budget is not None for budget in budgets)} of them"
-        )
+    check_budget(
+        max_high_precision_linears=max_high_precision_linears,
+        max_high_precision_blocks=max_high_precision_blocks,
+        min_flops_4bit=min_flops_4bit,
+    )
     if min_flops_4bit is not None:
-        if not 0 <= min_flops_4bit <= 1:
-            raise OptionError(f"min_flops_4bit is {min_flops_4bit}; expected a share from 0 to 1")
         allowed, kept = (1 - min_flops_4bit) * sum(flops.values()), []
         for path in sorted(effects, key=lambda p: (-effects[p] / max(flops[p], 1), p)):
             if flops[path] <= allowed * (1 + 1e-9):
@@ -172,8 +223,7 @@ def choose(
                 kept.append(path)
         return kept
     count = max_high_precision_linears if max_high_precision_linears is not None else max_high_precision_blocks
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise OptionError(f"the budget is {count!r}; expected an integer of at least 0")
+    assert count is not None
     if max_high_precision_linears is not None:
         return sorted(effects, key=lambda p: (-effects[p], p))[:count]
     blocks: dict[str, float] = {}

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["BUCKETS", "RELATIVE_ERROR", "SMALLEST", "RowSample", "Sketch"]
+__all__ = ["BUCKETS", "LARGEST", "RELATIVE_ERROR", "SMALLEST", "RowSample", "Sketch"]
 
 _LOW, _HIGH = -10, 14
 _PER_OCTAVE = 4
@@ -24,6 +24,9 @@ BUCKETS = (_HIGH - _LOW) * _PER_OCTAVE + 2
 
 RELATIVE_ERROR = 1 / 9
 """Of a quantile between :data:`SMALLEST` and 2**14: a bucket [u, 1.25 u) is reported at 10/9 u."""
+
+LARGEST = 2.0**_HIGH
+"""Quantiles above this are reported as the maximum."""
 
 SMALLEST = 2.0**_LOW
 """Quantiles below this are reported as 0: the absolute error is less than 0.001."""
@@ -117,7 +120,8 @@ class Sketch:
             return self.maxima.clone()
         cumulated = self.counts.cumsum(1, dtype=torch.int64)
         total = cumulated[:, -1]
-        rank = (total.double() * (percent / 100)).ceil().clamp(min=1).to(torch.int64)
+        # 1000 * 0.999 is a little more than 999 in floating point.
+        rank = (total.double() * percent / 100 * (1 - 1e-12)).ceil().clamp(min=1).to(torch.int64)
         bucket = torch.searchsorted(cumulated, rank[:, None]).squeeze(1)
         lower = ((bucket.to(torch.int32) + (_FIRST - 1)) << _SHIFT).view(torch.float32)
         value = torch.where(bucket == 0, 0.0, lower * (10 / 9))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -34,8 +37,8 @@ def test_steps_are_counted(scheduler, tmp_path):
             sample = scheduler.step(torch.randn_like(sample), t, sample, return_dict=False)[0]
     assert groups == [0, 0, 1, 1] + [0] * 4 + [1] * 4
     scheduler.save_pretrained(tmp_path)
-    original = type(scheduler).__mro__[1]
-    assert isinstance(scheduler, original)
+    original = type(scheduler)
+    assert original is type(SCHEDULERS[0]) or original is type(SCHEDULERS[1])
     assert original.from_pretrained(tmp_path).config["_class_name"] == original.__name__
 
 
@@ -49,13 +52,75 @@ def test_a_copy_counts_for_itself():
 
 
 def test_steps_from_the_end():
-    counter = StepCounter()
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    precision = StepPrecision(scheduler, (0, -1))
+    counter = StepCounter.of(scheduler)
     counter.steps = 5
-    precision = StepPrecision(counter, (0, -1))
     found = []
     for counter.step in range(5):
         found.append(precision.high())
     assert found == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
+def test_a_counted_scheduler_is_still_one_of_its_class(scheduler):
+    scheduler = copy.deepcopy(scheduler)
+    kind = type(scheduler)
+    wanted = {name: inspect.signature(getattr(scheduler, name)) for name in ("set_timesteps", "step")}
+    StepCounter.of(scheduler)
+    assert type(scheduler) is kind
+    assert {name: inspect.signature(getattr(scheduler, name)) for name in wanted} == wanted
+    for fresh in (scheduler.from_config(scheduler.config), type(scheduler).from_config(scheduler.config)):
+        fresh.set_timesteps(4)
+        assert type(fresh) is kind and not StepCounter.counts(fresh)
+    loaded = pickle.loads(pickle.dumps(scheduler))
+    loaded.set_timesteps(6)
+    assert StepCounter.of(loaded).steps == 6 and StepCounter.of(scheduler).steps == 1
+    StepCounter.forget(scheduler)
+    assert "step" not in scheduler.__dict__ and not StepCounter.counts(scheduler)
+
+
+class Pipe:
+    """As much of a pipeline as counting needs."""
+
+    def __init__(self):
+        self.scheduler, self.transformer = FlowMatchEulerDiscreteScheduler(), Stack().eval()
+
+    def pattern(self, compiled, x, wanted, steps=4):
+        self.scheduler.set_timesteps(steps)
+        found = ""
+        for t in self.scheduler.timesteps:
+            found += "H" if relative(compiled(x), wanted) < 1e-6 else "4"
+            self.scheduler.step(x, t, x)
+        return found
+
+
+def test_the_pipeline_may_change_its_scheduler_or_be_copied():
+    pipe, x = Pipe(), torch.randn(8, 64)
+    with torch.no_grad():
+        wanted = pipe.transformer(x)
+        with tahf4.calibrate(pipe, options={"inductor": False}) as calibration:
+            pipe.transformer(x)
+        assert not StepCounter.counts(pipe.scheduler), "as it was before"
+        recipe = calibration.recipe(mask="max", sensitivity=False, high_precision_steps=(0,))
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        tahf4.apply_recipe(pipe, recipe)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        pipe.transformer.compile(backend="tahf4", options={"inductor": False})
+        assert pipe.pattern(pipe.transformer, x, wanted) == "H444"
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=3.0)
+        assert pipe.pattern(pipe.transformer, x, wanted, 3) == "H44"
+        other = copy.deepcopy(pipe)
+        other.transformer.compile(backend="tahf4", options={"inductor": False})
+        assert other.pattern(other.transformer, x, wanted) == "H444"
+        assert pipe.pattern(pipe.transformer, x, wanted) == "H444"
+        transformer = pipe.transformer
+        del pipe, calibration
+        gc.collect()
+        with pytest.raises(Exception, match="the pipeline that it was applied to is gone"):
+            transformer(x)
+        tahf4.apply_recipe(transformer, None)
+        assert relative(transformer(x), wanted) > 1e-3
 
 
 def test_a_compiled_model_switches_without_compiling_again(tmp_path):

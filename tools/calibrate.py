@@ -29,7 +29,7 @@ class Dtype(str, Enum):
 
 
 def calibrate(
-    model_dir: Annotated[Path, typer.Argument(help="Folder of a saved WanPipeline.")],
+    model_dir: Annotated[Path, typer.Argument(help="Folder of a saved diffusers pipeline.")],
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt a line.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The recipe, a safetensors file.")] = Path(
         "recipe.safetensors"
@@ -61,8 +61,10 @@ def calibrate(
     import torch
 
     from ..calibration import calibrate as observe
+    from ..recipe_making import check_choices
     from .errors import CommandError
-    from .generation import load_pipeline
+    from .generation import load_any_pipeline
+    from .staging import check_writable
     from .tiny_wan import settings
 
     if not prompts.is_file():
@@ -75,24 +77,24 @@ def calibrate(
     arguments: dict[str, Any] = dict(settings.GENERATION) if shipped else {}
     overrides = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
     arguments |= {name: value for name, value in overrides.items() if value is not None}
-    budget: dict[str, Any] = {}
+    choices: dict[str, Any] = {
+        "mask": None if mask is MaskKind.none else mask.value,
+        "percentile": percentile,
+        "weight_exponent": weight_exponent,
+    }
     if keep_linears is not None:
-        budget["max_high_precision_linears"] = keep_linears
+        choices["max_high_precision_linears"] = keep_linears
     if keep_blocks is not None:
-        budget["max_high_precision_blocks"] = keep_blocks
-    pipe = load_pipeline(model_dir, getattr(torch, dtype.value), "cuda" if torch.cuda.is_available() else "cpu")
+        choices["max_high_precision_blocks"] = keep_blocks
+    check_choices(**choices)  # before hours of generation, not after
+    check_writable(out)
+    pipe = load_any_pipeline(model_dir, getattr(torch, dtype.value), "cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1)
     checkpoint = out.with_name(f"{out.name}.calibration")
     options = {"inductor": not no_inductor}
     with observe(pipe, step_groups=step_groups, checkpoint=checkpoint, options=options) as calibration:
         calibration.run(lines, **arguments)
-    recipe = calibration.recipe(
-        mask=None if mask is MaskKind.none else mask.value,
-        percentile=percentile,
-        weight_exponent=weight_exponent,
-        rotate=not no_rotation,
-        **budget,
-    )
+    recipe = calibration.recipe(rotate=not no_rotation, **choices)
     recipe.save(out)
     for expert in recipe.experts:
         linears = recipe.linears(expert)

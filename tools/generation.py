@@ -51,19 +51,41 @@ def load_pipeline(path: Path, dtype: torch.dtype, device: str) -> WanPipeline:
     return pipe.to(device)
 
 
+def load_any_pipeline(path: Path, dtype: torch.dtype, device: str) -> Any:
+    """Load a saved diffusers pipeline of any class without a network; one of Wan as :func:`load_pipeline` does.
+
+    Raises:
+        CommandError: no such folder, or it holds no pipeline that loads.
+    """
+    if _class_of(path, "Give a folder that `pipe.save_pretrained` wrote.") == "WanPipeline":
+        return load_pipeline(path, dtype, device)
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+    except Exception as error:  # of many libraries, for whatever a folder can hold
+        raise CommandError(f"{path} does not load as a diffusers pipeline: {error}") from error
+    return pipe.to(device)
+
+
 def _check(path: Path) -> None:
     hint = "Give a folder that `WanPipeline.save_pretrained` wrote, or none for the pipeline that is shipped."
+    name = _class_of(path, hint)
+    if name != "WanPipeline":
+        raise CommandError(f"{path} is a {name}; expected a WanPipeline. {hint}")
+
+
+def _class_of(path: Path, hint: str) -> str:
+    """Return the name of the class of a saved pipeline."""
     if not path.is_dir():
         raise CommandError(f"there is no folder {path}. {hint}")
     index = path / "model_index.json"
     if not index.is_file():
         raise CommandError(f"the folder {path} is no pipeline: it has no model_index.json. {hint}")
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{index} names no pipeline class: {error!r}. {hint}") from error
-    if name != "WanPipeline":
-        raise CommandError(f"{path} is a {name}; expected a WanPipeline. {hint}")
 
 
 def experts(pipe: WanPipeline) -> dict[str, nn.Module]:

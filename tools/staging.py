@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .errors import CommandError
 
-__all__ = ["staged", "write_text"]
+__all__ = ["check_writable", "staged", "write_text"]
 
 
 @contextmanager
@@ -44,6 +44,18 @@ def _replace(new: Path, place: Path, stage: Path) -> None:
     if place.is_dir() and not place.is_symlink():
         place.rename(stage / f".former-{place.name}")
     new.replace(place)
+
+
+def check_writable(path: Path) -> None:
+    """Raise :class:`CommandError` unless a file can be written at a path, which stays as it is."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}. Name another file with -o.") from error
 
 
 def write_text(path: Path, text: str) -> None:
