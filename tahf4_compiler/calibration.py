@@ -358,9 +358,7 @@ class Calibration:
             )
         for key, theirs in other.activations.items():
             known = self.activations.get(key)
-            fits = key[0] in self.models and (
-                known is None or known.activation.channels == theirs.activation.channels
-            )
+            fits = key[0] in self.models and (known is None or known.activation.channels == theirs.activation.channels)
             if not fits or not set(theirs.activation.members) <= self._known_paths(key[0]):
                 raise CalibrationError(
                     f"the other calibration is of another model: it saw {'/'.join(filter(None, key))} with "
@@ -565,7 +563,7 @@ class _Calls:
         if self._calibration._observed == mark:
             raise CalibrationError(
                 f"a call of {self._expert or 'the module'} was not observed: torch.compile ran it as it is. It may be "
-                "switched off (TORCHDYNAMO_DISABLE), not supported for this model, or past its recompile limit, with too "
+                "switched off (TORCHDYNAMO_DISABLE), not support this model, or be past its recompile limit, with too "
                 "many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
             )
 

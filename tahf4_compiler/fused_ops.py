@@ -1,4 +1,4 @@
-"""The operators that ``fuse`` makes of several nodes: ``torch.ops.tahf4.{fused_quantize, fused_linear, linear_quantize}``.
+"""Operators that ``fuse`` makes of several nodes: ``torch.ops.tahf4.{fused_quantize, fused_linear, linear_quantize}``.
 
 What is computed around a quantization or a product is a :class:`~tahf4_compiler.program.Program`, as text in the
 node's arguments. The references replay it with PyTorch's own operators, so they give the numbers of the graph before

@@ -18,7 +18,17 @@ from torch import fx
 from . import fused_ops, ops  # noqa: F401  (they define torch.ops.tahf4)
 from .errors import OptionError
 
-__all__ = ["KERNEL", "OPERATORS", "Kernel", "compiled", "generated_sources", "kernels", "quantize", "register_kernel", "select"]
+__all__ = [
+    "KERNEL",
+    "OPERATORS",
+    "Kernel",
+    "compiled",
+    "generated_sources",
+    "kernels",
+    "quantize",
+    "register_kernel",
+    "select",
+]
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +141,7 @@ def select(node: fx.Node) -> Kernel:
 
 
 def generated_sources(graph: fx.Graph) -> dict[str, tuple[str, list[str]]]:
-    """Return file name -> (text, names of the nodes that run it) of everything that is generated for a lowered graph."""
+    """Return file name -> (text, names of the nodes that run it) of what is generated for a lowered graph."""
     found: dict[str, tuple[str, list[str]]] = {}
     by_target = {k.target: k for k in kernels() if k.sources is not None}
     for node in graph.nodes:

@@ -196,7 +196,9 @@ def _check_entry(entry: RecipeEntry, where: str) -> None:
         raise RecipeError(damaged.format(f"the search is {entry.search!r}"))
     block, padded = entry.hadamard_block, (k + 63) // 64 * 64
     if type(block) is not int or block < 0 or block & (block - 1) or (block and padded % block):
-        raise RecipeError(damaged.format(f"the Hadamard block is {block!r}, expected a power of two that divides {padded}"))
+        raise RecipeError(
+            damaged.format(f"the Hadamard block is {block!r}, expected a power of two that divides {padded}")
+        )
     if (block > 0) != (entry.seed is not None) or (block and not _is_seed(entry.seed)):
         raise RecipeError(damaged.format(f"the seed is {entry.seed!r} with a Hadamard block of {block}"))
     if entry.second_moment is not None and not bool(torch.isfinite(entry.second_moment).all()):
@@ -308,20 +310,21 @@ def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weig
         )
 
 
-def _attachments(
-    entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
-) -> Iterator[tuple[str, Attachment]]:
+def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None) -> Iterator[tuple[str, Attachment]]:
     for name, entry in entries.items():
         for path, linear in entry.linears.items():
-            yield path, Attachment(
-                linear.decision,
-                linear.reason,
-                masked=entry.mask is not None,
-                hadamard_block=entry.hadamard_block,
-                search=entry.search,
-                activation=name,
-                mask=entry.mask,
-                seed=entry.seed,
-                second_moment=entry.second_moment,
-                steps=steps,
+            yield (
+                path,
+                Attachment(
+                    linear.decision,
+                    linear.reason,
+                    masked=entry.mask is not None,
+                    hadamard_block=entry.hadamard_block,
+                    search=entry.search,
+                    activation=name,
+                    mask=entry.mask,
+                    seed=entry.seed,
+                    second_moment=entry.second_moment,
+                    steps=steps,
+                ),
             )

@@ -240,9 +240,7 @@ def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity:
         n = weight.shape[0]
         db = None if squared is None else round(sqnr_db(squared), 3)
         reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
-        linears[path] = LinearEntry(
-            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, flops=2 * seen * n * k
-        )
+        linears[path] = LinearEntry((n, k), int(checksum(weight)), reason=reason, sqnr_db=db, flops=2 * seen * n * k)
     return RecipeEntry(
         linears,
         block,
@@ -302,9 +300,7 @@ def _network(calibration: Calibration, expert: str) -> Network | None:
     return Network(calibration.models[expert], calls) if calls else None
 
 
-def _products(
-    entry: RecipeEntry, weights: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
+def _products(entry: RecipeEntry, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
     """Yield for each linear of an entry what makes its quantized product."""
     for path in entry.linears:
         weight = weights[path]
@@ -316,18 +312,12 @@ def _products(
         yield path, functools.partial(QuantizedWeight, *arguments)
 
 
-def _with_effects(
-    calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry]
-) -> dict[str, RecipeEntry]:
+def _with_effects(calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry]) -> dict[str, RecipeEntry]:
     network = _network(calibration, expert)
     if network is None:
         return dict(entries)
     weights = dict(linear_weights(calibration.models[expert]))
-    makers = {
-        path: make
-        for entry in entries.values()
-        for path, make in _products(entry, weights)
-    }
+    makers = {path: make for entry in entries.values() for path, make in _products(entry, weights)}
     effects = network.effects(makers)
 
     def named(linear: LinearEntry, path: str) -> LinearEntry:

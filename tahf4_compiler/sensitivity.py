@@ -92,8 +92,8 @@ class Network:
         self._wanted = self._outputs()
         if not all(bool(value.isfinite().all()) for value in self._wanted):
             raise CalibrationError(
-                f"the output of {type(model).__name__} is NaN or infinite in its original precision on the calls that the "
-                "calibration kept; mend the model first (float16 overflows where bfloat16 does not)"
+                f"the output of {type(model).__name__} is NaN or infinite in its original precision on the calls that "
+                "the calibration kept; mend the model first (float16 overflows where bfloat16 does not)"
             )
 
     def _outputs(self) -> list[Tensor]:

@@ -66,7 +66,7 @@ class StepCounter:
 
 
 class _Counted:
-    """A method of a scheduler that tells the counter. An object, not a closure, so that it can be copied and pickled."""
+    """A method of a scheduler that tells the counter: an object, not a closure, so it can be copied and pickled."""
 
     def __init__(self, scheduler: Any, name: str) -> None:
         self.scheduler, self.name = scheduler, name

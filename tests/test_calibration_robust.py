@@ -100,7 +100,11 @@ def test_merging_checks_before_it_adds():
         other.run(["bb"])
     with tahf4.calibrate(pipe, options=GRAPH) as same:
         same.run(["a"])
-    for what, message in ((calibration, "with itself"), (other, "of another model"), (same, "both calibrations saw 'a'")):
+    for what, message in (
+        (calibration, "with itself"),
+        (other, "of another model"),
+        (same, "both calibrations saw 'a'"),
+    ):
         with pytest.raises(tahf4.CalibrationError, match=message):
             calibration.merge(what)
     assert rows(calibration) == before
@@ -118,11 +122,13 @@ def test_many_calibrations_in_one_process_see_everything():
 
 def test_a_call_that_was_not_observed_is_an_error():
     model = Stack().eval()
-    with torch._dynamo.config.patch(recompile_limit=1):
-        with pytest.raises(tahf4.CalibrationError, match="was not observed.*recompile limit"):
-            with tahf4.calibrate(model, options=GRAPH):
-                for shape in ((8, 64), (2, 4, 64), (1, 2, 4, 64)):
-                    model(torch.randn(shape))
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(tahf4.CalibrationError, match="was not observed.*recompile limit"),
+        tahf4.calibrate(model, options=GRAPH),
+    ):
+        for shape in ((8, 64), (2, 4, 64), (1, 2, 4, 64)):
+            model(torch.randn(shape))
 
 
 def test_what_torch_compile_returned_can_be_calibrated():

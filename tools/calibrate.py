@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,10 @@ def calibrate(
     height: Annotated[int | None, typer.Option(min=8, help="Height of a frame in pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Width of a frame in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another argument of the pipeline's call, NAME=VALUE, such as guidance_scale=3.5."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the original.")] = Dtype.bfloat16,
     no_inductor: Annotated[bool, typer.Option("--no-inductor", help="Run captured graphs as they are.")] = False,
 ) -> None:
@@ -74,9 +79,10 @@ def calibrate(
     if not lines:
         raise CommandError(f"{prompts} holds no prompt; expected one a line")
     shipped = model_dir.resolve() == settings.PIPELINE_DIR.resolve()
-    arguments: dict[str, Any] = dict(settings.GENERATION) if shipped else {}
+    call: dict[str, Any] = dict(settings.GENERATION) if shipped else {}
     overrides = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
-    arguments |= {name: value for name, value in overrides.items() if value is not None}
+    call |= {name: value for name, value in overrides.items() if value is not None}
+    call |= dict(map(_argument, arguments or []))
     choices: dict[str, Any] = {
         "mask": None if mask is MaskKind.none else mask.value,
         "percentile": percentile,
@@ -93,7 +99,7 @@ def calibrate(
     checkpoint = out.with_name(f"{out.name}.calibration")
     options = {"inductor": not no_inductor}
     with observe(pipe, step_groups=step_groups, checkpoint=checkpoint, options=options) as calibration:
-        calibration.run(lines, **arguments)
+        calibration.run(lines, **call)
     recipe = calibration.recipe(rotate=not no_rotation, **choices)
     recipe.save(out)
     for expert in recipe.experts:
@@ -104,3 +110,16 @@ def calibrate(
         for path in worst:
             typer.echo(f"  {path}: {linears[path].decision}, {linears[path].reason}")
     typer.echo(f"Written to {out} ({out.stat().st_size:,} bytes); statistics in {checkpoint}")
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """Return name and value of ``NAME=VALUE``; the value is JSON, or a text."""
+    from .errors import CommandError
+
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise CommandError(f"--set {text!r}; expected NAME=VALUE, such as --set guidance_scale=3.5")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

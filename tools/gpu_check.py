@@ -26,7 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     import torch
-
     from tahf4_compiler.backends import triton
     from tahf4_compiler.tools.kernels import measure
 
@@ -55,9 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
 def markdown(found: dict[str, Any]) -> str:
     """Return what was found as a page."""
     facts, wrong = found["facts"], [r for r in found["checks"] if not r["ok"]]
-    lines = [f"# {facts.get('chip', facts['device'])}", "", "Made by `python tools/gpu_check.py`; times are medians.", ""]
+    lines = [
+        f"# {facts.get('chip', facts['device'])}",
+        "",
+        "Made by `python tools/gpu_check.py`; times are medians.",
+        "",
+    ]
     lines += [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
-    lines += [f"{len(found['checks']) - len(wrong)} of {len(found['checks'])} comparisons with the reference passed.", ""]
+    lines += [
+        f"{len(found['checks']) - len(wrong)} of {len(found['checks'])} comparisons with the reference passed.",
+        "",
+    ]
     if "ceilings" not in found:
         return "\n".join([*lines, *(f"- wrong: {r['name']}: {r['detail']}" for r in wrong)]) + "\n"
     ceilings = found["ceilings"]
@@ -72,7 +79,11 @@ def markdown(found: dict[str, Any]) -> str:
         cells += [f"{row['expanded_bf16_ms']:.3f}", f"{row['default_ms']:.3f}", f"{row['speedup']:.2f}x"]
         cells.append(f"{row['speedup_with_quantization']:.2f}x")
         lines.append(f"| {row['m']}, {row['k']}, {row['n']} | " + " | ".join(cells) + " |")
-    lines += ["", "| block | eager ms | torch.compile ms | tahf4 ms | over torch.compile | relative error |", "|---" * 6 + "|"]
+    lines += [
+        "",
+        "| block | eager ms | torch.compile ms | tahf4 ms | over torch.compile | relative error |",
+        "|---" * 6 + "|",
+    ]
     for name, row in found["block"].items():
         if "tahf4_ms" in row:
             lines.append(

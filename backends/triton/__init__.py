@@ -3,9 +3,9 @@
 Each operator of a lowered graph has a counterpart in the namespace ``tahf4_triton`` that generates a kernel for what it
 is called with, or takes it from the cache, and launches it.
 
-The counterparts are opaque to Inductor (``torch.library.custom_op``). ``triton_op`` would show it the launch, but there is
-nothing left to gain: what Inductor could fuse is in the kernel already, and grid, strides and paths are chosen from the
-sizes at run time, which would otherwise be specialized for each number of tokens.
+The counterparts are opaque to Inductor (``torch.library.custom_op``). ``triton_op`` would show it the launch, but there
+is nothing left to gain: what Inductor could fuse is in the kernel already, and grid, strides and paths are chosen from
+the sizes at run time, which would otherwise be specialized for each number of tokens.
 """
 
 from __future__ import annotations
@@ -154,9 +154,7 @@ def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], l
     capability, processors = _device_facts(device)
 
     def launched(path: str | None = None, tile: Any = None) -> tuple[list[Tensor], list[Call]]:
-        return linear.calls(
-            codes, scales, *args, capability=capability, processors=processors, path=path, tile=tile
-        )
+        return linear.calls(codes, scales, *args, capability=capability, processors=processors, path=path, tile=tile)
 
     if not tune.wanted(device, rows):
         return launched()
@@ -205,11 +203,12 @@ def _serves(node: fx.Node) -> bool:
     if not tensors or len({value.device for value in tensors}) > 1 or not available(tensors[0].device):
         return False
     arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-    block = arguments.get("hadamard_block") or 0
+    block = arguments.get("hadamard_block")
     limit = 128 if "weight_codes" in arguments else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in arguments.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32)
-    return int(block) <= limit and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
+    narrow = not isinstance(block, int) or block <= limit
+    return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
 
 
 def _operator(name: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -243,4 +242,6 @@ def register() -> None:
     """Register the kernels, once."""
     assert fused_ops
     for name, function in _CALLS.items():
-        register_kernel("triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of)
+        register_kernel(
+            "triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of
+        )

@@ -60,7 +60,9 @@ class Call:
             make = "torch.randint(0, 100, {0}, dtype={1}, device=device)"
             if value.dtype.is_floating_point:
                 make = "torch.randn({0}, device=device).to({1})"
-            size = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+            size = (
+                1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+            )
             make = make.format((size,), value.dtype)
             lines.append(f"    {name!r}: {make}.as_strided({tuple(value.shape)}, {value.stride()}),")
         lines += ["}", f"{self.name}[{self.grid}](**arguments, **{ {**self.constants, **self.options()}!r})"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import FormatError
 from ...program import DTYPES, Program, Statement
 
-__all__ = ["Leaf", "Operand", "TRITON_DTYPES", "emit", "leaf_parameters", "operand"]
+__all__ = ["TRITON_DTYPES", "Leaf", "Operand", "emit", "leaf_parameters", "operand"]
 
 TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """PyTorch's dtype -> what Triton calls it in signatures (``*fp32``)."""

@@ -4,8 +4,8 @@ They are never called from here: the text of those that a kernel needs is copied
 depends on Triton alone. All of them follow :mod:`tahf4_compiler.hif4` step by step; integer operations do the
 rounding.
 
-**A thread holds a unit.** The 64 values of T units are a tuple of 16 tensors ``[T, 4]``: in the layout that the compiler
-chooses for these, one thread has all values of a unit, so a rotation and all maxima are register operations. (A tile
+**A thread holds a unit.** The 64 values of T units are a tuple of 16 tensors ``[T, 4]``: in the layout that the
+compiler chooses for these, one thread has all values of a unit, so a rotation and all maxima are register operations. (A tile
 ``[rows, columns]`` costs a shuffle or a round trip through shared memory for each level of a rotation: 121
 instructions a value where this way has 25.) Kernels that quantize are compiled without fused multiply-adds, which would
 change the bits of a rotation.
@@ -84,7 +84,7 @@ def level1_reciprocal(code):
 
 @triton.jit
 def elements(part, maximum, reciprocal, e8, finite):
-    """Return the level-3 bits [T] and the four elements [T] in 16 bits of a group of 4; the group's maximum is [T] bits."""
+    """Return the level-3 bits [T] and the four elements [T], in 16 bits, of a group of 4 with the maximum given (bits)."""
     half = tl.where(e8 == 1, 0.5, 1.0)
     e16 = (maximum.to(tl.float32, bitcast=True) * reciprocal * half >= 2.0).to(tl.int32)
     factor = reciprocal * (tl.where(e8 == 1, 2.0, 4.0) * tl.where(e16 == 1, 0.5, 1.0))  # times a power of two
@@ -146,7 +146,7 @@ def hadamard_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.const
 
 @triton.jit
 def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """As to_hif4, for a tile [ROWS, COLUMNS]: words int32 [ROWS, COLUMNS / 8] and metadata int32 [ROWS, COLUMNS / 64]."""
+    """As to_hif4, for a tile: words int32 [ROWS, COLUMNS / 8] and metadata int32 [ROWS, COLUMNS / 64]."""
     UNITS: tl.constexpr = COLUMNS // 64
     bits = tl.reshape(x.to(tl.int32, bitcast=True), (ROWS, UNITS, 8, 2, 4))
     absolute = bits & 0x7FFFFFFF

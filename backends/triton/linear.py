@@ -38,7 +38,7 @@ from .call import Call
 from .expand import expand
 from .expressions import Leaf, emit, leaf_parameters, operand
 
-__all__ = ["MAX_BLOCK", "PATHS", "LinearKernel", "Tile", "calls", "candidates", "key_of", "choose_path", "tiles"]
+__all__ = ["MAX_BLOCK", "PATHS", "LinearKernel", "Tile", "calls", "candidates", "choose_path", "key_of", "tiles"]
 
 PATHS = ("packed", "int8", "bf16")
 MAX_BLOCK = 128

@@ -78,7 +78,9 @@ def _text(kernel: QuantizeKernel) -> str:
     given = "".join(f", {name}" for name in names)
     pieces = []
     if reduction is not None:
-        pieces.append(_function("reduced", f"row, row_mask, column, column_mask{given}", emit(program, leaves, until=reduction)))
+        pieces.append(
+            _function("reduced", f"row, row_mask, column, column_mask{given}", emit(program, leaves, until=reduction))
+        )
     statistics = ", mean, spread" if reduction is not None else ""
     pieces.append(_function("value", f"row, row_mask, column, column_mask{statistics}{given}", emit(program, leaves)))
     pieces.append(_units_function(kernel, given, statistics))

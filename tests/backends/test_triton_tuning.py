@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tahf4_compiler.backends.triton import linear, tune  # noqa: E402
-from tahf4_compiler.backends.triton.linear import Tile  # noqa: E402
+from tahf4_compiler.backends.triton import linear, tune
+from tahf4_compiler.backends.triton.linear import Tile
 
 FAST, SLOW, BROKEN = ("int8", Tile(128, 128, 8, 3)), ("bf16", Tile(128, 128, 8, 4)), ("int8", Tile(128, 64, 4, 4))
 

@@ -2,10 +2,10 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
-
 from tahf4_compiler.backends.triton import functions, source
 from tahf4_compiler.tools import gpu_check
 from tahf4_compiler.tools.kernels import measure
@@ -28,15 +28,21 @@ def test_every_check_passes():
 
 
 @pytest.mark.parametrize(
-    "old, new", [("quotient + 0.5", "quotient + 0.4"), (">= 4.0", "> 4.5"), ("low - high", "high - low"), ("(code >> 2) + 77", "(code >> 2) + 78")]
-)  # fmt: skip
+    "old, new",
+    [
+        ("quotient + 0.5", "quotient + 0.4"),
+        (">= 4.0", "> 4.5"),
+        ("low - high", "high - low"),
+        ("(code >> 2) + 77", "(code >> 2) + 78"),
+    ],
+)
 def test_a_wrong_kernel_is_noticed(old, new, monkeypatch):
     original = source.functions_text
 
     def changed(names):
         return original(names).replace(old, new)
 
-    assert old in open(functions.__file__).read()
+    assert old in Path(functions.__file__).read_text()
     monkeypatch.setattr(source, "functions_text", changed)
     from tahf4_compiler.backends.triton import expand, linear, quantize
 

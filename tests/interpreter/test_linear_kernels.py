@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from tahf4_compiler.backends.triton import linear
 
 from tahf4_compiler import hif4
-from tahf4_compiler.backends.triton import linear
 
 triton = torch.ops.tahf4_triton
 reference = torch.ops.tahf4
@@ -51,7 +51,9 @@ def test_nan_units_reach_their_rows_and_columns_only(path):
     scales[2, 1] = 0xFF
     weight_scales[7, 0] = 0xFF
     got = triton.linear(codes, scales, weight_codes, weight_scales, None, torch.float32)
-    assert torch.equal(got.isnan(), reference.linear(codes, scales, weight_codes, weight_scales, None, torch.float32).isnan())
+    assert torch.equal(
+        got.isnan(), reference.linear(codes, scales, weight_codes, weight_scales, None, torch.float32).isnan()
+    )
     assert got.isnan().sum() == 80 + 6 - 1
 
 
@@ -134,7 +136,10 @@ def test_default_tiles_compute_every_part_once(processors, rows, monkeypatch):
     assert (out[0] - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-@pytest.mark.parametrize("rows, capability, wanted", [(1, (9, 0), "packed"), (4096, (9, 0), "int8"), (4096, (8, 0), "int8"), (4096, (10, 0), "bf16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, capability, wanted",
+    [(1, (9, 0), "packed"), (4096, (9, 0), "int8"), (4096, (8, 0), "int8"), (4096, (10, 0), "bf16")],
+)
 def test_the_path_follows_from_shape_and_architecture(rows, capability, wanted):
     assert linear.choose_path(rows, capability) == wanted
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from tahf4_compiler import hif4
-from tahf4_compiler.ops import transform
 from tahf4_compiler.program import Program
 
 triton = torch.ops.tahf4_triton
@@ -38,7 +37,9 @@ def same(got, wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k, block", [(256, 0), (256, 64), (256, 256), (192, 16), (100, 64), (100, 128), (1, 0), (33, 2)])
+@pytest.mark.parametrize(
+    "k, block", [(256, 0), (256, 64), (256, 256), (192, 16), (100, 64), (100, 128), (1, 0), (33, 2)]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_codes_and_scales_are_bit_for_bit_those_of_the_reference(dtype, k, block, masked):
     x = awkward(3, 5, k, dtype=dtype)

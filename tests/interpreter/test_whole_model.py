@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
+from tahf4_compiler.tools.generation import load_pipeline
+from tahf4_compiler.tools.tiny_wan import settings
 
 import tahf4_compiler as tahf4
 from tahf4_compiler import kernels
-from tahf4_compiler.tools.generation import load_pipeline
-from tahf4_compiler.tools.tiny_wan import settings
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,9 @@ def test_a_step_of_the_tiny_wan_equals_the_reference(example, tmp_path, monkeypa
     model, args, captured = example
     low = tahf4.lower(captured, options={"dump_dir": str(tmp_path)})
     assert {d.kernel for d in low.plan if d.decision == "hif4"} == {"triton"}
-    ran = {node.target for node in low.graph_module.graph.nodes if getattr(node.target, "namespace", "") == "tahf4_triton"}
+    ran = {
+        node.target for node in low.graph_module.graph.nodes if getattr(node.target, "namespace", "") == "tahf4_triton"
+    }
     assert {op._opname for op in ran} >= {"fused_quantize", "fused_linear", "linear_quantize", "quantize"}
     with torch.no_grad():
         got = low(*args)[0]

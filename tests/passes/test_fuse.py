@@ -12,6 +12,7 @@ from torch import nn
 import tahf4_compiler as tahf4
 from tahf4_compiler.program import Program
 
+
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
@@ -108,7 +109,7 @@ def test_a_value_that_others_read_is_computed_once_and_kept():
     model, x = Blocks(Twice), torch.randn(3, 128)
     pair = lowered(model, x)
     assert not any("silu" in node.args[7] for node in named(pair[0], "linear_quantize"))
-    assert [node.args[8] for node in named(pair[0], "fused_linear")][0] == "v0: float32 = silu(y)"
+    assert named(pair[0], "fused_linear")[0].args[8] == "v0: float32 = silu(y)"
     assert "".join(programs(pair[0])).count("silu") == 2
     same(pair, x)
 

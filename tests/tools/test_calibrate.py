@@ -92,6 +92,48 @@ def test_calibrate_says_what_is_wrong(tmp_path, content, message):
     assert message in result.output
 
 
+def test_a_pipeline_of_another_class(tmp_path):
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    wan = pipeline()
+    sizes = {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 2, "cross_attention_dim": 128}
+    transformer = PixArtTransformer2DModel(
+        **sizes, in_channels=4, out_channels=8, sample_size=8, caption_channels=wan.text_encoder.config.d_model,
+        use_additional_conditions=False,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
+    pipe = PixArtSigmaPipeline(wan.tokenizer, wan.text_encoder, vae, transformer, DPMSolverMultistepScheduler())
+    pipe.save_pretrained(tmp_path / "pipe")
+    prompts, out = tmp_path / "p.txt", tmp_path / "r.safetensors"
+    prompts.write_text("a circle\n")
+    arguments = ["calibrate", str(tmp_path / "pipe"), "--prompts", str(prompts), "-o", str(out), "--mask", "max"]
+    arguments += ["--steps", "2", "--height", "16", "--width", "16", "--no-inductor", "--dtype", "float32"]
+    result = runner.invoke(app, [*arguments, "--set", "use_resolution_binning=false"])
+    assert result.exit_code == 0, result.output
+    assert len(tahf4.Recipe.load(out).linears("transformer")) == 20
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--percentile", "0"], "percentile is 0"),
+        (["--keep-linears", "2", "--keep-blocks", "1"], "got 2 of them"),
+        (["--set", "guidance"], "expected NAME=VALUE"),
+        (["-o", "."], "cannot write"),
+    ],
+)
+def test_choices_are_checked_before_anything_is_generated(tmp_path, more, message, monkeypatch):
+    from tahf4_compiler.tools import generation
+
+    monkeypatch.setattr(generation, "load_any_pipeline", lambda *a: pytest.fail("loaded"))
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a\n")
+    out = [] if "-o" in more else ["-o", str(tmp_path / "r")]
+    result = runner.invoke(app, ["calibrate", str(settings.PIPELINE_DIR), "--prompts", str(prompts), *out, *more])
+    assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path / "r").exists()
+
+
 def test_evaluate_writes_tables_and_takes_up(tmp_path):
     arguments = ["evaluate", "--prompts", "2", "--seeds", "1", "--steps", "3", "-o", str(tmp_path)]
     arguments += ["--variant", "stress", "--row", "+ max mask", "--row", "HiF4 naive", "--row", "INT4 naive"]

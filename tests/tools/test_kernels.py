@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import wan
-
-import tahf4_compiler as tahf4
 from tahf4_compiler.backends.triton import calls_of
 from tahf4_compiler.tools.kernels.block import WanBlock
 from tahf4_compiler.tools.kernels.wan import A14B, TI2V_5B, block_steps
+
+import tahf4_compiler as tahf4
 
 FUSED = ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize")
 

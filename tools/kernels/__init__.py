@@ -1,1 +1,1 @@
-"""What the generated kernels become for GPUs: the table of ``tahf4 kernels``, and the roofline of ``tahf4 roofline``."""
+"""What the generated kernels become for GPUs: ``tahf4 kernels``, ``tahf4 roofline``, ``tahf4 bench``."""

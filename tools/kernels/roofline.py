@@ -92,7 +92,9 @@ def _w4a4(step: Step, chip: Chip) -> list[Part]:
     m, k, n = step.rows, step.k, step.n
     if n == 0:
         instructions = QUANTIZE_INSTRUCTIONS["norm" if "norm" in step.name else "plain"]
-        return [Part(step.name, {"memory": m * k * (2 + HIF4) / chip.bandwidth, "lanes": m * k * instructions / chip.lanes})]
+        return [
+            Part(step.name, {"memory": m * k * (2 + HIF4) / chip.bandwidth, "lanes": m * k * instructions / chip.lanes})
+        ]
     wide = 1 + 4 / 64 if chip.path == "int8" else 2
     values = (m + n) * k
     expand = Part(f"{step.name}: expand", {"memory": values * (HIF4 + wide) / chip.bandwidth})
@@ -101,7 +103,11 @@ def _w4a4(step: Step, chip: Chip) -> list[Part]:
     lanes = m * n * (k / 64) * SCALE_INSTRUCTIONS if chip.path == "int8" else 0.0
     lanes += m * n * EPILOGUE_INSTRUCTIONS if quantizes else 0.0
     rate = chip.int8 if chip.path == "int8" else chip.bf16
-    product = {"memory": (values * wide + out) / chip.bandwidth, "matrix": 2 * m * n * k / rate, "lanes": lanes / chip.lanes}
+    product = {
+        "memory": (values * wide + out) / chip.bandwidth,
+        "matrix": 2 * m * n * k / rate,
+        "lanes": lanes / chip.lanes,
+    }
     return [expand, Part(step.name, product)]
 
 
@@ -111,7 +117,9 @@ def _bf16(step: Step, chip: Chip) -> list[Part]:
         if "norm" not in step.name:
             return []  # nothing to do in bfloat16
         return [Part(step.name, {"memory": m * k * 4 / chip.bandwidth})]
-    found = [Part(step.name, {"memory": 2 * (m * k + n * k + m * n) / chip.bandwidth, "matrix": 2 * m * n * k / chip.bf16})]
+    found = [
+        Part(step.name, {"memory": 2 * (m * k + n * k + m * n) / chip.bandwidth, "matrix": 2 * m * n * k / chip.bf16})
+    ]
     if _after(step) or "GELU" in step.name:
         # cuBLAS, then one pointwise kernel that reads the product (and the residual) and writes the result.
         found.append(Part(f"{step.name}: pointwise", {"memory": m * n * 2 * (2 + _after(step)) / chip.bandwidth}))
@@ -124,7 +132,9 @@ def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
     norms = 2 * tokens * d * 4 + tokens * d * 4 + model.text * d * 4  # q and k of attn1, q and k of attn2
     return [
         Part("q, k norms and rotary embedding", {"memory": norms / chip.bandwidth}),
-        Part("self-attention core", {"memory": 8 * tokens * d / chip.bandwidth, "matrix": 4 * tokens**2 * d / chip.bf16}),
+        Part(
+            "self-attention core", {"memory": 8 * tokens * d / chip.bandwidth, "matrix": 4 * tokens**2 * d / chip.bf16}
+        ),
         Part(
             "cross-attention core",
             {"memory": 8 * tokens * d / chip.bandwidth, "matrix": 4 * tokens * model.text * d / chip.bf16},
@@ -155,13 +165,14 @@ def page(model: Model) -> str:
     lines = [
         f"# Roofline of {model.name}",
         "",
-        "Made by `tahf4 roofline`. **Computed, not measured**: for each kernel the largest of bytes over bandwidth, operations over",
-        "the rate of the matrix units, and instructions over the rate of the lanes; no launch, no waiting, no cache miss. It says",
-        "what is worth mending, not what a chip does. Peak rates are those of the data sheets (dense).",
+        "Made by `tahf4 roofline`. **Computed, not measured**: for each kernel the largest of bytes over bandwidth,",
+        "operations over the rate of the matrix units, and instructions over the rate of the lanes; no launch, no",
+        "waiting, no cache miss. It says what is worth mending, not what a chip does. Peak rates are those of the data",
+        "sheets (dense).",
         "",
-        f"A step is {GUIDANCE} calls (guidance) of {model.layers} blocks; embedding and output layers are left out. Attention cores run in",
-        "bfloat16 in both. Products: both sides are expanded (int8 with a float32 scale a unit on Hopper, bfloat16 on",
-        "Blackwell, where Triton has no int8 product), then multiplied.",
+        f"A step is {GUIDANCE} calls (guidance) of {model.layers} blocks; embedding and output layers are left out.",
+        "Attention cores run in bfloat16 in both. Products: both sides are expanded (int8 with a float32 scale a unit on",
+        "Hopper, bfloat16 on Blackwell, where Triton has no int8 product), then multiplied.",
         "",
         "| chip | video | bf16 s/step | W4A4 s/step | ratio | without self-attention: bf16 | W4A4 | ratio |",
         "|---|---|---|---|---|---|---|---|",
@@ -177,7 +188,13 @@ def page(model: Model) -> str:
             )
     for chip in CHIPS:
         name, tokens = RESOLUTIONS[0]
-        lines += ["", f"## {chip.name}, {name}: one block, milliseconds", "", "| kernel | bf16 | bound | W4A4 | bound |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {chip.name}, {name}: one block, milliseconds",
+            "",
+            "| kernel | bf16 | bound | W4A4 | bound |",
+            "|---|---|---|---|---|",
+        ]
         tables = [{p.name: p for p in parts(model, tokens, chip, precision)} for precision in ("bf16", "w4a4")]
         for part in dict.fromkeys([*tables[1], *tables[0]]):
             cells = [f"{t[part].least * 1e3:.3f} | {t[part].bound}" if part in t else " | " for t in tables]
@@ -185,12 +202,12 @@ def page(model: Model) -> str:
     bytes_bf16 = sum(2 * s.k * s.n for s in block_steps(model, 64)) * model.layers
     lines += [
         "",
-        f"Weights of the linears in blocks: {bytes_bf16 / 1e9:.1f} GB in bfloat16, {bytes_bf16 * HIF4 / 2 / 1e9:.1f} GB in HiF4 "
-        f"({2 / HIF4:.2f}x smaller), for each expert.",
+        f"Weights of the linears in blocks: {bytes_bf16 / 1e9:.1f} GB in bfloat16, "
+        f"{bytes_bf16 * HIF4 / 2 / 1e9:.1f} GB in HiF4 ({2 / HIF4:.2f}x smaller), for each expert.",
         "",
-        "What it says: on Hopper the scales of the units cost the lanes as much as the faster int8 product saves, so products",
-        "gain less than the factor of two of the matrix units; on Blackwell the product runs at the rate of bfloat16, and W4A4",
-        "saves memory rather than time. Quantization with rotation is bound by instructions where it has more than about 20 a value.",
+        "What it says: on Hopper the scales of the units cost the lanes more than the int8 product costs the matrix",
+        "units, so products gain less than a factor of two; on Blackwell the product runs at the rate of bfloat16, and",
+        "W4A4 saves memory rather than time. Quantization with a rotation and a norm is bound by instructions.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -58,7 +58,7 @@ def markdown(capability: int, measured: Sequence[tuple[Entry, Resources]]) -> st
     lines = [
         f"## sm_{capability}",
         "",
-        "| kernel | tile | warps | registers | spills | shared | instructions | matrix | 16-byte loads | 16-byte stores |",
+        "| kernel | tile | warps | registers | spills | shared | instructions | matrix | wide loads | wide stores |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry, r in measured:
@@ -97,10 +97,10 @@ def kernels(
 
 _HEAD = """# Kernels
 
-Made by `{command}` with Triton {triton}: each kernel that a block of Wan2.2 launches (A14B and TI2V-5B at 32,760 tokens, and
-few rows), compiled in its default configuration. Nothing here was timed: these are compilers' figures.
+Made by `{command}` with Triton {triton}: each kernel that a block of Wan2.2 launches (A14B and TI2V-5B at 32,760
+tokens, and few rows), compiled in its default configuration. Nothing here was timed: these are compilers' figures.
 
 `tile` is rows x columns of a product; quantizing kernels give each thread whole units of 64 values. `spills` counts
-instructions that read or write local memory; `matrix` the matrix instructions of one step of the inner loop.
+instructions that read or write local memory, `matrix` matrix instructions; wide loads and stores are of 16 bytes.
 Instructions are those of the whole program text.
 """

@@ -1,0 +1,30 @@
+"""``tahf4 bench``: check and time the generated kernels on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["bench"]
+
+
+def bench(
+    tokens: Annotated[
+        int, typer.Option(min=64, help="Rows of the large products; 32,760 is 81 frames in 480p.")
+    ] = 32760,
+    only_check: Annotated[bool, typer.Option("--only-check", help="Compare with the reference, time nothing.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and Markdown.")] = Path("out/bench"),
+) -> None:
+    """Compare every generated kernel with the reference on the GPU, then time them beside PyTorch's own.
+
+    Quantizing kernels against a plain copy, products against bfloat16 and float8, and a whole block of Wan2.2-A14B
+    against eager PyTorch and torch.compile, in one process. From a checkout without installation:
+    `python tools/gpu_check.py`.
+    """
+    from . import gpu_check
+
+    arguments = ["--tokens", str(tokens), "-o", str(output), *(["--only-check"] if only_check else [])]
+    if code := gpu_check.main(arguments):
+        raise typer.Exit(code)
