@@ -10,9 +10,9 @@ it. One statement a line, an assignment with the dtype of its result::
     e: bfloat16 = to(d)
 
 ``x0, x1, ...`` are the tensors of the fused operator and broadcast as in PyTorch, ``y`` is the product of a linear; the
-last statement is the result; an empty program returns its first input. Every statement means what PyTorch's own operator
-does: it computes in float32 at least and rounds to its dtype. ``layer_norm``, ``rms_norm`` and ``mean`` run along
-the last axis.
+last statement is the result; an empty program returns its first input. Every statement means what PyTorch's own
+operator does: it computes in float32 at least and rounds to its dtype. ``layer_norm``, ``rms_norm`` and ``mean`` run
+along the last axis.
 """
 
 from __future__ import annotations

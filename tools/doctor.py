@@ -123,14 +123,17 @@ def _cache() -> Finding:
 
 def _kernels() -> Finding:
     from .. import kernels
-    from ..backends import cpu
+    from ..backends import cpu, triton
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = triton.why_not(device)
     by_operator: dict[str, list[str]] = {}
     for kernel in kernels.kernels():
-        if kernel.name == "cpu" and not cpu.available():
+        if (kernel.name == "cpu" and not cpu.available()) or (kernel.name == "triton" and reason is not None):
             continue
         by_operator.setdefault(str(kernel.operator).removesuffix(".default"), []).append(kernel.name)
-    return Finding("; ".join(f"{operator}: {', '.join(names)}" for operator, names in by_operator.items()))
+    shown = "; ".join(f"{operator}: {', '.join(names)}" for operator, names in by_operator.items())
+    return Finding(shown + (f" (no Triton kernels: {reason})" if reason is not None else ""))
 
 
 def _shipped_pipeline() -> Finding:

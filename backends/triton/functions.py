@@ -5,10 +5,10 @@ depends on Triton alone. All of them follow :mod:`tahf4_compiler.hif4` step by s
 rounding.
 
 **A thread holds a unit.** The 64 values of T units are a tuple of 16 tensors ``[T, 4]``: in the layout that the
-compiler chooses for these, one thread has all values of a unit, so a rotation and all maxima are register operations. (A tile
-``[rows, columns]`` costs a shuffle or a round trip through shared memory for each level of a rotation: 121
-instructions a value where this way has 25.) Kernels that quantize are compiled without fused multiply-adds, which would
-change the bits of a rotation.
+compiler chooses for these, one thread has all values of a unit, so a rotation and all maxima are register operations.
+(A tile ``[rows, columns]`` costs a shuffle or a round trip through shared memory for each level of a rotation: 121
+instructions a value where this way has 25.) Kernels that quantize are compiled without fused multiply-adds, which
+would change the bits of a rotation.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def level1_reciprocal(code):
 
 @triton.jit
 def elements(part, maximum, reciprocal, e8, finite):
-    """Return the level-3 bits [T] and the four elements [T], in 16 bits, of a group of 4 with the maximum given (bits)."""
+    """Return the level-3 bits [T] and the four elements [T], in 16 bits, of a group of 4 with its maximum (bits)."""
     half = tl.where(e8 == 1, 0.5, 1.0)
     e16 = (maximum.to(tl.float32, bitcast=True) * reciprocal * half >= 2.0).to(tl.int32)
     factor = reciprocal * (tl.where(e8 == 1, 2.0, 4.0) * tl.where(e16 == 1, 0.5, 1.0))  # times a power of two
