@@ -122,6 +122,8 @@ def _cache() -> Finding:
 
 
 def _kernels() -> Finding:
+    import torch
+
     from .. import kernels
     from ..backends import cpu, triton
 
