@@ -183,6 +183,8 @@ class _Region:
             found = call_of(node) if node is not None and self.reaches(node) else None
             if node is None or found is None or found[0] in REDUCTIONS or not _same_shape(node, product):
                 break
+            if not _contiguous(node):  # an operand in another memory format gave it that; somebody may see it
+                break
             operands = [a for a in found[1] if isinstance(a, fx.Node) and a not in self.names]
             if not all(self._readable(o, product) for o in operands) or len(self.leaves) + len(operands) > MAX_INPUTS:
                 break
@@ -305,6 +307,12 @@ def _split(product: fx.Node) -> list[int] | None:
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     return [str(s) for s in a.meta["val"].shape] == [str(s) for s in b.meta["val"].shape]
+
+
+def _contiguous(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    wanted = torch._prims_common.make_contiguous_strides_for(value.shape)
+    return all(str(s) == str(w) or str(n) == "1" for s, w, n in zip(value.stride(), wanted, value.shape, strict=True))
 
 
 def _broadcasts(node: fx.Node, like: fx.Node) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -258,7 +259,7 @@ def call_of(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
         if not keep or list(args[1]) not in ([-1], [rank - 1]) or len(args) > 3:  # type: ignore[arg-type]
             return None
         args = args[:1]
-    plain = all(a is None or isinstance(a, fx.Node) or type(a) in (int, float) for a in args)
+    plain = all(a is None or isinstance(a, fx.Node) or (type(a) in (int, float) and math.isfinite(a)) for a in args)
     return (name, tuple(args)) if plain and not kwargs else None
 
 

@@ -177,6 +177,17 @@ def test_effects_of_functional_linears_are_measured():
     assert effects and all(effect is not None and effect > 1e-6 for effect in effects.values())
 
 
+def test_blocks_that_are_compiled_on_their_own():
+    model = Stack().eval()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, backend="eager")
+    with tahf4.calibrate(model, options=GRAPH) as calibration:
+        model(torch.randn(8, 64))
+    recipe = calibration.recipe(max_high_precision_linears=1)
+    assert all(linear.effect and linear.effect > 0 for linear in recipe.linears("").values())
+    tahf4.apply_recipe(model, recipe)
+
+
 def test_forwards_that_somebody_replaced_stay():
     model, calls = Stack().eval(), []
     linear = model.blocks[0].up

@@ -259,6 +259,52 @@ def test_dynamic_sizes_stay_dynamic():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+class Awkward(nn.Module):
+    """Things around a linear that must keep their meaning."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.up, self.kind = nn.Linear(128, 128), kind
+        self.register_buffer("zero_dim", torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.up(x)
+        if self.kind == "infinite scalar":
+            return torch.nn.functional.relu(y) * float("inf")
+        if self.kind == "permuted residual":
+            return y + x.t().contiguous().t()
+        if self.kind == "zero-dimensional":
+            return y * self.zero_dim + x
+        if self.kind == "alpha":
+            return torch.add(x, y, alpha=2)
+        if self.kind == "in place":
+            y.mul_(2)
+            return y + x
+        if self.kind == "more axes":
+            return (y[None] * torch.ones(2, 1, 1)).sum(0)
+        if self.kind == "view":
+            return (y.view(-1, 64) * 2).view_as(x)
+        if self.kind == "both sides":
+            return y * y + y
+        assert self.kind == "comparison"
+        return torch.where(y > 0, y, x)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["infinite scalar", "permuted residual", "zero-dimensional", "alpha", "in place", "more axes", "view", "both sides",
+     "comparison"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_awkward_neighbours_keep_their_meaning(kind, dtype):
+    model, x = Blocks(lambda: Awkward(kind)).to(dtype), torch.randn(3, 128, dtype=dtype)
+    pair = lowered(model, x)
+    a, b = (low(x) for low in pair)
+    assert torch.equal(a.nan_to_num(3.0), b.nan_to_num(3.0)) and a.dtype == b.dtype
+    if kind == "permuted residual":
+        assert a.stride() == b.stride()
+
+
 def test_getitem_is_only_a_result():
     model, x = Blocks(lambda: Mlp(nn.GELU())), torch.randn(3, 128)
     low, _ = lowered(model, x)
