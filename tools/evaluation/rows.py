@@ -46,6 +46,7 @@ ROWS = (
     Row("+ network-searched mask, rotation", {**_PLAIN, "mask": "network_search", "rotate": True}),
     Row("+ scale search", {**_PLAIN, "scale_search": "squared"}),
     Row(f"+ {PROTECTED} linears protected", {**_PLAIN, **_PROTECT}),
+    Row("defaults (network-searched mask, rotation, scale search)", {"sensitivity": False}),
     Row("everything without rotation", {**_PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
     Row("everything", _EVERYTHING),
     Row("everything, first step in high precision", {**_EVERYTHING, "high_precision_steps": (0,)}),
