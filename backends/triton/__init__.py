@@ -161,7 +161,8 @@ def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], l
     weight_codes, block = args[0], args[9] if len(args) > 9 else 0
     n, count = weight_codes.shape[0], scales.shape[-1]
     key = linear.key_of(codes, scales, *args)
-    known = linear.candidates(rows, n, count, capability, processors, block)
+    assert capability is not None
+    known = linear.candidates(rows, n, count, capability, processors, block, args[7] is None)
     chip = torch.cuda.get_device_name(device)
     path, tile = tune.choose(tune.key_of(key, rows, n, count), chip, known, lambda choice: launched(*choice)[1])
     return launched(path, tile)

@@ -301,7 +301,9 @@ def choose_path(rows: int, capability: tuple[int, int] | None) -> str:
     return "bf16" if capability is not None and capability >= (10, 0) else "int8"
 
 
-def tiles(path: str, rows: int, columns: int, unit_count: int, processors: int, block: int = 0) -> list[Tile]:
+def tiles(
+    path: str, rows: int, columns: int, unit_count: int, processors: int, block: int = 0, tight: bool = False
+) -> list[Tile]:
     """Return the sizes to try for a product, the default first.
 
     Args:
@@ -311,8 +313,12 @@ def tiles(path: str, rows: int, columns: int, unit_count: int, processors: int, 
         unit_count: units along K.
         processors: of the chip.
         block: Hadamard block of a result that is quantized: a tile holds whole ones.
+        tight: the result is quantized by a thread block whose accumulators take all registers (before Hopper): smaller
+            tiles, so that nothing spills.
     """
     width = max(64, block)
+    if path != "packed" and tight:
+        return [Tile(64, 128, 8, 3), Tile(64, width, 4, 3)] if block > 64 else [Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)]
     if path != "packed":
         many = [Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(128, width, 4, 4)]
         if path == "bf16":
@@ -325,15 +331,23 @@ def tiles(path: str, rows: int, columns: int, unit_count: int, processors: int, 
 
 
 def candidates(
-    rows: int, columns: int, unit_count: int, capability: tuple[int, int] | None, processors: int, block: int
+    rows: int,
+    columns: int,
+    unit_count: int,
+    capability: tuple[int, int],
+    processors: int,
+    block: int,
+    quantized: bool,
 ) -> list[tuple[str, Tile]]:
     """Return the paths and tiles to measure for a product, the default first."""
     default = choose_path(rows, capability)
     paths = [default]
     if default != "packed" and not os.environ.get("TAHF4_LINEAR_PATH"):
         # Two instructions a sum and unit for the scales may cost what the faster product of int8 gains.
-        paths += [path for path in ("int8", "bf16") if path != default and (path == "bf16" or capability < (10, 0))]  # type: ignore[operator]
-    return [(path, tile) for path in paths for tile in tiles(path, rows, columns, unit_count, processors, block)]
+        paths += [path for path in ("int8", "bf16") if path != default and (path == "bf16" or capability < (10, 0))]
+    tight = quantized and capability < (9, 0)
+    sizes = (rows, columns, unit_count, processors, block, tight)
+    return [(path, tile) for path in paths for tile in tiles(path, *sizes)]
 
 
 def key_of(
@@ -424,7 +438,8 @@ def calls(
     targets = results if result_dtype is not None else [results[0].view(torch.int32), results[1]]
     after = [*([bias] if bias is not None else []), *([multiplier] if multiplier is not None else [])]
     after += [value for o in operands for value in o.values]
-    tile = tile or tiles(path, rows, n, count, processors, block)[0]
+    tight = result_dtype is None and capability is not None and capability < (9, 0)
+    tile = tile or tiles(path, rows, n, count, processors, block, tight)[0]
     shape = (rows, count, *sizes)
     return results, before + _launches(kernel, tile, sides, targets, shape, after)
 

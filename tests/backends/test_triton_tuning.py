@@ -75,10 +75,12 @@ def test_rows_count_in_powers_of_two():
 
 def test_candidates_start_with_the_default_and_stay_few():
     for capability, first, paths in (((8, 0), "int8", {"int8", "bf16"}), ((10, 0), "bf16", {"bf16"})):
-        found = linear.candidates(32760, 5120, 80, capability, 132, 64)
+        found = linear.candidates(32760, 5120, 80, capability, 132, 64, quantized=False)
         assert found[0] == (first, Tile(128, 128, 8, 3)) and {p for p, _ in found} == paths
         assert len(found) <= 8
-    assert {p for p, _ in linear.candidates(1, 5120, 80, (9, 0), 132, 64)} == {"packed"}
+        for _, tile in linear.candidates(32760, 5120, 80, capability, 132, 128, quantized=True):
+            assert tile.columns % 128 == 0, "whole Hadamard blocks"
+    assert {p for p, _ in linear.candidates(1, 5120, 80, (9, 0), 132, 64, quantized=False)} == {"packed"}
 
 
 def test_a_cpu_is_never_measured():

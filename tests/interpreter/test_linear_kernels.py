@@ -1,5 +1,6 @@
 """Products in the interpreter, on each path, against the reference operators."""
 
+import json
 import math
 
 import pytest
@@ -166,3 +167,36 @@ def test_dequantize_is_exact(dtype, lead, k):
         scales.view(-1)[0] = 0xFF
     got, wanted = triton.dequantize(codes, scales, k, dtype), reference.dequantize(codes, scales, k, dtype)
     assert torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
+def test_the_measured_choice_is_what_runs(monkeypatch, tmp_path):
+    """As on a GPU, with a clock that prefers the second candidate: another path must give the same numbers."""
+    from tahf4_compiler.backends import triton as backend
+    from tahf4_compiler.backends.triton import tune
+
+    monkeypatch.setenv("TAHF4_KERNEL_DIR", str(tmp_path))
+    tune._memory.cache_clear()
+    timed = []
+
+    def clock(function):
+        function()
+        timed.append(1)
+        return 1.0 if len(timed) == 4 else 2.0
+
+    monkeypatch.setattr(tune, "wanted", lambda device, rows: True)
+    monkeypatch.setattr(tune, "_do_bench", clock)
+    monkeypatch.setattr(backend, "_device_facts", lambda device: ((9, 0), 4))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
+    operands = sides((200,), 128, 256)
+    bias = torch.randn(128)
+    got = triton.linear(*operands, bias, torch.float32)
+    assert len(timed) == 7
+    chosen = json.loads(next(tmp_path.glob("tuned_a_chip*.json")).read_text())
+    assert [value[0] for value in chosen.values()] == ["bf16"]
+    wanted = exact(*operands) + bias
+    assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+    assert torch.equal(triton.linear(*operands, bias, torch.float32), got) and len(timed) == 7
+    args = (*operands, bias, torch.bfloat16, [], "v0: bfloat16 = silu(y)", None, 64)
+    again = triton.linear_quantize(*args)
+    assert again[0].shape == (200, 64) and len(timed) > 7
+    tune._memory.cache_clear()
