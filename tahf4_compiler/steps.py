@@ -19,7 +19,7 @@ class StepCounter:
     """Counts the steps of a diffusers scheduler: ``set_timesteps`` begins a generation, ``step`` ends a step.
 
     Both methods are shadowed by attributes of this one scheduler, with the same signatures; its class stays, so
-    that ``type(scheduler).from_config``, pickling and copying work. Reading the counter costs nothing on a device.
+    that ``type(scheduler).from_config``, saving and copying work. Reading the counter costs nothing on a device.
 
     Attributes:
         step: index of the step that runs, 0 before the first.
@@ -66,7 +66,7 @@ class StepCounter:
 
 
 class _Counted:
-    """A method of a scheduler that tells the counter: an object, not a closure, so it can be copied and pickled."""
+    """A method of a scheduler that tells the counter: an object, not a closure, so it can be copied and saved."""
 
     def __init__(self, scheduler: Any, name: str) -> None:
         self.scheduler, self.name = scheduler, name
@@ -114,7 +114,7 @@ class StepPrecision:
         """Return whether it does.
 
         Raises:
-            RecipeError: the pipeline is gone, or the model was unpickled without it.
+            RecipeError: the pipeline is gone, or the model was saved and loaded without it.
         """
         counter = self._counter()
         if counter is None:
@@ -134,5 +134,5 @@ class StepPrecision:
         return other
 
     def __reduce__(self) -> Any:
-        """Leave the pipeline behind when the model is pickled."""
+        """Leave the pipeline behind when the model is saved whole."""
         return StepPrecision, (self._scheduler, self.steps)

@@ -318,7 +318,8 @@ def tiles(
     """
     width = max(64, block)
     if path != "packed" and tight:
-        return [Tile(64, 128, 8, 3), Tile(64, width, 4, 3)] if block > 64 else [Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)]
+        wide = Tile(64, 128, 8, 3)
+        return [wide, Tile(64, width, 4, 3)] if block > 64 else [Tile(128, 64, 8, 3), wide]
     if path != "packed":
         many = [Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(128, width, 4, 4)]
         if path == "bf16":
