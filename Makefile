@@ -22,7 +22,7 @@ demo: $(STAMP) ## Generate clips with the shipped tiny Wan2.2, original beside W
 	$(BIN)/tahf4 demo
 
 test: $(STAMP) ## Run the tests (no GPU, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests --ignore tests/interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/interpreter
 
 lint: $(STAMP) ## Check style with ruff

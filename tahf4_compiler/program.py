@@ -259,9 +259,13 @@ def call_of(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
         if not keep or list(args[1]) not in ([-1], [rank - 1]) or len(args) > 3:  # type: ignore[arg-type]
             return None
         args = args[:1]
-    plain = all(a is None or isinstance(a, fx.Node) or (type(a) in (int, float) and math.isfinite(a)) for a in args)
+    plain = all(a is None or isinstance(a, fx.Node) or _is_finite_number(a) for a in args)
     return (name, tuple(args)) if plain and not kwargs else None
 
 
 def _padded(args: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:
     return [*args[: len(defaults)], *defaults[len(args) :]]
+
+
+def _is_finite_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
