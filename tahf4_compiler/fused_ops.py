@@ -101,7 +101,9 @@ def fused_linear(
     y = Program.parse(program).run({"y": y, **_named(inputs)}, "y")
     if y.dtype != result_dtype:
         raise FormatError(f"the program's result is {y.dtype}; result_dtype says {result_dtype}")
-    return [part.clone(memory_format=torch.contiguous_format) for part in y.split(sizes, -1)] if len(sizes) > 1 else [y.contiguous()]
+    if len(sizes) == 1:
+        return [y.contiguous()]
+    return [part.clone(memory_format=torch.contiguous_format) for part in y.split(sizes, -1)]
 
 
 @fused_linear.register_fake
