@@ -7,20 +7,32 @@ here raise, and everything else of this project runs the reference.
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 from torch import Tensor, fx
 
 from ... import hif4, kernels, ops
-from ...errors import FormatError
+from ...errors import FormatError, OptionError
 from . import build
 
-__all__ = ["BUCKETS", "available", "dequantize", "histogram", "quantize", "register", "serves"]
+__all__ = [
+    "BUCKETS",
+    "available",
+    "dequantize",
+    "histogram",
+    "instruction_set",
+    "linear",
+    "quantize",
+    "register",
+    "serves",
+]
 
 BUCKETS = 98
 """Of a channel's histogram: below 2**-10, four an octave from there to 2**14, and from 2**14 on."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SETS = {"none": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3}  # best last, by their bit in the library
 _ANY = {*_DTYPES, torch.uint8, torch.int32}  # what the operators read
 
 
@@ -96,6 +108,73 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
             torch.get_num_threads(),
         )
     return out
+
+
+def instruction_set() -> str:
+    """Return what the integer product runs on: ``"avx512_vnni"``, ``"avx_vnni"``, ``"avx2"``, or ``"none"``.
+
+    The best that the processor has, or what ``TAHF4_CPU_ISA`` in the environment names. With ``"none"`` (another
+    processor) :func:`linear` dequantizes and multiplies in float32.
+
+    Raises:
+        OptionError: ``TAHF4_CPU_ISA`` names nothing known, or what this processor lacks.
+    """
+    found = _library().tahf4_instruction_sets()
+    usable = [name for name, bit in _SETS.items() if bit == 0 or found >> bit & 1]
+    wanted = os.environ.get("TAHF4_CPU_ISA", "")
+    if wanted and wanted not in usable:
+        raise OptionError(f"TAHF4_CPU_ISA is {wanted!r}; expected one of {', '.join(usable)}, which this processor has")
+    return wanted or usable[-1]
+
+
+def linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """W4A4 linear in integers, scaled once a unit: ``torch.ops.tahf4.linear`` but for the order of the float32 sum.
+
+    Every unit's contribution is exact. Units are added in their order for each result alone, so the number of threads
+    and of rows changes nothing.
+
+    Args:
+        codes: uint8 ``[..., K / 2]`` of the activation, on the CPU.
+        scales: int32 ``[..., K / 64]`` of the activation.
+        weight_codes: uint8 ``[N, K / 2]``.
+        weight_scales: int32 ``[N, K / 64]``.
+        bias: ``[N]`` or None, added in float32.
+        out_dtype: of the result.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``.
+
+    Raises:
+        FormatError: shapes, dtypes or devices do not fit.
+        OptionError: as :func:`instruction_set`.
+    """
+    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
+    given = codes, scales, weight_codes, weight_scales
+    _on_cpu("linear", *given, *(() if bias is None else (bias,)))
+    n, count = weight_scales.shape
+    chosen = _SETS[instruction_set()]
+    if not chosen or not count:
+        out = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
+        return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
+    written = out_dtype if out_dtype == torch.bfloat16 else torch.float32
+    out = torch.empty((*scales.shape[:-1], n), dtype=written)
+    if out.numel():
+        codes, scales, weight_codes, weight_scales = (t.contiguous() for t in given)
+        factors = bias.detach().to(torch.float32).resolve_neg().contiguous() if bias is not None else None
+        _library().tahf4_linear(
+            *(codes.data_ptr(), scales.data_ptr(), scales.numel() // count),
+            *(weight_codes.data_ptr(), weight_scales.data_ptr(), n, count),
+            *(factors.data_ptr() if factors is not None else None, out.data_ptr(), int(written == torch.bfloat16)),
+            *(chosen, torch.get_num_threads()),
+        )
+    return out.to(out_dtype)
 
 
 def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfinite: Tensor) -> None:
@@ -188,11 +267,7 @@ def _linear_op(
     if not available():
         product: Tensor = torch.ops.tahf4.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
         return product
-    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    out = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
-    if bias is not None:
-        out = out + bias.to(torch.float32)
-    return out.to(out_dtype)
+    return linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
 
 
 @_linear_op.register_fake

@@ -1,4 +1,4 @@
-"""Compile ``kernels.cpp`` once, with Inductor's compiler and flags, and keep the library in Inductor's cache."""
+"""Compile the C++ files of this folder once, with Inductor's compiler and flags, and keep the library in its cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import os
 import platform
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-__all__ = ["SOURCE", "library"]
+__all__ = ["SOURCES", "library"]
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp"))
 
 # Behind Inductor's own flags, so that these have the last word: vectorize loops, and change no bit of a result.
 _FLAGS = ("-fno-unsafe-math-optimizations", "-fsigned-zeros", "-ffp-contract=off")
@@ -31,6 +32,10 @@ _SIGNATURES = {
         *(_int64, ctypes.c_float, _pointer, _pointer, _int),
     ),
     "tahf4_dequantize": (_pointer, _pointer, _int64, _int64, _pointer, _int),
+    "tahf4_linear": (
+        *(_pointer, _pointer, _int64, _pointer, _pointer, _int64),
+        *(_int64, _pointer, _pointer, _int, _int, _int),
+    ),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
 }
 
@@ -71,6 +76,7 @@ def _load(path: Path) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
+    found.tahf4_instruction_sets.argtypes, found.tahf4_instruction_sets.restype = (), _int
     return found
 
 
@@ -86,23 +92,25 @@ def _build() -> Path:
     flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
     options = CppTorchOptions(include_pytorch=False, warning_all=False, extra_flags=flags)
 
-    def builder(source: Path, folder: Path) -> CppBuilder:
-        return CppBuilder(name="tahf4_cpu", sources=str(source), BuildOption=options, output_dir=str(folder))
+    def builder(sources: Sequence[Path], folder: Path) -> CppBuilder:
+        paths = [str(source) for source in sources]
+        return CppBuilder(name="tahf4_cpu", sources=paths, BuildOption=options, output_dir=str(folder))
 
-    source = SOURCE.read_bytes()
+    texts = [source.read_bytes() for source in SOURCES]
     # Code made for one processor may not run on another that shares the cache.
-    command = builder(Path("kernels.cpp"), Path("out")).get_command_line()
-    key = hashlib.sha256(b"\0".join((source, command.encode(), _processor().encode()))).hexdigest()[:32]
+    command = builder([Path(source.name) for source in SOURCES], Path("out")).get_command_line()
+    key = hashlib.sha256(b"\0".join((*texts, command.encode(), _processor().encode()))).hexdigest()[:32]
     folder = Path(cache_dir()) / "tahf4"
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = Path(builder(SOURCE, folder).get_target_file_path()).suffix
+    suffix = Path(builder(SOURCES, folder).get_target_file_path()).suffix
     path = folder / f"cpu_{key}{suffix}"
     if not path.exists():
         # Beside its place and then renamed: whoever comes second, or was stopped, leaves a whole file.
         with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as temporary:
-            copy = Path(temporary) / SOURCE.name
-            copy.write_bytes(source)
-            work = builder(copy, Path(temporary))
+            copies = [Path(temporary) / source.name for source in SOURCES]
+            for copy, text in zip(copies, texts, strict=True):
+                copy.write_bytes(text)
+            work = builder(copies, Path(temporary))
             work.build()
             os.replace(work.get_target_file_path(), path)
     return path
