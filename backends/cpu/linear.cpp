@@ -25,7 +25,7 @@
 
 namespace {
 
-enum Isa { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4 };
+enum Isa { kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };
 
 #if TAHF4_X86
 
