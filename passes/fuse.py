@@ -108,10 +108,12 @@ class Fuse(Pass):
         if fused is None:
             return None
         for part in list(fused.users):  # they are contiguous now
-            for user in list(part.users):
-                if user.target is aten.clone.default and user.kwargs.get("memory_format") is torch.contiguous_format:
-                    user.replace_all_uses_with(part)
-                    graph.erase_node(user)
+            users = list(part.users)
+            # With another reader, one might write to what it copied.
+            if len(users) == 1 and users[0].target is aten.clone.default:
+                if users[0].kwargs.get("memory_format") is torch.contiguous_format:
+                    users[0].replace_all_uses_with(part)
+                    graph.erase_node(users[0])
         _erase([split, product])
         return "split products"
 
@@ -185,7 +187,10 @@ class _Region:
                 break
             if not _contiguous(node):  # an operand in another memory format gave it that; somebody may see it
                 break
-            operands = [a for a in found[1] if isinstance(a, fx.Node) and a not in self.names]
+            given = [a for a in found[1] if isinstance(a, fx.Node)]
+            if self.end not in given or not all(_promotes(o, node) for o in given):
+                break  # it may read no more than a dtype: x.type_as(product)
+            operands = [a for a in given if a not in self.names]
             if not all(self._readable(o, product) for o in operands) or len(self.leaves) + len(operands) > MAX_INPUTS:
                 break
             for other in operands:
@@ -219,7 +224,7 @@ class _Region:
             if found is None or not (alone or _widens(node)) or not _broadcasts(node, x):
                 continue
             operands = [a for a in found[1] if isinstance(a, fx.Node)]
-            if not all(self._readable(o, x) for o in operands):
+            if not all(self._readable(o, x) and _promotes(o, node) for o in operands):
                 continue
             if found[0] in REDUCTIONS:
                 if reductions or found[1][-1] is None or not _same_shape(operands[0], x):
@@ -302,11 +307,20 @@ def _split(product: fx.Node) -> list[int] | None:
     axis = readers[0].args[2] if len(readers[0].args) > 2 else 0
     rank = product.meta["val"].dim()
     only_parts = all(user.target is operator.getitem for user in readers[0].users)
+    # Parts are views into rows; fused, they are contiguous. Who sees strides keeps them.
+    seen = [user for part in readers[0].users for user in part.users]
+    only_parts = only_parts and not any(user.op == "output" or user.target is aten.as_strided.default for user in seen)
     return list(sizes) if whole and axis in (-1, rank - 1) and only_parts else None  # type: ignore[arg-type]
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     return [str(s) for s in a.meta["val"].shape] == [str(s) for s in b.meta["val"].shape]
+
+
+def _promotes(operand: fx.Node, node: fx.Node) -> bool:
+    """Whether PyTorch computes with an operand as it is: one without axes is first rounded to the result's dtype."""
+    value = operand.meta["val"]
+    return bool(value.dim() or value.dtype == node.meta["val"].dtype or not node.meta["val"].dim())
 
 
 def _contiguous(node: fx.Node) -> bool:

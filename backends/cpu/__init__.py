@@ -1,4 +1,4 @@
-"""C++ kernels for the CPU: conversion to and from HiF4, the linear, and the histogram of calibration.
+"""C++ kernels for the CPU: conversion to and from HiF4, the linear, what ``fuse`` makes of them, and a histogram.
 
 They are compiled on first use (:mod:`.build`). Without a compiler :func:`available` is False, the functions
 here raise, and everything else of this project runs the reference.
@@ -7,22 +7,29 @@ here raise, and everything else of this project runs the reference.
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import os
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ... import hif4, kernels, ops
+from ... import hif4, ops
 from ...errors import FormatError, OptionError
 from . import build
+from .programs import DTYPES, Encoded, encode, inputs_of
 
 __all__ = [
     "BUCKETS",
     "available",
     "dequantize",
+    "fused_linear",
+    "fused_quantize",
     "histogram",
     "instruction_set",
     "linear",
+    "linear_quantize",
     "quantize",
     "register",
     "serves",
@@ -31,9 +38,41 @@ __all__ = [
 BUCKETS = 98
 """Of a channel's histogram: below 2**-10, four an octave from there to 2**14, and from 2**14 on."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SETS = {"none": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3}  # best last, by their bit in the library
-_ANY = {*_DTYPES, torch.uint8, torch.int32}  # what the operators read
+
+
+class _Target(ctypes.Structure):
+    """``struct Target`` of common.h."""
+
+    _fields_ = [
+        ("multiplier", ctypes.c_void_p),
+        ("block", ctypes.c_int64),
+        ("norm", ctypes.c_float),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    ]
+
+
+class _Operands(ctypes.Structure):
+    """``struct Operands`` of common.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "weight_codes", "weight_scales", "bias")),
+        *((name, ctypes.c_int64) for name in ("m", "n", "units")),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+class _Result(ctypes.Structure):
+    """``struct Result`` of common.h."""
+
+    _fields_ = [
+        ("program", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("target", _Target),
+    ]
 
 
 def available() -> bool:
@@ -46,7 +85,7 @@ def serves(x: Tensor, multiplier: Tensor | None = None) -> bool:
     given = [x] if multiplier is None else [x, multiplier]
     # A subclass (a fake tensor, for one) may have no memory of its own to read.
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
-    return plain and all(t.device.type == "cpu" and t.dtype in _DTYPES for t in given) and available()
+    return plain and all(t.device.type == "cpu" and t.dtype in DTYPES for t in given) and available()
 
 
 def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
@@ -65,23 +104,65 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
     """
     rows, dtype = _rows("quantize", x)
     k = x.shape[-1]
-    ops.check_transform(k, multiplier, hadamard_block)
-    if multiplier is not None:
-        if multiplier.dtype not in _DTYPES:
-            raise FormatError(f"quantize got a multiplier of {multiplier.dtype}; expected float32")
-        _on_cpu("quantize", multiplier)
-        multiplier = multiplier.detach().to(torch.float32).resolve_neg().contiguous()
-    count = hif4.units(k)
-    codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
-    scales = torch.empty((*x.shape[:-1], count), dtype=torch.int32)
-    if codes.numel():
+    units = _Units("quantize", x.shape, multiplier, hadamard_block)
+    target = units.target
+    if units.codes.numel():
         _library().tahf4_quantize(
-            *(rows.data_ptr(), dtype, len(rows), k, rows.stride(0)),
-            *(multiplier.data_ptr() if multiplier is not None else None, hadamard_block),
-            *(hadamard_block**-0.5 if hadamard_block else 1.0, codes.data_ptr(), scales.data_ptr()),
-            torch.get_num_threads(),
+            *(rows.data_ptr(), dtype, len(rows), k, rows.stride(0), target.multiplier, target.block, target.norm),
+            *(target.codes, target.scales, _SETS[instruction_set()], torch.get_num_threads()),
         )
-    return codes, scales
+    return units.codes, units.scales
+
+
+class _Units:
+    """Where a quantization of ``[..., K]`` goes: ``codes`` and ``scales``, and ``target`` for the C++ code."""
+
+    def __init__(self, what: str, shape: Sequence[int], multiplier: Tensor | None, hadamard_block: int) -> None:
+        ops.check_transform(shape[-1], multiplier, hadamard_block)
+        if multiplier is not None:
+            if multiplier.dtype not in DTYPES:
+                raise FormatError(f"{what} got a multiplier of {multiplier.dtype}; expected float32")
+            _on_cpu(what, multiplier)
+        self.multiplier = _plain(multiplier)
+        count = hif4.units(shape[-1])
+        self.codes = torch.empty((*shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
+        self.scales = torch.empty((*shape[:-1], count), dtype=torch.int32)
+        norm = hadamard_block**-0.5 if hadamard_block else 1.0
+        self.target = _Target(
+            *(_pointer(self.multiplier), hadamard_block, norm, self.codes.data_ptr(), self.scales.data_ptr())
+        )
+
+
+def fused_quantize(
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Compute a program and quantize its result, 64 values at a time: ``torch.ops.tahf4.fused_quantize``.
+
+    Norms add in another order than PyTorch's, and exponentials differ in their last bits: a value that lies on the
+    boundary of two codes may take the other one.
+
+    Args:
+        inputs: float32, bfloat16 or float16, on the CPU, that broadcast to ``[..., K]``.
+        program: see :mod:`tahf4_compiler.program`; one that :func:`programs.encode` takes.
+        multiplier: as for :func:`quantize`.
+        hadamard_block: as for :func:`quantize`.
+
+    Returns:
+        As :func:`quantize`, of the program's result.
+
+    Raises:
+        FormatError: dtypes, devices or shapes do not fit.
+    """
+    encoded, shape = _encoded(program, "x0"), torch.broadcast_shapes(*(x.shape for x in inputs))
+    _check_inputs("fused_quantize", inputs, program, shape)
+    units = _Units("fused_quantize", shape, multiplier, hadamard_block)
+    if units.codes.numel():
+        given = inputs_of(inputs, shape)
+        _library().tahf4_fused_quantize(
+            *(ctypes.addressof(encoded.struct), ctypes.addressof(given.struct), math.prod(shape[:-1]), shape[-1]),
+            *(ctypes.addressof(units.target), _SETS[instruction_set()], torch.get_num_threads()),
+        )
+    return units.codes, units.scales
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
@@ -119,12 +200,16 @@ def instruction_set() -> str:
     Raises:
         OptionError: ``TAHF4_CPU_ISA`` names nothing known, or what this processor lacks.
     """
-    found = _library().tahf4_instruction_sets()
-    usable = [name for name, bit in _SETS.items() if bit == 0 or found >> bit & 1]
+    usable = _usable(_library().tahf4_instruction_sets())
     wanted = os.environ.get("TAHF4_CPU_ISA", "")
     if wanted and wanted not in usable:
         raise OptionError(f"TAHF4_CPU_ISA is {wanted!r}; expected one of {', '.join(usable)}, which this processor has")
     return wanted or usable[-1]
+
+
+@functools.cache
+def _usable(found: int) -> tuple[str, ...]:
+    return tuple(name for name, bit in _SETS.items() if bit == 0 or found >> bit & 1)
 
 
 def linear(
@@ -156,25 +241,182 @@ def linear(
         OptionError: as :func:`instruction_set`.
     """
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    given = codes, scales, weight_codes, weight_scales
-    _on_cpu("linear", *given, *(() if bias is None else (bias,)))
-    n, count = weight_scales.shape
-    chosen = _SETS[instruction_set()]
-    if not chosen or not count:
-        out = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
-        return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
-    written = out_dtype if out_dtype == torch.bfloat16 else torch.float32
-    out = torch.empty((*scales.shape[:-1], n), dtype=written)
-    if out.numel():
-        codes, scales, weight_codes, weight_scales = (t.contiguous() for t in given)
-        factors = bias.detach().to(torch.float32).resolve_neg().contiguous() if bias is not None else None
-        _library().tahf4_linear(
-            *(codes.data_ptr(), scales.data_ptr(), scales.numel() // count),
-            *(weight_codes.data_ptr(), weight_scales.data_ptr(), n, count),
-            *(factors.data_ptr() if factors is not None else None, out.data_ptr(), int(written == torch.bfloat16)),
-            *(chosen, torch.get_num_threads()),
-        )
+    given = codes, scales, weight_codes, weight_scales, bias
+    _on_cpu("linear", *given)
+    if instruction_set() == "none" or not scales.shape[-1]:
+        product = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
+        return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
+    out = torch.empty((*scales.shape[:-1], len(weight_codes)), dtype=out_dtype if out_dtype in DTYPES else torch.float32)
+    _product(given, out.dtype, "", (), out=out)
     return out.to(out_dtype)
+
+
+def fused_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sizes: Sequence[int],
+    inputs: Sequence[Tensor],
+    program: str,
+    result_dtype: torch.dtype,
+) -> list[Tensor]:
+    """W4A4 linear, then a program on its result, or several results: ``torch.ops.tahf4.fused_linear``.
+
+    Args:
+        codes: and the next five as for :func:`linear`; ``out_dtype`` float32, bfloat16 or float16.
+        scales: of the activation.
+        weight_codes: of the weight.
+        weight_scales: of the weight.
+        bias: or None.
+        out_dtype: of ``y`` of the program.
+        sizes: columns of each result; they sum to N. More than one only with an empty program.
+        inputs: as for :func:`fused_quantize`; they broadcast to ``[..., N]``.
+        program: see :mod:`tahf4_compiler.program`.
+        result_dtype: of the results.
+
+    Returns:
+        Contiguous ``[..., size]`` for each of the sizes.
+
+    Raises:
+        FormatError: dtypes, devices, shapes or sizes do not fit.
+        OptionError: as :func:`instruction_set`.
+    """
+    shape = _check_product("fused_linear", codes, scales, weight_codes, weight_scales, bias, inputs, program)
+    if sum(sizes) != shape[-1] or (len(sizes) != 1 and program):
+        raise FormatError(
+            f"sizes {list(sizes)} with {shape[-1]} columns; expected their sum, and one size where there is a program"
+        )
+    found = _encoded(program, "y").dtype or out_dtype
+    if found != result_dtype:
+        raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")
+    results, first = [], 0
+    for size in sizes:
+        part = slice(first, first + size)
+        given = codes, scales, weight_codes[part], weight_scales[part], None if bias is None else bias[part]
+        out = torch.empty((*shape[:-1], size), dtype=result_dtype)
+        _product(given, out_dtype, program, inputs, out=out)
+        results.append(out)
+        first += size
+    return results
+
+
+def linear_quantize(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """W4A4 linear, a program on its result, and the quantization of that: ``torch.ops.tahf4.linear_quantize``.
+
+    Args:
+        codes: and the following as for :func:`fused_linear`.
+        scales: of the activation.
+        weight_codes: of the weight.
+        weight_scales: of the weight.
+        bias: or None.
+        out_dtype: of ``y`` of the program.
+        inputs: of the program.
+        program: see :mod:`tahf4_compiler.program`.
+        multiplier: float32 ``[N]`` or None, as for :func:`quantize`.
+        hadamard_block: as for :func:`quantize`.
+
+    Returns:
+        Codes uint8 ``[..., ceil(N / 64) * 32]`` and scales int32 ``[..., ceil(N / 64)]``.
+
+    Raises:
+        FormatError: dtypes, devices or shapes do not fit.
+        OptionError: as :func:`instruction_set`.
+    """
+    shape = _check_product("linear_quantize", codes, scales, weight_codes, weight_scales, bias, inputs, program)
+    units = _Units("linear_quantize", shape, multiplier, hadamard_block)
+    _product((codes, scales, weight_codes, weight_scales, bias), out_dtype, program, inputs, units=units)
+    return units.codes, units.scales
+
+
+def _product(
+    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    dtype: torch.dtype,
+    program: str,
+    inputs: Sequence[Tensor],
+    out: Tensor | None = None,
+    units: _Units | None = None,
+) -> None:
+    """Fill ``out`` or ``units`` with a product that is rounded to ``dtype``, bias included, and goes through a program."""
+    tensors = [t.contiguous() for t in given[:4]]
+    codes, scales, weight_codes, weight_scales = tensors
+    n, count = weight_scales.shape
+    bias = _plain(given[4])
+    shape = (*scales.shape[:-1], n)
+    if not math.prod(shape):
+        return
+    # Rounded once: writing does it.
+    rounded = torch.float32 if out is not None and not program else dtype
+    operands = _Operands(
+        *(t.data_ptr() for t in tensors), _pointer(bias), math.prod(shape[:-1]), n, count, DTYPES[rounded]
+    )
+    described = inputs_of(inputs, shape)
+    result = _Result(
+        ctypes.addressof(_encoded(program, "y").struct) if program else None,
+        *(ctypes.addressof(described.struct), None if out is None else out.data_ptr()),
+        *(0 if out is None else DTYPES[out.dtype], _Target() if units is None else units.target),
+    )
+    _library().tahf4_linear(
+        ctypes.addressof(operands), ctypes.addressof(result), _SETS[instruction_set()], torch.get_num_threads()
+    )
+
+
+def _check_product(
+    what: str,
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    inputs: Sequence[Tensor],
+    program: str,
+) -> tuple[int, ...]:
+    """Return the shape of a product, checked with the inputs of its program."""
+    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
+    _on_cpu(what, codes, scales, weight_codes, weight_scales, bias)
+    shape = (*scales.shape[:-1], len(weight_codes))
+    _check_inputs(what, inputs, program, shape)
+    return shape
+
+
+def _check_inputs(what: str, inputs: Sequence[Tensor], program: str, shape: Sequence[int]) -> None:
+    _on_cpu(what, *inputs)
+    for x in inputs:
+        if x.dtype not in DTYPES:
+            raise FormatError(f"{what} got a tensor of {x.dtype}; expected float32, bfloat16 or float16")
+        fits = x.dim() <= len(shape) and all(a in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False))
+        if not fits:
+            raise FormatError(f"{what} got a tensor of shape {tuple(x.shape)}; expected one that broadcasts to {shape}")
+    if instruction_set() == "none":
+        raise OptionError(f"{what} has code for AVX2 and above only; use torch.ops.tahf4.{what}")
+
+
+def _encoded(program: str, default: str) -> Encoded:
+    encoded = encode(program, default)
+    if encoded is None:
+        raise FormatError("the program has more than one reduction or more than 16 inputs; use the reference")
+    return encoded
+
+
+def _plain(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().to(torch.float32).resolve_neg().contiguous()
+
+
+def _pointer(values: Tensor | None) -> int | None:
+    return None if values is None else values.data_ptr()
 
 
 def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfinite: Tensor) -> None:
@@ -216,7 +458,7 @@ def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfin
 
 def _rows(what: str, x: Tensor) -> tuple[Tensor, int]:
     """Return ``x`` as ``[rows, K]`` with a contiguous last axis, and the number of its dtype."""
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise FormatError(f"{what} got a tensor of {x.dtype}; expected float32, bfloat16 or float16")
     if x.dim() == 0:
         raise FormatError(f"{what} got a tensor without axes; expected at least one: channels lie along the last")
@@ -224,12 +466,12 @@ def _rows(what: str, x: Tensor) -> tuple[Tensor, int]:
     # A lazily conjugated or negated tensor would be read as it is stored.
     x = x.detach().resolve_neg()
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
-    return (rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()), _DTYPES[x.dtype]
+    return (rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()), DTYPES[x.dtype]
 
 
-def _on_cpu(what: str, *tensors: Tensor) -> None:
+def _on_cpu(what: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if tensor is not None and tensor.device.type != "cpu":
             raise FormatError(f"{what} got a tensor on {tensor.device}; expected one on the CPU")
 
 
@@ -240,64 +482,8 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-@torch.library.custom_op("tahf4_cpu::quantize", mutates_args=())
-def _quantize_op(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
-    if not available():  # a graph that was lowered elsewhere
-        codes, scales = torch.ops.tahf4.quantize(x, multiplier, hadamard_block)
-        return codes, scales
-    return quantize(x, multiplier, hadamard_block)
-
-
-@_quantize_op.register_fake
-def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
-    count = hif4.units(x.shape[-1])
-    codes = x.new_empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
-    return codes, x.new_empty((*x.shape[:-1], count), dtype=torch.int32)
-
-
-@torch.library.custom_op("tahf4_cpu::linear", mutates_args=())
-def _linear_op(
-    codes: Tensor,
-    scales: Tensor,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    if not available():
-        product: Tensor = torch.ops.tahf4.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
-        return product
-    return linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
-
-
-@_linear_op.register_fake
-def _(
-    codes: Tensor,
-    scales: Tensor,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
-
-
 def register() -> None:
     """Register the kernels under the name "cpu" (:func:`tahf4_compiler.kernels.register_kernel`)."""
-    for operator, target in (
-        (torch.ops.tahf4.quantize.default, torch.ops.tahf4_cpu.quantize.default),
-        (torch.ops.tahf4.linear.default, torch.ops.tahf4_cpu.linear.default),
-    ):
-        kernels.register_kernel("cpu", operator, target, _serves_node)
+    from . import operators
 
-
-def _serves_node(node: fx.Node) -> bool:
-    values = [source.meta.get("val") for source in node.all_input_nodes]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    return (
-        bool(tensors)
-        and all(tensor.device.type == "cpu" and tensor.dtype in _ANY for tensor in tensors)
-        and torch.float64 not in node.args
-        and available()
-    )
+    operators.register()

@@ -19,7 +19,8 @@ __all__ = ["SOURCES", "library"]
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "linear.cpp"))
+_NAMES = ("sets.cpp", "kernels.cpp", "linear.cpp", "common.h", "units.inc", "programs.inc")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 
 # Behind Inductor's own flags, so that these have the last word: vectorize loops, and change no bit of a result.
 _FLAGS = ("-fno-unsafe-math-optimizations", "-fsigned-zeros", "-ffp-contract=off")
@@ -29,13 +30,11 @@ _pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
     "tahf4_quantize": (
         *(_pointer, _int, _int64, _int64, _int64, _pointer),
-        *(_int64, ctypes.c_float, _pointer, _pointer, _int),
+        *(_int64, ctypes.c_float, _pointer, _pointer, _int, _int),
     ),
     "tahf4_dequantize": (_pointer, _pointer, _int64, _int64, _pointer, _int),
-    "tahf4_linear": (
-        *(_pointer, _pointer, _int64, _pointer, _pointer, _int64),
-        *(_int64, _pointer, _pointer, _int, _int, _int),
-    ),
+    "tahf4_fused_quantize": (_pointer, _pointer, _int64, _int64, _pointer, _int, _int),
+    "tahf4_linear": (_pointer, _pointer, _int, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
 }
 
@@ -89,11 +88,11 @@ def _build() -> Path:
     from torch._inductor.codecache import cache_dir
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, is_gcc
 
-    flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ())
+    flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ()) + _machine_flags()
     options = CppTorchOptions(include_pytorch=False, warning_all=False, extra_flags=flags)
 
     def builder(sources: Sequence[Path], folder: Path) -> CppBuilder:
-        paths = [str(source) for source in sources]
+        paths = [str(source) for source in sources if source.suffix == ".cpp"]
         return CppBuilder(name="tahf4_cpu", sources=paths, BuildOption=options, output_dir=str(folder))
 
     texts = [source.read_bytes() for source in SOURCES]
@@ -114,6 +113,15 @@ def _build() -> Path:
             work.build()
             os.replace(work.get_target_file_path(), path)
     return path
+
+
+def _machine_flags() -> tuple[str, ...]:
+    """Return flags that name the processor: on x86, one with AVX2, whatever this one has beyond.
+
+    The files choose among instructions at run time; everything else then runs as on the least of these processors.
+    """
+    wanted = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"}
+    return ("-march=x86-64-v3",) if wanted <= set(_processor().split()) else ()
 
 
 def _processor() -> str:

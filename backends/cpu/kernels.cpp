@@ -5,38 +5,18 @@
 // (-ffp-contract=off, no -ffast-math). Loops of fixed length over one unit are left to the compiler's
 // vectorizer; only the exchange of neighbouring lanes is spelled out.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "common.h"
+
+using namespace tahf4;
 
 namespace {
 
-constexpr int kUnit = 64;
-constexpr int kNanScale = 0xFF;
-constexpr int kFiniteEnd = 0x7F800000;  // bits of infinity: magnitudes below are finite
-constexpr int kExponent = 1 << 23;      // 1 in the exponent of a float32
-constexpr int kOne = 127 << 23;         // bits of 1.0f
-constexpr int kFour = 129 << 23;        // and of 4.0f
+constexpr int kExponent = 1 << 23;  // 1 in the exponent of a float32
+constexpr int kOne = 127 << 23;     // bits of 1.0f
+constexpr int kFour = 129 << 23;    // and of 4.0f
 constexpr int kBuckets = 98;
-constexpr int64_t kValuesPerThread = 1 << 15;  // fewer are not worth a thread
-
-enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-template <class To, class From>
-inline To bits_as(From value) {
-  static_assert(sizeof(To) == sizeof(From), "sizes differ");
-  To result;
-  std::memcpy(&result, &value, sizeof(result));
-  return result;
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
@@ -46,10 +26,6 @@ inline float to_float(Float16 value) {
   uint32_t bits = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
   bits |= magnitude >= 0x7C00u ? 0x7F800000u : 0u;
   return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
-}
-
-int team(int64_t values, int threads) {
-  return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / kValuesPerThread)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -138,23 +114,6 @@ inline void hadamard(float* x, int64_t count, int64_t block, float norm) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Conversion.
 
-inline int round_bits(int bits, int drop) {
-  bits += ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1);
-  return (bits >> drop) << drop;
-}
-
-inline int level1_scale(float unit_max) {
-  const float scale = bits_as<float>(round_bits(bits_as<int>(unit_max * 0.142578125f), 16));
-  const float clamped = std::min(std::max(scale, 0x1p-48f), 49152.0f);
-  return (round_bits(bits_as<int>(clamped), 21) >> 21) - ((127 - 48) << 2);
-}
-
-inline float reciprocal(int code) {
-  constexpr int kFraction[4] = {0, 77 << 16, 43 << 16, 18 << 16};
-  const int mantissa = code & 3;
-  return bits_as<float>(((127 + 48 - (code >> 2) - (mantissa > 0)) << 23) | kFraction[mantissa]);
-}
-
 struct Metadata {
   int32_t e8[kUnit];   // for each lane: the bit of its group of 8
   int32_t e16[kUnit];  // and of its group of 4
@@ -219,7 +178,7 @@ void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const flo
   const int64_t units = (k + kUnit - 1) / kUnit;
   const int64_t width = std::max<int64_t>(kUnit, block);  // values that one piece of work transforms
   const int64_t pieces = units * kUnit / width;
-#pragma omp parallel num_threads(team(rows * units * kUnit, threads))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
   {
     std::vector<float> wide(width > kUnit ? width : 0);
     alignas(64) float narrow[kUnit];
@@ -248,6 +207,28 @@ void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const flo
       for (int64_t i = 0; i < width / kUnit; ++i) {
         quantize_unit(wide.data() + i * kUnit, codes + (unit + i) * (kUnit / 2), scales + unit + i);
       }
+    }
+  }
+}
+
+// Rows in pieces of several units, by the code for a set of instructions.
+void in_pieces(const Functions& functions, const char* x, int dtype, int64_t rows, int64_t k, int64_t row_stride,
+               const Target& target, int threads) {
+  const int64_t units = (k + kUnit - 1) / kUnit, size = dtype == kFloat32 ? 4 : 2;
+  const int64_t width = std::max<int64_t>(4096, target.block);
+  const int64_t pieces = (k + width - 1) / width;
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
+  {
+    const Buffer wide(target.block > kUnit ? target.block * 4 : kUnit);
+#pragma omp for schedule(static)
+    for (int64_t piece = 0; piece < rows * pieces; ++piece) {
+      const int64_t row = piece / pieces, first = piece % pieces * width;
+      Target part = target;
+      part.multiplier = target.multiplier ? target.multiplier + first : nullptr;
+      part.codes = target.codes + row * units * (kUnit / 2) + first / 2;
+      part.scales = target.scales + row * units + first / kUnit;
+      functions.quantize(x + (row * row_stride + first) * size, dtype, std::min(width, k - first), part,
+                         wide.as<float>());
     }
   }
 }
@@ -307,7 +288,7 @@ void histogram(const T* x, int64_t rows, int64_t channels, int64_t row_stride, i
                double* squares, int64_t* nonfinite, int threads) {
   const int64_t pieces = (channels + kUnit - 1) / kUnit;
   int64_t found = 0;
-#pragma omp parallel for schedule(static) reduction(+ : found) num_threads(team(rows * channels, threads))
+#pragma omp parallel for schedule(static) reduction(+ : found) num_threads(team_of(rows * channels, threads))
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t first = piece * kUnit;
     const int width = int(std::min<int64_t>(kUnit, channels - first));
@@ -330,9 +311,14 @@ extern "C" {
 //
 // x: [rows, k], rows `row_stride` values apart; dtype 0 float32, 1 bfloat16, 2 float16. multiplier: [k] or null.
 // hadamard_block: a power of two that divides k rounded up to a multiple of 64, or 0; norm: hadamard_block ** -0.5.
-// codes: [rows, units * 32]; scales: [rows, units].
+// codes: [rows, units * 32]; scales: [rows, units]. isa: a set of instructions that tahf4_instruction_sets allows, or 0.
 void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const float* multiplier,
-                    int64_t hadamard_block, float norm, uint8_t* codes, int32_t* scales, int threads) {
+                    int64_t hadamard_block, float norm, uint8_t* codes, int32_t* scales, int isa, int threads) {
+  if (const Functions* functions = functions_of(isa)) {
+    in_pieces(*functions, static_cast<const char*>(x), dtype, rows, k, row_stride,
+              Target{multiplier, hadamard_block, norm, codes, scales}, threads);
+    return;
+  }
   const auto run = [&](auto* typed) {
     quantize(typed, rows, k, row_stride, multiplier, hadamard_block, norm, codes, scales, threads);
   };
@@ -341,12 +327,31 @@ void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t r
   if (dtype == kFloat16) run(static_cast<const Float16*>(x));
 }
 
+// Run a program on broadcast inputs, row by row, and convert its result. Not for isa 0.
+void tahf4_fused_quantize(const Program* program, const Inputs* inputs, int64_t rows, int64_t columns,
+                          const Target* target, int isa, int threads) {
+  const Functions* functions = functions_of(isa);
+  const int64_t units = (columns + kUnit - 1) / kUnit;
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
+  {
+    const Slots slots(program);
+    const Buffer kept(std::max<int64_t>(units * kUnit, kUnit) * 4);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      Target part = *target;
+      part.codes += row * units * (kUnit / 2);
+      part.scales += row * units;
+      functions->quantize_program(*program, *inputs, row, columns, part, slots.values(), kept.as<float>());
+    }
+  }
+}
+
 // Convert rows of units back to float32, as tahf4_compiler.hif4.dequantize does.
 //
 // codes: [rows, units * 32]; scales: [rows, units]; out: [rows, units * 64].
 void tahf4_dequantize(const uint8_t* codes, const int32_t* scales, int64_t rows, int64_t units, float* out,
                       int threads) {
-#pragma omp parallel for schedule(static) num_threads(team(rows * units * kUnit, threads))
+#pragma omp parallel for schedule(static) num_threads(team_of(rows * units * kUnit, threads))
   for (int64_t unit = 0; unit < rows * units; ++unit) {
     const int32_t metadata = scales[unit];
     const int code = metadata & 0xFF;

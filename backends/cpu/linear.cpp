@@ -9,30 +9,18 @@
 // the way cancels. Sums over units run in the order of K for each output alone: neither the number of threads nor the
 // other rows change a bit.
 
-#include <cstdint>
-#include <cstring>
-#include <new>
+#include "common.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#define TAHF4_X86 1
-#include <cpuid.h>
-#include <immintrin.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#endif
-
-namespace {
-
-enum Isa { kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };
+using namespace tahf4;
 
 #if TAHF4_X86
 
-constexpr int64_t kUnit = 64;
+namespace {
+
 constexpr int64_t kPanel = 16;                       // columns
 constexpr int64_t kPanelUnit = kPanel * kUnit;       // bytes of a panel for one unit
 constexpr int64_t kBlockBytes = int64_t(4) << 20;    // of expanded activations
+constexpr int64_t kScratchBytes = int64_t(1) << 20;  // of products that wait for what follows
 constexpr int kBias = 28;
 
 #define INSTRUCTIONS(text) __attribute__((target(text)))
@@ -40,14 +28,6 @@ constexpr int kBias = 28;
 #define AVX2_CODE INSTRUCTIONS("avx2,fma")
 #define AVX_VNNI_CODE INSTRUCTIONS("avx2,fma,avxvnni")
 #define AVX512_CODE INSTRUCTIONS("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
-
-inline float scale_of(int32_t metadata) {
-  const uint32_t code = metadata & 0xFF;
-  const uint32_t bits = code == 0xFF ? 0x7FC00000u : ((code >> 2) + (127 - 48)) << 23 | (code & 3) << 21;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return scale;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Expansion.
@@ -142,7 +122,7 @@ AVX2_CODE void expand_panel(const uint8_t* codes, const int32_t* scales, int64_t
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tiles: rows x columns over the whole K. c: [rows, 32] (AVX-512) or [rows, 16], float32.
+// Tiles: rows x columns over the whole K. c: [rows, 32] (AVX-512) or [rows, 16], float32, rows `stride` apart.
 
 struct Rows {
   const int8_t* values;  // [rows, units, 64]
@@ -165,9 +145,9 @@ inline int32_t word(const void* p) {
 // 16 registers: 8 sums, 2 of the weight, 1 or 2 for the activation. The float32 sums wait in the first-level cache.
 #define TILE_256(NAME, CODE, STEP, SUM)                                                                          \
   template <int R>                                                                                               \
-  CODE void NAME(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c) {                  \
+  CODE void NAME(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c, int64_t stride) {  \
     const int64_t units = rows.units;                                                                            \
-    std::memset(c, 0, R * kPanel * sizeof(float));                                                               \
+    for (int r = 0; r < R; ++r) std::memset(c + r * stride, 0, kPanel * sizeof(float));                          \
     for (int64_t u = 0; u < units; ++u) {                                                                        \
       __m256i low[R], high[R];                                                                                   \
       for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_set1_epi32(rows.start[r * units + u]);               \
@@ -186,7 +166,7 @@ inline int32_t word(const void* p) {
       const __m256 s1 = _mm256_loadu_ps(panel_scales + u * kPanel + 8);                                          \
       for (int r = 0; r < R; ++r) {                                                                              \
         const __m256 s = _mm256_set1_ps(rows.scales[r * units + u]);                                             \
-        float* p = c + r * kPanel;                                                                               \
+        float* p = c + r * stride;                                                                               \
         const __m256 f0 = _mm256_mul_ps(_mm256_cvtepi32_ps(SUM(low[r])), s0);                                    \
         const __m256 f1 = _mm256_mul_ps(_mm256_cvtepi32_ps(SUM(high[r])), s1);                                   \
         _mm256_storeu_ps(p, _mm256_fmadd_ps(f0, s, _mm256_loadu_ps(p)));                                         \
@@ -200,7 +180,8 @@ TILE_256(tile_avx_vnni, AVX_VNNI_CODE, STEP_VNNI, SUM_VNNI)
 
 // 32 registers: for each row two sums in int32 and two in float32. Two panels side by side.
 template <int R>
-AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c) {
+AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c,
+                             int64_t stride) {
   const int64_t units = rows.units;
   const uint8_t* other = panel + units * kPanelUnit;
   const float* other_scales = panel_scales + units * kPanel;
@@ -232,12 +213,12 @@ AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float
     }
   }
   for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(c + r * 2 * kPanel, f0[r]);
-    _mm512_storeu_ps(c + r * 2 * kPanel + kPanel, f1[r]);
+    _mm512_storeu_ps(c + r * stride, f0[r]);
+    _mm512_storeu_ps(c + r * stride + kPanel, f1[r]);
   }
 }
 
-using Tile = void (*)(const Rows&, const uint8_t*, const float*, float*);
+using Tile = void (*)(const Rows&, const uint8_t*, const float*, float*, int64_t);
 
 struct Variant {
   int panels;   // side by side
@@ -259,139 +240,95 @@ const Variant* variant_of(int isa) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The product.
 
-inline uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return 0x7FC0;
-  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-// Columns of a tile to their place: plus bias, cast.
-template <class Out>
-void write(const float* c, int64_t width, int64_t rows, int64_t count, const float* bias, Out* out, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float value = bias ? c[r * width + i] + bias[i] : c[r * width + i];
-      if constexpr (sizeof(Out) == 4) {
-        out[r * n + i] = value;
-      } else {
-        out[r * n + i] = to_bfloat16(value);
-      }
+// One row of a group to its place.
+void write(const Operands& x, const Result& result, const Functions& functions, int64_t row, int64_t column,
+           int64_t count, float* slots, float* values) {
+  for (int64_t i = 0; i < count; i += kUnit) {
+    const int64_t part = std::min<int64_t>(kUnit, count - i), at = column + i;
+    functions.finish(result.program, *result.inputs, row, at, part, x.bias ? x.bias + at : nullptr, x.dtype, slots,
+                     values + i);
+    if (!result.target.codes) {
+      char* out = static_cast<char*>(result.out) + (row * x.n + at) * (result.dtype == kFloat32 ? 4 : 2);
+      functions.store(values + i, part, result.dtype, out);
     }
   }
+  if (!result.target.codes) return;
+  Target target = result.target;
+  const int64_t unit = row * ((x.n + kUnit - 1) / kUnit) + column / kUnit;
+  if (target.multiplier) target.multiplier += column;
+  target.codes += unit * (kUnit / 2);
+  target.scales += unit;
+  functions.quantize(values, kFloat32, count, target, values);
 }
 
-struct Buffer {
-  explicit Buffer(int64_t bytes) : data(::operator new(size_t(bytes), std::align_val_t(64))) {}
-  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-  void* data;
-};
-
-template <class Out>
-void product(const uint8_t* codes, const int32_t* scales, int64_t m, const uint8_t* weight_codes,
-             const int32_t* weight_scales, int64_t n, int64_t units, const float* bias, Out* out, int isa,
-             int threads) {
+// Columns are taken in groups of a unit or a Hadamard block: what follows a product wants them whole.
+void product(const Operands& x, const Result& result, int isa, int threads) {
   const Variant& variant = *variant_of(isa);
+  const Functions& functions = *functions_of(isa);
+  const int64_t m = x.m, n = x.n, units = x.units;
   const int64_t width = variant.panels * kPanel;
-  const int64_t strips = (n + width - 1) / width;
-  int64_t block = kBlockBytes / (units * kUnit) / 12 * 12;
-  block = block < 48 ? 48 : block > 1536 ? 1536 : block;
-  if (block > m) block = m;
+  const int64_t group = std::max<int64_t>(kUnit, result.target.codes ? result.target.block : 0);
+  const int64_t groups = (n + group - 1) / group;
+  int64_t block = std::min(kBlockBytes / (units * kUnit), kScratchBytes / (group * 4)) / 12 * 12;
+  block = std::min(m, std::max<int64_t>(48, std::min<int64_t>(1536, block)));
   const Buffer values(block * units * kUnit), row_scales(block * units * 4), starts(block * units * 4);
-  const int64_t work = m * n * units;
-  const int64_t useful = work / (1 << 12) + 1 < strips ? work / (1 << 12) + 1 : strips;
-  const int team = int(useful < threads ? useful : threads);
+  const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, m * n * units / (1 << 12))));
+  // Few groups for many threads: rows are shared out as well. A panel is then expanded more than once.
+  const int64_t parts = groups >= 2 * team ? 1 : std::min((2 * team + groups - 1) / groups, (block + 191) / 192);
+  const int64_t share = ((block + parts - 1) / parts + 11) / 12 * 12;
 #pragma omp parallel num_threads(team)
   {
-    const Buffer panel(width * units * kUnit), panel_scales(width * units * 4);
-    alignas(64) float c[6 * 32];
+    const Buffer panel(width * units * kUnit), panel_scales(width * units * 4), scratch(share * group * 4);
+    const Slots slots(result.program);
     for (int64_t first = 0; first < m; first += block) {
-      const int64_t height = m - first < block ? m - first : block;
+      const int64_t height = std::min(block, m - first);
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < height; ++r) {
         const int64_t row = (first + r) * units;
-        expand_row(codes + row * (kUnit / 2), scales + row, units, variant.pairs,
+        expand_row(x.codes + row * (kUnit / 2), x.scales + row, units, variant.pairs,
                    values.as<int8_t>() + r * units * kUnit, row_scales.as<float>() + r * units,
                    starts.as<int32_t>() + r * units);
       }
 #pragma omp for schedule(static)
-      for (int64_t strip = 0; strip < strips; ++strip) {
-        const int64_t column = strip * width;
-        const int64_t count = n - column < width ? n - column : width;
-        for (int p = 0; p < variant.panels; ++p) {
-          const int64_t left = count - p * kPanel;
-          const int64_t begin = left > 0 ? (column + p * kPanel) * units : 0;
-          expand_panel(weight_codes + begin * (kUnit / 2), weight_scales + begin, units,
-                       left < 0 ? 0 : left < kPanel ? left : kPanel, panel.as<uint8_t>() + p * units * kPanelUnit,
-                       panel_scales.as<float>() + p * units * kPanel);
+      for (int64_t piece = 0; piece < groups * parts; ++piece) {
+        const int64_t column = piece / parts * group, begin = piece % parts * share;
+        const int64_t end = std::min(height, begin + share);
+        if (begin >= end) continue;
+        for (int64_t i = 0; i < group && column + i < n; i += width) {
+          for (int p = 0; p < variant.panels; ++p) {
+            const int64_t at = std::min(n, column + i + p * kPanel);
+            expand_panel(x.weight_codes + at * units * (kUnit / 2), x.weight_scales + at * units, units,
+                         std::min(kPanel, n - at), panel.as<uint8_t>() + p * units * kPanelUnit,
+                         panel_scales.as<float>() + p * units * kPanel);
+          }
+          for (int64_t r = begin; r < end; r += variant.most) {
+            const Rows rows = {values.as<int8_t>() + r * units * kUnit, row_scales.as<float>() + r * units,
+                               starts.as<int32_t>() + r * units, units};
+            variant.tiles[std::min<int64_t>(variant.most, end - r)](rows, panel.as<uint8_t>(), panel_scales.as<float>(),
+                                                                    scratch.as<float>() + (r - begin) * group + i,
+                                                                    group);
+          }
         }
-        for (int64_t r = 0; r < height; r += variant.most) {
-          const int64_t tall = height - r < variant.most ? height - r : variant.most;
-          const Rows rows = {values.as<int8_t>() + r * units * kUnit, row_scales.as<float>() + r * units,
-                             starts.as<int32_t>() + r * units, units};
-          variant.tiles[tall](rows, panel.as<uint8_t>(), panel_scales.as<float>(), c);
-          write(c, width, tall, count, bias ? bias + column : nullptr, out + (first + r) * n + column, n);
+        for (int64_t r = begin; r < end; ++r) {
+          write(x, result, functions, first + r, column, std::min(group, n - column), slots.values(),
+                scratch.as<float>() + (r - begin) * group);
         }
       }
     }
   }
 }
 
-uint64_t enabled_state() {
-  uint32_t low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return uint64_t(high) << 32 | low;
-}
-
-int detect() {
-  uint32_t a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;  // no OSXSAVE
-  const bool fma = c >> 12 & 1;
-  const uint64_t state = enabled_state();
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (state & 6) != 6 || !fma || !(b >> 5 & 1)) return 0;
-  int found = 1 << kAvx2;
-  const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
-  const bool wide = (state & 0xE0) == 0xE0 && (b & (f | dq | bw | vl)) == (f | dq | bw | vl);
-  if (wide && (c >> 11 & 1)) found |= 1 << kAvx512Vnni;
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)) found |= 1 << kAvxVnni;
-  return found;
-}
+}  // namespace
 
 #endif  // TAHF4_X86
 
-}  // namespace
-
 extern "C" {
 
-// Return which products can run: bit 1 AVX2, bit 2 AVX-VNNI, bit 3 AVX-512-VNNI; 0 for none.
-int tahf4_instruction_sets() {
+// A W4A4 product and what follows it, as tahf4_compiler/ops.py and fused_ops.py define it. isa: a set of instructions
+// that tahf4_instruction_sets allows, not 0.
+void tahf4_linear(const Operands* operands, const Result* result, int isa, int threads) {
 #if TAHF4_X86
-  static const int found = detect();
-  return found;
-#else
-  return 0;
-#endif
-}
-
-// The W4A4 product, as tahf4_compiler.ops.linear does.
-//
-// codes: [m, units * 32]; scales: [m, units]; the weight's: [n, ...]. bias: [n] or null. out: [m, n], float32 (out_dtype
-// 0) or bfloat16 (1). isa: one of the numbers above that tahf4_instruction_sets allows.
-void tahf4_linear(const uint8_t* codes, const int32_t* scales, int64_t m, const uint8_t* weight_codes,
-                  const int32_t* weight_scales, int64_t n, int64_t units, const float* bias, void* out, int out_dtype,
-                  int isa, int threads) {
-#if TAHF4_X86
-  if (out_dtype == 0) {
-    product(codes, scales, m, weight_codes, weight_scales, n, units, bias, static_cast<float*>(out), isa, threads);
-  } else {
-    product(codes, scales, m, weight_codes, weight_scales, n, units, bias, static_cast<uint16_t*>(out), isa, threads);
-  }
+  product(*operands, *result, isa, threads);
 #endif
 }
 

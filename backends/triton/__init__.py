@@ -78,7 +78,7 @@ def _quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int =
     from . import quantize
 
     ops.check_transform(x.shape[-1], multiplier, hadamard_block)
-    return quantize.call([x], "", multiplier, hadamard_block)
+    return quantize.call([x], "", _dense(multiplier), hadamard_block)
 
 
 def _fused_quantize(
@@ -87,7 +87,7 @@ def _fused_quantize(
     from . import quantize
 
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
-    return quantize.call(inputs, program, multiplier, hadamard_block)
+    return quantize.call(inputs, program, _dense(multiplier), hadamard_block)
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
@@ -124,7 +124,8 @@ def _fused_linear(
     result_dtype: torch.dtype,
 ) -> tuple[Any, list[Call]]:
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    return _product(codes, scales, weight_codes, weight_scales, bias, out_dtype, sizes, inputs, program, result_dtype)
+    operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
+    return _product(*operands, sizes, inputs, program, result_dtype)
 
 
 def _linear_quantize(
@@ -142,9 +143,14 @@ def _linear_quantize(
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
-    operands = (codes, scales, weight_codes, weight_scales, bias, out_dtype)
-    results, calls = _product(*operands, [n], inputs, program, None, multiplier, hadamard_block)
+    operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
+    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block)
     return tuple(results), calls
+
+
+def _dense(values: Tensor | None) -> Tensor | None:
+    """Return a bias or multiplier as kernels read it: one value behind the other."""
+    return None if values is None else values.contiguous()
 
 
 def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], list[Call]]:

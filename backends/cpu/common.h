@@ -1,0 +1,202 @@
+// What the C++ files of this folder share: bits, types, and the description of a program.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && \
+    defined(__BMI2__) && (defined(__clang__) || __GNUC__ >= 11)
+#define TAHF4_X86 1
+#include <immintrin.h>
+#endif
+
+namespace tahf4 {
+
+constexpr int kUnit = 64;
+constexpr int kNanScale = 0xFF;
+constexpr int kFiniteEnd = 0x7F800000;  // bits of infinity: magnitudes below are finite
+
+enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Isa { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };
+
+template <class To, class From>
+inline To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To result;
+  std::memcpy(&result, &value, sizeof(result));
+  return result;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+inline int round_bits(int bits, int drop) {
+  bits += ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1);
+  return (bits >> drop) << drop;
+}
+
+// The level-1 scale of a unit, E6M2, from its largest magnitude.
+inline int level1_scale(float unit_max) {
+  const float scale = bits_as<float>(round_bits(bits_as<int>(unit_max * 0.142578125f), 16));
+  const float clamped = std::min(std::max(scale, 0x1p-48f), 49152.0f);
+  return (round_bits(bits_as<int>(clamped), 21) >> 21) - ((127 - 48) << 2);
+}
+
+// Its reciprocal, rounded to bfloat16.
+inline float reciprocal(int code) {
+  constexpr int kFraction[4] = {0, 77 << 16, 43 << 16, 18 << 16};
+  const int mantissa = code & 3;
+  return bits_as<float>(((127 + 48 - (code >> 2) - (mantissa > 0)) << 23) | kFraction[mantissa]);
+}
+
+inline float scale_of(int32_t metadata) {
+  const uint32_t code = metadata & 0xFF;
+  return bits_as<float>(code == kNanScale ? 0x7FC00000u : ((code >> 2) + (127 - 48)) << 23 | (code & 3) << 21);
+}
+
+struct Buffer {
+  explicit Buffer(int64_t bytes) : data(::operator new(size_t(bytes), std::align_val_t(64))) {}
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+  void* data;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Programs: what is computed before a quantization or after a product (programs.py writes them). Laid out for ctypes.
+
+enum Op : int32_t {
+  kLoad,     // input a
+  kProduct,  // what a product gave, in its dtype
+  kReduced,  // what the reduction read, from the row kept
+  kTo,
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kNeg,
+  kAbs,
+  kExp,
+  kSqrt,
+  kRsqrt,
+  kSigmoid,
+  kRelu,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kSquare,
+  kNormalize,  // (a - mean) * factor [* b] [+ c]
+  kMean,
+};
+
+// Slot `to` becomes op(slots a, b, c), rounded to a dtype. Slots hold 64 values.
+struct Instruction {
+  int32_t op, dtype, to, a, b, c;
+};
+
+enum Reduction : int32_t { kNothing, kLayerNorm, kRmsNorm, kMeanOf };
+
+struct Program {
+  const Instruction* before;  // the reduction: they end with the value that it reads
+  const Instruction* after;   // it, or the whole program if there is none
+  const float* constants;     // of the first slots
+  int32_t before_count, after_count, constant_count, slots;
+  int32_t reduced, result, reduction;  // slots; Reduction
+  float epsilon;
+};
+
+// A tensor that broadcasts to [sizes..., columns].
+struct Input {
+  const void* data;
+  int32_t dtype, column_stride;  // 0 or 1
+  const int64_t* strides;        // of the leading axes
+};
+
+struct Inputs {
+  const Input* list;
+  const int64_t* sizes;  // of the leading axes
+  int32_t count, axes;
+};
+
+constexpr int kMostInputs = 16, kMostAxes = 16;
+
+// Where a quantization goes, and what happens before it.
+struct Target {
+  const float* multiplier;  // or null
+  int64_t block;            // of the Hadamard transform, or 0
+  float norm;
+  uint8_t* codes;
+  int32_t* scales;
+};
+
+// Room for the slots of a program, or of none; its constants are in place.
+struct Slots {
+  explicit Slots(const Program* program) : memory((program ? program->slots : 1) * kUnit * 4) {
+    for (int slot = 0; program && slot < program->constant_count; ++slot)
+      std::fill_n(values() + slot * kUnit, kUnit, program->constants[slot]);
+  }
+  float* values() const { return memory.as<float>(); }
+  Buffer memory;
+};
+
+// What is compiled for each set of instructions.
+struct Functions {
+  // Rows are pieces of `count` values, a multiple of the block, unless the row ends before.
+  void (*quantize)(const void* x, int dtype, int64_t count, const Target& target, float* wide);
+  // One row of an activation through a program into units. row_values: room for the row, as whole units.
+  void (*quantize_program)(const Program& program, const Inputs& inputs, int64_t row, int64_t columns,
+                           const Target& target, float* slots, float* row_values);
+  // One row of a product, `count` <= 64 columns from `column`, plus bias, rounded, through a program (or null), in place.
+  void (*finish)(const Program* program, const Inputs& inputs, int64_t row, int64_t column, int64_t count,
+                 const float* bias, int dtype, float* slots, float* values);
+  void (*store)(const float* values, int64_t count, int dtype, void* out);
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products. Laid out for ctypes.
+
+struct Operands {
+  const uint8_t* codes;  // [m, units * 32]
+  const int32_t* scales;  // [m, units]
+  const uint8_t* weight_codes;  // [n, units * 32]
+  const int32_t* weight_scales;  // [n, units]
+  const float* bias;  // [n] or null
+  int64_t m, n, units;
+  int32_t dtype;  // that the product, bias included, is rounded to
+};
+
+// What becomes of a product: a tensor, or units if target.codes is not null.
+struct Result {
+  const Program* program;  // or null
+  const Inputs* inputs;
+  void* out;  // [m, n]
+  int32_t dtype;
+  Target target;
+};
+
+// Null for kNone.
+const Functions* functions_of(int isa);
+
+inline int team_of(int64_t values, int threads) {
+  constexpr int64_t kValuesPerThread = 1 << 15;  // fewer are not worth a thread
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / kValuesPerThread)));
+}
+
+}  // namespace tahf4

@@ -1,0 +1,244 @@
+"""Programs of fused operators as the C++ code reads them: instructions on slots of 64 values."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...program import REDUCTIONS, Argument, Program, Statement
+
+__all__ = ["DTYPES", "Encoded", "Inputs", "encode", "inputs_of"]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Number of each dtype in the C++ files."""
+
+MOST_INPUTS = 16
+_MOST_AXES = 16
+
+# In the order of `enum Op` of common.h.
+_LOAD, _PRODUCT, _REDUCED, _NORMALIZE, _MEAN = 0, 1, 2, 19, 20
+_OPS = {
+    name: number
+    for number, name in enumerate(
+        (
+            *("to", "add", "sub", "mul", "div", "neg", "abs", "exp", "sqrt", "rsqrt"),
+            *("sigmoid", "relu", "silu", "gelu", "gelu_tanh", "square"),
+        ),
+        start=3,
+    )
+}
+_REDUCTIONS = {"layer_norm": 1, "rms_norm": 2, "mean": 3}  # `enum Reduction`
+
+Instruction = tuple[int, int, int, int, int, int]
+
+
+class CProgram(ctypes.Structure):
+    """``struct Program`` of common.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("before", "after", "constants")),
+        *((name, ctypes.c_int32) for name in ("before_count", "after_count", "constant_count", "slots")),
+        *((name, ctypes.c_int32) for name in ("reduced", "result", "reduction")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class CInput(ctypes.Structure):
+    """``struct Input`` of common.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("column_stride", ctypes.c_int32),
+        ("strides", ctypes.c_void_p),
+    ]
+
+
+class CInputs(ctypes.Structure):
+    """``struct Inputs`` of common.h."""
+
+    _fields_ = [
+        ("list", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+        ("axes", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A program for the C++ code.
+
+    Attributes:
+        struct: what is passed.
+        dtype: of the result; None for an empty program, which gives back its input.
+        arrays: that the struct points into.
+    """
+
+    struct: CProgram
+    dtype: torch.dtype | None
+    arrays: tuple[Any, ...]
+
+
+@functools.cache
+def encode(text: str, default: str) -> Encoded | None:
+    """Return the instructions of a program.
+
+    Args:
+        text: of the program.
+        default: name of what an empty program returns, ``"x0"`` or ``"y"``.
+
+    Returns:
+        None if the C++ code cannot run it: more than one reduction, or more than 16 inputs.
+    """
+    program = Program.parse(text)
+    by_name = {s.name: s for s in program.statements}
+    reductions = [s for s in program.statements if s.function in REDUCTIONS]
+    if len(by_name) != len(program.statements) or len(reductions) > 1:
+        return None
+    reduction = reductions[0] if reductions else None
+    if reduction is not None and not isinstance(reduction.arguments[0], str):
+        return None
+    names = {a for s in program.statements for a in s.names()} | {program.result(default)}
+    if any(n[0] == "x" and n[1:].isdigit() and int(n[1:]) >= MOST_INPUTS for n in names - set(by_name)):
+        return None
+    constants: dict[float, int] = {}
+    for statement in program.statements:
+        last = len(statement.arguments) - (statement.function in ("layer_norm", "rms_norm"))  # the epsilon is no slot
+        for argument in statement.arguments[:last]:
+            if isinstance(argument, int | float):
+                constants.setdefault(float(argument), len(constants))
+    before: list[Instruction] = []
+    slots, reduced, epsilon = len(constants), 0, 0.0
+    if reduction is not None:
+        before, reduced, slots = _code(by_name, str(reduction.arguments[0]), None, constants)
+        if reduction.function != "mean":
+            epsilon = float(reduction.arguments[-1] or 0.0)
+    after, result, more = _code(by_name, program.result(default), reduction, constants)
+    arrays = (_flat(before), _flat(after), (ctypes.c_float * max(1, len(constants)))(*constants))
+    pointers = [ctypes.addressof(array) for array in arrays]
+    kind = _REDUCTIONS[reduction.function] if reduction is not None else 0
+    counts = (len(before), len(after), len(constants), max(slots, more))
+    struct = CProgram(*pointers, *counts, reduced, result, kind, epsilon)
+    return Encoded(struct, program.statements[-1].dtype if program.statements else None, arrays)
+
+
+def _flat(code: Sequence[Instruction]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * max(1, 6 * len(code)))(*(number for instruction in code for number in instruction))
+
+
+def _code(
+    by_name: dict[str, Statement], wanted: str, reduction: Statement | None, constants: dict[float, int]
+) -> tuple[list[Instruction], int, int]:
+    """Return the instructions for a value, its slot, and how many slots they need.
+
+    ``reduction``: what it reads is taken from the row that was kept.
+    """
+    kept = reduction.arguments[0] if reduction is not None else None
+
+    def sources(name: str) -> list[str]:
+        return by_name[name].names() if name in by_name and name != kept else []
+
+    order: list[str] = []  # every name that is needed, after what it reads
+
+    def visit(name: str) -> None:
+        if name not in order:
+            for source in sources(name):
+                visit(source)
+            order.append(name)
+
+    visit(wanted)
+    last = {source: index for index, name in enumerate(order) for source in sources(name)}
+    last[wanted] = len(order)
+    slot_of: dict[str, int] = {}
+    free: list[int] = []
+    slots = len(constants)
+    code: list[Instruction] = []
+
+    def slot(argument: Argument) -> int:
+        if argument is None:
+            return -1
+        return slot_of[argument] if isinstance(argument, str) else constants[float(argument)]
+
+    for index, name in enumerate(order):
+        if not free:
+            free.append(slots)
+            slots += 1
+        to = slot_of[name] = free.pop()
+        if name == kept:
+            code.append((_REDUCED, 0, to, -1, -1, -1))
+        elif name not in by_name:
+            code.append((_PRODUCT, 0, to, -1, -1, -1) if name == "y" else (_LOAD, 0, to, int(name[1:]), -1, -1))
+        else:
+            code.append(_instruction(by_name[name], to, slot))
+        # Only now: an instruction never writes to a slot that it reads.
+        free += [slot_of[source] for source in dict.fromkeys(sources(name)) if last[source] == index]
+    return code, slot_of[wanted], slots
+
+
+def _instruction(statement: Statement, to: int, slot: Any) -> Instruction:
+    dtype = DTYPES[statement.dtype]
+    if statement.function == "mean":
+        return (_MEAN, dtype, to, -1, -1, -1)
+    if statement.function in ("layer_norm", "rms_norm"):
+        x, weight, bias = (*statement.arguments[:-1], None)[:3]
+        return (_NORMALIZE, dtype, to, slot(x), slot(weight), slot(bias))
+    a, b = (*map(slot, statement.arguments), -1)[:2]
+    return (_OPS[statement.function], dtype, to, a, b, -1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors that broadcast to one shape, for the C++ code.
+
+    Attributes:
+        struct: what is passed.
+        held: tensors and arrays that it points into.
+    """
+
+    struct: CInputs
+    held: tuple[Any, ...]
+
+
+def inputs_of(tensors: Sequence[Tensor], shape: Sequence[int]) -> Inputs:
+    """Describe tensors that broadcast to ``shape``; float32, bfloat16 or float16, on the CPU.
+
+    Leading axes that lie behind each other in every tensor become one.
+    """
+    columns = shape[-1]
+    plain = []
+    for tensor in tensors:
+        # A lazily negated tensor would be read as it is stored.
+        value = tensor.detach().resolve_neg()
+        if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+            value = value.contiguous()
+        plain.append(value.expand(shape))
+    axes: list[tuple[int, list[int]]] = []
+    for axis, size in enumerate(shape[:-1]):
+        strides = [value.stride(axis) for value in plain]
+        if size == 1:
+            continue
+        if axes and all(outer == inner * size for outer, inner in zip(axes[-1][1], strides, strict=True)):
+            axes[-1] = (axes[-1][0] * size, strides)
+        else:
+            axes.append((size, strides))
+    axes = axes or [(math.prod(shape[:-1]), [0] * len(plain))]
+    if len(axes) > _MOST_AXES or len(plain) > MOST_INPUTS:
+        raise NotImplementedError(f"{len(axes)} leading axes, {len(plain)} inputs")  # fused operators have fewer
+    sizes = (ctypes.c_int64 * len(axes))(*(size for size, _ in axes))
+    table = (CInput * max(1, len(plain)))()
+    arrays = []
+    for i, value in enumerate(plain):
+        strides_of = (ctypes.c_int64 * len(axes))(*(strides[i] for _, strides in axes))
+        arrays.append(strides_of)
+        column_stride = value.stride(-1) if columns > 1 else 0
+        table[i] = CInput(value.data_ptr(), DTYPES[value.dtype], column_stride, ctypes.addressof(strides_of))
+    struct = CInputs(ctypes.addressof(table), ctypes.addressof(sizes), len(plain), len(axes))
+    return Inputs(struct, (plain, sizes, table, *arrays))
