@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types tiny-wan clean
+.PHONY: help env demo test lint types sanitize tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,12 @@ types: $(STAMP) ## Check types with mypy
 	@ln -s $(CURDIR)/tahf4_compiler/* build/types/tahf4_compiler/
 	@ln -s $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/tools build/types/tahf4_compiler/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tahf4_compiler
+
+sanitize: $(STAMP) ## Run the tests of the C++ kernels under the address and undefined-behaviour sanitizers (GCC)
+	TAHF4_CPP_SANITIZE=1 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -p no:cacheprovider \
+	tests/backends/test_cpu.py tests/backends/test_cpu_fused.py \
+	-k "not compile and not compiler and not graph and not process and not plug_in and not operators"
 
 tiny-wan: $(STAMP) ## Train the shipped pipeline again (about 80 minutes of stages on 2 cores; can be stopped and taken up again)
 	$(BIN)/python -m tahf4_compiler.tools.tiny_wan.train

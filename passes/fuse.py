@@ -12,7 +12,7 @@ from torch import fx
 
 from .. import fused_ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..graph import mutates, node_arg, size_hint
-from ..kernels import compiled
+from ..kernels import serving
 from ..pass_base import Context, Pass, PassResult
 from ..program import DTYPES, REDUCTIONS, Program, Statement, call_of
 from .plan import DECISION
@@ -45,7 +45,8 @@ class Fuse(Pass):
 
     A product whose only reader is a quantization becomes ``tahf4.linear_quantize``, which writes codes alone, and
     merged products with ``aten.split_with_sizes`` one with several results. Nothing is fused where only the reference
-    could run it: PyTorch's own compiler does better there.
+    could run it: PyTorch's own compiler does better there;
+    nor where another kernel than the fused one runs the parts, so that a plug-in's kernel keeps its nodes.
 
     Attributes:
         always: fuse for the reference as well, to look at the graph.
@@ -110,10 +111,10 @@ class Fuse(Pass):
         for part in list(fused.users):  # they are contiguous now
             users = list(part.users)
             # With another reader, one might write to what it copied.
-            if len(users) == 1 and users[0].target is aten.clone.default:
-                if users[0].kwargs.get("memory_format") is torch.contiguous_format:
-                    users[0].replace_all_uses_with(part)
-                    graph.erase_node(users[0])
+            copied = len(users) == 1 and users[0].target is aten.clone.default
+            if copied and users[0].kwargs.get("memory_format") is torch.contiguous_format:
+                users[0].replace_all_uses_with(part)
+                graph.erase_node(users[0])
         _erase([split, product])
         return "split products"
 
@@ -136,7 +137,7 @@ class Fuse(Pass):
         graph = end.graph
         with graph.inserting_before(end):
             node = call(like, target, args)
-            if not self.always and not compiled(node):
+            if not self.always and not _same_kernel(node, {like, end}):
                 graph.erase_node(node)
                 return None
             if DECISION in like.meta:
@@ -282,6 +283,13 @@ class _Region:
         self.names[node] = name
 
 
+def _same_kernel(fused: fx.Node, parts: set[fx.Node]) -> bool:
+    """Whether what runs the parts (a plug-in's kernel, say) also runs what they become; never the reference."""
+    name = serving(fused).name
+    ours = [part for part in parts if part.target in (QUANTIZE, LINEAR)]
+    return name != "reference" and all(serving(part).name == name for part in ours)
+
+
 def _readers(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that need a value; what only asserts its type does not."""
     return [user for user in node.users if user.target is not _ASSERT]
@@ -310,7 +318,24 @@ def _split(product: fx.Node) -> list[int] | None:
     # Parts are views into rows; fused, they are contiguous. Who sees strides keeps them.
     seen = [user for part in readers[0].users for user in part.users]
     only_parts = only_parts and not any(user.op == "output" or user.target is aten.as_strided.default for user in seen)
+    # A copy of a view (`q.contiguous()`) would be the part itself, and a write to it one to the part.
+    only_parts = only_parts and not any(_written(part) for part in readers[0].users)
     return list(sizes) if whole and axis in (-1, rank - 1) and only_parts else None  # type: ignore[arg-type]
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether something writes to a value, or to what may share its memory."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if mutates(user) and user.target is not _ASSERT:
+                return True
+            schema = getattr(user.target, "_schema", None)
+            shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+            if user not in seen and (shares or user.target in (operator.getitem, aten.type_as.default)):
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:

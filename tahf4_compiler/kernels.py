@@ -22,12 +22,12 @@ __all__ = [
     "KERNEL",
     "OPERATORS",
     "Kernel",
-    "compiled",
     "generated_sources",
     "kernels",
     "quantize",
     "register_kernel",
     "select",
+    "serving",
 ]
 
 log = logging.getLogger(__name__)
@@ -125,16 +125,15 @@ def _register_built_in() -> None:
         triton.register()
 
 
-def compiled(node: fx.Node) -> bool:
-    """Whether another kernel than the reference can run a node."""
+def serving(node: fx.Node) -> Kernel:
+    """Return the first kernel that serves a node."""
     _register_built_in()
-    return any(k.operator is node.target and k.name != "reference" and k.serves(node) for k in _kernels)
+    return next(k for k in _kernels if k.operator is node.target and k.serves(node))
 
 
 def select(node: fx.Node) -> Kernel:
-    """Return the kernel that runs a node."""
-    _register_built_in()
-    kernel = next(k for k in _kernels if k.operator is node.target and k.serves(node))
+    """Return the kernel that runs a node; said once where it is the reference."""
+    kernel = serving(node)
     if kernel.name == "reference":
         _say_once(_device(node))
     return kernel

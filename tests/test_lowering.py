@@ -51,14 +51,14 @@ def test_capture_and_lower_refuse_what_they_cannot_do():
         lowered.print_readable(after="nothing")
 
 
-PLAIN = {**GRAPH, "disable_passes": ["lower"]}
+PLAIN = {**GRAPH, "disable_passes": ["fuse", "lower"]}
 """Options that leave the reference operators in the graph."""
 
 
 def test_wan_shares_quantizations_and_merges_products():
     model, inputs = wan()
     captured = tahf4.capture(model, (), inputs)
-    apart = tahf4.lower(captured, options={**PLAIN, "disable_passes": ["share", "lower"]})
+    apart = tahf4.lower(captured, options={**PLAIN, "disable_passes": ["share", "fuse", "lower"]})
     shared = tahf4.lower(captured, options={**PLAIN, "share.merge": False})
     merged = tahf4.lower(captured, options=PLAIN)
     # A block: q, k, v of self-attention read one activation, k and v of cross-attention another.

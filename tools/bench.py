@@ -1,4 +1,4 @@
-"""``tahf4 bench``: check and time the generated kernels on a GPU."""
+"""``tahf4 bench``: check and time the generated kernels on a GPU, or time those of the CPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,23 @@ def bench(
     ] = 32760,
     only_check: Annotated[bool, typer.Option("--only-check", help="Compare with the reference, time nothing.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and Markdown.")] = Path("out/bench"),
+    cpu: Annotated[bool, typer.Option("--cpu", help="Time the kernels of the CPU instead.")] = False,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds of each comparison on the CPU.")] = 7,
 ) -> None:
     """Compare every generated kernel with the reference on the GPU, then time them beside PyTorch's own.
 
     Quantizing kernels against a plain copy, products against bfloat16 and float8, and a whole block of Wan2.2-A14B
     against eager PyTorch and torch.compile, in one process. From a checkout without installation:
     `python tools/gpu_check.py`.
+
+    With `--cpu`: quantization against a copy, linears and a block of Wan2.2-TI2V-5B against float32, bfloat16 and dynamic
+    int8 of PyTorch, side by side, on as many threads as PyTorch uses (`OMP_NUM_THREADS`).
     """
+    if cpu:
+        from . import cpu_bench
+
+        cpu_bench.main(output, rounds)
+        return
     from . import gpu_check
 
     arguments = ["--tokens", str(tokens), "-o", str(output), *(["--only-check"] if only_check else [])]

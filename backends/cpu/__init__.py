@@ -246,7 +246,8 @@ def linear(
     if instruction_set() == "none" or not scales.shape[-1]:
         product = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
         return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
-    out = torch.empty((*scales.shape[:-1], len(weight_codes)), dtype=out_dtype if out_dtype in DTYPES else torch.float32)
+    written = out_dtype if out_dtype in DTYPES else torch.float32
+    out = torch.empty((*scales.shape[:-1], len(weight_codes)), dtype=written)
     _product(given, out.dtype, "", (), out=out)
     return out.to(out_dtype)
 
@@ -350,9 +351,9 @@ def _product(
     out: Tensor | None = None,
     units: _Units | None = None,
 ) -> None:
-    """Fill ``out`` or ``units`` with a product that is rounded to ``dtype``, bias included, and goes through a program."""
+    """Fill ``out`` or ``units`` with a product, bias included, rounded to ``dtype``, that goes through a program."""
     tensors = [t.contiguous() for t in given[:4]]
-    codes, scales, weight_codes, weight_scales = tensors
+    _, scales, _, weight_scales = tensors
     n, count = weight_scales.shape
     bias = _plain(given[4])
     shape = (*scales.shape[:-1], n)

@@ -25,6 +25,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 # Behind Inductor's own flags, so that these have the last word: vectorize loops, and change no bit of a result.
 _FLAGS = ("-fno-unsafe-math-optimizations", "-fsigned-zeros", "-ffp-contract=off")
 _GCC_FLAGS = ("-ftree-loop-vectorize",)
+_SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1")
 
 _pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
@@ -89,6 +90,8 @@ def _build() -> Path:
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, is_gcc
 
     flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ()) + _machine_flags()
+    if os.environ.get("TAHF4_CPP_SANITIZE", "") not in ("", "0"):  # for `make sanitize`
+        flags += _SANITIZERS
     options = CppTorchOptions(include_pytorch=False, warning_all=False, extra_flags=flags)
 
     def builder(sources: Sequence[Path], folder: Path) -> CppBuilder:

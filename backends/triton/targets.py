@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import OptionError
 from . import source
 from .call import Call
 
@@ -76,6 +77,11 @@ def compile_call(call: Call, capability: int) -> Resources:
         What ``cuobjdump`` says about the code.
     """
     import triton
+
+    from .interpreter import interpreting
+
+    if interpreting():
+        raise OptionError("TRITON_INTERPRET is set, so that Triton compiles nothing; unset it to compile kernels")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

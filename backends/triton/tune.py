@@ -1,7 +1,8 @@
 """Which path and tile a product takes: measured once for each kind of product on a chip, and kept in a file.
 
 Only large products are measured (few candidates, each some milliseconds); small ones and everything in the interpreter
-take the default. ``TAHF4_AUTOTUNE=0`` measures nothing. Nothing is measured while a CUDA graph is captured.
+take the default. ``TAHF4_AUTOTUNE=0`` measures nothing. While a CUDA graph is captured nothing is measured: it gets
+what runs before it have measured.
 """
 
 from __future__ import annotations
@@ -42,10 +43,8 @@ def key_of(kernel: Any, rows: int, columns: int, unit_count: int) -> str:
 
 
 def wanted(device: torch.device, rows: int) -> bool:
-    """Whether a product is to be measured."""
-    if device.type != "cuda" or rows < ENOUGH_ROWS or os.environ.get("TAHF4_AUTOTUNE", "1") == "0":
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+    """Whether a product takes what was measured for it."""
+    return device.type == "cuda" and rows >= ENOUGH_ROWS and os.environ.get("TAHF4_AUTOTUNE", "1") != "0"
 
 
 def choose(
@@ -71,6 +70,8 @@ def choose(
             choice = path, Tile(*sizes)
             if choice in candidates:
                 return choice
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return candidates[0]  # nothing can be timed here; a run before the capture would have measured it
         times = [_time(launches, candidate, timer or _do_bench) for candidate in candidates]
         best = candidates[times.index(min(times))]
         if min(times) == float("inf"):

@@ -286,7 +286,9 @@ def test_lowered_graphs_run_the_kernels(dtype):
     model, x = Stack().eval().to(dtype), torch.randn(4, 64, dtype=dtype)
     lowered = tahf4.lower(tahf4.capture(model, (x,)), options=GRAPH)
     assert {decision.kernel for decision in lowered.plan if decision.kernel} == {"cpu"}
-    assert lowered.graph_module.graph.find_nodes(op="call_function", target=torch.ops.tahf4_cpu.linear.default)
+    names = {str(node.target).split(".")[0] for node in lowered.graph_module.graph.nodes if node.op == "call_function"}
+    assert "tahf4_cpu" in names
+    assert "tahf4" not in names
     assert relative(lowered(x), expected(model, block_linears(model))(x)) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 

@@ -19,6 +19,12 @@ def _no_grad():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    """The reference gives the same bits fused and not."""
+    monkeypatch.setenv("TAHF4_NO_CPP", "1")
+
+
 def lowered(model, *args, **options):
     """Return a model lowered with and without fusion."""
     captured = tahf4.capture(model, args)
@@ -310,3 +316,69 @@ def test_getitem_is_only_a_result():
     low, _ = lowered(model, x)
     for node in named(low, "fused_linear"):
         assert [(u.target, u.args[1]) for u in node.users] == [(operator.getitem, 0)]
+
+
+class Around(nn.Module):
+    """A linear in a repeated block with something around it."""
+
+    def __init__(self, width, function):
+        super().__init__()
+        self.up, self.function = nn.Linear(128, width), function
+
+    def forward(self, x):
+        return self.function(self.up, x)
+
+
+def copied_and_written(up, x):
+    q, k = up(x).split([128, 128], -1)
+    a = q.contiguous()
+    a.mul_(2.0)
+    return a + q + k
+
+
+def copied_twice(up, x):
+    q, k = up(x).split([128, 128], -1)
+    a, b = q.contiguous(), q.contiguous()
+    a.add_(1.0)
+    return a + b + k
+
+
+ZERO_DIM = torch.tensor(0.1)
+
+
+@pytest.mark.parametrize(
+    ("width", "function"),
+    [
+        (256, copied_and_written),
+        (256, copied_twice),
+        (128, lambda up, x: x.type_as(nn.functional.silu(up(x)))),
+        (128, lambda up, x: up(x - x.mean(dim=None, keepdim=True))),
+        (128, lambda up, x: up(x - x.mean(dim=[0, 1], keepdim=True))),
+        (128, lambda up, x: up(x * 1e-40 / 1e-40)),
+    ],
+)
+def test_what_a_fused_node_would_get_wrong(width, function):
+    model, x = Blocks(lambda: Around(width, function)), torch.randn(3, 128)
+    same(lowered(model, x, **{"rotate.block": 0}), x)
+
+
+def test_an_operand_without_axes_is_rounded_first_and_not_drawn_in():
+    model = Blocks(lambda: Around(128, lambda up, x: up(x) * ZERO_DIM + x)).bfloat16()
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    pair = lowered(model, x)
+    assert not any("mul" in program for program in programs(pair[0]))
+    same(pair, x)
+
+
+def test_parts_that_leave_the_graph_keep_their_strides():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(128, 128) for _ in range(3)])
+
+        def forward(self, x):
+            return self.blocks[2](self.blocks[1](self.blocks[0](x))).split([64, 64], -1)
+
+    pair = lowered(Parts(), torch.randn(3, 128))
+    a, b = (low(torch.ones(3, 128)) for low in pair)
+    assert [t.stride() for t in a] == [t.stride() for t in b]

@@ -141,7 +141,7 @@ def test_siblings_under_one_name_share_a_quantization_and_others_do_not():
         mask = torch.ones(128) * 2
         pairs = zip(paths, names, strict=True)
         attach(model, {p: Attachment("hif4", "test", True, 64, "", n, mask) for p, n in pairs})
-        options = {"disable_passes": ["lower"], "keep": ["blocks.1"]}
+        options = {"disable_passes": ["fuse", "lower"], "keep": ["blocks.1"]}
         result = tahf4.lower(tahf4.capture(model, (), inputs), options=options)
         target = torch.ops.tahf4.quantize.default
         quantized = result.graph_module.graph.find_nodes(op="call_function", target=target)

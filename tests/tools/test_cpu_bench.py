@@ -1,0 +1,37 @@
+"""What ``tahf4 bench --cpu`` measures, on small sizes."""
+
+from __future__ import annotations
+
+import pytest
+from tahf4_compiler.backends import cpu
+from tahf4_compiler.tools import cpu_bench
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
+
+
+def test_every_part_is_measured_and_shown(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu_bench, "interleaved", lambda functions, rounds: (
+        calls.append([f() is None for f in functions.values()]),
+        {name: {"seconds": 0.5 + i, "spread": 0.1} for i, name in enumerate(functions)},
+    )[1])
+    found = {
+        "facts": cpu_bench.facts(),
+        "rounds": 3,
+        "quantize": cpu_bench.quantizing([(3, 64)], 3),
+        "linear": cpu_bench.linears([(2, 64, 8)], 3),
+        "block": {
+            "dim": 64, "ffn": 128, "tokens": 5, "relative_error": 0.1, "weight_bytes": {"float32": 8, "hif4": 1},
+            "times": {n: {"seconds": 1.0, "spread": 0.0} for n in ("float32", "W4A4")},
+        },
+    }
+    text = cpu_bench.markdown(found)
+    assert len(calls) == 2 and not any(map(any, calls))
+    assert "| 3 x 64 |" in text and "| 2 x 64 x 8 |" in text and "0.125" in text
+
+
+def test_times_are_medians_in_turn():
+    order = []
+    times = cpu_bench.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, least=0.0)
+    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert set(times) == {"a", "b"} and times["a"]["seconds"] > 0

@@ -1,0 +1,221 @@
+"""``tahf4 bench --cpu``: W4A4 on the CPU beside PyTorch's own, interleaved in one process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+
+from .. import hif4, kernels
+from ..backends import cpu
+from ..errors import OptionError
+from .kernels.block import WanBlock, rotary_of
+
+__all__ = ["LINEARS", "QUANTIZED", "block", "facts", "linears", "main", "markdown", "quantizing"]
+
+QUANTIZED = ((512, 3072), (1024, 5120), (4096, 5120))
+"""Rows and columns of activations."""
+
+LINEARS = (
+    *((1024, 1536, 1536), (1024, 5120, 5120), (256, 5120, 13824), (48, 256, 1024)),
+    *((8, 5120, 5120), (1, 5120, 5120)),
+)
+"""M, K, N."""
+
+Times = dict[str, dict[str, float]]
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.02) -> Times:
+    """Return the median seconds of each function and its spread, (largest - smallest) / median, over rounds in turn.
+
+    ``least``: seconds that one measurement takes at least.
+    """
+    repeats = {}
+    for name, function in functions.items():
+        function()
+        start = time.perf_counter()
+        function()
+        repeats[name] = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {
+        name: {"seconds": statistics.median(t), "spread": (max(t) - min(t)) / statistics.median(t)}
+        for name, t in times.items()
+    }
+
+
+def facts() -> dict[str, Any]:
+    """Return what a measurement depends on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    limits = {n: os.environ[n] for n in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "TAHF4_CPU_ISA") if n in os.environ}
+    return {
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "PyTorch's instructions": torch.backends.cpu.get_cpu_capability(),
+        "ours": cpu.instruction_set(),
+        **limits,
+    }
+
+
+def quantizing(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """Time quantization of float32 and bfloat16 beside a copy of the same float32 tensor."""
+    rows = []
+    for m, k in shapes:
+        x = torch.randn(m, k)
+        half, target, multiplier = x.bfloat16(), torch.empty_like(x), torch.rand(k) + 0.5
+        times = interleaved(
+            {
+                "copy": lambda x=x, target=target: target.copy_(x),  # type: ignore[misc]
+                "quantize": lambda x=x: cpu.quantize(x),  # type: ignore[misc]
+                "mask, rotation": lambda x=x, f=multiplier: cpu.quantize(x, f, 64),  # type: ignore[misc]
+                "bfloat16": lambda x=half: cpu.quantize(x),  # type: ignore[misc]
+            },
+            rounds,
+        )
+        rows.append({"m": m, "k": k, "values": m * k, "times": times})
+    return rows
+
+
+def _int8(module: nn.Module) -> nn.Module:
+    """Return PyTorch's own dynamic int8 form."""
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: nn.Module = quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+    return found
+
+
+def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
+    """Time W4A4 linears, quantization of the activation included, beside PyTorch's."""
+    rows = []
+    for m, k, n in shapes:
+        linear, x = nn.Linear(k, n), torch.randn(m, k)
+        half, half_x = nn.Linear(k, n).bfloat16(), x.bfloat16()
+        int8 = _int8(nn.Sequential(nn.Linear(k, n)))
+        weight = cpu.quantize(linear.weight)
+        times = interleaved(
+            {
+                "float32": lambda f=linear, x=x: f(x),  # type: ignore[misc]
+                "bfloat16": lambda f=half, x=half_x: f(x),  # type: ignore[misc]
+                "int8": lambda f=int8, x=x: f(x),  # type: ignore[misc]
+                "W4A4": lambda x=x, w=weight, b=linear.bias: cpu.linear(*cpu.quantize(x, None, 64), *w, b),  # type: ignore[misc]
+            },
+            rounds,
+        )
+        rows.append({"m": m, "k": k, "n": n, "operations": 2 * m * k * n, "times": times})
+    return rows
+
+
+def block(dim: int, ffn: int, heads: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Time a block of Wan in float32, bfloat16, int8 and W4A4, with and without the pass ``fuse``."""
+    torch.manual_seed(0)
+    model = WanBlock(dim, ffn, heads).eval()
+    inputs = torch.randn(1, tokens, dim), torch.randn(1, tokens, dim), torch.randn(1, 6, dim) * 0.1
+    rotary = rotary_of(tokens, dim // heads, "cpu")
+    half = WanBlock(dim, ffn, heads).cast(torch.bfloat16).eval()
+    half_inputs = inputs[0].bfloat16(), inputs[1].bfloat16(), inputs[2]
+
+    def compiled(backend: str, **options: Any) -> Callable[[], Any]:
+        torch._dynamo.reset()
+        found = torch.compile(model, backend=backend, options=options or None)
+        found(*inputs, rotary)
+        return lambda: found(*inputs, rotary)
+
+    # A module holds one compiled form: each gets a round of its own, and what is reset stays callable.
+    functions: dict[str, Callable[[], Any]] = {
+        "float32": lambda: model(*inputs, rotary),
+        "bfloat16": lambda: half(*half_inputs, rotary),
+    }
+    int8 = _int8(WanBlock(dim, ffn, heads).eval())
+    functions["int8"] = lambda: int8(*inputs, rotary)
+
+    functions["torch.compile, float32"] = compiled("inductor")
+    import tahf4_compiler as tahf4
+
+    captured = tahf4.capture(model, (*inputs, rotary))
+    for name, options in (("W4A4", {}), ("W4A4, not fused", {"disable_passes": ["fuse"]})):
+        functions[name] = lambda f=tahf4.lower(captured, options=options): f(*inputs, rotary)  # type: ignore[misc]
+    with torch.no_grad():
+        times = interleaved(functions, rounds)
+        wanted, got = functions["float32"](), functions["W4A4"]()
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    packed = sum(w.shape[0] * math.ceil(w.shape[1] / hif4.UNIT) * hif4.BYTES_PER_UNIT for w in weights)
+    return {
+        "dim": dim, "ffn": ffn, "tokens": tokens, "times": times,
+        "relative_error": float((got - wanted).norm() / wanted.norm()),
+        "weight_bytes": {"float32": sum(4 * w.numel() for w in weights), "hif4": packed},
+    }
+
+
+def main(output: Path, rounds: int) -> None:
+    """Measure everything, print it, and write ``cpu.json`` and ``cpu.md`` into a folder."""
+    kernels.kernels()
+    if not cpu.available():
+        raise OptionError("there are no C++ kernels here: no compiler was found, or TAHF4_NO_CPP is set")
+    with torch.no_grad():
+        found: dict[str, Any] = {"facts": facts(), "rounds": rounds}
+        found["quantize"] = quantizing(QUANTIZED, rounds)
+        found["linear"] = linears(LINEARS, rounds)
+        found["block"] = block(3072, 14336, 24, 512, rounds)
+    text = markdown(found)
+    typer.echo(text)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in (("cpu.json", json.dumps(found, indent=1) + "\n"), ("cpu.md", text)):
+        beside = output / f".{name}.partial"
+        beside.write_text(content, encoding="utf-8")
+        os.replace(beside, output / name)
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return the tables of a measurement."""
+    lines = [", ".join(f"{name} {value}" for name, value in found["facts"].items()) + f"; medians of {found['rounds']}."]
+    lines += ["", "| million values/s | copy | quantize | mask, rotation | from bfloat16 | quantize / copy |", "|---" * 6 + "|"]
+    for row in found["quantize"]:
+        speed = {name: row["values"] / t["seconds"] / 1e6 for name, t in row["times"].items()}
+        cells = [f"{s:,.0f}" for s in speed.values()] + [f"{speed['quantize'] / speed['copy']:.2f}"]
+        lines.append(f"| {row['m']} x {row['k']} | " + " | ".join(cells) + " |")
+    names = list(found["linear"][0]["times"])
+    lines += ["", "| GOP/s, M x K x N | " + " | ".join(names) + " | W4A4 / float32 | / bfloat16 | / int8 | spread |"]
+    lines.append("|---" * (len(names) + 5) + "|")
+    for row in found["linear"]:
+        times = row["times"]
+        cells = [f"{row['operations'] / times[n]['seconds'] / 1e9:,.0f}" for n in names]
+        cells += [f"{times[n]['seconds'] / times['W4A4']['seconds']:.2f}" for n in names if n != "W4A4"]
+        cells.append(f"{max(t['spread'] for t in times.values()):.0%}")
+        lines.append(f"| {row['m']} x {row['k']} x {row['n']} | " + " | ".join(cells) + " |")
+    whole = found["block"]
+    lines += ["", f"| block of {whole['dim']} / {whole['ffn']}, {whole['tokens']} tokens | ms | W4A4 is faster by | spread |", "|---" * 4 + "|"]
+    for name, t in whole["times"].items():
+        ratio = t["seconds"] / whole["times"]["W4A4"]["seconds"]
+        lines.append(f"| {name} | {t['seconds'] * 1e3:.1f} | {ratio:.2f} | {t['spread']:.0%} |")
+    sizes = whole["weight_bytes"]
+    lines += [
+        "",
+        f"Relative error of the block in W4A4 {whole['relative_error']:.3f}; its linear weights take "
+        f"{sizes['hif4'] / 2**20:.0f} MiB packed, {sizes['float32'] / 2**20:.0f} MiB in float32 "
+        f"({sizes['hif4'] / sizes['float32']:.3f}).",
+    ]
+    return "\n".join(lines) + "\n"
