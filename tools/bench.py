@@ -25,8 +25,8 @@ def bench(
     against eager PyTorch and torch.compile, in one process. From a checkout without installation:
     `python tools/gpu_check.py`.
 
-    With `--cpu`: quantization against a copy, linears and a block of Wan2.2-TI2V-5B against float32, bfloat16 and dynamic
-    int8 of PyTorch, side by side, on as many threads as PyTorch uses (`OMP_NUM_THREADS`).
+    With `--cpu`: quantization against a copy, linears and a block of Wan2.2-TI2V-5B against float32, bfloat16 and
+    dynamic int8 of PyTorch, side by side, on as many threads as PyTorch uses (`OMP_NUM_THREADS`).
     """
     if cpu:
         from . import cpu_bench
