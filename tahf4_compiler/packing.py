@@ -86,6 +86,11 @@ def checksum(weight: Tensor) -> Tensor:
     modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
     data = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor:
+        from .backends import cpu
+
+        if cpu.available():  # one read, on all threads
+            return torch.tensor(cpu.checksum(data, _lane_factors(data.device)))
     data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=data.device)

@@ -23,6 +23,7 @@ from .programs import DTYPES, Encoded, encode, inputs_of
 __all__ = [
     "BUCKETS",
     "available",
+    "checksum",
     "dequantize",
     "fused_linear",
     "fused_quantize",
@@ -418,6 +419,27 @@ def _plain(values: Tensor | None) -> Tensor | None:
 
 def _pointer(values: Tensor | None) -> int | None:
     return None if values is None else values.data_ptr()
+
+
+def checksum(words: Tensor, factors: Tensor) -> int:
+    """Return the sum, modulo 2**64, of 32-bit words times the factors of their lane and row, see ``packing.checksum``.
+
+    Args:
+        words: contiguous, on the CPU, a multiple of 4 bytes.
+        factors: int64 ``[4096]`` of the lanes.
+
+    Returns:
+        As a signed 64-bit number.
+
+    Raises:
+        FormatError: another size or device.
+    """
+    _on_cpu("checksum", words, factors)
+    size = words.numel() * words.element_size()
+    if size % 4 or not words.is_contiguous() or factors.shape != (4096,) or factors.dtype != torch.int64:
+        raise FormatError(f"checksum got {size} bytes; expected contiguous whole words, and 4096 factors in int64")
+    found: int = _library().tahf4_checksum(words.data_ptr(), size // 4, factors.data_ptr(), torch.get_num_threads())
+    return found - (found >> 63 << 64)
 
 
 def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfinite: Tensor) -> None:

@@ -76,6 +76,8 @@ def _load(path: Path) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
+    found.tahf4_checksum.argtypes = (_pointer, _int64, _pointer, _int)
+    found.tahf4_checksum.restype = ctypes.c_uint64
     found.tahf4_instruction_sets.argtypes, found.tahf4_instruction_sets.restype = (), _int
     return found
 

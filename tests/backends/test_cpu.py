@@ -536,3 +536,15 @@ def test_without_the_instructions_the_product_is_float32(monkeypatch):
     monkeypatch.setenv("TAHF4_CPU_ISA", "none")
     operands = (*packed(5, 200, 1), *packed(9, 200, 2))
     assert relative(cpu.linear(*operands), in_float64(*operands)) < 1e-6
+
+
+@compiled
+@pytest.mark.parametrize("count", [1, 2, 4095, 4096, 4097, 3 * 4096 + 5, 257 * 4096, 1 << 21])
+def test_the_checksum_of_weights_is_that_of_plain_pytorch(count, monkeypatch):
+    from tahf4_compiler.packing import checksum
+
+    for weight in (torch.randn(count), torch.randn(count).bfloat16(), torch.randn(2, count)[:, ::2], -torch.ones(count)):
+        found = checksum(weight)
+        monkeypatch.setenv("TAHF4_NO_CPP", "1")
+        assert torch.equal(found, checksum(weight)) and found.dtype == torch.int64 and found.dim() == 0
+        monkeypatch.setenv("TAHF4_NO_CPP", "0")

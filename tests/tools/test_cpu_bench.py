@@ -33,5 +33,5 @@ def test_every_part_is_measured_and_shown(monkeypatch):
 def test_times_are_medians_in_turn():
     order = []
     times = cpu_bench.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, least=0.0)
-    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert order == ["a", "a", "b", "b"] + ["a", "a", "b", "b"] * 3
     assert set(times) == {"a", "b"} and times["a"]["seconds"] > 0
