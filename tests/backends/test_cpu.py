@@ -543,7 +543,8 @@ def test_without_the_instructions_the_product_is_float32(monkeypatch):
 def test_the_checksum_of_weights_is_that_of_plain_pytorch(count, monkeypatch):
     from tahf4_compiler.packing import checksum
 
-    for weight in (torch.randn(count), torch.randn(count).bfloat16(), torch.randn(2, count)[:, ::2], -torch.ones(count)):
+    ones = -torch.ones(count)
+    for weight in (torch.randn(count), torch.randn(count).bfloat16(), torch.randn(2, count)[:, ::2], ones):
         found = checksum(weight)
         monkeypatch.setenv("TAHF4_NO_CPP", "1")
         assert torch.equal(found, checksum(weight)) and found.dtype == torch.int64 and found.dim() == 0
