@@ -7,6 +7,8 @@ node's arguments. The references replay it with PyTorch's own operators, so they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .errors import FormatError
 from .ops import linear, quantize
 from .program import Program
 
-__all__ = ["fused_linear", "fused_quantize", "linear_quantize"]
+__all__ = ["check_sizes", "fused_linear", "fused_quantize", "linear_quantize"]
 
 
 def _named(inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -97,7 +99,7 @@ def fused_linear(
         FormatError: as ``tahf4::linear``; a program that cannot be read; sizes that do not fit.
     """
     y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
-    _check_sizes(sizes, y.shape[-1], program)
+    check_sizes(sizes, y.shape[-1], program)
     y = Program.parse(program).run({"y": y, **_named(inputs)}, "y")
     if y.dtype != result_dtype:
         raise FormatError(f"the program's result is {y.dtype}; result_dtype says {result_dtype}")
@@ -119,13 +121,16 @@ def _(
     program: str,
     result_dtype: torch.dtype,
 ) -> list[Tensor]:
-    _check_sizes(sizes, weight_codes.shape[0], program)
+    check_sizes(sizes, weight_codes.shape[0], program)
     return [codes.new_empty((*codes.shape[:-1], size), dtype=result_dtype) for size in sizes]
 
 
-def _check_sizes(sizes: list[int], n: int, program: str) -> None:
+def check_sizes(sizes: Sequence[int], n: int, program: str) -> None:
+    """Refuse sizes of results that do not fit a product of ``n`` columns."""
     if sum(sizes) != n or (len(sizes) != 1 and program):
-        raise FormatError(f"sizes {sizes} with {n} columns; expected their sum, and one size where there is a program")
+        raise FormatError(
+            f"sizes {list(sizes)} with {n} columns; expected their sum, and one size where there is a program"
+        )
 
 
 @torch.library.custom_op("tahf4::linear_quantize", mutates_args=())

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +161,9 @@ class Program:
         """
         known = dict(values)
         for statement in self.statements:
+            missing = [name for name in statement.names() if name not in known]
+            if missing:
+                raise FormatError(f"'{statement}' reads {missing[0]!r}; expected one of {', '.join(known)}")
             arguments = [known[a] if isinstance(a, str) else a for a in statement.arguments]
             known[statement.name] = FUNCTIONS[statement.function].run(*arguments).to(statement.dtype)
         return known[self.result(default)]
@@ -190,12 +194,26 @@ def _parse(text: str) -> Program:
                 f"{', '.join(DTYPES)}"
             )
         arguments = tuple(_argument(a, shown) for a in line.value.args)
+        try:
+            _signature(function).bind(*arguments)
+        except TypeError as error:
+            raise FormatError(f"{shown!r}: {error}") from None
         statements.append(Statement(line.target.id, dtype, function, arguments))
         unknown = [a for a in arguments if isinstance(a, str) and a not in known and not _is_input(a)]
         if unknown:
             raise FormatError(f"{shown!r} reads {unknown[0]!r}, which is no input and no earlier statement")
         known.add(line.target.id)
     return Program(tuple(statements))
+
+
+@functools.cache
+def _signature(function: str) -> inspect.Signature:
+    run = FUNCTIONS[function].run
+    try:
+        return inspect.signature(run)
+    except ValueError:  # PyTorch's own have none
+        names = ("x", "y")[: 2 if function in ("add", "sub", "mul", "div") else 1]
+        return inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_ONLY) for n in names])
 
 
 def _is_input(name: str) -> bool:

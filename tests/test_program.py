@@ -77,3 +77,14 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.tahf4.fused_linear(*operands, [96], [], "v0: float32 = silu(y)", torch.float16)
     with pytest.raises(Exception, match="the program's result is"):
         torch.ops.tahf4.fused_quantize([torch.randn(4, 64)], "v0: float32 = mean(x0)")
+
+
+@pytest.mark.parametrize("text", ["a: float32 = add(x0)", "a: float32 = neg(x0, x0)", "a: float32 = layer_norm(x0)"])
+def test_a_wrong_number_of_arguments_is_refused(text):
+    with pytest.raises(FormatError, match="argument"):
+        Program.parse(text)
+
+
+def test_an_input_that_is_not_given_is_named():
+    with pytest.raises(FormatError, match="reads 'x3'"):
+        Program.parse("a: float32 = neg(x3)").run({"x0": torch.ones(2)}, "x0")

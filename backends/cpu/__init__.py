@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import hif4, ops
+from ... import fused_ops, hif4, ops
 from ...errors import FormatError, OptionError
 from . import build
 from .programs import DTYPES, Encoded, encode, inputs_of
@@ -287,10 +287,7 @@ def fused_linear(
         OptionError: as :func:`instruction_set`.
     """
     shape = _check_product("fused_linear", codes, scales, weight_codes, weight_scales, bias, inputs, program)
-    if sum(sizes) != shape[-1] or (len(sizes) != 1 and program):
-        raise FormatError(
-            f"sizes {list(sizes)} with {shape[-1]} columns; expected their sum, and one size where there is a program"
-        )
+    fused_ops.check_sizes(sizes, shape[-1], program)
     found = _encoded(program, "y").dtype or out_dtype
     if found != result_dtype:
         raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from ... import fused_ops, ops
+from ...errors import FormatError
 from ...kernels import register_kernel
-from ...program import DTYPES
+from ...program import DTYPES, Program
 from .call import Call
 
 __all__ = ["available", "calls_of", "register", "run", "sources_of", "why_not"]
@@ -124,6 +125,11 @@ def _fused_linear(
     result_dtype: torch.dtype,
 ) -> tuple[Any, list[Call]]:
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
+    fused_ops.check_sizes(sizes, len(weight_codes), program)
+    statements = Program.parse(program).statements
+    found = statements[-1].dtype if statements else out_dtype
+    if found != result_dtype:
+        raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")
     operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
     return _product(*operands, sizes, inputs, program, result_dtype)
 

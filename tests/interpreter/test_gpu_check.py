@@ -79,3 +79,22 @@ def test_the_script_writes_what_it_found(tmp_path, monkeypatch, capsys):
     assert gpu_check.main(["-o", str(tmp_path)]) == 1
     assert "WRONG linear: 9 of 9 differ" in capsys.readouterr().out
     assert json.loads((tmp_path / "gpu_cpu.json").read_text())["checks"][0]["ok"] is False
+
+
+def test_a_wrong_activation_in_a_product_is_found(monkeypatch):
+    real = measure.own_on_path
+
+    def wrong(path, *args, **kwargs):
+        args = [a.replace("gelu_tanh", "silu") if isinstance(a, str) else a for a in args]
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(measure, "own_on_path", wrong)
+    found = {r["name"]: r["ok"] for r in measure.check(torch.device("cpu"), k=128, rows=(2,))}
+    assert not any(ok for name, ok in found.items() if name.endswith("gelu_tanh"))
+    assert all(ok for name, ok in found.items() if "gelu_tanh" not in name)
+
+
+def test_whole_blocks_are_judged():
+    rows = {"a": 0.05, "nothing replaced": 0.0, "no number": float("nan"), "wrong": 0.65}
+    found = measure.judged({name: {"relative_error": error} for name, error in rows.items()} | {"weights": {}})
+    assert [r["ok"] for r in found] == [True, False, False, False]

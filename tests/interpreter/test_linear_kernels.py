@@ -200,3 +200,26 @@ def test_the_measured_choice_is_what_runs(monkeypatch, tmp_path):
     again = triton.linear_quantize(*args)
     assert again[0].shape == (200, 64) and len(timed) > 7
     tune._memory.cache_clear()
+
+
+def test_bias_and_multiplier_may_be_strided():
+    operands = sides((5,), 128, 64)
+    for bias in (torch.arange(256.0)[::2], torch.tensor([2.0]).expand(128), torch.randn(128, 3)[:, 1]):
+        got = triton.linear(*operands, bias, torch.float32)
+        assert torch.allclose(got, reference.linear(*operands, bias, torch.float32), rtol=1e-5, atol=1e-4)
+        got = triton.linear_quantize(*operands, None, torch.float32, [], "", bias + 1, 64)
+        wanted = reference.linear_quantize(*operands, None, torch.float32, [], "", (bias + 1).contiguous(), 64)
+        assert ((got[0] != wanted[0]).float().mean() < 0.01) and ((got[1] != wanted[1]).float().mean() < 0.01)
+        x = torch.randn(3, 128)
+        got, wanted = triton.quantize(x, bias, 64), reference.quantize(x, bias, 64)
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_sizes_and_dtypes_that_do_not_fit_are_refused():
+    from tahf4_compiler import FormatError
+
+    operands = sides((2,), 64, 64)
+    with pytest.raises(FormatError, match="expected their sum"):
+        triton.fused_linear(*operands, None, torch.float32, [32], [], "", torch.float32)
+    with pytest.raises(FormatError, match="result_dtype says"):
+        triton.fused_linear(*operands, None, torch.float32, [64], [], "", torch.bfloat16)
