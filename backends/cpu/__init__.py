@@ -39,7 +39,7 @@ __all__ = [
 BUCKETS = 98
 """Of a channel's histogram: below 2**-10, four an octave from there to 2**14, and from 2**14 on."""
 
-_SETS = {"none": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3}  # best last, by their bit in the library
+_SETS = {"none": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "amx": 4}  # best last, by their bit in the library
 
 
 class _Target(ctypes.Structure):
@@ -193,7 +193,7 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def instruction_set() -> str:
-    """Return what the integer product runs on: ``"avx512_vnni"``, ``"avx_vnni"``, ``"avx2"``, or ``"none"``.
+    """Return what the integer product runs on: ``"amx"``, ``"avx512_vnni"``, ``"avx_vnni"``, ``"avx2"``, or ``"none"``.
 
     The best that the processor has, or what ``TAHF4_CPU_ISA`` in the environment names. With ``"none"`` (another
     processor) :func:`linear` dequantizes and multiplies in float32.

@@ -20,7 +20,7 @@ constexpr int kNanScale = 0xFF;
 constexpr int kFiniteEnd = 0x7F800000;  // bits of infinity: magnitudes below are finite
 
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum Isa { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3 };
+enum Isa { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4 };
 
 template <class To, class From>
 inline To bits_as(From value) {

@@ -21,6 +21,7 @@ constexpr int64_t kPanel = 16;                       // columns
 constexpr int64_t kPanelUnit = kPanel * kUnit;       // bytes of a panel for one unit
 constexpr int64_t kBlockBytes = int64_t(4) << 20;    // of expanded activations
 constexpr int64_t kScratchBytes = int64_t(1) << 20;  // of products that wait for what follows
+constexpr int64_t kRows = 48;                        // a multiple of every tile's
 constexpr int kBias = 28;
 
 #define INSTRUCTIONS(text) __attribute__((target(text)))
@@ -28,6 +29,7 @@ constexpr int kBias = 28;
 #define AVX2_CODE INSTRUCTIONS("avx2,fma")
 #define AVX_VNNI_CODE INSTRUCTIONS("avx2,fma,avxvnni")
 #define AVX512_CODE INSTRUCTIONS("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define AMX_CODE INSTRUCTIONS("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Expansion.
@@ -57,16 +59,18 @@ AVX2_CODE inline void expand(const uint8_t* codes, int32_t metadata, int bias, _
   *odd = _mm256_add_epi8(_mm256_mullo_epi16(_mm256_shuffle_epi8(table, high), factor), offset);
 }
 
-// Rows of an activation: int8 in quarters, scales / 16, and what the integer sums start at.
-AVX2_CODE void expand_row(const uint8_t* codes, const int32_t* scales, int64_t units, bool pairs, int8_t* out,
-                          float* out_scales, int32_t* start) {
+// Rows of an activation: int8 in quarters, scales / 16, and (if `start`) what the integer sums start at. Units of a row
+// lie `together` apart: 1, or the rows that stand side by side for each unit.
+AVX2_CODE void expand_row(const uint8_t* codes, const int32_t* scales, int64_t units, int64_t together, bool pairs,
+                          int8_t* out, float* out_scales, int32_t* start) {
   const __m256i ones = _mm256_set1_epi8(1);
   for (int64_t u = 0; u < units; ++u) {
     __m256i even, odd;
     expand(codes + u * (kUnit / 2), scales[u], 0, &even, &odd);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + u * kUnit), even);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + u * kUnit + 32), odd);
-    out_scales[u] = scale_of(scales[u]) * 0.0625f;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + u * together * kUnit), even);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + u * together * kUnit + 32), odd);
+    out_scales[u * together] = scale_of(scales[u]) * 0.0625f;
+    if (!start) continue;
     // Sums of pairs in int16 (at most 32 values of 28), then those of the two lanes of each dword.
     __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones, even), _mm256_maddubs_epi16(ones, odd));
     __m128i half = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
@@ -98,8 +102,8 @@ AVX2_CODE inline void transpose(const __m256i* rows, uint8_t* out, int64_t strid
 }
 
 // A panel: for each unit 16 groups of 4 values of K, 16 columns each. Columns from `count` on are zero.
-AVX2_CODE void expand_panel(const uint8_t* codes, const int32_t* scales, int64_t units, int64_t count, uint8_t* out,
-                            float* out_scales) {
+AVX2_CODE void expand_panel(const uint8_t* codes, const int32_t* scales, int64_t units, int64_t count, int bias,
+                            uint8_t* out, float* out_scales) {
   for (int64_t half = 0; half < kPanel; half += 8) {
     for (int64_t u = 0; u < units; ++u) {
       __m256i even[8], odd[8];
@@ -107,10 +111,10 @@ AVX2_CODE void expand_panel(const uint8_t* codes, const int32_t* scales, int64_t
         const int64_t column = half + i;
         if (column < count) {
           const int32_t metadata = scales[column * units + u];
-          expand(codes + (column * units + u) * (kUnit / 2), metadata, kBias, &even[i], &odd[i]);
+          expand(codes + (column * units + u) * (kUnit / 2), metadata, bias, &even[i], &odd[i]);
           out_scales[u * kPanel + column] = scale_of(metadata);
         } else {
-          even[i] = odd[i] = _mm256_set1_epi8(kBias);
+          even[i] = odd[i] = _mm256_set1_epi8(char(bias));
           out_scales[u * kPanel + column] = 0.0f;
         }
       }
@@ -124,6 +128,7 @@ AVX2_CODE void expand_panel(const uint8_t* codes, const int32_t* scales, int64_t
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles: rows x columns over the whole K. c: [rows, 32] (AVX-512) or [rows, 16], float32, rows `stride` apart.
 
+// Tiles of AMX take rows in sixteens: values [units, 16, 64], scales [units, 16], no start.
 struct Rows {
   const int8_t* values;  // [rows, units, 64]
   const float* scales;   // [rows, units]
@@ -218,23 +223,99 @@ AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float
   }
 }
 
+// A unit is what one instruction multiplies, 16 rows by 16 columns: no bias, both sides signed. The int32 sums take the
+// way through memory, two units ahead; all 16 rows are computed, `count` of them are given back.
+constexpr int64_t kTall = 16;
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+  constexpr TileConfig() {
+    for (int i = 0; i < 8; ++i) row_bytes[i] = kUnit, rows[i] = kTall;
+  }
+};
+constexpr TileConfig kTileConfig;
+
+AMX_CODE void begin_tiles() { _tile_loadconfig(&kTileConfig); }
+
+AMX_CODE void end_tiles() { _tile_release(); }
+
+template <int Count>
+AMX_CODE void tile_of_panel(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c, int64_t stride) {
+  const int64_t units = rows.units;
+  alignas(64) int32_t waiting[2][kTall * kPanel];
+  __m512 sums[kTall];
+  for (int r = 0; r < kTall; ++r) sums[r] = _mm512_setzero_ps();
+  const int8_t* a = rows.values;
+  const uint8_t* b = panel;
+#define TAHF4_MULTIPLY(u, A, B, C)                                \
+  _tile_zero(C);                                                  \
+  _tile_loadd(A, a + (u)*kTall * kUnit, kUnit);                   \
+  _tile_loadd(B, b + (u)*kPanelUnit, kUnit);                      \
+  _tile_dpbssd(C, A, B);                                          \
+  _tile_stored(C, waiting[(u)&1], kPanel * 4);
+#define TAHF4_SCALE(u)                                                                                       \
+  {                                                                                                          \
+    const int32_t* w = waiting[(u)&1];                                                                       \
+    const float* scales = rows.scales + (u)*kTall;                                                           \
+    const __m512 s = _mm512_load_ps(panel_scales + (u)*kPanel);                                              \
+    _Pragma("GCC unroll 16") for (int r = 0; r < kTall; ++r) {                                               \
+      const __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(w + r * kPanel)), s);              \
+      sums[r] = _mm512_fmadd_ps(f, _mm512_set1_ps(scales[r]), sums[r]);                                      \
+    }                                                                                                        \
+  }
+  TAHF4_MULTIPLY(0, 2, 4, 0)
+  int64_t u = 1;
+  for (; u + 1 < units; u += 2) {
+    TAHF4_MULTIPLY(u, 3, 5, 1)
+    TAHF4_SCALE(u - 1)
+    TAHF4_MULTIPLY(u + 1, 2, 4, 0)
+    TAHF4_SCALE(u)
+  }
+  if (u < units) {
+    TAHF4_MULTIPLY(u, 3, 5, 1)
+    TAHF4_SCALE(u - 1)
+    ++u;
+  }
+  TAHF4_SCALE(u - 1)
+  for (int r = 0; r < Count; ++r) _mm512_storeu_ps(c + r * stride, sums[r]);
+}
+
+// Four panels side by side: the rows come from far away once, and stay in the second-level cache.
+constexpr int kAmxPanels = 4;
+
+template <int Count>
+void tile_amx(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c, int64_t stride) {
+  for (int p = 0; p < kAmxPanels; ++p)
+    tile_of_panel<Count>(rows, panel + p * rows.units * kPanelUnit, panel_scales + p * rows.units * kPanel,
+                         c + p * kPanel, stride);
+}
+
 using Tile = void (*)(const Rows&, const uint8_t*, const float*, float*, int64_t);
 
 struct Variant {
   int panels;   // side by side
   int most;     // rows of the largest tile
   bool pairs;   // sums in int16
-  Tile tiles[7];  // by number of rows
+  Tile tiles[kTall + 1];  // by number of rows
+  bool amx = false;
 };
 
-const Variant* variant_of(int isa) {
+const Variant* variant_of(int isa, int64_t m) {
+  static const Variant amx = {kAmxPanels, kTall, false,
+                              {nullptr, tile_amx<1>, tile_amx<2>, tile_amx<3>, tile_amx<4>, tile_amx<5>, tile_amx<6>,
+                               tile_amx<7>, tile_amx<8>, tile_amx<9>, tile_amx<10>, tile_amx<11>, tile_amx<12>,
+                               tile_amx<13>, tile_amx<14>, tile_amx<15>, tile_amx<16>}, true};
   static const Variant avx2 = {1, 4, true, {nullptr, tile_avx2<1>, tile_avx2<2>, tile_avx2<3>, tile_avx2<4>}};
   static const Variant avx_vnni = {
       1, 4, false, {nullptr, tile_avx_vnni<1>, tile_avx_vnni<2>, tile_avx_vnni<3>, tile_avx_vnni<4>}};
   static const Variant avx512 = {2, 6, false,
                                  {nullptr, tile_avx512<1>, tile_avx512<2>, tile_avx512<3>, tile_avx512<4>,
                                   tile_avx512<5>, tile_avx512<6>}};
-  return isa == kAvx512Vnni ? &avx512 : isa == kAvxVnni ? &avx_vnni : &avx2;
+  constexpr int64_t kFewRows = 8;  // are not worth a tile of sixteen
+  if (isa == kAmx && m > kFewRows) return &amx;
+  return isa >= kAvx512Vnni ? &avx512 : isa == kAvxVnni ? &avx_vnni : &avx2;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -263,31 +344,36 @@ void write(const Operands& x, const Result& result, const Functions& functions, 
 
 // Columns are taken in groups of a unit or a Hadamard block: what follows a product wants them whole.
 void product(const Operands& x, const Result& result, int isa, int threads) {
-  const Variant& variant = *variant_of(isa);
+  const Variant& variant = *variant_of(isa, x.m);
   const Functions& functions = *functions_of(isa);
   const int64_t m = x.m, n = x.n, units = x.units;
   const int64_t width = variant.panels * kPanel;
   const int64_t group = std::max<int64_t>(kUnit, result.target.codes ? result.target.block : 0);
   const int64_t groups = (n + group - 1) / group;
-  int64_t block = std::min(kBlockBytes / (units * kUnit), kScratchBytes / (group * 4)) / 12 * 12;
-  block = std::min(m, std::max<int64_t>(48, std::min<int64_t>(1536, block)));
-  const Buffer values(block * units * kUnit), row_scales(block * units * 4), starts(block * units * 4);
+  // Rows in multiples of every tile: 4, 6 or 16.
+  int64_t block = std::min(kBlockBytes / (units * kUnit), kScratchBytes / (group * 4)) / kRows * kRows;
+  block = std::min((m + kRows - 1) / kRows * kRows, std::max<int64_t>(kRows, std::min<int64_t>(1536, block)));
+  const int64_t together = variant.amx ? kTall : 1;
+  const Buffer values(block * units * kUnit), row_scales(block * units * 4);
+  const Buffer starts(variant.amx ? 1 : block * units * 4);
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, m * n * units / (1 << 12))));
   // Few groups for many threads: rows are shared out as well. A panel is then expanded more than once.
   const int64_t parts = groups >= 2 * team ? 1 : std::min((2 * team + groups - 1) / groups, (block + 191) / 192);
-  const int64_t share = ((block + parts - 1) / parts + 11) / 12 * 12;
+  const int64_t share = ((block + parts - 1) / parts + kRows - 1) / kRows * kRows;
 #pragma omp parallel num_threads(team)
   {
     const Buffer panel(width * units * kUnit), panel_scales(width * units * 4), scratch(share * group * 4);
     const Slots slots(result.program);
+    if (variant.amx) begin_tiles();
     for (int64_t first = 0; first < m; first += block) {
       const int64_t height = std::min(block, m - first);
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < height; ++r) {
         const int64_t row = (first + r) * units;
-        expand_row(x.codes + row * (kUnit / 2), x.scales + row, units, variant.pairs,
-                   values.as<int8_t>() + r * units * kUnit, row_scales.as<float>() + r * units,
-                   starts.as<int32_t>() + r * units);
+        const int64_t place = r / together * together * units + r % together;
+        expand_row(x.codes + row * (kUnit / 2), x.scales + row, units, together, variant.pairs,
+                   values.as<int8_t>() + place * kUnit, row_scales.as<float>() + place,
+                   variant.amx ? nullptr : starts.as<int32_t>() + place);
       }
 #pragma omp for schedule(static)
       for (int64_t piece = 0; piece < groups * parts; ++piece) {
@@ -298,7 +384,7 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
           for (int p = 0; p < variant.panels; ++p) {
             const int64_t at = std::min(n, column + i + p * kPanel);
             expand_panel(x.weight_codes + at * units * (kUnit / 2), x.weight_scales + at * units, units,
-                         std::min(kPanel, n - at), panel.as<uint8_t>() + p * units * kPanelUnit,
+                         std::min(kPanel, n - at), variant.amx ? 0 : kBias, panel.as<uint8_t>() + p * units * kPanelUnit,
                          panel_scales.as<float>() + p * units * kPanel);
           }
           for (int64_t r = begin; r < end; r += variant.most) {
@@ -315,6 +401,7 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
         }
       }
     }
+    if (variant.amx) end_tiles();
   }
 }
 

@@ -4,6 +4,10 @@
 
 #if TAHF4_X86
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #if TAHF4_X86
@@ -44,6 +48,16 @@ uint64_t enabled_state() {
   return uint64_t(high) << 32 | low;
 }
 
+// Whether this process may use the registers of AMX; Linux wants to be asked.
+bool tiles_allowed(uint64_t state) {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (state >> 17 & 3) == 3 && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 int detect() {
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;  // no OSXSAVE
@@ -53,7 +67,10 @@ int detect() {
   int found = 1 << kAvx2;
   const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
   const bool wide = (state & 0xE0) == 0xE0 && (b & (f | dq | bw | vl)) == (f | dq | bw | vl);
-  if (wide && (c >> 11 & 1)) found |= 1 << kAvx512Vnni;
+  if (wide && (c >> 11 & 1)) {
+    found |= 1 << kAvx512Vnni;
+    if ((d >> 24 & 3) == 3 && tiles_allowed(state)) found |= 1 << kAmx;  // tiles, int8
+  }
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)) found |= 1 << kAvxVnni;
   return found;
 }
@@ -61,7 +78,7 @@ int detect() {
 }  // namespace
 
 const Functions* functions_of(int isa) {
-  return isa == kAvx512Vnni ? &avx512::functions : isa == kNone ? nullptr : &avx2::functions;
+  return isa >= kAvx512Vnni ? &avx512::functions : isa == kNone ? nullptr : &avx2::functions;
 }
 
 }  // namespace tahf4
@@ -76,7 +93,7 @@ const Functions* functions_of(int) { return nullptr; }
 
 extern "C" {
 
-// Return which sets can run: bit 1 AVX2, bit 2 AVX-VNNI, bit 3 AVX-512-VNNI; 0 for none.
+// Return which sets can run: bit 1 AVX2, bit 2 AVX-VNNI, bit 3 AVX-512-VNNI, bit 4 AMX; 0 for none.
 int tahf4_instruction_sets() {
 #if TAHF4_X86
   static const int found = tahf4::detect();

@@ -410,7 +410,7 @@ def test_a_plug_in_that_registers_first_is_still_asked_first():
 
 # The integer product.
 
-SETS = ["avx2", "avx_vnni", "avx512_vnni"]
+SETS = ["avx2", "avx_vnni", "avx512_vnni", "amx"]
 
 
 def has(name):
@@ -441,7 +441,8 @@ def in_float64(codes, scales, weight_codes, weight_scales):
 @compiled
 @pytest.mark.parametrize(
     ("rows", "k", "n"),
-    [(1, 64, 1), (2, 65, 15), (3, 200, 16), (4, 640, 17), (5, 64, 31), (6, 320, 32), (7, 1000, 33), (50, 192, 100)],
+    [(1, 64, 1), (2, 65, 15), (3, 200, 16), (4, 640, 17), (5, 64, 31), (6, 320, 32), (7, 1000, 33), (50, 192, 100), (9, 64, 16)]
+    + [(n, 128 + 64 * (n % 3), 65 + n) for n in range(10, 36)],
 )
 def test_integer_product_is_that_of_float64(instruction_set, rows, k, n):
     operands = (*packed(rows, k, 1), *packed(n, k, 2))
@@ -491,6 +492,27 @@ def test_neither_threads_nor_other_rows_change_the_product(instruction_set, _thr
     for first, last in ((0, 1), (5, 7), (10, 83)):
         part = cpu.linear(operands[0][first:last], operands[1][first:last], *operands[2:])
         assert torch.equal(part, wanted[first:last])
+
+
+@compiled
+def test_every_instruction_set_gives_the_same_bits(monkeypatch):
+    operands = (*packed(83, 3000, 4), *packed(200, 3000, 5), torch.linspace(-3, 3, 200))
+    found = []
+    for name in filter(has, SETS):
+        monkeypatch.setenv("TAHF4_CPU_ISA", name)
+        found.append(cpu.linear(*operands))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@compiled
+def test_tiles_and_pytorchs_own_products_take_turns(instruction_set):
+    # PyTorch's bfloat16 and int8 products may use the same registers, configured in another way.
+    operands = (*packed(70, 640, 4), *packed(100, 640, 5))
+    left, right = torch.randn(70, 640).bfloat16(), torch.randn(100, 640).bfloat16()
+    ours, theirs = cpu.linear(*operands), torch.nn.functional.linear(left, right)
+    for _ in range(3):
+        assert torch.equal(torch.nn.functional.linear(left, right), theirs)
+        assert torch.equal(cpu.linear(*operands), ours)
 
 
 @compiled
