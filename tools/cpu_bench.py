@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from ..backends import cpu
 from ..errors import OptionError
 from .kernels.block import WanBlock, rotary_of
 
-__all__ = ["LINEARS", "QUANTIZED", "block", "facts", "linears", "main", "markdown", "quantizing"]
+__all__ = ["LINEARS", "QUANTIZED", "block", "facts", "linears", "main", "markdown", "pipeline", "quantizing"]
 
 QUANTIZED = ((512, 3072), (1024, 5120), (4096, 5120))
 """Rows and columns of activations."""
@@ -110,6 +111,16 @@ def _int8(module: nn.Module) -> nn.Module:
     return found
 
 
+def _torchao(module: nn.Module) -> nn.Module | None:
+    """Return torchao's dynamic int8 form through Inductor, as its documents say; None where torchao is missing."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError:
+        return None
+    quantize_(module, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(module)  # type: ignore[no-any-return]
+
+
 def _w4a4(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
     codes, scales = cpu.quantize(x, None, 64)
     return cpu.linear(codes, scales, weight[0], weight[1], bias)
@@ -123,15 +134,15 @@ def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[st
         half, half_x = nn.Linear(k, n).bfloat16(), x.bfloat16()
         int8 = _int8(nn.Sequential(nn.Linear(k, n)))
         weight = cpu.quantize(linear.weight)
-        times = interleaved(
-            {
-                "float32": lambda f=linear, x=x: f(x),  # type: ignore[misc]
-                "bfloat16": lambda f=half, x=half_x: f(x),  # type: ignore[misc]
-                "int8": lambda f=int8, x=x: f(x),  # type: ignore[misc]
-                "W4A4": lambda x=x, w=weight, b=linear.bias: _w4a4(x, w, b),  # type: ignore[misc]
-            },
-            rounds,
-        )
+        functions: dict[str, Callable[[], Any]] = {
+            "float32": lambda f=linear, x=x: f(x),  # type: ignore[misc]
+            "bfloat16": lambda f=half, x=half_x: f(x),  # type: ignore[misc]
+            "int8": lambda f=int8, x=x: f(x),  # type: ignore[misc]
+            "W4A4": lambda x=x, w=weight, b=linear.bias: _w4a4(x, w, b),  # type: ignore[misc]
+        }
+        if torchao := _torchao(nn.Sequential(nn.Linear(k, n))):
+            functions["torchao int8"] = lambda f=torchao, x=x: f(x)  # type: ignore[misc]
+        times = interleaved(functions, rounds)
         rows.append({"m": m, "k": k, "n": n, "operations": 2 * m * k * n, "times": times})
     return rows
 
@@ -156,6 +167,8 @@ def block(dim: int, ffn: int, heads: int, tokens: int, rounds: int) -> dict[str,
     int8 = _int8(WanBlock(dim, ffn, heads).eval())
     functions["int8"] = lambda: int8(*inputs, rotary)
 
+    if torchao := _torchao(WanBlock(dim, ffn, heads).eval()):
+        functions["torchao int8, compiled"] = lambda: torchao(*inputs, rotary)
     functions["torch.compile, float32"] = compiled("inductor")
     functions["W4A4"] = compiled("tahf4")
     functions["W4A4, weight_check=version"] = compiled("tahf4", weight_check="version")
@@ -172,6 +185,38 @@ def block(dim: int, ffn: int, heads: int, tokens: int, rounds: int) -> dict[str,
     }
 
 
+def pipeline(rounds: int) -> dict[str, Any]:
+    """Time a call of the shipped pipeline's first expert, as a step with its prompt makes it."""
+    from .generation import load_pipeline
+    from .tiny_wan import settings
+
+    models: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        pipe = load_pipeline(settings.PIPELINE_DIR, dtype, "cpu")
+        pipe.set_progress_bar_config(disable=True)
+        seen: list[dict[str, Any]] = []
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs), with_kwargs=True  # type: ignore[misc]
+        )
+        pipe("a large red circle moving right", **settings.GENERATION, generator=torch.Generator().manual_seed(0))
+        hook.remove()
+        models[name] = pipe.transformer.eval().requires_grad_(False), seen[0]
+    functions: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, model: Any, given: dict[str, Any]) -> None:
+        functions[name] = lambda: model(**given)
+
+    for name, (model, given) in models.items():
+        add(name, model, given)
+        add(f"torch.compile, {name}", torch.compile(model), given)
+        add(f"W4A4 of {name}", torch.compile(model, backend="tahf4"), given)
+    int8 = copy.deepcopy(models["float32"][0])
+    int8.blocks = _int8(int8.blocks)  # the rest of the model asks its linears for their dtype
+    add("int8 blocks", int8, models["float32"][1])
+    tokens = math.prod(models["float32"][1]["hidden_states"].shape[-3:]) // 4
+    return {"tokens": tokens, "times": interleaved(functions, rounds)}
+
+
 def main(output: Path, rounds: int) -> None:
     """Measure everything, print it, and write ``cpu.json`` and ``cpu.md`` into a folder."""
     kernels.kernels()
@@ -182,6 +227,7 @@ def main(output: Path, rounds: int) -> None:
         found["quantize"] = quantizing(QUANTIZED, rounds)
         found["linear"] = linears(LINEARS, rounds)
         found["block"] = block(3072, 14336, 24, 512, rounds)
+        found["pipeline"] = pipeline(rounds)
     text = markdown(found)
     typer.echo(text)
     output.mkdir(parents=True, exist_ok=True)
@@ -202,8 +248,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         cells = [f"{s:,.0f}" for s in speed.values()] + [f"{speed['quantize'] / speed['copy']:.2f}"]
         lines.append(f"| {row['m']} x {row['k']} | " + " | ".join(cells) + " |")
     names = list(found["linear"][0]["times"])
-    lines += ["", "| GOP/s, M x K x N | " + " | ".join(names) + " | W4A4 / float32 | / bfloat16 | / int8 | spread |"]
-    lines.append("|---" * (len(names) + 5) + "|")
+    lines += ["", "| GOP/s, M x K x N | " + " | ".join(names) + " | " + " | ".join(
+        f"{'W4A4 ' if i == 0 else ''}/ {n}" for i, n in enumerate(n for n in names if n != "W4A4")
+    ) + " | spread |"]
+    lines.append("|---" * (2 * len(names) + 1) + "|")
     for row in found["linear"]:
         times = row["times"]
         cells = [f"{row['operations'] / times[n]['seconds'] / 1e9:,.0f}" for n in names]
@@ -224,4 +272,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"{sizes['hif4'] / 2**20:.0f} MiB packed, {sizes['float32'] / 2**20:.0f} MiB in float32 "
         f"({sizes['hif4'] / sizes['float32']:.3f}).",
     ]
+    small = found["pipeline"]
+    lines += ["", f"| the tiny pipeline's expert, {small['tokens']} tokens | ms a call | times bfloat16's | spread |"]
+    lines += ["|---" * 4 + "|"]
+    for name, t in small["times"].items():
+        ratio = t["seconds"] / small["times"]["bfloat16"]["seconds"]
+        lines.append(f"| {name} | {t['seconds'] * 1e3:.1f} | {ratio:.2f} | {t['spread']:.0%} |")
     return "\n".join(lines) + "\n"

@@ -108,9 +108,10 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
     units = _Units("quantize", x.shape, multiplier, hadamard_block)
     target = units.target
     if units.codes.numel():
-        _library().tahf4_quantize(
+        library, isa = _ready()
+        library.tahf4_quantize(
             *(rows.data_ptr(), dtype, len(rows), k, rows.stride(0), target.multiplier, target.block, target.norm),
-            *(target.codes, target.scales, _SETS[instruction_set()], torch.get_num_threads()),
+            *(target.codes, target.scales, _SETS[isa], torch.get_num_threads()),
         )
     return units.codes, units.scales
 
@@ -201,11 +202,17 @@ def instruction_set() -> str:
     Raises:
         OptionError: ``TAHF4_CPU_ISA`` names nothing known, or what this processor lacks.
     """
-    usable = _usable(_library().tahf4_instruction_sets())
+    return _ready()[1]
+
+
+def _ready() -> tuple[ctypes.CDLL, str]:
+    """Return the library and :func:`instruction_set`."""
+    library = _library()
+    usable = _usable(library.tahf4_instruction_sets())
     wanted = os.environ.get("TAHF4_CPU_ISA", "")
     if wanted and wanted not in usable:
         raise OptionError(f"TAHF4_CPU_ISA is {wanted!r}; expected one of {', '.join(usable)}, which this processor has")
-    return wanted or usable[-1]
+    return library, wanted or usable[-1]
 
 
 @functools.cache
@@ -368,9 +375,8 @@ def _product(
         *(ctypes.addressof(described.struct), None if out is None else out.data_ptr()),
         *(0 if out is None else DTYPES[out.dtype], _Target() if units is None else units.target),
     )
-    _library().tahf4_linear(
-        ctypes.addressof(operands), ctypes.addressof(result), _SETS[instruction_set()], torch.get_num_threads()
-    )
+    library, isa = _ready()
+    library.tahf4_linear(ctypes.addressof(operands), ctypes.addressof(result), _SETS[isa], torch.get_num_threads())
 
 
 def _check_product(

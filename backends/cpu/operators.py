@@ -16,6 +16,7 @@ from .programs import DTYPES, MOST_INPUTS, encode
 
 __all__ = ["register"]
 
+_LIBRARY = torch.library.Library("tahf4_cpu", "FRAGMENT")
 _READ = {*DTYPES, torch.uint8, torch.int32}
 _RUN: dict[str, Callable[..., Any]] = {
     "quantize": quantize,
@@ -46,8 +47,10 @@ def _operator(name: str, run: Callable[..., Any]) -> torch._ops.OpOverload:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return reference.default(*args, **kwargs)
 
-    operator = torch.library.custom_op(f"tahf4_cpu::{name}", call, mutates_args=(), schema=text)
-    operator.register_fake(fake)
+    # Not custom_op: the layers that it puts around a call take longer than a small product.
+    _LIBRARY.define(name + text)
+    _LIBRARY.impl(name, call, "CPU")
+    torch.library.register_fake(f"tahf4_cpu::{name}", fake, lib=_LIBRARY)
     found: torch._ops.OpOverload = getattr(torch.ops.tahf4_cpu, name).default
     return found
 

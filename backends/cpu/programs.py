@@ -207,11 +207,18 @@ class Inputs:
     held: tuple[Any, ...]
 
 
+@functools.cache
+def _no_inputs() -> Inputs:
+    return Inputs(CInputs(None, None, 0, 0), ())
+
+
 def inputs_of(tensors: Sequence[Tensor], shape: Sequence[int]) -> Inputs:
     """Describe tensors that broadcast to ``shape``; float32, bfloat16 or float16, on the CPU.
 
     Leading axes that lie behind each other in every tensor become one.
     """
+    if not tensors:
+        return _no_inputs()
     columns = shape[-1]
     plain = []
     for tensor in tensors:

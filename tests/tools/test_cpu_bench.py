@@ -25,8 +25,10 @@ def test_every_part_is_measured_and_shown(monkeypatch):
             "times": {n: {"seconds": 1.0, "spread": 0.0} for n in ("float32", "W4A4")},
         },
     }
+    found["pipeline"] = cpu_bench.pipeline(3)
     text = cpu_bench.markdown(found)
-    assert len(calls) == 2 and not any(map(any, calls))
+    assert "| W4A4 of bfloat16 |" in text
+    assert len(calls) == 3 and not any(map(any, calls))
     assert "| 3 x 64 |" in text and "| 2 x 64 x 8 |" in text and "0.125" in text
 
 
