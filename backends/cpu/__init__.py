@@ -155,7 +155,7 @@ def fused_quantize(
     Raises:
         FormatError: dtypes, devices or shapes do not fit.
     """
-    encoded, shape = _encoded(program, "x0"), torch.broadcast_shapes(*(x.shape for x in inputs))
+    encoded, shape = _encoded(program, "x0"), _broadcast(inputs)
     _check_inputs("fused_quantize", inputs, program, shape)
     units = _Units("fused_quantize", shape, multiplier, hadamard_block)
     if units.codes.numel():
@@ -395,6 +395,13 @@ def _check_product(
     shape = (*scales.shape[:-1], len(weight_codes))
     _check_inputs(what, inputs, program, shape)
     return shape
+
+
+def _broadcast(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return what shapes broadcast to if they do; :func:`_check_inputs` says whether. PyTorch's own takes long."""
+    axes = max((x.dim() for x in inputs), default=0)
+    padded = [(1,) * (axes - x.dim()) + tuple(x.shape) for x in inputs]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
 
 
 def _check_inputs(what: str, inputs: Sequence[Tensor], program: str, shape: Sequence[int]) -> None:

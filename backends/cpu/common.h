@@ -194,9 +194,11 @@ struct Result {
 // Null for kNone.
 const Functions* functions_of(int isa);
 
-inline int team_of(int64_t values, int threads) {
-  constexpr int64_t kValuesPerThread = 1 << 15;  // fewer are not worth a thread
-  return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / kValuesPerThread)));
+// Fewer values than this are not worth a thread: a few microseconds.
+constexpr int64_t kValuesPerThread = 1 << 14, kProgramPerThread = 1 << 12;
+
+inline int team_of(int64_t values, int threads, int64_t least = kValuesPerThread) {
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / least)));
 }
 
 }  // namespace tahf4

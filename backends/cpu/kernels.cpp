@@ -332,7 +332,7 @@ void tahf4_fused_quantize(const Program* program, const Inputs* inputs, int64_t 
                           const Target* target, int isa, int threads) {
   const Functions* functions = functions_of(isa);
   const int64_t units = (columns + kUnit - 1) / kUnit;
-#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kProgramPerThread))
   {
     const Slots slots(program);
     const Buffer kept(std::max<int64_t>(units * kUnit, kUnit) * 4);

@@ -220,18 +220,21 @@ def inputs_of(tensors: Sequence[Tensor], shape: Sequence[int]) -> Inputs:
     if not tensors:
         return _no_inputs()
     columns = shape[-1]
-    plain = []
-    for tensor in tensors:
+    plain, steps = [], []
+    for value in tensors:
         # A lazily negated tensor would be read as it is stored.
-        value = tensor.detach().resolve_neg()
+        if value.is_neg():
+            value = value.detach().resolve_neg()
         if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
             value = value.contiguous()
-        plain.append(value.expand(shape))
+        plain.append(value)
+        missing = (0,) * (len(shape) - value.dim())
+        steps.append(missing + tuple(0 if n == 1 else step for n, step in zip(value.shape, value.stride(), strict=True)))
     axes: list[tuple[int, list[int]]] = []
     for axis, size in enumerate(shape[:-1]):
-        strides = [value.stride(axis) for value in plain]
         if size == 1:
             continue
+        strides = [step[axis] for step in steps]
         if axes and all(outer == inner * size for outer, inner in zip(axes[-1][1], strides, strict=True)):
             axes[-1] = (axes[-1][0] * size, strides)
         else:
@@ -245,7 +248,7 @@ def inputs_of(tensors: Sequence[Tensor], shape: Sequence[int]) -> Inputs:
     for i, value in enumerate(plain):
         strides_of = (ctypes.c_int64 * len(axes))(*(strides[i] for _, strides in axes))
         arrays.append(strides_of)
-        column_stride = value.stride(-1) if columns > 1 else 0
+        column_stride = steps[i][-1] if columns > 1 else 0
         table[i] = CInput(value.data_ptr(), DTYPES[value.dtype], column_stride, ctypes.addressof(strides_of))
     struct = CInputs(ctypes.addressof(table), ctypes.addressof(sizes), len(plain), len(axes))
     return Inputs(struct, (plain, sizes, table, *arrays))
