@@ -16,7 +16,7 @@ __all__ = ["build_pipeline", "default_passes", "order"]
 
 def default_passes() -> list[Pass]:
     """Return the default pipeline: one language, decisions, the rewrite, transforms, kernels."""
-    from .passes import classify, fuse, lower, normalize, plan, quantize, rotate, scale_search, share, smooth
+    from .passes import classify, fuse, lower, normalize, plan, quantize, rotate, scale_search, share, smooth, upcast
 
     return [
         normalize.Normalize(),  # one spelling for each meaning: linears whole, no-ops gone
@@ -27,6 +27,7 @@ def default_passes() -> list[Pass]:
         smooth.Smooth(),  # channel masks of a recipe
         rotate.Rotate(),  # block Hadamard with random signs
         scale_search.ScaleSearch(),  # scales of weights by squared error
+        upcast.Upcast(),  # float32 between 16-bit inputs and outputs, if asked for
         fuse.Fuse(),  # norms and activations into quantizations, gates and residuals into products
         lower.Lower(),  # choose a kernel for each operator
     ]

@@ -12,7 +12,10 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.options import Options
 from tahf4_compiler.pipeline import build_pipeline, order
 
-DEFAULT = ["normalize", "classify", "plan", "quantize", "share", "smooth", "rotate", "scale_search", "fuse", "lower"]
+DEFAULT = [
+    *("normalize", "classify", "plan", "quantize", "share", "smooth", "rotate", "scale_search"),
+    *("upcast", "fuse", "lower"),
+]
 
 
 def names(passes):

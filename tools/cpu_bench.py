@@ -118,7 +118,8 @@ def _torchao(module: nn.Module) -> nn.Module | None:
     except ImportError:
         return None
     quantize_(module, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(module)  # type: ignore[no-any-return]
+    found: nn.Module = torch.compile(module)  # type: ignore[assignment]
+    return found
 
 
 def _w4a4(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[st
             "int8": lambda f=int8, x=x: f(x),  # type: ignore[misc]
             "W4A4": lambda x=x, w=weight, b=linear.bias: _w4a4(x, w, b),  # type: ignore[misc]
         }
-        if torchao := _torchao(nn.Sequential(nn.Linear(k, n))):
+        if (torchao := _torchao(nn.Sequential(nn.Linear(k, n)))) is not None:
             functions["torchao int8"] = lambda f=torchao, x=x: f(x)  # type: ignore[misc]
         times = interleaved(functions, rounds)
         rows.append({"m": m, "k": k, "n": n, "operations": 2 * m * k * n, "times": times})
@@ -167,11 +168,15 @@ def block(dim: int, ffn: int, heads: int, tokens: int, rounds: int) -> dict[str,
     int8 = _int8(WanBlock(dim, ffn, heads).eval())
     functions["int8"] = lambda: int8(*inputs, rotary)
 
-    if torchao := _torchao(WanBlock(dim, ffn, heads).eval()):
+    if (torchao := _torchao(WanBlock(dim, ffn, heads).eval())) is not None:
         functions["torchao int8, compiled"] = lambda: torchao(*inputs, rotary)
     functions["torch.compile, float32"] = compiled("inductor")
     functions["W4A4"] = compiled("tahf4")
     functions["W4A4, weight_check=version"] = compiled("tahf4", weight_check="version")
+    narrow = torch.compile(half, backend="tahf4")
+    wide = torch.compile(half, backend="tahf4", options={"upcast.dtype": "float32"})
+    functions["W4A4 of bfloat16"] = lambda: narrow(*half_inputs, rotary)
+    functions["W4A4 of bfloat16, upcast"] = lambda: wide(*half_inputs, rotary)
     functions["W4A4, version, not fused"] = compiled("tahf4", weight_check="version", disable_passes=["fuse"])
     with torch.no_grad():
         times = interleaved(functions, rounds)
@@ -196,7 +201,7 @@ def pipeline(rounds: int) -> dict[str, Any]:
         pipe.set_progress_bar_config(disable=True)
         seen: list[dict[str, Any]] = []
         hook = pipe.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs, seen=seen: seen.append(kwargs), with_kwargs=True  # type: ignore[misc]
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs), with_kwargs=True
         )
         pipe("a large red circle moving right", **settings.GENERATION, generator=torch.Generator().manual_seed(0))
         hook.remove()
@@ -211,7 +216,7 @@ def pipeline(rounds: int) -> dict[str, Any]:
         add(f"torch.compile, {name}", torch.compile(model), given)
         add(f"W4A4 of {name}", torch.compile(model, backend="tahf4"), given)
     int8 = copy.deepcopy(models["float32"][0])
-    int8.blocks = _int8(int8.blocks)  # the rest of the model asks its linears for their dtype
+    int8.blocks = _int8(int8.get_submodule("blocks"))  # the rest of the model asks its linears for their dtype
     add("int8 blocks", int8, models["float32"][1])
     tokens = math.prod(models["float32"][1]["hidden_states"].shape[-3:]) // 4
     return {"tokens": tokens, "times": interleaved(functions, rounds)}

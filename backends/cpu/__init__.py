@@ -34,6 +34,7 @@ __all__ = [
     "quantize",
     "register",
     "serves",
+    "slow_dtype",
 ]
 
 BUCKETS = 98
@@ -506,6 +507,14 @@ def _on_cpu(what: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cpu":
             raise FormatError(f"{what} got a tensor on {tensor.device}; expected one on the CPU")
+
+
+@functools.cache
+def slow_dtype(dtype: torch.dtype) -> bool:
+    """Return whether this is an x86 processor that has no products of a 16-bit dtype: False where it is not known."""
+    flags = set(build.processor().split())
+    units = {torch.bfloat16: {"avx512_bf16", "amx_bf16"}, torch.float16: {"avx512_fp16", "amx_fp16"}}
+    return "sse2" in flags and dtype in units and not units[dtype] & flags
 
 
 def _library() -> ctypes.CDLL:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["SOURCES", "library"]
+__all__ = ["SOURCES", "library", "processor"]
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _build() -> Path:
     texts = [source.read_bytes() for source in SOURCES]
     # Code made for one processor may not run on another that shares the cache.
     command = builder([Path(source.name) for source in SOURCES], Path("out")).get_command_line()
-    key = hashlib.sha256(b"\0".join((*texts, command.encode(), _processor().encode()))).hexdigest()[:32]
+    key = hashlib.sha256(b"\0".join((*texts, command.encode(), processor().encode()))).hexdigest()[:32]
     folder = Path(cache_dir()) / "tahf4"
     folder.mkdir(parents=True, exist_ok=True)
     suffix = Path(builder(SOURCES, folder).get_target_file_path()).suffix
@@ -126,10 +126,10 @@ def _machine_flags() -> tuple[str, ...]:
     The files choose among instructions at run time; everything else then runs as on the least of these processors.
     """
     wanted = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"}
-    return ("-march=x86-64-v3",) if wanted <= set(_processor().split()) else ()
+    return ("-march=x86-64-v3",) if wanted <= set(processor().split()) else ()
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return what code for this processor may use."""
     known = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
     try:

@@ -229,7 +229,8 @@ def inputs_of(tensors: Sequence[Tensor], shape: Sequence[int]) -> Inputs:
             value = value.contiguous()
         plain.append(value)
         missing = (0,) * (len(shape) - value.dim())
-        steps.append(missing + tuple(0 if n == 1 else step for n, step in zip(value.shape, value.stride(), strict=True)))
+        own = zip(value.shape, value.stride(), strict=True)
+        steps.append(missing + tuple(0 if n == 1 else step for n, step in own))
     axes: list[tuple[int, list[int]]] = []
     for axis, size in enumerate(shape[:-1]):
         if size == 1:
