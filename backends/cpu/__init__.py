@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -210,7 +209,7 @@ def _ready() -> tuple[ctypes.CDLL, str]:
     """Return the library and :func:`instruction_set`."""
     library = _library()
     usable = _usable(library.tahf4_instruction_sets())
-    wanted = os.environ.get("TAHF4_CPU_ISA", "")
+    wanted = build.switch("TAHF4_CPU_ISA")
     if wanted and wanted not in usable:
         raise OptionError(f"TAHF4_CPU_ISA is {wanted!r}; expected one of {', '.join(usable)}, which this processor has")
     return library, wanted or usable[-1]

@@ -10,16 +10,17 @@ import os
 import platform
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["SOURCES", "library", "processor"]
+__all__ = ["SOURCES", "library", "processor", "switch"]
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("sets.cpp", "kernels.cpp", "linear.cpp", "common.h", "units.inc", "programs.inc")
+_NAMES = ("sets.cpp", "kernels.cpp", "linear.cpp", "common.h", "units.inc", "programs.inc", "tile_avx2.inc")
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 
 # Behind Inductor's own flags, so that these have the last word: vectorize loops, and change no bit of a result.
@@ -48,10 +49,27 @@ def library() -> ctypes.CDLL | None:
     The first call compiles, unless a process before it has. ``TAHF4_NO_CPP=1`` in the environment switches the
     kernels off.
     """
-    if os.environ.get("TAHF4_NO_CPP", "") not in ("", "0"):
+    if switch("TAHF4_NO_CPP") not in ("", "0"):
         return None
+    if _library.cache_info().currsize:
+        return _library()
     with _lock:
         return _library()
+
+
+def switch(name: str) -> str:
+    """Return a variable of the environment as it is now; an empty string if there is none.
+
+    ``os.environ`` translates the name at each look-up, which takes as long as a small product.
+    """
+    if (known := _encoded.get(name)) is None:
+        known = _encoded[name] = name.encode() if os.supports_bytes_environ else name.upper()
+    found = _environment.get(known)
+    return "" if found is None else os.fsdecode(found)
+
+
+_encoded: dict[str, bytes | str] = {}
+_environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
 
 
 @functools.cache

@@ -78,7 +78,7 @@ AVX2_CODE void expand_row(const uint8_t* codes, const int32_t* scales, int64_t u
     half = _mm_add_epi16(half, _mm_shuffle_epi32(half, 0xB1));
     const __m128i lanes = _mm_mullo_epi16(half, _mm_set1_epi16(-kBias));
     const int32_t two = _mm_cvtsi128_si32(lanes);
-    start[u] = pairs ? two : int32_t(int16_t(two & 0xFFFF)) + int32_t(int16_t(uint32_t(two) >> 16));
+    start[u * together] = pairs ? two : int32_t(int16_t(two & 0xFFFF)) + int32_t(int16_t(uint32_t(two) >> 16));
   }
 }
 
@@ -128,13 +128,15 @@ AVX2_CODE void expand_panel(const uint8_t* codes, const int32_t* scales, int64_t
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles: rows x columns over the whole K. c: [rows, 32] (AVX-512) or [rows, 16], float32, rows `stride` apart.
 
-// Tiles of AMX take rows in sixteens: values [units, 16, 64], scales [units, 16], no start.
+// Rows that stand together for each unit: one (AVX-512), kShort (256 bits), kTall (AMX, which has no start).
 struct Rows {
-  const int8_t* values;  // [rows, units, 64]
-  const float* scales;   // [rows, units]
-  const int32_t* start;  // [rows, units]
+  const int8_t* values;  // [units, together, 64]
+  const float* scales;   // [units, together]
+  const int32_t* start;  // [units, together]
   int64_t units;
 };
+
+constexpr int64_t kShort = 4, kTall = 16;
 
 inline int32_t word(const void* p) {
   int32_t value;
@@ -155,14 +157,14 @@ inline int32_t word(const void* p) {
     for (int r = 0; r < R; ++r) std::memset(c + r * stride, 0, kPanel * sizeof(float));                          \
     for (int64_t u = 0; u < units; ++u) {                                                                        \
       __m256i low[R], high[R];                                                                                   \
-      for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_set1_epi32(rows.start[r * units + u]);               \
+      for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_set1_epi32(rows.start[u * kShort + r]);              \
       const uint8_t* b = panel + u * kPanelUnit;                                                                 \
-      const int8_t* a = rows.values + u * kUnit;                                                                 \
+      const int8_t* a = rows.values + u * kShort * kUnit;                                                        \
       _Pragma("GCC unroll 4") for (int g = 0; g < 16; ++g) {                                                     \
         const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + g * 64));                      \
         const __m256i b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + g * 64 + 32));                 \
         _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                    \
-          const __m256i v = _mm256_set1_epi32(word(a + r * units * kUnit + g * 4));                              \
+          const __m256i v = _mm256_set1_epi32(word(a + r * kUnit + g * 4));                                      \
           low[r] = STEP(low[r], b0, v);                                                                          \
           high[r] = STEP(high[r], b1, v);                                                                        \
         }                                                                                                        \
@@ -170,7 +172,7 @@ inline int32_t word(const void* p) {
       const __m256 s0 = _mm256_loadu_ps(panel_scales + u * kPanel);                                              \
       const __m256 s1 = _mm256_loadu_ps(panel_scales + u * kPanel + 8);                                          \
       for (int r = 0; r < R; ++r) {                                                                              \
-        const __m256 s = _mm256_set1_ps(rows.scales[r * units + u]);                                             \
+        const __m256 s = _mm256_set1_ps(rows.scales[u * kShort + r]);                                            \
         float* p = c + r * stride;                                                                               \
         const __m256 f0 = _mm256_mul_ps(_mm256_cvtepi32_ps(SUM(low[r])), s0);                                    \
         const __m256 f1 = _mm256_mul_ps(_mm256_cvtepi32_ps(SUM(high[r])), s1);                                   \
@@ -181,6 +183,7 @@ inline int32_t word(const void* p) {
   }
 
 TILE_256(tile_avx2, AVX2_CODE, STEP_MADDUBS, SUM_MADDUBS)
+#include "tile_avx2.inc"
 TILE_256(tile_avx_vnni, AVX_VNNI_CODE, STEP_VNNI, SUM_VNNI)
 
 // 32 registers: for each row two sums in int32 and two in float32. Two panels side by side.
@@ -225,8 +228,6 @@ AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float
 
 // A unit is what one instruction multiplies, 16 rows by 16 columns: no bias, both sides signed. The int32 sums take the
 // way through memory, two units ahead; all 16 rows are computed, `count` of them are given back.
-constexpr int64_t kTall = 16;
-
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -298,19 +299,20 @@ struct Variant {
   int panels;   // side by side
   int most;     // rows of the largest tile
   bool pairs;   // sums in int16
+  int64_t together;  // rows
   Tile tiles[kTall + 1];  // by number of rows
   bool amx = false;
 };
 
 const Variant* variant_of(int isa, int64_t m) {
-  static const Variant amx = {kAmxPanels, kTall, false,
+  static const Variant amx = {kAmxPanels, kTall, false, kTall,
                               {nullptr, tile_amx<1>, tile_amx<2>, tile_amx<3>, tile_amx<4>, tile_amx<5>, tile_amx<6>,
                                tile_amx<7>, tile_amx<8>, tile_amx<9>, tile_amx<10>, tile_amx<11>, tile_amx<12>,
                                tile_amx<13>, tile_amx<14>, tile_amx<15>, tile_amx<16>}, true};
-  static const Variant avx2 = {1, 4, true, {nullptr, tile_avx2<1>, tile_avx2<2>, tile_avx2<3>, tile_avx2<4>}};
+  static const Variant avx2 = {1, kShort, true, kShort, {nullptr, tile_avx2<1>, tile_avx2<2>, tile_avx2<3>, tile_avx2<4>}};
   static const Variant avx_vnni = {
-      1, 4, false, {nullptr, tile_avx_vnni<1>, tile_avx_vnni<2>, tile_avx_vnni<3>, tile_avx_vnni<4>}};
-  static const Variant avx512 = {2, 6, false,
+      1, kShort, false, kShort, {nullptr, tile_avx_vnni<1>, tile_avx_vnni<2>, tile_avx_vnni<3>, tile_avx_vnni<4>}};
+  static const Variant avx512 = {2, 6, false, 1,
                                  {nullptr, tile_avx512<1>, tile_avx512<2>, tile_avx512<3>, tile_avx512<4>,
                                   tile_avx512<5>, tile_avx512<6>}};
   constexpr int64_t kFewRows = 8;  // are not worth a tile of sixteen
@@ -353,7 +355,7 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
   // Rows in multiples of every tile: 4, 6 or 16.
   int64_t block = std::min(kBlockBytes / (units * kUnit), kScratchBytes / (group * 4)) / kRows * kRows;
   block = std::min((m + kRows - 1) / kRows * kRows, std::max<int64_t>(kRows, std::min<int64_t>(1536, block)));
-  const int64_t together = variant.amx ? kTall : 1;
+  const int64_t together = variant.together;
   const Buffer values(block * units * kUnit), row_scales(block * units * 4);
   const Buffer starts(variant.amx ? 1 : block * units * 4);
   const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, m * n * units / (1 << 12))));
