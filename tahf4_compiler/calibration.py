@@ -38,7 +38,7 @@ __all__ = ["Activation", "Calibration", "calibrate", "experts"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "tahf4-calibration-1"
+FORMAT = "tahf4-calibration-2"
 KEPT_CALLS = 8
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -139,6 +139,7 @@ class Calibration:
             for path, weight in linear_weights(module):
                 self._paths[weight] = (expert, path)
         self._branch = ""
+        self._source = ""
         self._step: int | None = None
         self._running = False
         self._own_calls = False
@@ -203,7 +204,7 @@ class Calibration:
                     before = dict(arguments)
                     before.setdefault("generator", torch.Generator().manual_seed(i))
                     self._running = True  # and stays so after an error: half a prompt was seen
-                    with torch.no_grad():
+                    with torch.no_grad(), self.at(source=prompt):
                         self._pipe(prompt, **before)
                     self._running = False
                     self.prompts.append(prompt)
@@ -243,25 +244,30 @@ class Calibration:
             StepCounter.forget(scheduler)
 
     @contextlib.contextmanager
-    def at(self, *, step_group: int | None = None, branch: str | None = None) -> Iterator[None]:
+    def at(
+        self, *, step_group: int | None = None, branch: str | None = None, source: str | None = None
+    ) -> Iterator[None]:
         """Say where calls of a bare module belong; a pipeline's calls say so themselves.
 
         Args:
             step_group: below ``step_groups``.
             branch: any name, such as ``"cond"`` and ``"uncond"``.
+            source: any name of the input, such as a prompt or the number of a batch. Processes that divide the inputs
+                name them, so that :meth:`all_reduce` gives the sample rows that one process has.
 
         Raises:
             OptionError: there is no such step group.
         """
         if step_group is not None and not 0 <= step_group < self.step_groups:
             raise OptionError(f"step_group is {step_group}; expected 0 to {self.step_groups - 1}")
-        old = self._step, self._branch
+        old = self._step, self._branch, self._source
         self._step = step_group if step_group is not None else self._step
         self._branch = branch if branch is not None else self._branch
+        self._source = source if source is not None else self._source
         try:
             yield
         finally:
-            self._step, self._branch = old
+            self._step, self._branch, self._source = old
 
     @contextlib.contextmanager
     def _branches(self, module: nn.Module) -> Iterator[None]:
@@ -307,7 +313,8 @@ class Calibration:
             sketch, sample = cells.cell(self._where(), x.device)
             sketch.update(x)
             if self.rows:
-                sample.update(x)
+                part = 0 if self._sequence is None or x.dim() < 2 else self._sequence.rank() * x.shape[-2]
+                sample.update(x, self._source, part)
 
         return observe
 

@@ -119,7 +119,7 @@ def test_samples_merge_to_the_largest_priorities():
     wanted = torch.cat((left.priorities, right.priorities)).sort(descending=True).values[:8]
     left.merge(right)
     assert torch.equal(left.priorities, wanted)
-    loaded = RowSample(8, "other")
+    loaded = RowSample(8, "left")
     loaded.load(left.tensors())
     for sample in (left, loaded):
         sample.update(torch.randn(50, 1, generator=torch.Generator().manual_seed(0)))
