@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -143,7 +145,8 @@ def test_a_sample_does_not_depend_on_who_saw_what():
             for call in calls:
                 sample.update(call[None, 20 * part : 20 * (part + 1)], source, 20 * part)
 
-    for left, right in (by_input, by_sequence, by_sequence[::-1]):
+    for parts in (by_input, by_sequence, by_sequence[::-1]):
+        left, right = copy.deepcopy(parts)
         left.merge(right)
         assert torch.equal(left.rows, whole.rows)
         assert torch.equal(left.priorities, whole.priorities)
