@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from . import hif4, kernels
+from . import hif4, kernels, sharded
 from .attach import Attachment, attached_recipe
 from .graph import PackedWeight
 from .hif4 import Packed
@@ -85,7 +85,7 @@ def checksum(weight: Tensor) -> Tensor:
     The bytes are read as 32-bit words, each times a random 64-bit factor of its lane and one of its row, summed
     modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
-    data = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = sharded.whole(weight.detach()).contiguous().reshape(-1).view(torch.uint8)
     if data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor:
         from .backends import cpu
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attach import linear_weights
 from .calibration import check_percentile, merged
 from .errors import CalibrationError, OptionError
 from .packing import checksum, moment_as_quantized
@@ -316,7 +315,8 @@ def _with_effects(calibration: Calibration, expert: str, entries: Mapping[str, R
     network = _network(calibration, expert)
     if network is None:
         return dict(entries)
-    weights = dict(linear_weights(calibration.models[expert]))
+    paths = [path for entry in entries.values() for path in entry.linears]
+    weights = dict(zip(paths, calibration.weights(expert, paths), strict=True))
     makers = {path: make for entry in entries.values() for path, make in _products(entry, weights)}
     effects = network.effects(makers)
 

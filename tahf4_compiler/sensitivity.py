@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import hif4, kernels
-from .attach import linear_weights
 from .errors import CalibrationError, OptionError
 from .packing import pack_weight
+from .sharded import running_weights
 from .transforms import multipliers
 
 __all__ = ["Network", "QuantizedWeight", "check_budget", "choose", "output_error", "sqnr_db"]
@@ -88,7 +88,9 @@ class Network:
     def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
         """Run the calls (arguments and keyword arguments) in the original precision."""
         self._model, self._calls = model, calls
-        self._weights = dict(linear_weights(model))
+        self._weights: dict[str, list[Tensor]] = {}
+        for path, weight in running_weights(model):
+            self._weights.setdefault(path, []).append(weight)
         self._wanted = self._outputs()
         if not all(bool(value.isfinite().all()) for value in self._wanted):
             raise CalibrationError(
@@ -113,7 +115,7 @@ class Network:
 
         None if no call read any of their weights as a linear: nothing was measured.
         """
-        products = {id(self._weights[path]): product for path, product in quantized.items()}
+        products = {id(weight): product for path, product in quantized.items() for weight in self._weights[path]}
         with _quantized(products) as used:
             found = self._outputs()
         if quantized and not used:

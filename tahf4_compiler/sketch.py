@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -163,7 +163,7 @@ class RowSample:
     def __init__(self, size: int, name: str) -> None:
         """Start empty; the name seeds the priorities."""
         self.size = size
-        self._name = name
+        self.name = name
         self._heap: list[tuple[float, int]] = []  # (priority, place in the buffer)
         self._buffer: Tensor | None = None
         self._calls: dict[str, int] = {}
@@ -195,7 +195,7 @@ class RowSample:
             return
         rows = x.detach().reshape(-1, x.shape[-1])
         length = x.shape[-2] if x.dim() > 1 else 1
-        values = _priorities(f"{self._name}\0{source}\0{call}", len(rows) // length, length, first)
+        values = _priorities(f"{self.name}\0{source}\0{call}", len(rows) // length, length, first)
         floor = self._heap[0][0] if len(self._heap) == self.size else -1.0
         best = np.flatnonzero(values > floor)
         if len(best) > self.size:
@@ -218,10 +218,18 @@ class RowSample:
 
     def merge(self, other: RowSample) -> None:
         """Offer what another sample holds."""
-        rows = other.rows
-        if rows is not None and self.size:
-            for row, priority in zip(rows, other.priorities.tolist(), strict=True):
+        if (rows := other.rows) is not None:
+            self.offer(rows, other.priorities.tolist())
+
+    def offer(self, rows: Tensor, priorities: Sequence[float]) -> None:
+        """Offer rows ``[n, C]`` whose priorities were drawn before."""
+        for row, priority in zip(rows, priorities, strict=True):
+            if self.size:
                 self._offer(row, priority)
+
+    def count_on(self, other: RowSample) -> None:
+        """Number further calls after those that another sample saw."""
+        self._calls = dict(other._calls)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors, for a file (not the counts of named inputs, which are seen once)."""
@@ -235,8 +243,7 @@ class RowSample:
         self._heap, self._buffer = [], None
         self._calls = {"": int(tensors["calls"])}
         if "sample" in tensors:
-            for row, priority in zip(tensors["sample"], tensors["priorities"].tolist(), strict=True):
-                self._offer(row, priority)
+            self.offer(tensors["sample"], tensors["priorities"].tolist())
 
 
 def _priorities(key: str, batch: int, length: int, first: int) -> np.ndarray:

@@ -1,0 +1,45 @@
+"""Weights of which a process holds a part: whole again, and as a model that runs sees them.
+
+Works without importing ``torch.distributed``: a process that did not import it has no such weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .attach import linear_weights
+
+__all__ = ["running_weights", "whole"]
+
+
+def whole(weight: Tensor) -> Tensor:
+    """Return a weight as it is, or all of a ``DTensor``: then every process of its mesh must call this."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is not None and isinstance(weight, tensors.DTensor):
+        found: Tensor = weight.full_tensor()
+        return found
+    return weight
+
+
+def running_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(module path, weight)`` of what may be weights of linears, as the model's forward reads them.
+
+    A module under FSDP2 (``fully_shard``) owns a part of each parameter, and another parameter, the whole, while it
+    runs. Every process of its mesh must call this and exhaust it.
+    """
+    yield from linear_weights(model)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for name, module in list(model.named_modules()) if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            with torch.no_grad():
+                module.unshard()
+                found = list(linear_weights(module))
+                module.reshard()
+            for path, weight in found:
+                if not hasattr(weight, "full_tensor"):  # a child's, which is a group of its own
+                    inner = name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+                    yield ".".join(part for part in (inner, path) if part), weight
