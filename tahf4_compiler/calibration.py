@@ -660,7 +660,10 @@ def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]
     old = {m: m._compiled_call_impl for m in module.modules() if m._compiled_call_impl is not None}
     for part in old:
         part._compiled_call_impl = None
-    if trace_rules.check(inner.forward):  # PyTorch's own modules: Dynamo skips their files unless they are inlined
+    forward = inner.forward
+    while isinstance(forward, functools.partial):  # hooks of diffusers wrap it so
+        forward = forward.func
+    if trace_rules.check(forward):  # PyTorch's own modules: Dynamo skips their files unless they are inlined
         call: Any = torch.compile(external_utils.wrap_inline(inner._call_impl), backend=backend)
     else:
         inner.compile(backend=backend)
@@ -673,7 +676,7 @@ def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]
         return result
 
     inner._compiled_call_impl = heard
-    forward = module.__dict__.get("forward")
+    own_forward = module.__dict__.get("forward")
     if inner is not module:
         module.forward = inner.__call__
     try:
@@ -681,6 +684,6 @@ def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]
     finally:
         inner._compiled_call_impl = None
         if inner is not module:
-            module.forward = forward  # type: ignore[assignment]
+            module.forward = own_forward  # type: ignore[assignment]
         for part, compiled in old.items():
             part._compiled_call_impl = compiled
