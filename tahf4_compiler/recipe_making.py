@@ -19,6 +19,7 @@ from .errors import CalibrationError, OptionError
 from .packing import checksum, moment_as_quantized
 from .recipe import LinearEntry, Recipe, RecipeEntry
 from .sensitivity import Network, QuantizedWeight, check_budget, output_error, sqnr_db
+from .sharded import class_name
 from .sketch import LARGEST
 from .transforms import hadamard_block, seed_of
 
@@ -128,7 +129,7 @@ def make_recipe(
             "prompts": len(calibration.prompts),
             "step_groups": calibration.step_groups,
             "rows": calibration.rows,
-            "classes": {expert: type(module).__name__ for expert, module in calibration.models.items()},
+            "classes": {expert: class_name(module) for expert, module in calibration.models.items()},
         },
     }
     recipe = Recipe(found, tuple(high_precision_steps), provenance)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attach import linear_weights
 
-__all__ = ["running_weights", "whole"]
+__all__ = ["class_name", "running_weights", "whole"]
 
 
 def whole(weight: Tensor) -> Tensor:
@@ -43,3 +43,11 @@ def running_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 if not hasattr(weight, "full_tensor"):  # a child's, which is a group of its own
                     inner = name.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
                     yield ".".join(part for part in (inner, path) if part), weight
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, as it was before ``fully_shard`` put another in its place."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        return next(cls.__name__ for cls in type(module).__mro__ if not issubclass(cls, fsdp.FSDPModule))
+    return type(module).__name__

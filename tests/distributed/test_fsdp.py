@@ -1,0 +1,72 @@
+"""FSDP2: the same results and recipes as on one rank."""
+
+from __future__ import annotations
+
+import torch
+from models import Stack
+from ranks import run
+
+import tahf4_compiler as tahf4
+
+GRAPH = {"inductor": False}
+
+
+def stack(shard=None):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Stack(2, 64, 256).eval().requires_grad_(False)
+    for part in (*model.blocks, model) if shard is not None else ():
+        fully_shard(part, mesh=shard)
+    return model
+
+
+def compiled_blocks(rank, mesh, tmp, x):
+    recipe = tahf4.Recipe.load(tmp / f"recipe{rank}")
+    for given in (None, recipe):
+        found = []
+        for shard in (None, mesh):
+            model = stack(shard)
+            tahf4.apply_recipe(model, given)
+            for block in model.blocks:
+                block.compile(backend="tahf4", options=GRAPH)
+            found += [model(x), model(x)]
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        assert not torch.equal(found[0], stack()(x))
+
+
+def compiled_whole(rank, mesh, tmp, x):
+    # Dynamo breaks the graph at FSDP's hooks: each block is a graph of its own.
+    model = stack(mesh)
+    model.compile(backend="tahf4", options={**GRAPH, "rotate.block": 0})
+    reference = stack()
+    for block in reference.blocks:
+        block.compile(backend="tahf4", options={**GRAPH, "rotate.block": 0})
+    assert torch.equal(model(x), reference(x))
+
+
+def calibrated(rank, mesh, tmp, x):
+    found = []
+    for shard in (None, mesh):
+        model = stack(shard)
+        with tahf4.calibrate(model, rows=8, options=GRAPH) as calibration:
+            model(x)
+            model(x * 2)
+        calibration.recipe().save(tmp / f"recipe{rank}")  # the same inputs on all ranks: nothing to merge
+        found.append((tmp / f"recipe{rank}").read_bytes())
+    assert found[0] == found[1]
+    for linear in calibration.recipe().experts[""]["blocks.0.up"].linears.values():
+        assert linear.effect is not None and linear.effect > 0
+
+
+def everything(rank, size, tmp):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh, x = init_device_mesh("cpu", (size,)), torch.randn(8, 64)
+    for work in (calibrated, compiled_blocks, compiled_whole):
+        work(rank, mesh, tmp, x)
+
+
+def test_sharded_parameters_give_what_whole_ones_do(tmp_path):
+    run(2, everything, tmp_path)
