@@ -16,6 +16,7 @@ __all__ = [
     "PatternError",
     "PipelineError",
     "RecipeError",
+    "ShardingError",
     "Tahf4Error",
 ]
 
@@ -58,3 +59,7 @@ class CalibrationError(Tahf4Error, RuntimeError):
 
 class RecipeError(Tahf4Error, ValueError):
     """A recipe cannot be read, or was made for other modules, shapes or weights."""
+
+
+class ShardingError(Tahf4Error, ValueError):
+    """A linear or a model cannot be divided among so many ranks."""
