@@ -409,7 +409,9 @@ class Calibration:
         Where processes saw different inputs (``over="inputs"``, data parallelism) everything adds up.
         :meth:`run` with a group does this itself; with a module, name each input by :meth:`at` (``source=``).
         Where they held parts of each sequence (``over="sequence"``, context parallelism; ``calibrate`` was told the
-        ``sequence_group``) an activation that all saw whole, such as the text's, counts once.
+        ``sequence_group``) an activation that all saw whole, such as the text's, counts once. Where they held parts of
+        each weight (``over="channels"``, :func:`tahf4_compiler.distributed.tensor_parallel`) the channels that
+        row-parallel linears read are joined.
 
         The result does not depend on the order of ranks. Counts, maxima and sample rows are those of one process;
         sums of squares differ from it by rounding in float64.

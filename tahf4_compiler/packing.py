@@ -85,7 +85,7 @@ def checksum(weight: Tensor) -> Tensor:
     The bytes are read as 32-bit words, each times a random 64-bit factor of its lane and one of its row, summed
     modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
-    data = sharded.whole(weight.detach()).contiguous().reshape(-1).view(torch.uint8)
+    data = sharded.whole(weight).detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor:
         from .backends import cpu
 

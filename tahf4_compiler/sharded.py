@@ -7,17 +7,59 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .attach import linear_weights
 
-__all__ = ["class_name", "running_weights", "whole"]
+__all__ = ["Part", "class_name", "part_of", "remember", "running_weights", "whole"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a weight a plain tensor is.
+
+    Attributes:
+        axis: that is divided: 0 for rows (output features), 1 for input features.
+        rank: which part, of equal ones.
+        size: how many.
+        group: the process group that holds them.
+    """
+
+    axis: int
+    rank: int
+    size: int
+    group: Any
+
+    def of(self, whole: Tensor, axis: int | None = None) -> Tensor:
+        """Return this part of a tensor, along another axis if one is given."""
+        return whole.chunk(self.size, self.axis if axis is None else axis)[self.rank]
+
+
+_parts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def remember(weight: Tensor, part: Part) -> None:
+    """Remember of what a parameter is a part."""
+    _parts[weight] = part
+
+
+def part_of(weight: Tensor) -> Part | None:
+    """Return which part of a weight a parameter is, None if it is a whole one (or a ``DTensor``, which knows itself)."""
+    found: Part | None = _parts.get(weight)
+    return found
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Return a weight as it is, or all of a ``DTensor``: then every process of its mesh must call this."""
+    """Return a weight as it is, or all of a divided one: then every process that holds a part must call this."""
+    if (part := part_of(weight)) is not None:
+        pieces = [torch.empty_like(weight) for _ in range(part.size)]
+        torch.distributed.all_gather(pieces, weight.detach().contiguous(), group=part.group)
+        return torch.cat(pieces, part.axis)
     tensors = sys.modules.get("torch.distributed.tensor")
     if tensors is not None and isinstance(weight, tensors.DTensor):
         found: Tensor = weight.full_tensor()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..attach import linear_weights
 from ..errors import CalibrationError, OptionError
 from ..files import decode, digest, encode
+from ..sharded import part_of
 from ..sketch import RowSample, Sketch
 
 if TYPE_CHECKING:
@@ -94,15 +96,18 @@ class Exchange:
 
 def all_reduce(calibration: Calibration, group: Any = None, *, over: str = "inputs", calls: bool = True) -> None:
     """Give every process of a group what all of them saw: see :meth:`tahf4_compiler.Calibration.all_reduce`."""
-    if over not in ("inputs", "sequence"):
-        raise OptionError(f"over is {over!r}; expected 'inputs' or 'sequence'")
+    if over not in ("inputs", "sequence", "channels"):
+        raise OptionError(f"over is {over!r}; expected 'inputs', 'sequence' or 'channels'")
     exchange = Exchange(group)
     headers = exchange.texts(_header(calibration))
     _check(calibration, headers, over)
     places = sorted({tuple(cell[:4]) for header in headers for cell in header["cells"]})
     for place in places:
         found = [next((c for c in h["cells"] if tuple(c[:4]) == place), None) for h in headers]
-        _merge_cell(calibration, exchange, place, found, over)
+        if over == "channels":
+            _join_channels(calibration, exchange, place)
+        else:
+            _merge_cell(calibration, exchange, place, found, over)
     if over == "inputs":
         if calls:
             _merge_calls(calibration, exchange)
@@ -232,6 +237,31 @@ def _merge_cell(
     whole.rows = sum(cell[6] for cell in there)
     held.cells[(step, branch)] = whole, sample
     _share_sample(calibration, exchange, place, there)
+
+
+def _join_channels(calibration: Calibration, exchange: Exchange, place: tuple[Any, ...]) -> None:
+    """Join the channels of an activation that row-parallel linears read; of others take the first rank's statistics."""
+    expert, name, step, branch = place
+    held = calibration.activations[(expert, name)]
+    sketch, sample = held.cells[(step, branch)]
+    weight = dict(linear_weights(calibration.models[expert]))[name]
+    part = part_of(weight)
+    divided = part is not None and part.axis == 1
+
+    def join(value: Tensor, axis: int = 0) -> Tensor:
+        parts = exchange.gather(value)
+        return torch.cat(parts, axis) if divided else parts[0]
+
+    whole = Sketch(0)
+    whole.counts, whole.maxima, whole.squares = join(sketch.counts), join(sketch.maxima), join(sketch.squares)
+    whole.nonfinite = exchange.reduce(sketch.nonfinite, dist.ReduceOp.SUM) if divided else join(sketch.nonfinite)
+    whole.rows = sketch.rows
+    merged = RowSample(sample.size, sample.name)
+    merged.count_on(sample)
+    if (rows := sample.rows) is not None:
+        merged.offer(join(rows, 1), sample.priorities.tolist())  # the same places on all ranks, so the same priorities
+    held.activation = replace(held.activation, channels=len(whole.maxima))
+    held.cells[(step, branch)] = whole, merged
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

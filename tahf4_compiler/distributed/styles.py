@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from .. import kernels
 from ..errors import ShardingError
 from ..packed.linear import HiF4Linear
+from ..sharded import Part, remember
 from . import sharding
 from .sizes import check_columns, check_rows
 
@@ -140,7 +141,9 @@ def _divide(
             continue
         part = distribute_tensor(parameter, mesh, [places.get(name, other)], src_data_rank=source)
         value = part.to_local().clone() if local else part
-        module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        module.register_parameter(name, new := nn.Parameter(value, requires_grad=parameter.requires_grad))
+        if local and name == "weight":
+            remember(new, Part(other.dim, mesh.get_local_rank(), mesh.size(), mesh.get_group()))
 
 
 def _linear(module: nn.Module, name: str, mesh: DeviceMesh) -> nn.Linear:
