@@ -13,6 +13,7 @@ from .errors import (
     FormatError,
     GradientError,
     OptionError,
+    PackedError,
     PassError,
     PatternError,
     PipelineError,
@@ -22,7 +23,10 @@ from .errors import (
 from .graph_capture import Capture, capture
 from .kernels import Kernel, register_kernel
 from .lowering import Lowered, lower
+from .module_plan import plan_modules
 from .options import Options
+from .packed.convert import dequantize_, quantize_
+from .packed.linear import HiF4Linear
 from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
 from .pipeline import default_passes
 from .recipe import Recipe, apply_recipe
@@ -38,10 +42,12 @@ __all__ = [
     "Decision",
     "FormatError",
     "GradientError",
+    "HiF4Linear",
     "Kernel",
     "Lowered",
     "OptionError",
     "Options",
+    "PackedError",
     "Pass",
     "PassError",
     "PassResult",
@@ -54,10 +60,13 @@ __all__ = [
     "calibrate",
     "capture",
     "default_passes",
+    "dequantize_",
     "hif4",
     "keep",
     "lower",
     "ops",
+    "plan_modules",
+    "quantize_",
     "register_kernel",
     "register_pass",
     "unregister_pass",

@@ -12,6 +12,7 @@ __all__ = [
     "FormatError",
     "GradientError",
     "OptionError",
+    "PackedError",
     "PassError",
     "PatternError",
     "PipelineError",
@@ -58,3 +59,7 @@ class CalibrationError(Tahf4Error, RuntimeError):
 
 class RecipeError(Tahf4Error, ValueError):
     """A recipe cannot be read, or was made for other modules, shapes or weights."""
+
+
+class PackedError(Tahf4Error, RuntimeError):
+    """A packed model cannot do what was asked: its original weights are gone, or a checkpoint does not fit it."""
