@@ -12,6 +12,7 @@ __all__ = [
     "FormatError",
     "GradientError",
     "OptionError",
+    "PackedError",
     "PassError",
     "PatternError",
     "PipelineError",
@@ -63,3 +64,7 @@ class RecipeError(Tahf4Error, ValueError):
 
 class ShardingError(Tahf4Error, ValueError):
     """A linear or a model cannot be divided among so many ranks."""
+
+
+class PackedError(Tahf4Error, RuntimeError):
+    """A packed model cannot do what was asked: its original weights are gone, or a checkpoint does not fit it."""

@@ -26,7 +26,7 @@ from .ops import transform
 from .scale_search import search_scales
 from .transforms import multipliers
 
-__all__ = ["PackedStore", "checksum", "moment_as_quantized", "pack_weight", "store"]
+__all__ = ["PackedStore", "checksum", "moment_as_quantized", "pack_transformed", "pack_weight", "store"]
 
 _ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
 _LANES = 4096
@@ -116,6 +116,34 @@ def _row_factors(first: int, count: int, device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 32)) | 1
 
 
+def pack_transformed(
+    weight: Tensor, mask: Tensor | None, seed: int | None, block: int, search: str = "", moment: Tensor | None = None
+) -> hif4.Packed:
+    """Convert one weight with the inverse of its activation's transform.
+
+    Args:
+        weight: ``[N, K]`` of a floating-point type.
+        mask: float32 ``[K]`` that the activation is multiplied by, or None.
+        seed: of the rotation's signs, or None.
+        block: width of the rotation, 0 for none.
+        search: see :class:`tahf4_compiler.graph.PackedWeight`.
+        moment: ``[K]``, second moment of the activation's channels before the transform, for ``"weighted"``.
+
+    Returns:
+        As :func:`pack_weight`, on the weight's device.
+
+    Raises:
+        FormatError: as :func:`pack_weight`.
+    """
+    device = weight.device
+    multiplier = multipliers(weight.shape[1], mask, seed)[1]
+    multiplier = multiplier.to(device) if multiplier is not None else None
+    importance = None
+    if search == "weighted" and moment is not None:
+        importance = moment_as_quantized(moment, mask, block).to(device)
+    return pack_weight(weight, multiplier, block, search=search, importance=importance)
+
+
 class PackedStore:
     """Packed weights by parameter identity, shared by all graphs of a process. Safe under several threads."""
 
@@ -172,17 +200,10 @@ class PackedStore:
     def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Packed:
         recipe = _recipe(weights[0], how)
         mask, seed = _values(recipe, how)
-        device, k = weights[0].device, weights[0].shape[1]
-        multiplier = multipliers(k, mask, seed)[1]
-        multiplier = multiplier.to(device) if multiplier is not None else None
-        importance = None
-        if how.search == "weighted" and recipe is not None and recipe.second_moment is not None:
-            importance = moment_as_quantized(recipe.second_moment, mask, how.hadamard_block).to(device)
+        moment = recipe.second_moment if recipe is not None else None
         parts = []
         for weight in weights:
-            parts.append(
-                pack_weight(weight, multiplier, how.hadamard_block, search=how.search, importance=importance)
-            )
+            parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment))
             bar.update(weight.numel())
         self.conversions += len(weights)
         packed = parts[0]

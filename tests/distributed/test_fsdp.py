@@ -60,11 +60,30 @@ def calibrated(rank, mesh, tmp, x):
         assert linear.effect is not None and linear.effect > 0
 
 
+def packed(rank, mesh, tmp, x):
+    from torch.distributed.fsdp import fully_shard
+
+    one = stack()
+    tahf4.quantize_(one)
+    many = stack()
+    tahf4.quantize_(many)
+    for part in (*many.blocks, many):
+        fully_shard(part, mesh=mesh)
+    up = many.blocks[0].up
+    assert up.weight_codes.to_local().numel() * mesh.size() == one.blocks[0].up.weight_codes.numel()
+    assert (up.weight_codes.dtype, up.weight_scales.dtype) == (torch.uint8, torch.int32)
+    assert torch.equal(many(x), one(x))
+    for model in (one, many):
+        for block in model.blocks:
+            block.compile(backend="tahf4", options=GRAPH)
+    assert torch.equal(many(x), one(x))
+
+
 def everything(rank, size, tmp):
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh, x = init_device_mesh("cpu", (size,)), torch.randn(8, 64)
-    for work in (calibrated, compiled_blocks, compiled_whole):
+    for work in (calibrated, compiled_blocks, compiled_whole, packed):
         work(rank, mesh, tmp, x)
 
 
