@@ -133,7 +133,7 @@ class Calibration:
         self.calls: dict[str, list[Call]] = {}
         self._call_branches: dict[str, list[str]] = {}  # of the calls that are kept
         self._call_sources: dict[str, list[str]] = {}
-        self._candidates: list[tuple[str, str, Call | None]] | None = None  # calls of a prompt, while prompts are divided
+        self._candidates: list[tuple[str, str, Call | None]] | None = None  # of one prompt, while prompts are divided
         self._merged: list[str] = []
         self._part = _rank(sequence_group)
         self._calls_seen: dict[tuple[str, str], tuple[int, int]] = {}  # count and stride

@@ -54,8 +54,8 @@ class QuantizedWeight:
         if part.axis == 1:
             if self.weight.shape[1] % (part.size * max(hif4.UNIT, self.block)):
                 raise CalibrationError(
-                    f"a rotation of {self.block} channels does not fit {part.size} parts of {self.weight.shape[1]} input "
-                    "features; choose a narrower block, or make the recipe on fewer ranks"
+                    f"a rotation of {self.block} channels does not fit {part.size} parts of {self.weight.shape[1]} "
+                    "input features; choose a narrower block, or make the recipe on fewer ranks"
                 )
             mine.multiplier = part.of(self.multiplier, 0) if self.multiplier is not None else None
         return mine

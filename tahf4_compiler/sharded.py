@@ -49,7 +49,7 @@ def remember(weight: Tensor, part: Part) -> None:
 
 
 def part_of(weight: Tensor) -> Part | None:
-    """Return which part of a weight a parameter is, None if it is a whole one (or a ``DTensor``, which knows itself)."""
+    """Return which part of a weight a parameter is, None for a whole one (and a ``DTensor``, which knows itself)."""
     found: Part | None = _parts.get(weight)
     return found
 

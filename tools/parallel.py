@@ -220,11 +220,11 @@ _HEAD = """## Computed tables
 Made by `tahf4 parallel`. **Computed, not measured**: sizes of tensors, nothing else. No allocator, no workspace, no
 time; whether communication hides behind products is another matter.
 
-With d = dim, f = ffn, L = blocks, T = tokens of the clip, t = 512 tokens of the text, n = GPUs; a value takes 2 bytes in
-bfloat16, 4 in float32, 36/64 in HiF4:
+With d = dim, f = ffn, L = blocks, T = tokens of the clip, t = 512 tokens of the text, n = GPUs; a value takes 2 bytes
+in bfloat16, 4 in float32, 36/64 in HiF4:
 
-* weights: L (8 d^2 + 2 d f) values in HiF4, all other parameters in bfloat16. Tensor parallelism divides the former by n;
-  FSDP2 divides everything, and holds two whole blocks besides; Ulysses and ring divide none.
+* weights: L (8 d^2 + 2 d f) values in HiF4, all other parameters in bfloat16. Tensor parallelism divides the former by
+  n; FSDP2 divides everything, and holds two whole blocks besides; Ulysses and ring divide none.
 * activations: the residual, q, k, v and the result of attention, 2 T d bytes each. Ulysses and ring divide all by n,
   tensor parallelism all but the residual; with FSDP2 alone each GPU has a clip of its own.
 * sent, tensor: L * 2 (n-1)/n * (3 T d + 3 T + t) * 4 bytes: a ring all-reduce in float32 of three row-parallel products

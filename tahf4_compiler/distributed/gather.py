@@ -1,8 +1,8 @@
 """Merge what the processes of a group calibrated, so that each has what one process would have.
 
-Counts are summed and maxima compared by all-reduce, which gives the same whatever the order of the ranks. Sums of squares
-are floating point: they are gathered, sorted and added, so they do not depend on the order either. Sample rows have
-priorities by place (:class:`tahf4_compiler.sketch.RowSample`), so the largest of all are those of one process.
+Counts are summed and maxima compared by all-reduce, which gives the same whatever the order of the ranks. Sums of
+squares are floating point: they are gathered, sorted and added, so they do not depend on the order either. Sample rows
+have priorities by place (:class:`tahf4_compiler.sketch.RowSample`), so the largest of all are those of one process.
 Everything goes as tensors: nothing is pickled.
 """
 
@@ -126,7 +126,8 @@ def run_divided(calibration: Calibration, todo: list[str], group: Any, arguments
         raise CalibrationError("the ranks were given different prompts or checkpoints; give all of them the same")
     if listed[0][1] or listed[0][2]:
         raise CalibrationError(
-            "prompts are divided in a calibration without a checkpoint that has seen nothing before; save() it afterwards"
+            "prompts are divided in a calibration that has no checkpoint file and has seen nothing before; save() it "
+            "afterwards"
         )
     for start in tqdm(range(0, len(todo), exchange.size), desc="calibration", unit="round", disable=exchange.rank > 0):
         calibration._candidates = []
@@ -156,7 +157,10 @@ class _Elsewhere:
 def _fetch_calls(calibration: Calibration, exchange: Exchange) -> None:
     mine: dict[str, Tensor] = {}
     coded = {
-        expert: [None if isinstance(call, _Elsewhere) else encode(call, mine, f"{expert}.{i}") for i, call in enumerate(calls)]
+        expert: [
+            None if isinstance(call, _Elsewhere) else encode(call, mine, f"{expert}.{i}")
+            for i, call in enumerate(calls)
+        ]
         for expert, calls in calibration.calls.items()
     }
     headers, tensors = exchange.texts(coded), exchange.tensors(mine)
@@ -302,8 +306,10 @@ def _merge_calls(calibration: Calibration, exchange: Exchange) -> None:
     mine: dict[str, Tensor] = {}
     kept = {
         expert: [
-            [calibration._call_sources[expert][i], calibration._call_branches[expert][i], encode(call, mine, f"{expert}.{i}")]
-            for i, call in enumerate(calls)
+            [source, branch, encode(call, mine, f"{expert}.{i}")]
+            for i, (source, branch, call) in enumerate(
+                zip(calibration._call_sources[expert], calibration._call_branches[expert], calls, strict=True)
+            )
         ]
         for expert, calls in calibration.calls.items()
     }

@@ -48,8 +48,8 @@ def check_rows(name: str, k: int, degree: int, hadamard_block: int = 0) -> None:
     if narrower != hadamard_block and degree in row_degrees(k, narrower):
         advice += f", or a rotation of {narrower} channels"
     raise ShardingError(
-        f"{name} cannot be row-parallel over {degree} ranks: K={k} is {k / grain:g} blocks of {grain} channels (units of "
-        f"64{f', rotation of {hadamard_block}' if hadamard_block else ''}), and each rank needs whole ones; {advice}"
+        f"{name} cannot be row-parallel over {degree} ranks: K={k} is {k / grain:g} blocks of {grain} channels (units "
+        f"of 64{f', rotation of {hadamard_block}' if hadamard_block else ''}), and each rank needs whole ones; {advice}"
     )
 
 

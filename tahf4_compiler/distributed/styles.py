@@ -64,11 +64,11 @@ class HiF4ColwiseParallel(ColwiseParallel):
 
 
 class HiF4RowwiseParallel(RowwiseParallel):
-    """Each rank has some input features, in whole units and rotation blocks: the same as one rank but for the order of
-    the float32 sum over units.
+    """Each rank has some input features, in whole units and rotation blocks.
 
-    Parts are summed in float32 before the bias is added and the result is cast.
-    """  # noqa: D205
+    The same as one rank but for the order of the float32 sum over units: parts are summed in float32 before the bias is
+    added and the result is cast.
+    """
 
     def __init__(self, *, local: bool = False, name: str = "", **layouts: Any) -> None:
         """See ``torch.distributed.tensor.parallel.RowwiseParallel`` and :class:`HiF4ColwiseParallel`."""
@@ -90,7 +90,8 @@ class HiF4RowwiseParallel(RowwiseParallel):
             reduce = functools.partial(_redistribute, self.output_layouts)
         else:
             return super()._apply(module, device_mesh)
-        linear.__class__ = _row_class(type(linear))
+        kind: Any = type(linear)
+        linear.__class__ = _row_class(kind)
         linear.tahf4_reduce = reduce  # type: ignore[assignment]
         return linear
 
@@ -112,14 +113,14 @@ class _RowParallel:
             part = linear(codes, scales, self.weight_codes, self.weight_scales, None, torch.float32)
         else:
             part = nn.functional.linear(input, self.weight).to(torch.float32)
-        out = self.tahf4_reduce(part)  # type: ignore[attr-defined]
+        out = self.tahf4_reduce(part)
         if self.bias is not None:
             out = out + self.bias.to(torch.float32)
         return out.to(input.dtype)
 
 
 @functools.cache
-def _row_class(base: type) -> type:
+def _row_class(base: Any) -> Any:
     return type(f"Row{base.__name__}", (_RowParallel, base), {})
 
 

@@ -55,7 +55,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             "ffn.net.2": HiF4RowwiseParallel(local=True),
         }
         for name in ("attn1", "attn2"):
-            attention = block.get_submodule(name)
+            attention: Any = block.get_submodule(name)
             plan |= {f"{name}.{c}": HiF4ColwiseParallel(local=True) for c in _COLUMNS if _has(attention, c)}
             plan[f"{name}.to_out.0"] = HiF4RowwiseParallel(local=True)
             for norm in _NORMS:
@@ -85,10 +85,12 @@ def _check(where: str, block: nn.Module, degree: int) -> None:
         for linear in _COLUMNS:
             if _has(attention, linear):
                 check_columns(f"{where}, {name}.{linear}", getattr(attention, linear).out_features, degree)
-    check_columns(f"{where}, ffn.net.0.proj", block.get_submodule("ffn.net.0.proj").out_features, degree)
+    column: Any = block.get_submodule("ffn.net.0.proj")
+    check_columns(f"{where}, ffn.net.0.proj", column.out_features, degree)
     for name in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2"):
         row: Any = block.get_submodule(name)
-        check_rows(f"{where}, {name}", row.in_features, degree, row.hadamard_block if isinstance(row, HiF4Linear) else 0)
+        hadamard_block = row.hadamard_block if isinstance(row, HiF4Linear) else 0
+        check_rows(f"{where}, {name}", row.in_features, degree, hadamard_block)
 
 
 class _ShardedRMSNorm(nn.Module):

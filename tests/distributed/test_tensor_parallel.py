@@ -89,7 +89,7 @@ def packed_stack(hidden=256):
 
 def styles(rank, size):
     from torch.distributed.tensor import DTensor, Replicate
-    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh, x = mesh_of(size), torch.randn(5, 64)
     one = packed_stack()
@@ -105,8 +105,16 @@ def styles(rank, size):
         assert half.dtype == torch.bfloat16 and relative(half, down(wanted.bfloat16())) < 2**-8
         with pytest.raises(tahf4.ShardingError, match="divided among ranks already"):
             parallelize_module(row, mesh, HiF4RowwiseParallel(local=local))
+    torch._dynamo.reset()
+    plain = parallelize_module(Stack(2).eval(), mesh, {"blocks.0.up": HiF4ColwiseParallel()})
+    with pytest.raises(Exception, match="graph reads DTensors.*local=True"):
+        torch.compile(plain.blocks[0].up, backend="tahf4", options={"inductor": False})(x)
     gathered = parallelize_module(copy.deepcopy(up), mesh, HiF4ColwiseParallel(output_layouts=Replicate()))
     assert torch.equal(gathered(x), wanted)
+    torchs = parallelize_module(copy.deepcopy(up), mesh, ColwiseParallel())  # through the operators' rules
+    assert torch.equal(torchs(x), wanted.chunk(size, -1)[rank])
+    with pytest.raises(AttributeError, match="packed"):
+        parallelize_module(copy.deepcopy(down), mesh, RowwiseParallel())
     wide = copy.deepcopy(down)
     wide.hadamard_block = 256
     before = copy.deepcopy(wide.state_dict())
@@ -181,10 +189,21 @@ def two(rank, size):
 
 
 def four(rank, size):
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     packed_wan(rank, size)
-    torch.manual_seed(0)
+    both = mesh_of(2, 2, names=("dp", "tp"))
+    one, inputs = wan()
+    one.requires_grad_(False)
+    tahf4.quantize_(one)
+    many = tensor_parallel(copy.deepcopy(one), both["tp"])
+    for part in (*many.blocks, many):
+        fully_shard(part, mesh=both["dp"])
+    assert relative(output(many(**inputs)), output(one(**inputs))) < 1e-5
+    with pytest.raises(tahf4.ShardingError, match="2 axes"):
+        tensor_parallel(copy.deepcopy(one), both)
+
     mesh, x = mesh_of(2, 2), torch.randn(4, 256)
     want = torch.ops.tahf4.quantize(x, None, 64)
     for at in ((Shard(0), Shard(1)), (Shard(1), Shard(1)), (Replicate(), Shard(1))):

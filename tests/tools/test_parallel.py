@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tahf4_compiler.tools.cli import app
+from tahf4_compiler.tools.kernels.wan import A14B, TI2V_5B
+from tahf4_compiler.tools.parallel import CHANNELS, block_values, other_values, page, tensor_misfit, ways
 from typer.testing import CliRunner
 
 from tahf4_compiler.distributed.sizes import check_columns, check_rows, row_degrees
 from tahf4_compiler.errors import ShardingError
-from tahf4_compiler.tools.cli import app
-from tahf4_compiler.tools.kernels.wan import A14B, TI2V_5B
-from tahf4_compiler.tools.parallel import CHANNELS, block_values, other_values, page, tensor_misfit, ways
 
 
 @pytest.mark.parametrize("model", [A14B, TI2V_5B], ids=lambda model: model.name)
@@ -20,11 +20,13 @@ def test_parameters_are_those_of_the_model(model):
     channels = CHANNELS[model.name]
     with torch.device("meta"):
         real = WanTransformer3DModel(
-            num_attention_heads=model.heads, ffn_dim=model.ffn, num_layers=2, in_channels=channels, out_channels=channels
+            num_attention_heads=model.heads,
+            ffn_dim=model.ffn,
+            num_layers=2,
+            in_channels=channels,
+            out_channels=channels,
         )
-    inside = sum(
-        p.numel() for name, p in real.named_parameters() if name.startswith("blocks.") and p.dim() == 2
-    )  # fmt: skip
+    inside = sum(p.numel() for name, p in real.named_parameters() if name.startswith("blocks.") and p.dim() == 2)
     small = type(model)(model.name, model.dim, model.ffn, model.heads, 2)
     assert real.config.num_attention_heads * real.config.attention_head_dim == model.dim
     assert 2 * block_values(model) == inside
