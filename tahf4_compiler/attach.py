@@ -29,6 +29,7 @@ __all__ = [
     "keep",
     "leave_as_they_are",
     "linear_weights",
+    "packed_weights",
     "refresh",
 ]
 
@@ -184,6 +185,13 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         leaf = name.rpartition(".")[2]
         if parameter.dim() == 2 and leaf.endswith("weight"):
             yield name.replace("_orig_mod.", "").removesuffix(".weight"), parameter
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(module path, codes)`` of the linears that a model holds in HiF4."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith("weight_codes"):
+            yield name.replace("_orig_mod.", "").removesuffix(".weight_codes"), parameter
 
 
 def matching(patterns: Sequence[str], path: str) -> str | None:

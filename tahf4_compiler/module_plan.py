@@ -311,16 +311,16 @@ def _activation(path: str, model: nn.Module) -> tuple[str, str]:
     """
     parent, _, leaf = path.rpartition(".")
     module = model.get_submodule(parent)
-    for names in _SELF:
-        if leaf not in names or not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+    for triple in _SELF:
+        if leaf not in triple or not all(isinstance(getattr(module, name, None), nn.Linear) for name in triple):
             continue
-        query, key = getattr(module, names[0]), getattr(module, names[1])
+        query, key = getattr(module, triple[0]), getattr(module, triple[1])
         crossed = bool(getattr(module, "is_cross_attention", False)) or query.in_features != key.in_features
         if not crossed:
             beside = getattr(model.get_submodule(parent.rpartition(".")[0]), "proj_mlp", None) if parent else None
             joined = isinstance(beside, nn.Linear) and beside.in_features == query.in_features
             return (parent.rpartition(".")[0], "proj_mlp") if joined else (parent, "self")
-        return (path, "") if leaf == names[0] else (parent, "context")
+        return (path, "") if leaf == triple[0] else (parent, "context")
     if leaf in _ADDED:
         return parent, "added"
     for names in _GATED:

@@ -26,7 +26,7 @@ from .ops import transform
 from .scale_search import search_scales
 from .transforms import multipliers
 
-__all__ = ["PackedStore", "checksum", "moment_as_quantized", "pack_transformed", "pack_weight", "store"]
+__all__ = ["PackedStore", "checksum", "checksums", "moment_as_quantized", "pack_transformed", "pack_weight", "store"]
 
 _ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
 _LANES = 4096
@@ -263,6 +263,28 @@ def _read(values: list[Tensor]) -> list[int]:
         here = [i for i, value in enumerate(values) if value.device == device]
         out.update(zip(here, torch.stack([values[i] for i in here]).tolist(), strict=True))
     return [out[i] for i in range(len(values))]
+
+
+def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
+    """Return the checksums of tensors, read again where they may have changed.
+
+    Args:
+        values: no subclasses.
+        check: see :class:`tahf4_compiler.options.Options`; ``"version"`` keeps those of unchanged tensors.
+    """
+    states = [(_identity(v), v.data_ptr()) for v in values]
+    old = [_sums.get(value) for value in values]
+    stale = [
+        i
+        for i, (value, state) in enumerate(zip(values, states, strict=True))
+        if check == "content" or value.is_inference() or old[i] is None or old[i][0] != state
+    ]
+    for i, total in zip(stale, _read([checksum(values[i]) for i in stale]), strict=True):
+        _sums[values[i]] = old[i] = (states[i], total)
+    return [entry[1] for entry in old]
+
+
+_sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _identity(weight: Tensor) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .attach import linear_weights, refresh
+from .attach import linear_weights, packed_weights, refresh
 
 __all__ = ["Surroundings"]
 
@@ -40,7 +40,7 @@ class Surroundings:
         self.blocks: dict[str, dict[str, str]] = {}
         if module is not None:
             self.add(module)
-            self.linear_paths = [path for path, _ in linear_weights(module)]
+            self.linear_paths = [path for path, _ in (*linear_weights(module), *packed_weights(module))]
             self.blocks = _containers(module)
 
     @classmethod
@@ -55,7 +55,7 @@ class Surroundings:
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights."""
         self.watch(module)
-        for path, weight in linear_weights(module):
+        for path, weight in (*linear_weights(module), *packed_weights(module)):
             self._paths[weight] = path
 
     def watch(self, module: nn.Module) -> None:
