@@ -86,7 +86,9 @@ class Exchange:
             part = {}
             for name, dtype, shape in entries:
                 value = mine[name] if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype))
-                flat = value.detach().to(self.device).contiguous().reshape(-1).view(torch.uint8).clone()
+                # A copy into a new tensor: an expanded one of one element has no stride that can be viewed as bytes.
+                flat = torch.empty(value.numel(), dtype=value.dtype, device=self.device)
+                flat = flat.copy_(value.detach().reshape(-1)).view(torch.uint8)
                 source = rank if self._group is None else dist.get_global_rank(self._group, rank)
                 dist.broadcast(flat, source, group=self._group)
                 part[name] = flat.cpu().view(getattr(torch, dtype)).reshape(shape)

@@ -30,23 +30,20 @@ def ulysses(rank, size, tmp, monkeypatch):
             found.enable_parallelism(config=ContextParallelConfig(ulysses_degree=size))
         return found
 
-    whole = tmp / f"dump{rank}"
-    for compiled in ("compile", "compile_repeated_blocks"):
-        found = []
-        for parallel in (False, True):
-            torch._dynamo.reset()
-            each = model(parallel)
-            options = {**GRAPH, "dump_dir": str(whole)} if compiled == "compile" and parallel else GRAPH
-            getattr(each, compiled)(backend="tahf4", options=options)
-            found.append(output(each(**inputs)))
-        assert torch.equal(*found), compiled
-    if rank == 0:  # dumps are rank 0's
-        decisions = {d["module"]: d["decision"] for plan in plans(whole) for d in plan}
-        assert len(decisions) >= 20 and all(d == "hif4" for m, d in decisions.items() if m.startswith("blocks."))
+    found = []
+    for parallel in (False, True) if rank == 0 else (True,):  # one rank alone is enough to compare with
+        torch._dynamo.reset()
+        each = model(parallel)
+        each.compile_repeated_blocks(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp / f"dump{parallel}")})
+        found.append(output(each(**inputs)))
+    if rank == 0:
+        assert torch.equal(*found)
+        decisions = [d["decision"] for plan in plans(tmp / "dumpTrue") for d in plan]
+        assert len(decisions) >= 10 and set(decisions) == {"hif4"}
 
-    torch._dynamo.reset()
     recipes = []
-    for parallel in (False, True):
+    for parallel in (False, True) if rank == 0 else (True,):
+        torch._dynamo.reset()
         each = model(parallel)
         group = dist.group.WORLD if parallel else None
         with tahf4.calibrate(each, options=GRAPH, sequence_group=group) as calibration:
@@ -55,7 +52,7 @@ def ulysses(rank, size, tmp, monkeypatch):
             calibration.all_reduce(over="sequence")
         calibration.recipe(mask="percentile").save(tmp / f"recipe{rank}")
         recipes.append((tmp / f"recipe{rank}").read_bytes())
-    assert recipes[0] == recipes[1]
+    assert recipes[0] == recipes[-1]
 
 
 def work(rank, size, tmp):

@@ -11,14 +11,19 @@ import tahf4_compiler as tahf4
 GRAPH = {"inductor": False}
 
 
-def stack(shard=None):
+def divide(model, mesh):
     from torch.distributed.fsdp import fully_shard
 
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+
+
+def stack(shard=None):
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = Stack(2, 64, 256).eval().requires_grad_(False)
-    for part in (*model.blocks, model) if shard is not None else ():
-        fully_shard(part, mesh=shard)
+    if shard is not None:
+        divide(model, shard)
     return model
 
 
@@ -26,9 +31,11 @@ def compiled_blocks(rank, mesh, tmp, x):
     recipe = tahf4.Recipe.load(tmp / f"recipe{rank}")
     for given in (None, recipe):
         found = []
-        for shard in (None, mesh):
-            model = stack(shard)
+        for shard, recipe_first in ((None, True), (mesh, False), (mesh, True)):
+            model = stack(None if recipe_first else shard)
             tahf4.apply_recipe(model, given)
+            if recipe_first and shard is not None:
+                divide(model, shard)
             for block in model.blocks:
                 block.compile(backend="tahf4", options=GRAPH)
             found += [model(x), model(x)]
@@ -61,14 +68,11 @@ def calibrated(rank, mesh, tmp, x):
 
 
 def packed(rank, mesh, tmp, x):
-    from torch.distributed.fsdp import fully_shard
-
     one = stack()
     tahf4.quantize_(one)
     many = stack()
     tahf4.quantize_(many)
-    for part in (*many.blocks, many):
-        fully_shard(part, mesh=mesh)
+    divide(many, mesh)
     up = many.blocks[0].up
     assert up.weight_codes.to_local().numel() * mesh.size() == one.blocks[0].up.weight_codes.numel()
     assert (up.weight_codes.dtype, up.weight_scales.dtype) == (torch.uint8, torch.int32)

@@ -142,11 +142,11 @@ def packed_wan(rank, size):
 def compiled_wan(rank, size):
     one, many, inputs = packed_wan(rank, size)
     found = []
-    for model in (one, many):
+    for model in (one, many) if rank == 0 else (many,):  # one rank alone is enough to compare with
         torch._dynamo.reset()
         model.compile(backend="tahf4", options={"inductor": False})
         found.append(output(model(**inputs)))
-    assert relative(found[1], found[0]) < 1e-5
+    assert relative(found[-1], found[0]) < 1e-5
     odd = wan(num_attention_heads=3)[0]
     before = [p.shape for p in odd.parameters()]
     with pytest.raises(tahf4.ShardingError, match="3 heads do not divide.*1, 3"):
@@ -160,7 +160,7 @@ def compiled_wan(rank, size):
 def calibrated_wan(rank, size):
     recipes = []
     first, inputs = wan()
-    for parallel in (False, True):
+    for parallel in (False, True) if rank == 0 else (True,):
         torch._dynamo.reset()
         model = wan()[0].requires_grad_(False)
         model.load_state_dict(first.state_dict())
@@ -171,9 +171,9 @@ def calibrated_wan(rank, size):
         if parallel:
             calibration.all_reduce(over="channels")
         recipes.append(calibration.recipe(mask="percentile").experts[""])
-    assert list(recipes[0]) == list(recipes[1])
+    assert list(recipes[0]) == list(recipes[-1])
     for name, entry in recipes[0].items():
-        other = recipes[1][name]
+        other = recipes[-1][name]
         assert torch.allclose(entry.mask, other.mask, rtol=1e-3), name
         for path, linear in entry.linears.items():
             mine = other.linears[path]
