@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -75,6 +76,8 @@ def quantize_(
         for name, module, plan, transforms in work:
             pack_modules(module, transforms, bar.update)
             leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
+            if (saving := _saving(module)) is not None and packed_linears(module):
+                saving.remember(module, saving.TaHF4Config(recipe, keep=keep))
             decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
 
@@ -127,12 +130,27 @@ def dequantize_(model: Any) -> list[str]:
                     setattr(parent, name, plain)
                 found.append(f"{component}.{path}" if component else path)
         leave_as_they_are(module, {})
+        if (saving := _saving(module)) is not None:
+            saving.forget(module)
     return found
 
 
 def packed_linears(model: nn.Module) -> dict[str, HiF4Linear]:
     """Return the packed linears of a model by module path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, HiF4Linear)}
+
+
+def _saving(model: nn.Module) -> Any:
+    """Return what lets a model of diffusers save itself as packed; None for other models."""
+    if "diffusers" not in sys.modules:
+        return None
+    from diffusers import ModelMixin
+
+    if not isinstance(model, ModelMixin):
+        return None
+    from . import quantizer
+
+    return quantizer
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
