@@ -28,6 +28,7 @@ from .module_plan import plan_modules
 from .options import Options
 from .packed.convert import dequantize_, quantize_
 from .packed.linear import HiF4Linear
+from .packed.register import register_when_imported
 from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
 from .pipeline import default_passes
 from .recipe import Recipe, apply_recipe
@@ -57,6 +58,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ShardingError",
+    "TaHF4Config",
     "Tahf4Error",
     "apply_recipe",
     "calibrate",
@@ -73,3 +75,15 @@ __all__ = [
     "register_pass",
     "unregister_pass",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs diffusers when it is asked for."""
+    if name == "TaHF4Config":
+        from .packed.config import TaHF4Config
+
+        return TaHF4Config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_when_imported()

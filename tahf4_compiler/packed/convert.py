@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,15 +67,17 @@ def quantize_(
     work = []
     for name, module in models.items():
         mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
-        _check_ready(module)
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
         work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part)))
+        _check_ready(module, work[-1][-1])
     todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
     decisions: list[Decision] = []
     with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
         for name, module, plan, transforms in work:
             pack_modules(module, transforms, bar.update)
             leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
+            if (saving := _saving(module)) is not None and packed_linears(module):
+                saving.remember(module, saving.TaHF4Config(recipe, keep=keep))
             decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
 
@@ -127,12 +130,27 @@ def dequantize_(model: Any) -> list[str]:
                     setattr(parent, name, plain)
                 found.append(f"{component}.{path}" if component else path)
         leave_as_they_are(module, {})
+        if (saving := _saving(module)) is not None:
+            saving.forget(module)
     return found
 
 
 def packed_linears(model: nn.Module) -> dict[str, HiF4Linear]:
     """Return the packed linears of a model by module path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, HiF4Linear)}
+
+
+def _saving(model: nn.Module) -> Any:
+    """Return what lets a model of diffusers save itself as packed; None for other models."""
+    if "diffusers" not in sys.modules:
+        return None
+    from diffusers import ModelMixin
+
+    if not isinstance(model, ModelMixin):
+        return None
+    from . import quantizer
+
+    return quantizer
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -145,19 +163,18 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def _check_ready(model: nn.Module) -> None:
-    """Raise :class:`PackedError` for a model whose linears cannot be replaced now."""
-    if isinstance(model, nn.Linear) and not isinstance(model, HiF4Linear):
-        raise PackedError("got a single nn.Linear, which cannot be replaced in place; pass the module that holds it")
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or isinstance(module, HiF4Linear):
-            continue
-        if "forward" in module.__dict__:
+def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise :class:`PackedError` if linears of a model cannot be replaced now."""
+    for path in paths:
+        if not path:
+            raise PackedError("got a single nn.Linear, which cannot be replaced in place; pass the module that holds it")
+        linear = model.get_submodule(path)
+        if "forward" in linear.__dict__:
             raise PackedError(
                 f"{path} is hooked (its forward is replaced, as offloading does). Pack the model first and enable "
                 "offloading afterwards."
             )
-        recipe = attached_recipe(module.weight)
+        recipe = attached_recipe(linear.weight)
         if recipe is not None and recipe.steps is not None:
             raise PackedError(
                 f"the recipe attached to {path} runs some steps in high precision, which needs the original weights; "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import kernels
-from ..graph import INPUT, GraphInput, PackedInput, PackedWeight
+from ..graph import INPUT, GraphInput, PackedInput, PackedWeight, node_arg
 from ..packing import checksums
 
 __all__ = ["adopt", "joined", "multiplier_inputs", "packed_products", "ties"]
@@ -34,12 +34,12 @@ def adopt(graph: fx.Graph) -> list[fx.Node]:
             node.target = by_target[node.target]
     found = []
     for node in graph.find_nodes(op="call_function", target=LINEAR):
-        sources = [_parameter(node.args[at], name) for _, at, name in _PARTS]
-        if not all(sources):
+        codes, scales = (_parameter(node.args[at], name) for _, at, name in _PARTS)
+        if codes is None or scales is None:
             continue
-        weight = PackedWeight((sources[0].index,), scales=(sources[1].index,))  # type: ignore[union-attr]
+        weight = PackedWeight((codes.index,), scales=(scales.index,))
         for part, at, _ in _PARTS:
-            node.args[at].meta[INPUT] = PackedInput(part, weight)  # type: ignore[arg-type, union-attr]
+            node_arg(node, at).meta[INPUT] = PackedInput(part, weight)  # type: ignore[arg-type]
         found.append(node)
     return found
 

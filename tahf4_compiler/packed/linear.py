@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import hif4, kernels
 from ..errors import FormatError, GradientError, PackedError
 from ..ops import hadamard
+from .no_weight import NoWeight
 
 __all__ = ["HiF4Linear"]
 
@@ -164,18 +165,13 @@ class HiF4Linear(nn.Linear):
             f"hadamard_block={self.hadamard_block}, multiplier={self.multiplier is not None}"
         )
 
+    @property
+    def weight(self) -> Any:
+        """A :class:`NoWeight`: shape, dtype and device of the weight, for libraries that ask."""
+        return NoWeight(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
+
     def reset_parameters(self) -> None:
         """Do nothing: codes are not drawn at random."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Say where the weight is, to whoever looks for it (merging an adapter, fusing projections)."""
-        if name == "weight":
-            raise NoWeightError(
-                "this linear is packed: it has weight_codes and weight_scales, and no weight to read or to add an "
-                "adapter to. Leave the adapter unfused (it runs beside the 4-bit product), or call "
-                "tahf4_compiler.dequantize_(model) first, fuse, and tahf4_compiler.quantize_(model) again."
-            )
-        return super().__getattr__(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HiF4Linear:
         """Move the parameters; what casts floating-point tensors leaves the multiplier in float32."""
@@ -202,10 +198,6 @@ class HiF4Linear(nn.Linear):
                 "model before quantize_, or after dequantize_."
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class NoWeightError(PackedError, AttributeError):
-    """Somebody asked a packed linear for its weight."""
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:
