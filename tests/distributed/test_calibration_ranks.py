@@ -154,7 +154,8 @@ def divided_sequence(rank, size, tmp):
 
 
 def tensors_of_any_kind(rank, size, tmp):
-    mine = {"one": torch.tensor(rank).expand(1), "none": torch.zeros(0, 3 + rank), "half": torch.ones(2, 2).bfloat16().T}
+    half = torch.ones(2, 2).bfloat16().T
+    mine = {"one": torch.tensor(rank).expand(1), "none": torch.zeros(0, 3 + rank), "half": half}
     for other, found in enumerate(Exchange().tensors(mine)):
         assert found["one"].tolist() == [other] and found["none"].shape == (0, 3 + other)
         assert torch.equal(found["half"], mine["half"])

@@ -77,6 +77,8 @@ def packed(rank, mesh, tmp, x):
     assert up.weight_codes.to_local().numel() * mesh.size() == one.blocks[0].up.weight_codes.numel()
     assert (up.weight_codes.dtype, up.weight_scales.dtype) == (torch.uint8, torch.int32)
     assert torch.equal(many(x), one(x))
+    many.to("cpu")
+    assert torch.equal(many(x), one(x))
     for model in (one, many):
         for block in model.blocks:
             block.compile(backend="tahf4", options=GRAPH)

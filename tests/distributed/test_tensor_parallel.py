@@ -113,7 +113,7 @@ def styles(rank, size):
     assert torch.equal(gathered(x), wanted)
     torchs = parallelize_module(copy.deepcopy(up), mesh, ColwiseParallel())  # through the operators' rules
     assert torch.equal(torchs(x), wanted.chunk(size, -1)[rank])
-    with pytest.raises(AttributeError, match="packed"):
+    with pytest.raises(tahf4.PackedError, match="packed"):
         parallelize_module(copy.deepcopy(down), mesh, RowwiseParallel())
     wide = copy.deepcopy(down)
     wide.hadamard_block = 256
