@@ -3,7 +3,7 @@
 Counts are summed and maxima compared by all-reduce, which gives the same whatever the order of the ranks. Sums of
 squares are floating point: they are gathered, sorted and added, so they do not depend on the order either. Sample rows
 have priorities by place (:class:`tahf4_compiler.sketch.RowSample`), so the largest of all are those of one process.
-Everything goes as tensors: nothing is pickled.
+Everything goes as tensors, and JSON in them.
 """
 
 from __future__ import annotations

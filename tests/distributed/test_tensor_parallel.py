@@ -121,6 +121,13 @@ def styles(rank, size):
     with pytest.raises(tahf4.ShardingError, match="ffn cannot.*rotation of 256.*work are 1, or a rotation of 128"):
         parallelize_module(wide, mesh, HiF4RowwiseParallel(name="ffn"))
     assert all(torch.equal(before[key], value) for key, value in wide.state_dict().items())
+    uneven = nn.Sequential(*(nn.Linear(96, 96) for _ in range(4))).eval()  # K is no multiple of 64
+    tahf4.quantize_(uneven)
+    rows = torch.randn(0 if rank else 3, 96)  # a rank may have no rows
+    divided = parallelize_module(copy.deepcopy(uneven[0]), mesh, HiF4ColwiseParallel(local=True))
+    assert torch.equal(divided(rows), uneven[0](rows).chunk(size, -1)[rank])
+    with pytest.raises(tahf4.ShardingError, match="K=96 is 1.5 blocks.*work are 1$"):
+        parallelize_module(uneven[0], mesh, HiF4RowwiseParallel())
     with pytest.raises(tahf4.ShardingError, match="Embedding; expected an nn.Linear"):
         parallelize_module(nn.Embedding(4, 4), mesh, HiF4ColwiseParallel())
 
