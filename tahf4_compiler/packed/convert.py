@@ -167,7 +167,7 @@ def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
     """Raise :class:`PackedError` if linears of a model cannot be replaced now."""
     for path in paths:
         if not path:
-            raise PackedError("got a single nn.Linear, which cannot be replaced in place; pass the module that holds it")
+            raise PackedError("got a single nn.Linear, which cannot be replaced; pass the module that holds it")
         linear = model.get_submodule(path)
         if "forward" in linear.__dict__:
             raise PackedError(
