@@ -330,6 +330,30 @@ def test_gradients_and_the_values_of_the_weight_are_refused():
             use()
 
 
+def test_models_that_are_compiled_already_are_packed_and_calibration_is_refused():
+    model, x = Stack().eval(), torch.randn(5, 64)
+    whole = torch.compile(model, backend="tahf4", options=GRAPH)
+    whole(x)
+    assert sum(d.decision == "hif4" for d in tahf4.quantize_(whole)) == 6
+    assert relative(whole(x), model(x)) < 1e-6 and isinstance(model.blocks[0].up, tahf4.HiF4Linear)
+    parts = Stack().eval()
+    parts.blocks[0] = torch.compile(parts.blocks[0], backend="tahf4", options=GRAPH)
+    assert sum(d.decision == "hif4" for d in tahf4.quantize_(parts)) == 6
+    with pytest.raises(tahf4.CalibrationError, match="is packed: calibrate the original"), tahf4.calibrate(model):
+        pass
+
+
+def test_inference_mode_runs_and_lays_products_together():
+    model, x = nn.Sequential(Attention()).eval(), torch.randn(5, 64)
+    tahf4.quantize_(model)
+    with torch.inference_mode():
+        want = model(x)
+        compiled = torch.compile(model, backend="tahf4", options=GRAPH)
+        assert relative(compiled(x), want) < 1e-6
+    assert relative(compiled(x), want) < 1e-6
+    assert relative(copy.deepcopy(model)(x), want) < 1e-6
+
+
 def test_a_pipeline_packs_its_experts():
     pipe = SimpleNamespace(transformer=Stack(), transformer_2=Stack())
     plan_of = tahf4.quantize_(pipe)
