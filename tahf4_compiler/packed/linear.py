@@ -166,7 +166,7 @@ class HiF4Linear(nn.Linear):
         )
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Any:  # type: ignore[override]
         """A :class:`NoWeight`: shape, dtype and device of the weight, for libraries that ask."""
         return NoWeight(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
 

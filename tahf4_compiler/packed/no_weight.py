@@ -29,7 +29,7 @@ class NoWeight(Tensor):
     @staticmethod
     def __new__(cls, n: int, k: int, dtype: torch.dtype, device: torch.device) -> NoWeight:
         """Stand for a weight ``[n, k]``."""
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         made: NoWeight = make(cls, (n, k), dtype=dtype, device=device, requires_grad=False)
         return made
 
@@ -42,11 +42,11 @@ class NoWeight(Tensor):
         raise _refused(func)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse what comes past ``__torch_function__``."""
         raise _refused(func)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return what it stands for."""
         return f"NoWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -55,8 +55,8 @@ def _refused(func: Any) -> NoWeightError:
     what = getattr(getattr(func, "__self__", func), "__name__", func)
     return NoWeightError(
         f"this linear is packed: it has weight_codes and weight_scales, and no weight for {what!r} to read or write. "
-        "An adapter stays unfused and runs beside the 4-bit product; to fuse it, call tahf4_compiler.dequantize_(model) or load the original, fuse, and call "
-        "tahf4_compiler.quantize_(model)."
+        "An adapter stays unfused and runs beside the 4-bit product; to fuse it, call "
+        "tahf4_compiler.dequantize_(model) or load the original, fuse, and call tahf4_compiler.quantize_(model)."
     )
 
 
