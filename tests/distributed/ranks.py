@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 # One process imports torch; ranks are forked from it, which takes a moment instead of seconds.
-multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor.parallel", "torch.distributed.fsdp",
-                                        "tahf4_compiler.distributed", "tahf4_compiler.backends.dynamo"])  # fmt: skip
+multiprocessing.set_forkserver_preload(
+    [
+        "diffusers.models.transformers.transformer_wan",
+        "tahf4_compiler.backends.dynamo",
+        "tahf4_compiler.distributed.styles",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+    ]
+)
 
 
 def run(size: int, work: Callable[..., None], *arguments: Any) -> None:
