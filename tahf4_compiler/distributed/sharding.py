@@ -146,12 +146,10 @@ raises DTensor's own error. Lowered graphs run on plain tensors, so nothing of o
 @functools.cache
 def register() -> None:
     """Register the rules for ``tahf4::`` operators and those of the devices that run in their place, once."""
-    targets = {kernel.target for kernel in kernels.kernels()}
-    for kernel in kernels.kernels():
-        name = kernel.operator._schema.name.partition("::")[2]
-        if name in _RULES and kernel.target in targets:
-            targets.discard(kernel.target)
-            register_sharding(kernel.target)(_RULES[name])
+    served = {kernel.target: kernel.operator._schema.name.partition("::")[2] for kernel in kernels.kernels()}
+    for target, name in served.items():
+        if name in _RULES:
+            register_sharding(target)(_RULES[name])
 
 
 register()
