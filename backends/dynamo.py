@@ -14,10 +14,11 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..attach import attached, matching
-from ..graph import INPUT, GraphInput, linears
+from ..graph import INPUT, GraphInput, linear_path, linears
 from ..graph_capture import Capture, capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..options import Options
+from ..packed.graph import multiplier_groups, ties
 from ..packing import store
 from ..report import Totals
 from .run import make_runner
@@ -88,14 +89,16 @@ class CompiledGraph:
             if isinstance(source := node.meta[INPUT], GraphInput)
             and source.kind == "parameter"
             and node.meta["val"].dim() == 2
+            and (node.meta["val"].is_floating_point() or source.path.endswith("weight_codes"))
         }
         known = {i: captured.surroundings.path(captured.example_inputs[i]) for i in sources}
-        names = {i: path.removesuffix(".weight") for i, path in sources.items()}
+        names = {i: linear_path(path) for i, path in sources.items()}
         self._weights = {i: known[i] or name for i, name in names.items()}
         # A piece of the compiled module, named otherwise inside: other pieces of its class may stand elsewhere.
         self._piece = any(known[i] not in (None, name) for i, name in names.items())
         # Tensors that the graph held as attributes are inputs at the end, which Dynamo does not pass.
         self._lifted = captured.example_inputs[self._called_with(graph) :]
+        self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options, passes)
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         first_key = self._decisions(captured.example_inputs)
@@ -131,14 +134,15 @@ class CompiledGraph:
         held = [attached(args[index]) for index in self._weights]
         # Which weights are transformed alike is part of the graph; what their activation is called is not.
         decisions = [(a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held]
+        same = ties(self._factors, args, self._options.weight_check)
         if not self._piece:
-            return tuple(decisions)
+            return (same, *decisions)
         where, keep, out = self._captured.surroundings, self._options.keep, []
         for (index, name), decision in zip(self._weights.items(), decisions, strict=True):
             weight = args[index]
             path = where.path(weight) or name
             out.append((decision, matching(keep, path) is not None, where.block_of(path) is not None))
-        return tuple(out)
+        return (same, *out)
 
     def _called_with(self, graph: fx.Graph) -> int:
         return sum(n.op == "placeholder" and not n.meta.get("tahf4_lifted", False) for n in graph.nodes)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
+import torch
 from torch import fx
 
-from ..graph import LINEAR, linears, module_classes, node_arg, weight_input
+from ..graph import INPUT, LINEAR, PackedInput, module_classes, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
+
+PACKED_LINEAR = torch.ops.tahf4.linear.default
 
 ROLE = "tahf4_role"
 """Key in ``node.meta`` of a linear: its :class:`Role`."""
@@ -51,7 +54,7 @@ class Classify(Pass):
         blocks = self.repeated_blocks(graph)
         partial = _partial_containers(graph, context)
         alone = not blocks and not context.surroundings.blocks
-        for node in linears(graph):
+        for node in all_linears(graph):
             context.matched(node)
             block = next(((path, blocks[path]) for path in module_classes(node) if path in blocks), None)
             if block is None and (path := _path(node, context)) is not None:
@@ -72,7 +75,7 @@ class Classify(Pass):
         modules = _modules(graph)
         flow = _dataflow(graph)
         weight = {path: sum(_weight_size(n) for n in m.linears) for path, m in modules.items()}
-        total = sum(_weight_size(n) for n in linears(graph))
+        total = sum(_weight_size(n) for n in all_linears(graph))
         found: dict[str, str] = {}
         for members, indexed in self._siblings(modules):
             chain = _chained(members, modules, flow)
@@ -112,8 +115,27 @@ def _siblings_of(path: str, modules: dict[str, _Module]) -> bool:
     )
 
 
+def all_linears(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield the linears in execution order, those whose weights the model holds in HiF4 among them."""
+    yield from (node for node in graph.nodes if weight_of(node) is not None)
+
+
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """Return the weight that a linear reads (the codes, where the model holds it in HiF4); None for other nodes."""
+    if node.target is LINEAR:
+        return node_arg(node, 1)
+    if node.target is not PACKED_LINEAR or not isinstance(node.args[2], fx.Node):
+        return None
+    source = node.args[2].meta.get(INPUT)
+    return node.args[2] if isinstance(source, PackedInput) and source.weight.scales else None
+
+
 def _path(node: fx.Node, context: Context) -> str | None:
-    source = weight_input(node_arg(node, 1))
+    weight = weight_of(node)
+    assert weight is not None
+    if isinstance(held := weight.meta.get(INPUT), PackedInput):
+        return context.path_of(held.positions[0])
+    source = weight_input(weight)
     return context.module_of(source) if source is not None else None
 
 
@@ -123,7 +145,7 @@ def _partial_containers(graph: fx.Graph, context: Context) -> set[str]:
     Where all members are in the graph, the flow between them has already decided.
     """
     present = set()
-    for node in linears(graph):
+    for node in all_linears(graph):
         path = _path(node, context)
         block = context.surroundings.block_of(path) if path is not None else None
         if block is not None:
@@ -144,7 +166,7 @@ def _modules(graph: fx.Graph) -> dict[str, _Module]:
         for path, cls in module_classes(node).items():
             module = modules.setdefault(path, _Module(cls))
             module.nodes.append(node)
-            if node.target is LINEAR:
+            if weight_of(node) is not None:
                 module.linears.append(node)
     return modules
 
@@ -180,11 +202,15 @@ def _structure(module: _Module) -> str:
 
 
 def _weight_shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node_arg(node, 1).meta["val"].shape) if node.target is LINEAR else ()
+    weight = weight_of(node)
+    return tuple(weight.meta["val"].shape) if weight is not None else ()
 
 
 def _weight_size(node: fx.Node) -> int:
-    return node_arg(node, 1).meta["val"].numel()
+    weight = weight_of(node)
+    assert weight is not None
+    size = weight.meta["val"].numel()
+    return size if node.target is LINEAR else 2 * size  # two codes a byte
 
 
 def _short(cls: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..graph import LINEAR, node_arg, weight_input
+from ..packed.graph import adopt
 from ..pass_base import Context, Pass, PassResult
 
 aten = torch.ops.aten
@@ -28,12 +29,17 @@ class Normalize(Pass):
     After::
 
         y = aten.linear(x, p_weight, p_bias)
+
+    What a packed linear (:class:`tahf4_compiler.HiF4Linear`) computes is written in the operators of ``tahf4``, its
+    codes and scales as packed inputs.
     """
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
         graph = graph_module.graph
         before = context.matches
+        for node in adopt(graph):
+            context.matched(node)
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue

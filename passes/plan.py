@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import hif4
 from ..attach import attached, matching, require_matches
-from ..graph import INPUT, GraphInput, is_written, linears, module_classes, node_arg, size_hint, weight_input
+from ..errors import PackedError
+from ..graph import INPUT, GraphInput, is_written, module_classes, node_arg, size_hint, weight_input
+from ..packed.graph import packed_products
 from ..pass_base import Context, Decision, Pass, PassResult
-from .classify import ROLE
+from .classify import ROLE, all_linears
 
 DECISION = "tahf4_decision"
 """Key in ``node.meta`` of a linear: its :class:`~tahf4_compiler.Decision`."""
@@ -26,7 +28,8 @@ class Plan(Pass):
     """Give every linear a decision with its reason. The graph stays as it is.
 
     In order: what cannot be quantized, what the user keeps, what a recipe decided (by measured sensitivity and a
-    budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4.
+    budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4. Linears that the
+    model holds in HiF4 already are planned as such; the others of their graph stay as they are.
 
     Attributes:
         min_features: linears with fewer input or output features stay in high precision: less than one
@@ -40,10 +43,11 @@ class Plan(Pass):
         """Write ``context.plan`` and ``node.meta["tahf4_decision"]``."""
         context.plan.clear()
         by_weight: dict[fx.Node, Decision] = {}
-        for node in linears(graph_module.graph):
+        held = set(packed_products(graph_module.graph))
+        for node in all_linears(graph_module.graph):
             context.matched(node)
-            decision = self.decide(node, context)
-            weight = weight_input(node_arg(node, 1))
+            decision = _held(node, context) if node in held else self.decide(node, context, bool(held))
+            weight = node_arg(node, 2) if node in held else weight_input(node_arg(node, 1))
             first = by_weight.get(weight) if weight is not None else None
             if first is not None and first.decision == decision.decision:
                 first.flops += decision.flops  # one weight, called again
@@ -59,22 +63,19 @@ class Plan(Pass):
             require_matches(context.options.keep, paths, "the compiled module" if known else "this graph")
         return PassResult(graph_module, modified=False)
 
-    def decide(self, node: fx.Node, context: Context) -> Decision:
-        """Return the decision for one ``aten.linear`` node."""
+    def decide(self, node: fx.Node, context: Context, beside_packed: bool = False) -> Decision:
+        """Return the decision for one ``aten.linear`` node; ``beside_packed`` says that its model is packed."""
         weight = node_arg(node, 1)
         value = weight.meta["val"]
         n, k = (value.shape[0], value.shape[1]) if value.dim() == 2 else (1, value.shape[-1])
         n, k = size_hint(n), size_hint(k)
         source = weight_input(weight)
         module = context.module_of(source) if source is not None else _module_name(node)
-        high = self._reason_to_keep(node, source, module, n, k, context)
+        high = self._reason_to_keep(node, source, module, n, k, context, beside_packed)
         if source is not None:
             value = source.meta["val"]
         before = n * k * value.element_size()
         after = before if high else n * hif4.units(k) * hif4.BYTES_PER_UNIT
-        rows = 1
-        for size in node_arg(node, 0).meta["val"].shape[:-1]:
-            rows *= size_hint(size)
         role = node.meta.get(ROLE)
         reason = high or (role.reason if role else "not classified")
         if not high and (recipe := attached(_example(source, context))) is not None:  # type: ignore[arg-type]
@@ -87,13 +88,20 @@ class Plan(Pass):
             reason=reason,
             bytes_before=before,
             bytes_after=after,
-            flops=2 * rows * k * n,
+            flops=2 * _rows(node) * k * n,
             node=node.name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
         )
 
     def _reason_to_keep(
-        self, node: fx.Node, source: fx.Node | None, module: str, n: int, k: int, context: Context
+        self,
+        node: fx.Node,
+        source: fx.Node | None,
+        module: str,
+        n: int,
+        k: int,
+        context: Context,
+        beside_packed: bool = False,
     ) -> str | None:
         weight = node_arg(node, 1)
         if source is None:
@@ -120,9 +128,47 @@ class Plan(Pass):
         role = node.meta.get(ROLE)
         if role is not None and not role.body and attachment is None:
             return role.reason
+        if beside_packed:
+            return "not packed: it came to the model after quantize_, or was left out"
         if min(n, k) < self.min_features:
             return f"shape: {k} -> {n} features, less than {self.min_features}"
         return None
+
+
+def _held(node: fx.Node, context: Context) -> Decision:
+    """Return the decision for a product whose weight the model holds in HiF4."""
+    codes = node_arg(node, 2)
+    source = codes.meta[INPUT]
+    module = context.path_of(source.positions[0])
+    if (pattern := matching(context.options.keep, module)) is not None:
+        raise PackedError(
+            f"keep pattern {pattern!r} matches {module}, which is packed: its original weight is gone. Name it when "
+            "the model is packed, tahf4.quantize_(model, keep=[...])."
+        )
+    n, units = (size_hint(size) for size in node_arg(node, 3).meta["val"].shape)
+    k = units * hif4.UNIT
+    part = node_arg(node, 0)
+    if part.all_input_nodes and part.all_input_nodes[0].target is torch.ops.tahf4.quantize.default:
+        k = size_hint(node_arg(part.all_input_nodes[0], 0).meta["val"].shape[-1])
+    return Decision(
+        module=module,
+        k=k,
+        n=n,
+        decision="hif4",
+        reason="packed",
+        bytes_before=n * k * node.meta["val"].element_size(),
+        bytes_after=n * units * hif4.BYTES_PER_UNIT,
+        flops=2 * _rows(node) * k * n,
+        node=node.name,
+        weight_index=source.positions[0],
+    )
+
+
+def _rows(node: fx.Node) -> int:
+    rows = 1
+    for size in node_arg(node, 0).meta["val"].shape[:-1]:
+        rows *= size_hint(size)
+    return rows
 
 
 def _example(source: fx.Node, context: Context) -> Any:

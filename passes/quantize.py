@@ -138,6 +138,8 @@ def activations(graph: fx.Graph) -> list[Activation]:
             if part.target is operator.getitem and part.args[1] == 0
             for user in part.users
             if user.target is torch.ops.tahf4.linear.default and user.args[0] is part
+            # What the model holds in HiF4 was transformed when it was packed.
+            and not node_arg(user, 2).meta[INPUT].weight.scales
         ]
         if products:
             weights = dict.fromkeys(i for product in products for i in node_arg(product, 2).meta[INPUT].weights)

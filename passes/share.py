@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..graph import INPUT, is_view, is_written, mutates, node_arg, size_hint
+from ..graph import INPUT, GraphInput, is_view, is_written, mutates, node_arg, size_hint
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
 from .quantize import activations, call, drop_unused_weights, packed_input
@@ -59,7 +59,7 @@ class Share(Pass):
             if node.target is not QUANTIZE:
                 continue
             # What a recipe transforms in another way stays apart.
-            first = seen.setdefault((node.args, activation_name(node, context)), node)
+            first = seen.setdefault((_arguments(node, context), activation_name(node, context)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
@@ -80,7 +80,8 @@ class Share(Pass):
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             codes, scales, *_, bias, dtype = node.args
-            groups[(codes, scales, dtype, bias is None)].append(node)
+            held = bool(node_arg(node, 2).meta[INPUT].weight.scales)
+            groups[(codes, scales, dtype, bias is None, held)].append(node)
         merged = 0
         for nodes in groups.values():
             biases = [node_arg(node, 4) for node in nodes if node.args[4] is not None]
@@ -96,6 +97,15 @@ class Share(Pass):
         if merged:
             drop_unused_weights(graph)
         return merged
+
+
+def _arguments(node: fx.Node, context: Context) -> tuple[Any, ...]:
+    """Return what a quantization reads, with one name for the multipliers of packed linears that are equal."""
+    x, factor, *rest = node.args
+    source = factor.meta.get(INPUT) if isinstance(factor, fx.Node) else None
+    if isinstance(source, GraphInput) and source.index in context.tied:
+        factor = context.tied[source.index]
+    return (x, factor, *rest)
 
 
 def activation_name(node: fx.Node, context: Context) -> str | None:
@@ -133,7 +143,8 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
     first = nodes[0]
     codes, scales, _, _, bias, dtype = first.args
     sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
-    how = replace(node_arg(first, 2).meta[INPUT].weight, weights=weights)
+    hows = [node_arg(node, 2).meta[INPUT].weight for node in nodes]
+    how = replace(hows[0], weights=weights, scales=tuple(position for each in hows for position in each.scales))
     packed = [packed_input(graph, node_arg(first, 2), how, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:

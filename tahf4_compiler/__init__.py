@@ -13,16 +13,22 @@ from .errors import (
     FormatError,
     GradientError,
     OptionError,
+    PackedError,
     PassError,
     PatternError,
     PipelineError,
     RecipeError,
+    ShardingError,
     Tahf4Error,
 )
 from .graph_capture import Capture, capture
 from .kernels import Kernel, register_kernel
 from .lowering import Lowered, lower
+from .module_plan import plan_modules
 from .options import Options
+from .packed.convert import dequantize_, quantize_
+from .packed.linear import HiF4Linear
+from .packed.register import register_when_imported
 from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
 from .pipeline import default_passes
 from .recipe import Recipe, apply_recipe
@@ -38,10 +44,12 @@ __all__ = [
     "Decision",
     "FormatError",
     "GradientError",
+    "HiF4Linear",
     "Kernel",
     "Lowered",
     "OptionError",
     "Options",
+    "PackedError",
     "Pass",
     "PassError",
     "PassResult",
@@ -49,16 +57,33 @@ __all__ = [
     "PipelineError",
     "Recipe",
     "RecipeError",
+    "ShardingError",
+    "TaHF4Config",
     "Tahf4Error",
     "apply_recipe",
     "calibrate",
     "capture",
     "default_passes",
+    "dequantize_",
     "hif4",
     "keep",
     "lower",
     "ops",
+    "plan_modules",
+    "quantize_",
     "register_kernel",
     "register_pass",
     "unregister_pass",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs diffusers when it is asked for."""
+    if name == "TaHF4Config":
+        from .packed.config import TaHF4Config
+
+        return TaHF4Config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_when_imported()

@@ -20,7 +20,18 @@ from .errors import PatternError
 from .options import patterns as check_patterns
 from .steps import StepPrecision
 
-__all__ = ["Attachment", "attach", "attached", "attached_recipe", "keep", "linear_weights", "refresh"]
+__all__ = [
+    "Attachment",
+    "attach",
+    "attached",
+    "attached_keep",
+    "attached_recipe",
+    "keep",
+    "leave_as_they_are",
+    "linear_weights",
+    "packed_weights",
+    "refresh",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Attachment:
 
 
 _KEPT = "_tahf4_kept"
+_PACKED = "_tahf4_packed"
 _RECIPE = "_tahf4_recipe"
 _STEP = Attachment("high_precision", "this step runs in high precision")
 _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -92,7 +104,7 @@ def attach(model: nn.Module, attachments: Mapping[str, Attachment], kind: str = 
     Args:
         model: any module.
         attachments: by module path, as :func:`linear_weights` names them.
-        kind: a recipe's, or those of :func:`keep`, which come first.
+        kind: a recipe's, or those of :func:`keep` and of a packed model, which come first.
     """
     for module in model.modules():
         module.__dict__.pop(kind, None)
@@ -105,7 +117,7 @@ def attach(model: nn.Module, attachments: Mapping[str, Attachment], kind: str = 
 def refresh(model: nn.Module) -> None:
     """Read what is attached to a model's modules again, for the parameters that they own now."""
     for module in model.modules():
-        for kind in (_KEPT, _RECIPE):
+        for kind in (_KEPT, _PACKED, _RECIPE):
             for name in module.__dict__.get(kind, {}):
                 if (parameter := module._parameters.get(name)) is not None:
                     _attachments[parameter] = (weakref.ref(module), name)
@@ -123,13 +135,28 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def attached(weight: object) -> Attachment | None:
     """Return what holds now for a parameter: what was kept, then what the step says, then the recipe; or None."""
-    kept = _find(weight, _KEPT)
+    kept = attached_keep(weight)
     if kept is not None:
         return kept
     recipe = _find(weight, _RECIPE)
     if recipe is not None and recipe.decision == "hif4" and recipe.steps is not None and recipe.steps.high():
         return _STEP
     return recipe
+
+
+def leave_as_they_are(model: nn.Module, reasons: Mapping[str, str]) -> None:
+    """Let linears of a packed model stay in high precision wherever it is compiled.
+
+    Args:
+        model: packed.
+        reasons: by module path, in place of those of an earlier call.
+    """
+    attach(model, {path: Attachment("high_precision", reason) for path, reason in reasons.items()}, _PACKED)
+
+
+def attached_keep(weight: object) -> Attachment | None:
+    """Return what :func:`keep` says about a parameter, or the model that was packed without it; or None."""
+    return _find(weight, _KEPT) or _find(weight, _PACKED)
 
 
 def attached_recipe(weight: object) -> Attachment | None:
@@ -142,7 +169,7 @@ def _find(weight: object, kind: str) -> Attachment | None:
         return None
     reference, name = entry
     owner = reference()
-    held = owner is not None and any(part in owner.__dict__ for part in (_KEPT, _RECIPE))
+    held = owner is not None and any(part in owner.__dict__ for part in (_KEPT, _PACKED, _RECIPE))
     if owner is not None and held and owner._parameters.get(name) is weight:
         found: Attachment | None = owner.__dict__.get(kind, {}).get(name)
         return found
@@ -158,6 +185,13 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         leaf = name.rpartition(".")[2]
         if parameter.dim() == 2 and leaf.endswith("weight"):
             yield name.replace("_orig_mod.", "").removesuffix(".weight"), parameter
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(module path, codes)`` of the linears that a model holds in HiF4."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith("weight_codes"):
+            yield name.replace("_orig_mod.", "").removesuffix(".weight_codes"), parameter
 
 
 def matching(patterns: Sequence[str], path: str) -> str | None:

@@ -11,6 +11,7 @@ from torch import fx
 from . import hif4
 from .graph import INPUT, GraphInput, PackedInput
 from .observing import handle_of
+from .packed.graph import joined
 from .packing import PackedStore
 
 __all__ = ["Binding"]
@@ -27,11 +28,14 @@ class Binding:
         """Read the inputs off the graph's placeholders."""
         sources = [node.meta[INPUT] for node in graph_module.graph.nodes if node.op == "placeholder"]
         packed = [source for source in sources if isinstance(source, PackedInput)]
-        self.weights = list(dict.fromkeys(s.weight for s in packed if s.part in ("codes", "scales")))
+        made = (s.weight for s in packed if s.part in ("codes", "scales") and not s.weight.scales)
+        self.weights = list(dict.fromkeys(made))
         self._plan: list[tuple[int, Any]] = []
         for source in sources:
             if isinstance(source, GraphInput):
                 self._plan.append((source.index, None))
+            elif source.weight.scales:
+                self._plan.append((-1, source))
             elif source.part in ("codes", "scales"):
                 self._plan.append((self.weights.index(source.weight), source.part))
             else:
@@ -54,7 +58,9 @@ class Binding:
                 return args[index]
             if isinstance(part, str):
                 return getattr(packed[index], part)
-            weights = tuple(args[i] for i in part.weights)
+            weights = tuple(args[i] for i in part.positions)
+            if part.weight.scales:
+                return weights[0] if len(weights) == 1 else joined(weights)
             return store.multiplier(weights, part.weight) if part.part == "multiplier" else handle_of(weights)
 
         return [value(index, part) for index, part in self._plan]
@@ -63,6 +69,8 @@ class Binding:
 def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return an empty tensor of the shape and dtype of a packed input, for its weights' fake tensors."""
     rows = sum(weight.shape[0] for weight in weights)
+    if source.weight.scales:
+        return weights[0].new_empty((rows, weights[0].shape[1]))
     k = weights[0].shape[1]
     count = hif4.units(k)
     if source.part == "observer":

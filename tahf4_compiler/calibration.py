@@ -27,7 +27,9 @@ from .errors import CalibrationError, OptionError
 from .files import decode, encode, is_plain, load_tensors, save_tensors
 from .observing import Handles
 from .options import Options
+from .packed.linear import HiF4Linear
 from .packing import checksum
+from .sharded import running_weights, whole
 from .sketch import RowSample, Sketch
 from .steps import StepCounter
 
@@ -38,7 +40,7 @@ __all__ = ["Activation", "Calibration", "calibrate", "experts"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "tahf4-calibration-1"
+FORMAT = "tahf4-calibration-2"
 KEPT_CALLS = 8
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -115,6 +117,7 @@ class Calibration:
         rows: int = 64,
         checkpoint: str | Path | None = None,
         options: Mapping[str, Any] | None = None,
+        sequence_group: Any = None,
     ) -> None:
         """See :func:`calibrate`."""
         if not isinstance(step_groups, int) or step_groups < 1:
@@ -123,6 +126,12 @@ class Calibration:
             raise OptionError(f"rows is {rows!r}; expected an integer of at least 0")
         check_percentile(percentile)
         self.models = experts(model)
+        for expert, module in self.models.items():
+            if any(isinstance(part, HiF4Linear) for part in module.modules()):
+                raise CalibrationError(
+                    f"{expert or type(module).__name__} is packed: calibrate the original model, and give the recipe "
+                    "to tahf4.quantize_"
+                )
         self.percentile = float(percentile)
         self.step_groups = step_groups
         self.rows = rows
@@ -130,15 +139,20 @@ class Calibration:
         self.prompts: list[str] = []
         self.calls: dict[str, list[Call]] = {}
         self._call_branches: dict[str, list[str]] = {}  # of the calls that are kept
+        self._call_sources: dict[str, list[str]] = {}
+        self._candidates: list[tuple[str, str, Call | None]] | None = None  # of one prompt, while prompts are divided
+        self._merged: list[str] = []
+        self._part = _rank(sequence_group)
         self._calls_seen: dict[tuple[str, str], tuple[int, int]] = {}  # count and stride
         self._pipe = None if isinstance(model, nn.Module) else model
         self._options = Options.parse(options)
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for expert, module in self.models.items():
-            for path, weight in linear_weights(module):
+            for path, weight in running_weights(module):
                 self._paths[weight] = (expert, path)
         self._branch = ""
+        self._source = ""
         self._step: int | None = None
         self._running = False
         self._own_calls = False
@@ -178,7 +192,7 @@ class Calibration:
         if self._checkpoint is not None and self._own_calls and not self._running:
             self.save(self._checkpoint)
 
-    def run(self, prompts: Iterable[str], **arguments: Any) -> None:
+    def run(self, prompts: Iterable[str], *, group: Any = None, **arguments: Any) -> None:
         """Call the pipeline once for each prompt, with a progress bar; a prompt that a checkpoint has is skipped.
 
         After each prompt the checkpoint is written, if there is one, so that a run that is stopped takes up after
@@ -186,6 +200,8 @@ class Calibration:
 
         Args:
             prompts: of distinct texts.
+            group: a process group whose processes divide the prompts, each with a whole pipeline of its own; all are
+                given all the prompts. In the end each has what one process would have.
             arguments: of the pipeline's call. Prompt ``i`` starts from the noise of seed ``i`` unless there is a
                 ``generator``.
 
@@ -196,20 +212,29 @@ class Calibration:
         if self._pipe is None:
             raise CalibrationError("run(prompts) needs a pipeline; call a module yourself inside the `with` block")
         todo = list(prompts)
+        if group is not None:
+            from .distributed.gather import run_divided
+
+            run_divided(self, todo, group, arguments)
+            return
         self._check_taken_up(todo, arguments)
         with tqdm(total=len(todo), desc="calibration", unit="prompt") as bar:
             for i, prompt in enumerate(todo):
                 if prompt not in self.prompts:
-                    before = dict(arguments)
-                    before.setdefault("generator", torch.Generator().manual_seed(i))
-                    self._running = True  # and stays so after an error: half a prompt was seen
-                    with torch.no_grad():
-                        self._pipe(prompt, **before)
-                    self._running = False
-                    self.prompts.append(prompt)
+                    self._run_prompt(i, prompt, arguments)
                     if self._checkpoint is not None:
                         self.save(self._checkpoint)
                 bar.update()
+
+    def _run_prompt(self, i: int, prompt: str, arguments: Mapping[str, Any]) -> None:
+        """Call the pipeline for the prompt of a number."""
+        before = dict(arguments)
+        before.setdefault("generator", torch.Generator().manual_seed(i))
+        self._running = True  # and stays so after an error: half a prompt was seen
+        with torch.no_grad(), self.at(source=prompt):
+            self._pipe(prompt, **before)  # type: ignore[misc]
+        self._running = False
+        self.prompts.append(prompt)
 
     def _check_taken_up(self, todo: Sequence[str], arguments: Mapping[str, Any]) -> None:
         """Refuse to add to a checkpoint of another run."""
@@ -243,25 +268,30 @@ class Calibration:
             StepCounter.forget(scheduler)
 
     @contextlib.contextmanager
-    def at(self, *, step_group: int | None = None, branch: str | None = None) -> Iterator[None]:
+    def at(
+        self, *, step_group: int | None = None, branch: str | None = None, source: str | None = None
+    ) -> Iterator[None]:
         """Say where calls of a bare module belong; a pipeline's calls say so themselves.
 
         Args:
             step_group: below ``step_groups``.
             branch: any name, such as ``"cond"`` and ``"uncond"``.
+            source: any name of the input, such as a prompt or the number of a batch. Processes that divide the inputs
+                name them, so that :meth:`all_reduce` gives the sample rows that one process has.
 
         Raises:
             OptionError: there is no such step group.
         """
         if step_group is not None and not 0 <= step_group < self.step_groups:
             raise OptionError(f"step_group is {step_group}; expected 0 to {self.step_groups - 1}")
-        old = self._step, self._branch
+        old = self._step, self._branch, self._source
         self._step = step_group if step_group is not None else self._step
         self._branch = branch if branch is not None else self._branch
+        self._source = source if source is not None else self._source
         try:
             yield
         finally:
-            self._step, self._branch = old
+            self._step, self._branch, self._source = old
 
     @contextlib.contextmanager
     def _branches(self, module: nn.Module) -> Iterator[None]:
@@ -307,7 +337,7 @@ class Calibration:
             sketch, sample = cells.cell(self._where(), x.device)
             sketch.update(x)
             if self.rows:
-                sample.update(x)
+                sample.update(x, self._source, self._part * x.shape[-2] if x.dim() > 1 else 0)
 
         return observe
 
@@ -376,22 +406,59 @@ class Calibration:
         for expert, calls in other.calls.items():
             self.calls.setdefault(expert, []).extend(calls)
             self._call_branches.setdefault(expert, []).extend(other._call_branches[expert])
+            self._call_sources.setdefault(expert, []).extend(other._call_sources[expert])
             self._thin_calls(expert)
         self.prompts += [prompt for prompt in other.prompts if prompt not in self.prompts]
+
+    def all_reduce(self, group: Any = None, *, over: str = "inputs") -> None:
+        """Give every process of a group what all of them saw; each must call this, after its ``with`` block.
+
+        Where processes saw different inputs (``over="inputs"``, data parallelism) everything adds up.
+        :meth:`run` with a group does this itself; with a module, name each input by :meth:`at` (``source=``).
+        Where they held parts of each sequence (``over="sequence"``, context parallelism; ``calibrate`` was told the
+        ``sequence_group``) an activation that all saw whole, such as the text's, counts once. Where they held parts of
+        each weight (``over="channels"``, :func:`tahf4_compiler.distributed.tensor_parallel`) the channels that
+        row-parallel linears read are joined.
+
+        The result does not depend on the order of ranks. Counts, maxima and sample rows are those of one process;
+        sums of squares differ from it by rounding in float64.
+
+        Args:
+            group: a process group, the default one if None.
+            over: what the processes divided.
+
+        Raises:
+            CalibrationError: there is no process group; the ranks calibrated different models or with different
+                settings, or one prompt twice; or this was done before. Every rank raises it; nothing is changed then.
+            OptionError: ``over`` is unknown.
+        """
+        from .distributed.gather import all_reduce
+
+        all_reduce(self, group, over=over)
+
+    def _keep_call(self, expert: str, branch: str, source: str, call: Call | None) -> None:
+        """Count a call, and keep it if it is one of those that are evenly spread; None cannot be kept."""
+        count, stride = self._calls_seen.get((expert, branch), (0, 1))
+        self._calls_seen[(expert, branch)] = count + 1, stride
+        if count % stride == 0 and call is not None:
+            self.calls.setdefault(expert, []).append(call)
+            self._call_branches.setdefault(expert, []).append(branch)
+            self._call_sources.setdefault(expert, []).append(source)
+            self._thin_calls(expert)
 
     def _known_paths(self, expert: str) -> set[str]:
         return {path for path, _ in linear_weights(self.models[expert])}
 
     def _thin_calls(self, expert: str) -> None:
         """Drop every second kept call of the branch that has most, while there are too many."""
-        calls, branches = self.calls[expert], self._call_branches[expert]
+        calls, branches, sources = self.calls[expert], self._call_branches[expert], self._call_sources[expert]
         while len(calls) > KEPT_CALLS:
             most = max(sorted(set(branches)), key=branches.count)
             places = [i for i, branch in enumerate(branches) if branch == most]
             count, stride = self._calls_seen[(expert, most)]
             self._calls_seen[(expert, most)] = count, 2 * stride
             for i in reversed(places[1::2]):
-                del calls[i], branches[i]
+                del calls[i], branches[i], sources[i]
 
     def recipe(self, **choices: Any) -> Recipe:
         """Turn the statistics into a recipe: see :func:`tahf4_compiler.recipe_making.make_recipe`."""
@@ -400,9 +467,9 @@ class Calibration:
         return make_recipe(self, **choices)
 
     def weights(self, expert: str, paths: Sequence[str]) -> list[Tensor]:
-        """Return the weights at some module paths of an expert."""
+        """Return the weights at some module paths of an expert, whole."""
         found = dict(linear_weights(self.models[expert]))
-        return [found[path] for path in paths]
+        return [whole(found[path]) for path in paths]
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -423,6 +490,7 @@ class Calibration:
         header = {
             "calls": calls,
             "call_branches": self._call_branches,
+            "call_sources": self._call_sources,
             "calls_seen": sorted([*where, *numbers] for where, numbers in self._calls_seen.items()),
             "step_groups": self.step_groups,
             "rows": self.rows,
@@ -442,7 +510,7 @@ class Calibration:
         other = Calibration.__new__(Calibration)
         other.__dict__.update(self.__dict__)
         other.activations, other.prompts, other.calls = {}, [], {}
-        other._calls_seen, other._call_branches = {}, {}
+        other._calls_seen, other._call_branches, other._call_sources = {}, {}, {}
         other._load(Path(path))
         self.merge(other)
 
@@ -470,6 +538,7 @@ class Calibration:
         self._arguments = header["arguments"]
         self._calls_seen = {(expert, side): (count, stride) for expert, side, count, stride in header["calls_seen"]}
         self._call_branches = {expert: list(branches) for expert, branches in header["call_branches"].items()}
+        self._call_sources = {expert: list(sources) for expert, sources in header["call_sources"].items()}
         device = {expert: next(model.parameters()).device for expert, model in self.models.items()}
         for expert, kept in header["calls"].items():
             self.calls[expert] = [decode(call, tensors, device[expert]) for call in kept]
@@ -491,6 +560,7 @@ def calibrate(
     rows: int = 64,
     checkpoint: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    sequence_group: Any = None,
 ) -> Calibration:
     """Observe a model's activations: ``with tahf4.calibrate(pipe) as calibration: pipe(prompt)``.
 
@@ -503,6 +573,8 @@ def calibrate(
         rows: sample rows kept for each activation, step group and branch, for searches and sensitivity.
         checkpoint: file that :meth:`Calibration.run` writes after each prompt, and takes up if it exists.
         options: of the backend, such as ``{"inductor": False}``.
+        sequence_group: the process group among whose ranks a model divides its sequence, in equal parts by rank
+            (context parallelism); :meth:`Calibration.all_reduce` puts them together.
 
     Memory: for each distinct activation, step group and branch ``channels * (404 + rows * bytes of a value)``
     bytes. Wan2.2 A14B has 1,781,760 observed channels an expert: 0.72 GB and, with 64 rows in bfloat16,
@@ -513,8 +585,13 @@ def calibrate(
         CalibrationError: the checkpoint does not fit.
     """
     return Calibration(
-        model, percentile=percentile, step_groups=step_groups, rows=rows, checkpoint=checkpoint, options=options
-    )
+        model, percentile=percentile, step_groups=step_groups, rows=rows, checkpoint=checkpoint, options=options,
+        sequence_group=sequence_group,
+    )  # fmt: skip
+
+
+def _rank(group: Any) -> int:
+    return torch.distributed.get_rank(group) if group is not None else 0
 
 
 def check_percentile(value: Any) -> None:
@@ -543,15 +620,15 @@ class _Calls:
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Keep the arguments; return a mark for :meth:`after`."""
         self._calibration._own_calls |= not self._calibration._running
-        branch = self._calibration._branch
+        branch, all_kept = self._calibration._branch, self._calibration._candidates
         count, stride = self._calibration._calls_seen.get((self._expert, branch), (0, 1))
-        self._calibration._calls_seen[(self._expert, branch)] = count + 1, stride
-        if count % stride == 0 and is_plain((args, kwargs)):
-            self._calibration.calls.setdefault(self._expert, []).append(
-                torch.utils._pytree.tree_map(_copy, (args, kwargs))
-            )
-            self._calibration._call_branches.setdefault(self._expert, []).append(branch)
-            self._calibration._thin_calls(self._expert)
+        call: Call | None = None
+        if (count % stride == 0 or all_kept is not None) and is_plain((args, kwargs)):
+            call = torch.utils._pytree.tree_map(_copy, (args, kwargs))
+        if all_kept is not None:
+            all_kept.append((self._expert, branch, call))
+        else:
+            self._calibration._keep_call(self._expert, branch, self._calibration._source, call)
         return self._calibration._observed
 
     def after(self, mark: int) -> None:
@@ -592,7 +669,10 @@ def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]
     old = {m: m._compiled_call_impl for m in module.modules() if m._compiled_call_impl is not None}
     for part in old:
         part._compiled_call_impl = None
-    if trace_rules.check(inner.forward):  # PyTorch's own modules: Dynamo skips their files unless they are inlined
+    forward = inner.forward
+    while isinstance(forward, functools.partial):  # hooks of diffusers wrap it so
+        forward = forward.func
+    if trace_rules.check(forward):  # PyTorch's own modules: Dynamo skips their files unless they are inlined
         call: Any = torch.compile(external_utils.wrap_inline(inner._call_impl), backend=backend)
     else:
         inner.compile(backend=backend)
@@ -605,7 +685,7 @@ def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]
         return result
 
     inner._compiled_call_impl = heard
-    forward = module.__dict__.get("forward")
+    own_forward = module.__dict__.get("forward")
     if inner is not module:
         module.forward = inner.__call__
     try:
@@ -613,6 +693,6 @@ def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]
     finally:
         inner._compiled_call_impl = None
         if inner is not module:
-            module.forward = forward  # type: ignore[assignment]
+            module.forward = own_forward  # type: ignore[assignment]
         for part, compiled in old.items():
             part._compiled_call_impl = compiled

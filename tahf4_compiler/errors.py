@@ -12,10 +12,12 @@ __all__ = [
     "FormatError",
     "GradientError",
     "OptionError",
+    "PackedError",
     "PassError",
     "PatternError",
     "PipelineError",
     "RecipeError",
+    "ShardingError",
     "Tahf4Error",
 ]
 
@@ -58,3 +60,11 @@ class CalibrationError(Tahf4Error, RuntimeError):
 
 class RecipeError(Tahf4Error, ValueError):
     """A recipe cannot be read, or was made for other modules, shapes or weights."""
+
+
+class ShardingError(Tahf4Error, ValueError):
+    """A linear or a model cannot be divided among so many ranks."""
+
+
+class PackedError(Tahf4Error, RuntimeError):
+    """A packed model cannot do what was asked: its original weights are gone, or a checkpoint does not fit it."""

@@ -22,6 +22,7 @@ __all__ = [
     "PackedWeight",
     "is_view",
     "is_written",
+    "linear_path",
     "linears",
     "module_classes",
     "module_path",
@@ -76,6 +77,8 @@ class PackedWeight:
         seed: of the rotation's signs, unless a recipe attached another; None for no rotation.
         hadamard_block: width of the rotation along K, 0 for none.
         search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error).
+        scales: of a model that holds its linears in HiF4 (:class:`tahf4_compiler.HiF4Linear`): positions of the
+            parameters that hold scales, ``weights`` being those of the codes; nothing else applies then.
     """
 
     weights: tuple[int, ...]
@@ -83,6 +86,7 @@ class PackedWeight:
     seed: int | None = None
     hadamard_block: int = 0
     search: str = ""
+    scales: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class PackedInput:
     def weights(self) -> tuple[int, ...]:
         """Return the parameters' positions."""
         return self.weight.weights
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Return the positions of the parameters that this part is made from."""
+        return self.weight.scales if self.weight.scales and self.part == "scales" else self.weight.weights
 
 
 def node_arg(node: fx.Node, index: int) -> fx.Node:
@@ -160,6 +169,11 @@ def module_path(expression: str) -> str:
     parts = [a or b or c for a, b, c in re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.?([A-Za-z0-9_]+)", rest)]
     hidden = {"__dict__", "_modules", "_parameters", "_buffers", "_orig_mod"}
     return ".".join(part for part in parts if part not in hidden)
+
+
+def linear_path(parameter: str) -> str:
+    """Return the module path of a linear from the name of its weight, packed or not."""
+    return parameter.removesuffix(".weight").removesuffix(".weight_codes")
 
 
 def root_expression(expression: str) -> str:

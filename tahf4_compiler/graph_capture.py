@@ -220,6 +220,12 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
             trace = make_fx(run, DECOMPOSITIONS, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*fakes)
     except Exception as error:
+        if any(hasattr(value, "full_tensor") for value in inputs):
+            raise CaptureError(
+                "the graph reads DTensors, which tahf4 does not compile: pack the model, then divide it into plain "
+                "tensors with tahf4_compiler.distributed.tensor_parallel, or HiF4ColwiseParallel(local=True) and "
+                "HiF4RowwiseParallel(local=True). FSDP2 and context parallelism need nothing of the kind."
+            ) from error
         raise CaptureError(
             f"tracing the graph to ATen operators failed: {type(error).__name__}: {error}. The same graph runs with "
             'backend="inductor"; please report it with the output of TORCH_LOGS="graph_code".'

@@ -24,6 +24,7 @@ __all__ = [
     "Kernel",
     "generated_sources",
     "kernels",
+    "operators",
     "quantize",
     "register_kernel",
     "select",
@@ -123,6 +124,9 @@ def _register_built_in() -> None:
 
         cpu.register()
         triton.register()
+        for name in ("cpu", "triton"):
+            package = getattr(torch.ops, f"tahf4_{name}")
+            _ready[name] = package.quantize.default, package.linear.default
 
 
 def serving(node: fx.Node) -> Kernel:
@@ -192,3 +196,32 @@ def quantize(
         return codes, scales
     codes, scales = torch.ops.tahf4.quantize(x, multiplier, hadamard_block)
     return codes, scales
+
+
+def operators(x: torch.Tensor) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Return the ``quantize`` and ``linear`` operators that run best on a tensor's device.
+
+    An exported program holds the reference operators, which every process and device can run.
+
+    Args:
+        x: the activation; its device and dtype are looked at.
+    """
+    if not torch.compiler.is_exporting() and x.dtype in _KERNEL_DTYPES:
+        if x.device.type == "cpu":
+            return _ready["cpu"]
+        if x.device.type == "cuda" and _triton_runs(x.device):
+            return _ready["triton"]
+    return torch.ops.tahf4.quantize.default, torch.ops.tahf4.linear.default
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_ready: dict[str, tuple[torch._ops.OpOverload, torch._ops.OpOverload]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _triton_runs(device: torch.device) -> bool:
+    from .backends import triton
+
+    return triton.available(device)

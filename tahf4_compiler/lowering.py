@@ -13,11 +13,12 @@ from torch import fx
 
 from .binding import Binding
 from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
-from .errors import OptionError
-from .graph import INPUT, PackedInput
+from .errors import OptionError, PackedError
+from .graph import INPUT, PackedInput, linear_path
 from .graph_capture import Capture
 from .kernels import generated_sources
 from .options import Options
+from .packed.graph import multiplier_groups, ties
 from .packing import store
 from .pass_base import Context, Decision
 from .pass_manager import PassManager, PassRecord, readable
@@ -85,7 +86,10 @@ def lower_graph(
     context = Context(options, captured.example_inputs, captured.surroundings, captured.fake_mode)
     for node in graph_module.graph.find_nodes(op="placeholder"):
         if node.meta[INPUT].kind == "parameter":
-            context.paths[node.meta[INPUT].index] = node.meta[INPUT].path.removesuffix(".weight")
+            context.paths[node.meta[INPUT].index] = linear_path(node.meta[INPUT].path)
+    groups = multiplier_groups(graph_module.graph)
+    for group, same in zip(groups, ties(groups, captured.example_inputs, options.weight_check), strict=True):
+        context.tied.update(zip(group, same, strict=True))
     start = time.perf_counter()
     manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
     graph_module, history = manager.run(graph_module, context)
@@ -133,6 +137,11 @@ class Lowered:
         self.graph_module = lowered.graph_module
         self.history = lowered.history
         self.plan = lowered.plan
+        self._factors = multiplier_groups(captured.graph_module.graph)
+        self._tied = self._ties(captured.example_inputs)
+
+    def _ties(self, values: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        return ties(self._factors, values, self._options.weight_check)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the lowered graph with the arguments of the captured model.
@@ -143,6 +152,11 @@ class Lowered:
         assert self._captured.bind is not None and self._captured.unflatten is not None
         with torch.no_grad():
             flat = self._captured.bind(args, kwargs)
+            if self._ties(flat) != self._tied:
+                raise PackedError(
+                    "the multipliers of packed linears are not equal in the way that they were when the model was "
+                    "lowered. Capture and lower the model again."
+                )
             bound = self._lowered.binding(flat, store, self._options.weight_check)
             return self._captured.unflatten(list(self.graph_module(*bound)))
 

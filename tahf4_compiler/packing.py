@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from . import hif4, kernels
+from . import hif4, kernels, sharded
 from .attach import Attachment, attached_recipe
 from .graph import PackedWeight
 from .hif4 import Packed
@@ -26,7 +26,7 @@ from .ops import transform
 from .scale_search import search_scales
 from .transforms import multipliers
 
-__all__ = ["PackedStore", "checksum", "moment_as_quantized", "pack_weight", "store"]
+__all__ = ["PackedStore", "checksum", "checksums", "moment_as_quantized", "pack_transformed", "pack_weight", "store"]
 
 _ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
 _LANES = 4096
@@ -85,7 +85,7 @@ def checksum(weight: Tensor) -> Tensor:
     The bytes are read as 32-bit words, each times a random 64-bit factor of its lane and one of its row, summed
     modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
-    data = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = sharded.whole(weight).detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor:
         from .backends import cpu
 
@@ -114,6 +114,34 @@ def _row_factors(first: int, count: int, device: torch.device) -> Tensor:
     mixed = torch.arange(first + 1, first + count + 1, device=device, dtype=torch.int64) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 29)) * -0x40A7B892E31B1A47
     return (mixed ^ (mixed >> 32)) | 1
+
+
+def pack_transformed(
+    weight: Tensor, mask: Tensor | None, seed: int | None, block: int, search: str = "", moment: Tensor | None = None
+) -> hif4.Packed:
+    """Convert one weight with the inverse of its activation's transform.
+
+    Args:
+        weight: ``[N, K]`` of a floating-point type.
+        mask: float32 ``[K]`` that the activation is multiplied by, or None.
+        seed: of the rotation's signs, or None.
+        block: width of the rotation, 0 for none.
+        search: see :class:`tahf4_compiler.graph.PackedWeight`.
+        moment: ``[K]``, second moment of the activation's channels before the transform, for ``"weighted"``.
+
+    Returns:
+        As :func:`pack_weight`, on the weight's device.
+
+    Raises:
+        FormatError: as :func:`pack_weight`.
+    """
+    device = weight.device
+    multiplier = multipliers(weight.shape[1], mask, seed)[1]
+    multiplier = multiplier.to(device) if multiplier is not None else None
+    importance = None
+    if search == "weighted" and moment is not None:
+        importance = moment_as_quantized(moment, mask, block).to(device)
+    return pack_weight(weight, multiplier, block, search=search, importance=importance)
 
 
 class PackedStore:
@@ -172,17 +200,10 @@ class PackedStore:
     def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Packed:
         recipe = _recipe(weights[0], how)
         mask, seed = _values(recipe, how)
-        device, k = weights[0].device, weights[0].shape[1]
-        multiplier = multipliers(k, mask, seed)[1]
-        multiplier = multiplier.to(device) if multiplier is not None else None
-        importance = None
-        if how.search == "weighted" and recipe is not None and recipe.second_moment is not None:
-            importance = moment_as_quantized(recipe.second_moment, mask, how.hadamard_block).to(device)
+        moment = recipe.second_moment if recipe is not None else None
         parts = []
         for weight in weights:
-            parts.append(
-                pack_weight(weight, multiplier, how.hadamard_block, search=how.search, importance=importance)
-            )
+            parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment))
             bar.update(weight.numel())
         self.conversions += len(weights)
         packed = parts[0]
@@ -242,6 +263,28 @@ def _read(values: list[Tensor]) -> list[int]:
         here = [i for i, value in enumerate(values) if value.device == device]
         out.update(zip(here, torch.stack([values[i] for i in here]).tolist(), strict=True))
     return [out[i] for i in range(len(values))]
+
+
+def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
+    """Return the checksums of tensors, read again where they may have changed.
+
+    Args:
+        values: no subclasses.
+        check: see :class:`tahf4_compiler.options.Options`; ``"version"`` keeps those of unchanged tensors.
+    """
+    states = [(_identity(v), v.data_ptr()) for v in values]
+    old = [_sums.get(value) for value in values]
+    stale = [
+        i
+        for i, (value, state) in enumerate(zip(values, states, strict=True))
+        if check == "content" or value.is_inference() or old[i] is None or old[i][0] != state
+    ]
+    for i, total in zip(stale, _read([checksum(values[i]) for i in stale]), strict=True):
+        _sums[values[i]] = old[i] = (states[i], total)
+    return [entry[1] for entry in old]
+
+
+_sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _identity(weight: Tensor) -> tuple[object, ...]:

@@ -28,7 +28,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .errors import OptionError, PassError, PipelineError
-from .graph import INPUT
+from .graph import INPUT, linear_path
 from .options import Options
 from .surroundings import Surroundings
 
@@ -81,6 +81,7 @@ class Context:
         plan: decisions in execution order; written by ``plan``, read by everything after it.
         notes: what passes have to say, by pass name, printed in the report.
         paths: the parameters' paths in the captured graph, by position.
+        tied: for the multipliers of packed linears, by position: that of the first one that is equal.
     """
 
     options: Options
@@ -92,6 +93,7 @@ class Context:
     matches: int = 0
     current: str = ""
     paths: dict[int, str] = field(default_factory=dict, repr=False)
+    tied: dict[int, int] = field(default_factory=dict, repr=False)
 
     def matched(self, node: fx.Node | None = None, count: int = 1) -> None:
         """Count a match of the running pass; ``node`` may name what matched."""
@@ -100,7 +102,7 @@ class Context:
     def module_of(self, weight: fx.Node) -> str:
         """Return the module path of a parameter's placeholder, in the module that was compiled."""
         source = weight.meta[INPUT]
-        return self.surroundings.path(self.inputs[source.index]) or source.path.removesuffix(".weight")
+        return self.surroundings.path(self.inputs[source.index]) or linear_path(source.path)
 
     def path_of(self, index: int) -> str:
         """Return the module path of the parameter at a position among the captured graph's arguments."""

@@ -232,7 +232,7 @@ def propagate(graph_module: fx.GraphModule, context: Context, pass_name: str) ->
                 raise PassError(
                     f"pass {pass_name!r} added the input {node.name!r} without a PackedInput in node.meta[{INPUT!r}]"
                 )
-            weights = [by_index.get(i, context.inputs[i]) for i in source.weights]
+            weights = [by_index.get(i, context.inputs[i]) for i in source.positions]
             with context.fake_mode:
                 fakes = [w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w) for w in weights]
                 node.meta["val"] = packed_fake(source, fakes)

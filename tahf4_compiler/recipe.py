@@ -23,7 +23,7 @@ from .packing import checksum
 from .sensitivity import check_budget, choose
 from .steps import StepPrecision
 
-__all__ = ["LinearEntry", "Recipe", "RecipeEntry", "apply_recipe"]
+__all__ = ["LinearEntry", "Recipe", "RecipeEntry", "apply_recipe", "recipe_attachments", "recipe_experts"]
 
 FORMAT = "tahf4-recipe-1"
 
@@ -261,20 +261,7 @@ def apply_recipe(
         for module in models.values():
             attach(module, {})
         return
-    parts = dict(recipe.experts)
-    if set(models) == {""}:
-        name = expert if expert is not None else next(iter(parts), "") if len(parts) == 1 else ""
-        if name not in parts:
-            raise RecipeError(
-                f"the recipe has the experts {', '.join(map(repr, parts)) or 'none'}, not {name!r}; say which one "
-                "belongs to this module with expert=..."
-            )
-        parts = {"": parts[name]}
-    missing = sorted(set(parts) - set(models))
-    if missing:
-        raise RecipeError(
-            f"the recipe has the experts {', '.join(parts)}; {type(model).__name__} has no {missing[0]!r}"
-        )
+    parts = recipe_experts(model, models, recipe, expert)
     steps = None
     if recipe.high_precision_steps:
         clock = scheduler if scheduler is not None else getattr(model, "scheduler", None)
@@ -290,14 +277,66 @@ def apply_recipe(
         attach(models[name], dict(_attachments(entries, steps)))
 
 
+def recipe_experts(
+    model: Any, models: Mapping[str, nn.Module], recipe: Recipe, expert: str | None
+) -> dict[str, Mapping[str, RecipeEntry]]:
+    """Return which entries belong to which of a model's modules.
+
+    Args:
+        model: a pipeline or module.
+        models: its denoisers by name, a bare module under ``""``.
+        recipe: see :class:`Recipe`.
+        expert: as for :func:`apply_recipe`.
+
+    Raises:
+        RecipeError: the recipe has an expert that the model has not.
+    """
+    parts = dict(recipe.experts)
+    if set(models) == {""}:
+        name = expert if expert is not None else next(iter(parts), "") if len(parts) == 1 else ""
+        if name not in parts:
+            raise RecipeError(
+                f"the recipe has the experts {', '.join(map(repr, parts)) or 'none'}, not {name!r}; say which one "
+                "belongs to this module with expert=..."
+            )
+        parts = {"": parts[name]}
+    missing = sorted(set(parts) - set(models))
+    if missing:
+        raise RecipeError(
+            f"the recipe has the experts {', '.join(parts)}; {type(model).__name__} has no {missing[0]!r}"
+        )
+    return parts
+
+
+def recipe_attachments(
+    model: nn.Module, recipe: Recipe, *, expert: str | None = None, check_weights: bool = True
+) -> dict[str, Attachment]:
+    """Return what a recipe says about a module's linears, by module path, without attaching it.
+
+    Args:
+        model: a module; on the meta device its weights are not compared.
+        recipe: see :class:`Recipe`.
+        expert: as for :func:`apply_recipe`.
+        check_weights: as for :func:`apply_recipe`.
+
+    Raises:
+        RecipeError: as :func:`apply_recipe`.
+    """
+    entries = recipe_experts(model, {"": model}, recipe, expert)[""]
+    _check_fits(model, entries, check_weights, "")
+    return dict(_attachments(entries, None))
+
+
 def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weights: bool, expert: str) -> None:
     weights = dict(linear_weights(model))
+    parameters = {name for name, _ in model.named_parameters()}
     wrong = []
     for entry in entries.values():
         for path, linear in entry.linears.items():
             weight = weights.get(path)
             if weight is None:
-                wrong.append(f"{path}: no such linear")
+                packed = f"{path}.weight_codes" in parameters
+                wrong.append(f"{path}: {'packed already' if packed else 'no such linear'}")
             elif tuple(weight.shape) != linear.shape:
                 wrong.append(f"{path}: shape {tuple(weight.shape)}, expected {linear.shape}")
             elif check_weights and weight.device.type != "meta" and int(checksum(weight)) != linear.weight_sum:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .attach import linear_weights
 from .calibration import check_percentile, merged
 from .errors import CalibrationError, OptionError
 from .packing import checksum, moment_as_quantized
 from .recipe import LinearEntry, Recipe, RecipeEntry
 from .sensitivity import Network, QuantizedWeight, check_budget, output_error, sqnr_db
+from .sharded import class_name
 from .sketch import LARGEST
 from .transforms import hadamard_block, seed_of
 
@@ -129,7 +129,7 @@ def make_recipe(
             "prompts": len(calibration.prompts),
             "step_groups": calibration.step_groups,
             "rows": calibration.rows,
-            "classes": {expert: type(module).__name__ for expert, module in calibration.models.items()},
+            "classes": {expert: class_name(module) for expert, module in calibration.models.items()},
         },
     }
     recipe = Recipe(found, tuple(high_precision_steps), provenance)
@@ -286,7 +286,7 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices) ->
         for _, cells in activations:
             weights = calibration.weights(expert, cells.activation.members)
             entry = _entry(cells, weights, quick, False)
-            makers = _products(entry, dict(zip(entry.linears, weights, strict=True)))
+            makers = _products(entry, dict(zip(entry.linears, weights, strict=True)).__getitem__)
             quantized |= {path: make() for path, make in makers}
         error = network.error(quantized)
         if error is not None and error < best:
@@ -300,24 +300,32 @@ def _network(calibration: Calibration, expert: str) -> Network | None:
     return Network(calibration.models[expert], calls) if calls else None
 
 
-def _products(entry: RecipeEntry, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
+def _products(
+    entry: RecipeEntry, weight_of: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
     """Yield for each linear of an entry what makes its quantized product."""
-    for path in entry.linears:
-        weight = weights[path]
+
+    def make(path: str) -> QuantizedWeight:
+        weight = weight_of(path)
         mask = entry.mask.to(weight.device) if entry.mask is not None else None
         moment, importance = entry.second_moment, None
         if moment is not None:
             importance = moment_as_quantized(moment.to(weight.device), mask, entry.hadamard_block)
-        arguments = (weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
-        yield path, functools.partial(QuantizedWeight, *arguments)
+        return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
+
+    for path in entry.linears:
+        yield path, functools.partial(make, path)
 
 
 def _with_effects(calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry]) -> dict[str, RecipeEntry]:
     network = _network(calibration, expert)
     if network is None:
         return dict(entries)
-    weights = dict(linear_weights(calibration.models[expert]))
-    makers = {path: make for entry in entries.values() for path, make in _products(entry, weights)}
+
+    def weight_of(path: str) -> Tensor:
+        return calibration.weights(expert, [path])[0]
+
+    makers = {path: make for entry in entries.values() for path, make in _products(entry, weight_of)}
     effects = network.effects(makers)
 
     def named(linear: LinearEntry, path: str) -> LinearEntry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import hif4, kernels
-from .attach import linear_weights
 from .errors import CalibrationError, OptionError
 from .packing import pack_weight
+from .sharded import Part, part_of, running_weights
 from .transforms import multipliers
 
 __all__ = ["Network", "QuantizedWeight", "check_budget", "choose", "output_error", "sqnr_db"]
@@ -39,6 +40,25 @@ class QuantizedWeight:
         inverse = backward.to(weight.device) if backward is not None else None
         packed = pack_weight(weight, inverse, block, search=search, importance=importance)
         self.weight = _whole(packed.codes, packed.scales)
+
+    def part(self, part: Part | None) -> QuantizedWeight:
+        """Return what a rank that holds a part of the weight computes, or this if it holds all.
+
+        Raises:
+            CalibrationError: the part cuts a unit or a rotation block.
+        """
+        if part is None:
+            return self
+        mine = copy.copy(self)
+        mine.weight = part.of(self.weight)
+        if part.axis == 1:
+            if self.weight.shape[1] % (part.size * max(hif4.UNIT, self.block)):
+                raise CalibrationError(
+                    f"a rotation of {self.block} channels does not fit {part.size} parts of {self.weight.shape[1]} "
+                    "input features; choose a narrower block, or make the recipe on fewer ranks"
+                )
+            mine.multiplier = part.of(self.multiplier, 0) if self.multiplier is not None else None
+        return mine
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return what the product reads of an activation ``[..., K]``: float32, K in whole units of 64."""
@@ -88,7 +108,9 @@ class Network:
     def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
         """Run the calls (arguments and keyword arguments) in the original precision."""
         self._model, self._calls = model, calls
-        self._weights = dict(linear_weights(model))
+        self._weights: dict[str, list[Tensor]] = {}
+        for path, weight in running_weights(model):
+            self._weights.setdefault(path, []).append(weight)
         self._wanted = self._outputs()
         if not all(bool(value.isfinite().all()) for value in self._wanted):
             raise CalibrationError(
@@ -113,7 +135,11 @@ class Network:
 
         None if no call read any of their weights as a linear: nothing was measured.
         """
-        products = {id(self._weights[path]): product for path, product in quantized.items()}
+        products = {
+            id(weight): product.part(part_of(weight))
+            for path, product in quantized.items()
+            for weight in self._weights[path]
+        }
         with _quantized(products) as used:
             found = self._outputs()
         if quantized and not used:

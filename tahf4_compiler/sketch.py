@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,17 +154,19 @@ class Sketch:
 
 
 class RowSample:
-    """A uniform sample of rows, of bounded size: those of the largest random priorities (mergeable)."""
+    """A uniform sample of rows, of bounded size: those of the largest random priorities (mergeable).
+
+    A row's priority depends on nothing but where it stands: in which input, in which of the input's calls, and where in
+    the tensor. So processes that divide the inputs, or the sequence of one input, draw together what one would.
+    """
 
     def __init__(self, size: int, name: str) -> None:
         """Start empty; the name seeds the priorities."""
         self.size = size
+        self.name = name
         self._heap: list[tuple[float, int]] = []  # (priority, place in the buffer)
         self._buffer: Tensor | None = None
-        self._skip = 0
-        self._generator = torch.Generator().manual_seed(
-            int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
-        )
+        self._calls: dict[str, int] = {}
 
     @property
     def rows(self) -> Tensor | None:
@@ -179,58 +181,59 @@ class RowSample:
         """Return the priorities of the rows, falling: float64 ``[n]``."""
         return torch.tensor(sorted((value for value, _ in self._heap), reverse=True), dtype=torch.float64)
 
-    def update(self, x: Tensor) -> None:
-        """Offer rows ``[..., C]``."""
-        count = x.numel() // x.shape[-1] if self.size else 0
-        if self._skip >= count:  # nearly always, once the sample is full
-            self._skip -= count
+    def update(self, x: Tensor, source: str = "", first: int = 0) -> None:
+        """Offer rows.
+
+        Args:
+            x: ``[..., S, C]``.
+            source: which input they come of, such as a prompt; its calls are counted apart.
+            first: place of the first of the S rows, where the tensor is a part of one.
+        """
+        call = self._calls.get(source, 0)
+        self._calls[source] = call + 1
+        if not x.numel() or not self.size:
             return
         rows = x.detach().reshape(-1, x.shape[-1])
-        at = 0
-        if len(self._heap) < self.size:
-            at = min(count, self.size - len(self._heap))
-            values = torch.rand(at, dtype=torch.float64, generator=self._generator).tolist()
-            for i, value in enumerate(values):
-                self._put(rows[i], value)
-        at += self._skip
-        while at < count:
-            floor = self._heap[0][0]
-            self._put(rows[at], floor + (1 - floor) * self._uniform())
-            at += 1 + self._skip
-        self._skip = max(0, at - count) if len(self._heap) == self.size else 0
+        length = x.shape[-2] if x.dim() > 1 else 1
+        values = _priorities(f"{self.name}\0{source}\0{call}", len(rows) // length, length, first)
+        floor = self._heap[0][0] if len(self._heap) == self.size else -1.0
+        best = np.flatnonzero(values > floor)
+        if len(best) > self.size:
+            best = best[np.argpartition(values[best], -self.size)[-self.size :]]
+        for place in best.tolist():
+            self._offer(rows[place], float(values[place]))
 
-    def _uniform(self) -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
-
-    def _put(self, row: Tensor, priority: float) -> None:
+    def _offer(self, row: Tensor, priority: float) -> None:
         if self._buffer is None:
             self._buffer = row.new_zeros(self.size, len(row))
         if len(self._heap) < self.size:
             heapq.heappush(self._heap, (priority, len(self._heap)))
             place = len(self._heap) - 1
-        else:
+        elif priority > self._heap[0][0]:
             place = self._heap[0][1]
             heapq.heapreplace(self._heap, (priority, place))
+        else:
+            return
         self._buffer[place].copy_(row)
-        if len(self._heap) == self.size:
-            # How many rows draw a priority below the smallest one here before one does not: geometric, and
-            # memoryless, so it may be drawn again at any time.
-            floor = self._heap[0][0]
-            self._skip = int(math.log(1 - self._uniform()) / math.log(floor)) if floor > 0 else 0
 
     def merge(self, other: RowSample) -> None:
         """Offer what another sample holds."""
-        rows = other.rows
-        if rows is None or not self.size:
-            return
-        for row, priority in zip(rows, other.priorities.tolist(), strict=True):
-            if len(self._heap) < self.size or priority > self._heap[0][0]:
-                self._put(row, priority)
+        if (rows := other.rows) is not None:
+            self.offer(rows, other.priorities.tolist())
+
+    def offer(self, rows: Tensor, priorities: Sequence[float]) -> None:
+        """Offer rows ``[n, C]`` whose priorities were drawn before."""
+        for row, priority in zip(rows, priorities, strict=True):
+            if self.size:
+                self._offer(row, priority)
+
+    def count_on(self, other: RowSample) -> None:
+        """Number further calls after those that another sample saw."""
+        self._calls = dict(other._calls)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything as tensors, for a file."""
-        state = self._generator.get_state()
-        found = {"priorities": self.priorities, "generator": state, "skip": torch.tensor([self._skip])}
+        """Return everything as tensors, for a file (not the counts of named inputs, which are seen once)."""
+        found = {"priorities": self.priorities, "calls": torch.tensor([self._calls.get("", 0)])}
         if (rows := self.rows) is not None:
             found["sample"] = rows
         return found
@@ -238,8 +241,20 @@ class RowSample:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Undo :meth:`tensors`."""
         self._heap, self._buffer = [], None
+        self._calls = {"": int(tensors["calls"])}
         if "sample" in tensors:
-            for row, priority in zip(tensors["sample"], tensors["priorities"].tolist(), strict=True):
-                self._put(row, priority)
-        self._skip = int(tensors["skip"])
-        self._generator.set_state(tensors["generator"])
+            self.offer(tensors["sample"], tensors["priorities"].tolist())
+
+
+def _priorities(key: str, batch: int, length: int, first: int) -> np.ndarray:
+    """Return random numbers in [0, 1) by key and place: float64 ``[batch * length]``.
+
+    A counter-based generator: the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) over batch and place.
+    """
+    seed = np.uint64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+    place = np.arange(first, first + length, dtype=np.uint64)[None] | (np.arange(batch, dtype=np.uint64)[:, None] << 40)
+    mixed = seed + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> 27)) * np.uint64(0x94D049BB133111EB)
+    values: np.ndarray = ((mixed ^ (mixed >> 31)) >> 11).reshape(-1) * 2.0**-53
+    return values

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .attach import linear_weights, refresh
+from .attach import linear_weights, packed_weights, refresh
 
 __all__ = ["Surroundings"]
 
@@ -40,7 +40,7 @@ class Surroundings:
         self.blocks: dict[str, dict[str, str]] = {}
         if module is not None:
             self.add(module)
-            self.linear_paths = [path for path, _ in linear_weights(module)]
+            self.linear_paths = [path for path, _ in (*linear_weights(module), *packed_weights(module))]
             self.blocks = _containers(module)
 
     @classmethod
@@ -55,7 +55,7 @@ class Surroundings:
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights."""
         self.watch(module)
-        for path, weight in linear_weights(module):
+        for path, weight in (*linear_weights(module), *packed_weights(module)):
             self._paths[weight] = path
 
     def watch(self, module: nn.Module) -> None:
@@ -111,6 +111,7 @@ def _holds(module: nn.Module, part: object) -> bool:
 def _containers(root: nn.Module) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for path, module in root.named_modules():
+        path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
         if not isinstance(module, nn.ModuleList | nn.Sequential) or any(
             path.startswith(f"{member}.") for members in found.values() for member in members
         ):
@@ -118,7 +119,7 @@ def _containers(root: nn.Module) -> dict[str, dict[str, str]]:
         by_class: dict[type, list[str]] = defaultdict(list)
         for name, child in module.named_children():
             if sum(isinstance(m, nn.Linear) for m in child.modules()) >= _MIN_LINEARS:
-                by_class[type(child)].append(f"{path}.{name}" if path else name)
+                by_class[type(getattr(child, "_orig_mod", child))].append(f"{path}.{name}" if path else name)
         members = {p: cls.__qualname__ for cls, paths in by_class.items() if len(paths) > 1 for p in paths}
         if members:
             found[path] = members

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -119,8 +121,32 @@ def test_samples_merge_to_the_largest_priorities():
     wanted = torch.cat((left.priorities, right.priorities)).sort(descending=True).values[:8]
     left.merge(right)
     assert torch.equal(left.priorities, wanted)
-    loaded = RowSample(8, "other")
+    loaded = RowSample(8, "left")
     loaded.load(left.tensors())
     for sample in (left, loaded):
         sample.update(torch.randn(50, 1, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(left.rows, loaded.rows)
+
+
+def test_a_sample_does_not_depend_on_who_saw_what():
+    x = torch.randn(2, 3, 40, 1, generator=torch.Generator().manual_seed(0))  # inputs, calls, rows
+    whole = RowSample(16, "a")
+    for source, calls in zip("pq", x):
+        for call in calls:
+            whole.update(call[None], source)
+
+    by_input = [RowSample(16, "a") for _ in "pq"]
+    for i in (1, 0):
+        for call in x[i]:
+            by_input[i].update(call[None], "pq"[i])
+    by_sequence = [RowSample(16, "a") for _ in range(2)]
+    for part, sample in enumerate(by_sequence):
+        for source, calls in zip("pq", x):
+            for call in calls:
+                sample.update(call[None, 20 * part : 20 * (part + 1)], source, 20 * part)
+
+    for parts in (by_input, by_sequence, by_sequence[::-1]):
+        left, right = copy.deepcopy(parts)
+        left.merge(right)
+        assert torch.equal(left.rows, whole.rows)
+        assert torch.equal(left.priorities, whole.priorities)

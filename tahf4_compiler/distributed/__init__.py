@@ -1,0 +1,35 @@
+"""Many devices: tensor parallelism by ``torch.distributed.tensor``, and what calibration and packed weights need there.
+
+FSDP2 (``fully_shard``) and diffusers' context parallelism need nothing from here; ``docs/distributed.md`` shows all.
+Importing this package is cheap; the parallel styles import ``torch.distributed.tensor`` when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .sizes import check_columns, check_rows, column_degrees, row_degrees
+
+if TYPE_CHECKING:
+    from .styles import HiF4ColwiseParallel, HiF4RowwiseParallel
+    from .wan import tensor_parallel
+
+__all__ = [
+    "HiF4ColwiseParallel",
+    "HiF4RowwiseParallel",
+    "check_columns",
+    "check_rows",
+    "column_degrees",
+    "row_degrees",
+    "tensor_parallel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs ``torch.distributed.tensor``, and register the sharding rules."""
+    from importlib import import_module
+
+    places = {"HiF4ColwiseParallel": "styles", "HiF4RowwiseParallel": "styles", "tensor_parallel": "wan"}
+    if name not in places:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{places[name]}", __name__), name)

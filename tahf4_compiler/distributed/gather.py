@@ -1,0 +1,336 @@
+"""Merge what the processes of a group calibrated, so that each has what one process would have.
+
+Counts are summed and maxima compared by all-reduce, which gives the same whatever the order of the ranks. Sums of
+squares are floating point: they are gathered, sorted and added, so they do not depend on the order either. Sample rows
+have priorities by place (:class:`tahf4_compiler.sketch.RowSample`), so the largest of all are those of one process.
+Everything goes as tensors, and JSON in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..attach import linear_weights
+from ..errors import CalibrationError, OptionError
+from ..files import decode, digest, encode
+from ..sharded import part_of
+from ..sketch import RowSample, Sketch
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+
+__all__ = ["Exchange", "all_reduce"]
+
+_MOST_ROWS = 2**31 - 1
+
+
+class Exchange:
+    """Collectives of a process group, on the device that its backend needs.
+
+    Attributes:
+        rank: of this process in the group.
+        size: processes in the group.
+        device: of the tensors that are sent.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        """Use a process group, the default one if None.
+
+        Raises:
+            CalibrationError: there is none.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise CalibrationError(
+                "no process group: start the processes with torchrun and call torch.distributed.init_process_group() "
+                "before calibrations are merged"
+            )
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        nccl = "nccl" in dist.get_backend(group)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def reduce(self, value: Tensor, op: Any) -> Tensor:
+        """Return the sum or maximum of all ranks' tensors, of one shape, where this rank's was."""
+        sent = value.to(self.device, copy=True).contiguous()
+        dist.all_reduce(sent, op, group=self._group)
+        return sent.to(value.device)
+
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """Return all ranks' tensors, of one shape and dtype, by rank, on this rank's device."""
+        sent = value.to(self.device).contiguous()
+        found = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(found, sent, group=self._group)
+        return [part.to(value.device) for part in found]
+
+    def texts(self, content: Any) -> list[Any]:
+        """Return what JSON can hold of all ranks, by rank."""
+        data = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+        lengths = [int(n) for n in self.gather(torch.tensor([len(data)]))]
+        padded = torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
+        parts = self.gather(padded)
+        return [json.loads(bytes(part[:n].tolist())) for part, n in zip(parts, lengths, strict=True)]
+
+    def tensors(self, mine: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Return all ranks' tensors by name, by rank, on the CPU; shapes and dtypes may differ."""
+        listed = self.texts([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in mine.items()])
+        found = []
+        for rank, entries in enumerate(listed):
+            part = {}
+            for name, dtype, shape in entries:
+                value = mine[name] if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype))
+                # A copy into a new tensor: an expanded one of one element has no stride that can be viewed as bytes.
+                flat = torch.empty(value.numel(), dtype=value.dtype, device=self.device)
+                flat = flat.copy_(value.detach().reshape(-1)).view(torch.uint8)
+                source = rank if self._group is None else dist.get_global_rank(self._group, rank)
+                dist.broadcast(flat, source, group=self._group)
+                part[name] = flat.cpu().view(getattr(torch, dtype)).reshape(shape)
+            found.append(part)
+        return found
+
+
+def all_reduce(calibration: Calibration, group: Any = None, *, over: str = "inputs", calls: bool = True) -> None:
+    """Give every process of a group what all of them saw: see :meth:`tahf4_compiler.Calibration.all_reduce`."""
+    if over not in ("inputs", "sequence", "channels"):
+        raise OptionError(f"over is {over!r}; expected 'inputs', 'sequence' or 'channels'")
+    exchange = Exchange(group)
+    headers = exchange.texts(_header(calibration))
+    _check(calibration, headers, over)
+    places = sorted({tuple(cell[:4]) for header in headers for cell in header["cells"]})
+    for place in places:
+        found = [next((c for c in h["cells"] if tuple(c[:4]) == place), None) for h in headers]
+        if over == "channels":
+            _join_channels(calibration, exchange, place)
+        else:
+            _merge_cell(calibration, exchange, place, found, over)
+    if over == "inputs":
+        if calls:
+            _merge_calls(calibration, exchange)
+        calibration.prompts = sorted({prompt for header in headers for prompt in header["prompts"]})
+    calibration._merged.append(over)
+
+
+def run_divided(calibration: Calibration, todo: list[str], group: Any, arguments: Mapping[str, Any]) -> None:
+    """Run prompts in rounds, one a rank, and merge: see :meth:`tahf4_compiler.Calibration.run`.
+
+    Which calls are kept depends on how many came before, so all of a round are held until every rank knows of all.
+    """
+    exchange = Exchange(group)
+    listed = exchange.texts([todo, calibration._checkpoint is not None, bool(calibration.activations)])
+    if any(entry != listed[0] for entry in listed):
+        raise CalibrationError("the ranks were given different prompts or checkpoints; give all of them the same")
+    if listed[0][1] or listed[0][2]:
+        raise CalibrationError(
+            "prompts are divided in a calibration that has no checkpoint file and has seen nothing before; save() it "
+            "afterwards"
+        )
+    for start in tqdm(range(0, len(todo), exchange.size), desc="calibration", unit="round", disable=exchange.rank > 0):
+        calibration._candidates = []
+        try:
+            if (i := start + exchange.rank) < len(todo):
+                calibration._run_prompt(i, todo[i], arguments)
+            mine = calibration._candidates
+        finally:
+            calibration._candidates = None
+        events = exchange.texts([[expert, branch, call is not None] for expert, branch, call in mine])
+        for rank, calls in enumerate(events):
+            for j, (expert, branch, plain) in enumerate(calls):
+                call: Any = mine[j][2] if rank == exchange.rank else _Elsewhere(rank)
+                calibration._keep_call(expert, branch, todo[start + rank], call if plain else None)
+    _fetch_calls(calibration, exchange)
+    all_reduce(calibration, group, calls=False)
+    calibration.prompts = list(todo)
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """Stands for a call that another rank holds."""
+
+    rank: int
+
+
+def _fetch_calls(calibration: Calibration, exchange: Exchange) -> None:
+    mine: dict[str, Tensor] = {}
+    coded = {
+        expert: [
+            None if isinstance(call, _Elsewhere) else encode(call, mine, f"{expert}.{i}")
+            for i, call in enumerate(calls)
+        ]
+        for expert, calls in calibration.calls.items()
+    }
+    headers, tensors = exchange.texts(coded), exchange.tensors(mine)
+    for expert, calls in calibration.calls.items():
+        device = next(calibration.models[expert].parameters()).device
+        for i, held in enumerate(calls):
+            if isinstance(held, _Elsewhere):
+                calls[i] = decode(headers[held.rank][expert][i], tensors[held.rank], device)
+
+
+def _header(calibration: Calibration) -> dict[str, Any]:
+    cells = []
+    for (expert, name), held in sorted(calibration.activations.items()):
+        for (step, branch), (sketch, sample) in sorted(held.cells.items()):
+            rows = sample.rows
+            cells.append(
+                [
+                    expert, name, step, branch, list(held.activation.members), held.activation.channels, sketch.rows,
+                    digest({}, sketch.tensors()), None if rows is None else str(rows.dtype).removeprefix("torch."),
+                ]
+            )  # fmt: skip
+    return {
+        "step_groups": calibration.step_groups, "rows": calibration.rows, "prompts": calibration.prompts,
+        "cells": cells, "merged": calibration._merged,
+    }  # fmt: skip
+
+
+def _check(calibration: Calibration, headers: list[dict[str, Any]], over: str) -> None:
+    """Raise the same error on every rank, before anything is changed."""
+    for what in ("step_groups", "rows", "merged"):
+        values = [header[what] for header in headers]
+        if any(value != values[0] for value in values):
+            raise CalibrationError(f"{what} are {values} on the ranks; expected one value")
+    if over in calibration._merged:
+        raise CalibrationError(f"this calibration was merged over {over!r} before; everything would count again")
+    channels: dict[tuple[str, str], int] = {}
+    for rank, header in enumerate(headers):
+        for expert, name, _, _, members, width, *_ in header["cells"]:
+            known = expert in calibration.models and set(members) <= calibration._known_paths(expert)
+            if not known or channels.setdefault((expert, name), width) != width:
+                raise CalibrationError(
+                    f"rank {rank} calibrated another model: it saw {'/'.join(filter(None, (expert, name)))} with "
+                    f"{width} channels, which others do not have"
+                )
+    if over == "inputs":
+        prompts = [prompt for header in headers for prompt in header["prompts"]]
+        twice = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+        if twice:
+            raise CalibrationError(
+                f"several ranks saw {twice[0]!r} ({len(twice)} prompts in all), which would count twice; divide the "
+                "prompts: calibration.run(prompts[rank::world_size])"
+            )
+
+
+def _merge_cell(
+    calibration: Calibration, exchange: Exchange, place: tuple[Any, ...], found: list[Any], over: str
+) -> None:
+    from ..calibration import Activation, _Cells
+
+    expert, name, step, branch = place
+    there = [cell for cell in found if cell is not None]
+    if over == "sequence" and len(there) == len(found) and all(cell[7] == there[0][7] for cell in there):
+        # Not divided: each rank saw all of it. The first rank's rows have the places that one process gives them.
+        _share_sample(calibration, exchange, place, there, only_first=True)
+        return
+    members = max((tuple(cell[4]) for cell in there), key=lambda paths: (len(paths), paths))
+    activation = Activation(expert, name, members, there[0][5])
+    held = calibration.activations.setdefault((expert, name), _Cells(activation, calibration.rows))
+    held.activation = activation
+    if sum(cell[6] for cell in there) > _MOST_ROWS:
+        raise CalibrationError(f"{name} would have more than 2**31 - 1 rows; merge fewer processes")
+    sketch, sample = held.cell((step, branch), exchange.device)
+    whole = Sketch(0)
+    whole.counts = exchange.reduce(sketch.counts, dist.ReduceOp.SUM)
+    whole.maxima = exchange.reduce(sketch.maxima, dist.ReduceOp.MAX)
+    whole.nonfinite = exchange.reduce(sketch.nonfinite, dist.ReduceOp.SUM)
+    whole.squares = _sum(exchange.gather(sketch.squares))
+    whole.rows = sum(cell[6] for cell in there)
+    held.cells[(step, branch)] = whole, sample
+    _share_sample(calibration, exchange, place, there)
+
+
+def _join_channels(calibration: Calibration, exchange: Exchange, place: tuple[Any, ...]) -> None:
+    """Join the channels of an activation that row-parallel linears read; of others take the first rank's statistics."""
+    expert, name, step, branch = place
+    held = calibration.activations[(expert, name)]
+    sketch, sample = held.cells[(step, branch)]
+    weight = dict(linear_weights(calibration.models[expert]))[name]
+    part = part_of(weight)
+    divided = part is not None and part.axis == 1
+
+    def join(value: Tensor, axis: int = 0) -> Tensor:
+        parts = exchange.gather(value)
+        return torch.cat(parts, axis) if divided else parts[0]
+
+    whole = Sketch(0)
+    whole.counts, whole.maxima, whole.squares = join(sketch.counts), join(sketch.maxima), join(sketch.squares)
+    whole.nonfinite = exchange.reduce(sketch.nonfinite, dist.ReduceOp.SUM) if divided else join(sketch.nonfinite)
+    whole.rows = sketch.rows
+    merged = RowSample(sample.size, sample.name)
+    merged.count_on(sample)
+    if (rows := sample.rows) is not None:
+        merged.offer(join(rows, 1), sample.priorities.tolist())  # the same places on all ranks, so the same priorities
+    held.activation = replace(held.activation, channels=len(whole.maxima))
+    held.cells[(step, branch)] = whole, merged
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Add tensors so that their order does not matter."""
+    total = torch.zeros_like(parts[0])
+    for part in torch.stack(parts).sort(0).values:
+        total = total + part
+    return total
+
+
+def _share_sample(
+    calibration: Calibration, exchange: Exchange, place: tuple[Any, ...], there: list[Any], only_first: bool = False
+) -> None:
+    """Give every rank the sample of all, or of the first."""
+    expert, name, step, branch = place
+    dtypes = {cell[8] for cell in there if cell[8] is not None}
+    if not calibration.rows or not dtypes:
+        return
+    if len(dtypes) > 1:
+        raise CalibrationError(f"{name} has rows of {' and '.join(sorted(dtypes))}; use one dtype on all ranks")
+    sketch, sample = calibration.activations[(expert, name)].cells[(step, branch)]
+    rows = sample.rows
+    count = 0 if rows is None else len(rows)
+    sent = torch.zeros(sample.size, len(sketch.maxima), dtype=getattr(torch, dtypes.pop()), device=sketch.maxima.device)
+    priorities = torch.full((sample.size,), -1.0, dtype=torch.float64)
+    if rows is not None:
+        sent[:count], priorities[:count] = rows, sample.priorities
+    parts = list(zip(exchange.gather(sent), exchange.gather(priorities), strict=True))
+    merged = RowSample(sample.size, sample.name)
+    merged.count_on(sample)
+    for rows_of, values in parts[: 1 if only_first else None]:
+        merged.offer(rows_of[values >= 0], values[values >= 0].tolist())
+    calibration.activations[(expert, name)].cells[(step, branch)] = sketch, merged
+
+
+def _merge_calls(calibration: Calibration, exchange: Exchange) -> None:
+    """Give every rank the calls that all ranks kept, thinned as one process thins its own."""
+    mine: dict[str, Tensor] = {}
+    kept = {
+        expert: [
+            [source, branch, encode(call, mine, f"{expert}.{i}")]
+            for i, (source, branch, call) in enumerate(
+                zip(calibration._call_sources[expert], calibration._call_branches[expert], calls, strict=True)
+            )
+        ]
+        for expert, calls in calibration.calls.items()
+    }
+    seen = sorted([*where, *numbers] for where, numbers in calibration._calls_seen.items())
+    headers = exchange.texts({"kept": kept, "seen": seen})
+    tensors = exchange.tensors(mine)
+    calibration._calls_seen = {}
+    for expert, branch, count, stride in (entry for header in headers for entry in header["seen"]):
+        before = calibration._calls_seen.get((expert, branch), (0, 1))
+        calibration._calls_seen[(expert, branch)] = before[0] + count, max(before[1], stride)
+    for expert in sorted({expert for header in headers for expert in header["kept"]}):
+        device = next(calibration.models[expert].parameters()).device
+        entries = [
+            (source, branch, decode(call, tensors[rank], device))
+            for rank, header in enumerate(headers)
+            for source, branch, call in header["kept"].get(expert, ())
+        ]
+        entries.sort(key=lambda entry: entry[0])  # stable: calls of one input stay in order
+        calibration.calls[expert] = [call for _, _, call in entries]
+        calibration._call_branches[expert] = [branch for _, branch, _ in entries]
+        calibration._call_sources[expert] = [source for source, _, _ in entries]
+        calibration._thin_calls(expert)

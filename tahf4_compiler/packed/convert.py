@@ -1,0 +1,187 @@
+"""Pack the linears of a model, and unpack them again."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..attach import attached_recipe, leave_as_they_are
+from ..calibration import experts
+from ..errors import PackedError
+from ..module_plan import Transform, plan_modules, plan_transforms
+from ..pass_base import Decision
+from ..recipe import Recipe, recipe_experts
+from .linear import HiF4Linear
+
+__all__ = ["dequantize_", "packed_linears", "quantize_"]
+
+
+def quantize_(
+    model: Any,
+    recipe: Recipe | None = None,
+    *,
+    keep: Sequence[str] = (),
+    expert: str | None = None,
+    check_weights: bool = True,
+) -> list[Decision]:
+    """Replace every linear that the plan puts in HiF4 by a :class:`HiF4Linear`, and free its weight.
+
+    One linear is converted after the other, so that memory does not grow beyond the model and one layer. Linears that
+    are packed already stay as they are. The others carry their reason, so that compiling the model leaves them, too.
+
+    Args:
+        model: a module, or a pipeline whose denoisers are packed. It is changed in place.
+        recipe: see :class:`tahf4_compiler.Recipe`. Without one, what :func:`tahf4_compiler.apply_recipe` attached
+            holds; linears without either are rotated in Hadamard blocks of 64.
+        keep: regular expressions, searched in module paths: linears that stay in high precision.
+        expert: which expert's part of the recipe goes to a module.
+        check_weights: as for :func:`tahf4_compiler.apply_recipe`.
+
+    Returns:
+        The plan, one decision for each linear; paths in a pipeline begin with the component's name.
+
+    Raises:
+        PatternError: a pattern of ``keep`` is no regular expression or matches no linear.
+        RecipeError: the recipe does not fit the model.
+        PackedError: the recipe has steps in high precision, the model is offloaded, or ``keep`` names a linear that is
+            packed already. Nothing is changed then.
+        OptionError: the model is neither module nor pipeline.
+    """
+    models = _unwrapped(model)
+    named = set(models)
+    if recipe is not None:
+        if recipe.high_precision_steps:
+            raise PackedError(
+                f"the recipe runs the steps {list(recipe.high_precision_steps)} in high precision, which needs the "
+                "original weights; a packed model has none. Use tahf4.apply_recipe with torch.compile, or a recipe "
+                "without such steps."
+            )
+        named = set(recipe_experts(model, models, recipe, expert))
+    work = []
+    for name, module in models.items():
+        mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
+        plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
+        work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part)))
+        _check_ready(module, work[-1][-1])
+    todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
+    decisions: list[Decision] = []
+    with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
+        for name, module, plan, transforms in work:
+            pack_modules(module, transforms, bar.update)
+            leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
+            if (saving := _saving(module)) is not None and packed_linears(module):
+                saving.remember(module, saving.TaHF4Config(recipe, keep=keep))
+            decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
+    return decisions
+
+
+def pack_modules(
+    model: nn.Module, transforms: dict[str, Transform], done: Callable[[int], Any] = lambda values: None
+) -> None:
+    """Replace linears by packed ones.
+
+    Args:
+        model: changed in place.
+        transforms: by module path, see :func:`tahf4_compiler.module_plan.plan_transforms`.
+        done: is told how many values were converted.
+    """
+    places = _places(model)
+    for path, transform in transforms.items():
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        multiplier = transform.multiplier(linear.in_features)
+        packed = transform.pack(linear.weight)
+        new = HiF4Linear.from_linear(
+            linear, packed, multiplier, transform.hadamard_block, transform.activation
+        )
+        for parent, name in places[id(linear)]:
+            setattr(parent, name, new)
+        done(linear.in_features * linear.out_features)
+
+
+def dequantize_(model: Any) -> list[str]:
+    """Replace every packed linear by an ``nn.Linear`` with the dequantized weight.
+
+    Args:
+        model: a module or a pipeline, changed in place. One that is not packed stays as it is.
+
+    Returns:
+        The module paths that were packed.
+
+    Raises:
+        OptionError: the model is neither module nor pipeline.
+    """
+    found = []
+    for component, module in _unwrapped(model).items():
+        places = _places(module)
+        with torch.no_grad():
+            for path in list(packed_linears(module)):
+                packed = module.get_submodule(path)
+                assert isinstance(packed, HiF4Linear)
+                plain = packed.to_linear()
+                for parent, name in places[id(packed)]:
+                    setattr(parent, name, plain)
+                found.append(f"{component}.{path}" if component else path)
+        leave_as_they_are(module, {})
+        if (saving := _saving(module)) is not None:
+            saving.forget(module)
+    return found
+
+
+def packed_linears(model: nn.Module) -> dict[str, HiF4Linear]:
+    """Return the packed linears of a model by module path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, HiF4Linear)}
+
+
+def _unwrapped(model: Any) -> dict[str, nn.Module]:
+    """Return a model's denoisers by name, without what ``torch.compile`` put around them."""
+    return {name: getattr(module, "_orig_mod", module) for name, module in experts(model).items()}
+
+
+def _saving(model: nn.Module) -> Any:
+    """Return what lets a model of diffusers save itself as packed; None for other models."""
+    if "diffusers" not in sys.modules:
+        return None
+    from diffusers import ModelMixin
+
+    if not isinstance(model, ModelMixin):
+        return None
+    from . import quantizer
+
+    return quantizer
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return where each linear hangs: one that two parents share is replaced in both."""
+    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                found[id(child)].append((parent, name))
+    return found
+
+
+def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise :class:`PackedError` if linears of a model cannot be replaced now."""
+    for path in paths:
+        if not path:
+            raise PackedError("got a single nn.Linear, which cannot be replaced; pass the module that holds it")
+        linear = model.get_submodule(path)
+        if "forward" in linear.__dict__:
+            raise PackedError(
+                f"{path} is hooked (its forward is replaced, as offloading does). Pack the model first and enable "
+                "offloading afterwards."
+            )
+        recipe = attached_recipe(linear.weight)
+        if recipe is not None and recipe.steps is not None:
+            raise PackedError(
+                f"the recipe attached to {path} runs some steps in high precision, which needs the original weights; "
+                "a packed model has none. Take it off with tahf4.apply_recipe(model, None) first."
+            )

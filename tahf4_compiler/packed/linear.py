@@ -1,0 +1,209 @@
+"""A linear that holds its weight in HiF4 alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import hif4, kernels
+from ..errors import FormatError, GradientError, PackedError
+from ..ops import hadamard
+from .no_weight import NoWeight
+
+__all__ = ["HiF4Linear"]
+
+kernels.kernels()  # defines the operators that forward calls, before anything traces it
+
+
+class HiF4Linear(nn.Linear):
+    """A W4A4 linear without its original weight: ``y = x W^T + b`` with both sides in HiF4.
+
+    The activation is transformed as ``tahf4::quantize`` says, and the weight was by the inverse before it was packed.
+    Codes, scales and multiplier are parameters without gradients, so that everything that moves, shards or saves
+    parameters finds them. Casts of the module leave all three as they are.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        hadamard_block: width of the rotation along K, 0 for none.
+        activation: name of the activation that it reads; linears of one name have equal multipliers.
+        weight_dtype: of the weight that :meth:`dequantized` returns; a cast of the module changes it.
+        weight_codes: uint8 ``[N, ceil(K / 64) * 32]``.
+        weight_scales: int32 ``[N, ceil(K / 64)]``.
+        bias: ``[N]`` or None.
+        multiplier: float32 ``[K]``, the channel mask times the rotation's signs, or None for ones.
+    """
+
+    weight_codes: nn.Parameter
+    weight_scales: nn.Parameter
+    multiplier: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        hadamard_block: int = 0,
+        multiplies: bool = False,
+        activation: str = "",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make an empty linear, to be filled by ``load_state_dict``; :meth:`from_linear` packs one.
+
+        Args:
+            in_features: K.
+            out_features: N.
+            bias: whether there is one.
+            hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
+            multiplies: whether there is a multiplier.
+            activation: name of the activation.
+            device: of the parameters; ``"meta"`` for none.
+            dtype: of the bias, and of the dequantized weight.
+        """
+        nn.Module.__init__(self)
+        units = hif4.units(in_features)
+        dtype = dtype if dtype is not None else torch.get_default_dtype()
+        self._set(in_features, out_features, hadamard_block, activation, dtype)
+        codes = torch.zeros(out_features, units * hif4.UNIT // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(out_features, units, dtype=torch.int32, device=device)
+        self.weight_codes, self.weight_scales = _parameter(codes), _parameter(scales)
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", _parameter(zeros) if zeros is not None else None)
+        ones = torch.ones(in_features, dtype=torch.float32, device=device) if multiplies else None
+        self.register_parameter("multiplier", _parameter(ones) if ones is not None else None)
+
+    def _set(self, k: int, n: int, block: int, activation: str, dtype: torch.dtype) -> None:
+        self.in_features, self.out_features = k, n
+        self.hadamard_block, self.activation, self.weight_dtype = block, activation, dtype
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        packed: hif4.Packed,
+        multiplier: Tensor | None = None,
+        hadamard_block: int = 0,
+        activation: str = "",
+    ) -> HiF4Linear:
+        """Return a packed linear in the place of another: its bias, hooks and other attributes go over.
+
+        Args:
+            linear: its weight is not read.
+            packed: ``[N, K]``, transformed by the inverse of the activation's transform.
+            multiplier: float32 ``[K]`` or None.
+            hadamard_block: as for the constructor.
+            activation: name of the activation.
+
+        Raises:
+            FormatError: the packed weight is not of the linear's shape.
+        """
+        n, k = linear.out_features, linear.in_features
+        if tuple(packed.codes.shape) != (n, hif4.units(k) * hif4.UNIT // 2):
+            raise FormatError(f"codes of shape {tuple(packed.codes.shape)} for a linear of {k} -> {n} features")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.__dict__.update(_carried(linear))
+        self._set(k, n, hadamard_block, activation, linear.weight.dtype)
+        self.weight_codes, self.weight_scales = _parameter(packed.codes), _parameter(packed.scales)
+        self.register_parameter("bias", linear.bias)
+        place = multiplier.to(packed.codes.device, torch.float32) if multiplier is not None else None
+        self.register_parameter("multiplier", _parameter(place) if place is not None else None)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``[..., N]`` of the dtype of ``input`` (under autocast, of its dtype).
+
+        Raises:
+            GradientError: a gradient is asked for.
+        """
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
+        if torch.is_grad_enabled() and input.requires_grad:
+            raise GradientError(
+                "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
+                "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
+            )
+        quantize, linear = kernels.operators(input)
+        codes, scales = quantize(input, self.multiplier, self.hadamard_block)
+        return linear(codes, scales, self.weight_codes, self.weight_scales, self.bias, input.dtype)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
+
+        Args:
+            dtype: of the result, by default :attr:`weight_dtype`.
+        """
+        k = self.in_features
+        padded = hif4.units(k) * hif4.UNIT if self.hadamard_block else k
+        weight = hif4.dequantize(hif4.Packed(self.weight_codes.detach(), self.weight_scales.detach(), padded))
+        if self.hadamard_block:
+            weight = hadamard(weight, self.hadamard_block)[:, :k]
+        if self.multiplier is not None:
+            weight = weight * self.multiplier.detach()
+        return weight.to(dtype if dtype is not None else self.weight_dtype).contiguous()
+
+    def to_linear(self) -> nn.Linear:
+        """Return a plain linear in the place of this one, with the dequantized weight."""
+        linear = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(linear)
+        own = ("hadamard_block", "activation", "weight_dtype")
+        linear.__dict__.update({key: value for key, value in _carried(self).items() if key not in own})
+        gradients = self.bias is None or self.bias.requires_grad
+        linear.weight = nn.Parameter(self.dequantized(), requires_grad=gradients)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Return shape and transform."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"hadamard_block={self.hadamard_block}, multiplier={self.multiplier is not None}"
+        )
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """A :class:`NoWeight`: shape, dtype and device of the weight, for libraries that ask."""
+        return NoWeight(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
+
+    def reset_parameters(self) -> None:
+        """Do nothing: codes are not drawn at random."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HiF4Linear:
+        """Move the parameters; what casts floating-point tensors leaves the multiplier in float32."""
+        multiplier = self._parameters.pop("multiplier")
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters["multiplier"] = multiplier
+        if multiplier is not None:
+            with torch.no_grad():
+                # As integers, since a cast of a module passes those by.
+                moved = fn(multiplier.detach().view(torch.int32)).view(torch.float32)
+                if torch._has_compatible_shallow_copy_type(multiplier, moved):
+                    multiplier.data = moved
+                else:
+                    self._parameters["multiplier"] = _parameter(moved)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}weight" in state_dict and f"{prefix}weight_codes" not in state_dict:
+            raise PackedError(
+                f"the state dict holds {prefix}weight, a plain weight, but this linear is packed. Load it into the "
+                "model before quantize_, or after dequantize_."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _carried(module: nn.Module) -> dict[str, Any]:
+    """Return what goes over from a linear to the one in its place: hooks, mode, sizes; no parameters."""
+    return {k: v for k, v in module.__dict__.items() if k != "_parameters" and not k.startswith("_tahf4_")}
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)

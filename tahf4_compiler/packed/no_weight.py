@@ -1,0 +1,66 @@
+"""What stands for the weight of a packed linear: its shape, dtype and device, and no values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PackedError
+
+__all__ = ["NoWeight", "NoWeightError"]
+
+_PROPERTIES = ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_meta", "is_cuda", "is_cpu", "is_leaf")
+_METHODS = ("dim", "size", "numel", "stride", "element_size", "is_floating_point", "is_complex", "get_device")
+
+
+class NoWeightError(PackedError):
+    """Somebody asked a packed linear for the values of its weight."""
+
+
+class NoWeight(Tensor):
+    """A tensor that answers what it looks like, and refuses everything else.
+
+    Libraries ask a linear's weight for its dtype, device and shape (adapters are made alike, activations cast); merging
+    an adapter would write to it, which must not pass in silence.
+    """
+
+    @staticmethod
+    def __new__(cls, n: int, k: int, dtype: torch.dtype, device: torch.device) -> NoWeight:
+        """Stand for a weight ``[n, k]``."""
+        make: Any = Tensor._make_wrapper_subclass
+        made: NoWeight = make(cls, (n, k), dtype=dtype, device=device, requires_grad=False)
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer questions about shape, dtype and device."""
+        if func in _ANSWERED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise _refused(func)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Refuse what comes past ``__torch_function__``."""
+        raise _refused(func)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Return what it stands for."""
+        return f"NoWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def _refused(func: Any) -> NoWeightError:
+    what = getattr(getattr(func, "__self__", func), "__name__", func)
+    return NoWeightError(
+        f"this linear is packed: it has weight_codes and weight_scales, and no weight for {what!r} to read or write. "
+        "An adapter stays unfused and runs beside the 4-bit product; to fuse it, call "
+        "tahf4_compiler.dequantize_(model) or load the original, fuse, and call tahf4_compiler.quantize_(model)."
+    )
+
+
+_ANSWERED = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    *(getattr(Tensor, name) for name in _METHODS),
+}
