@@ -21,15 +21,19 @@ from .errors import (
 )
 from .graph_capture import Capture, capture
 from .kernels import Kernel, register_kernel
+from .bisection import Bisection, bisect
 from .lowering import Lowered, lower
 from .options import Options
 from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
+from .patterns import Match, find_pattern, replace_pattern
 from .pipeline import default_passes
 from .recipe import Recipe, apply_recipe
+from .weight_formats import register_weight_format
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bisection",
     "Calibration",
     "CalibrationError",
     "Capture",
@@ -40,6 +44,7 @@ __all__ = [
     "GradientError",
     "Kernel",
     "Lowered",
+    "Match",
     "OptionError",
     "Options",
     "Pass",
@@ -51,14 +56,18 @@ __all__ = [
     "RecipeError",
     "Tahf4Error",
     "apply_recipe",
+    "bisect",
     "calibrate",
     "capture",
     "default_passes",
+    "find_pattern",
     "hif4",
     "keep",
     "lower",
     "ops",
     "register_kernel",
     "register_pass",
+    "register_weight_format",
+    "replace_pattern",
     "unregister_pass",
 ]

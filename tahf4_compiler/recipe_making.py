@@ -18,6 +18,7 @@ from .attach import linear_weights
 from .calibration import check_percentile, merged
 from .errors import CalibrationError, OptionError
 from .packing import checksum, moment_as_quantized
+from .pipeline import provenance
 from .recipe import LinearEntry, Recipe, RecipeEntry
 from .sensitivity import Network, QuantizedWeight, check_budget, output_error, sqnr_db
 from .sketch import LARGEST
@@ -125,6 +126,7 @@ def make_recipe(
             "rotate": rotate,
             "sensitivity": sensitivity,
         },
+        "passes": provenance(calibration.options),
         "calibration": {
             "prompts": len(calibration.prompts),
             "step_groups": calibration.step_groups,
