@@ -6,6 +6,7 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 
 from . import hif4, ops
 from .attach import keep
+from .bisection import Bisection, bisect
 from .calibration import Calibration, calibrate
 from .errors import (
     CalibrationError,
@@ -21,7 +22,6 @@ from .errors import (
 )
 from .graph_capture import Capture, capture
 from .kernels import Kernel, register_kernel
-from .bisection import Bisection, bisect
 from .lowering import Lowered, lower
 from .options import Options
 from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass

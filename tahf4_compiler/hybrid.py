@@ -145,9 +145,7 @@ class Hybrid:
         dirty: set[fx.Node] = set()
         for node in self.after.graph.nodes:
             old = same.get(node)
-            if old is None or node.target != old.target or self._differs(node, old, same, pairs):
-                dirty.add(node)
-            elif node.op == "placeholder" and node.meta.get(INPUT) != old.meta.get(INPUT):
+            if old is None or node.target != old.target or self._differs(node, old, same, pairs) or (node.op == "placeholder" and node.meta.get(INPUT) != old.meta.get(INPUT)):
                 dirty.add(node)
             for source in node.all_input_nodes:
                 if source in dirty and not (_is_float(source) and (source in pairs or source in same)):

@@ -342,7 +342,11 @@ def propagate(
             weights = [by_index.get(i, context.inputs[i]) for i in source.weights]
             try:
                 with context.fake_mode:
-                    fakes = [w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w) for w in weights]
+                    # A weight's sizes are not symbolic.
+                    fakes = [
+                        w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w, static_shapes=True)
+                        for w in weights
+                    ]
                     node.meta["val"] = packed_fake(source, fakes)
             except Exception as error:
                 raise PassError(

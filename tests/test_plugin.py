@@ -13,12 +13,12 @@ import pytest
 import torch
 from helpers import GRAPH, block_linears, relative
 from models import Stack
+from tahf4_compiler.tools.evaluation.formats import nvfp4
 from torch import nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.kernels import unregister_kernel
 from tahf4_compiler.pass_base import registered_passes
-from tahf4_compiler.tools.evaluation.formats import nvfp4
 
 PLUGIN = Path(__file__).parent / "plugin"
 sys.path.insert(0, str(PLUGIN))

@@ -11,9 +11,9 @@ from torch import Tensor
 import tahf4_compiler as tahf4
 
 BLOCK = 16
-VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-# Halfway points; a tie goes to the even code, so that a value at an odd one's lower edge stays below.
-_EDGES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+"""Halfway between values. A tie goes to the even code."""
 
 
 def pack(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +25,7 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = (amax / 6.0 / torch.where(row > 0, row, 1.0)).to(torch.float8_e4m3fn)
     step = (scales.to(torch.float32) * row)[..., None]
     scaled = torch.where(step > 0, blocks / torch.where(step > 0, step, 1.0), 0.0).flatten(-2)
-    edges = _EDGES.to(x.device)
+    edges = torch.tensor(EDGES, device=x.device)  # made here: it must be fake where x is
     above, at_or_above = (scaled.abs()[..., None] > edges).sum(-1), (scaled.abs()[..., None] >= edges).sum(-1)
     magnitude = torch.where(at_or_above % 2 == 0, at_or_above, above)
     code = (magnitude + 8 * (scaled < 0)).to(torch.uint8)
@@ -35,7 +35,7 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def unpack(codes: Tensor, scales: Tensor, row: Tensor) -> Tensor:
     """Return float32 ``[..., K']``."""
     nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).to(torch.int64)
-    values = VALUES.to(codes.device)[nibbles & 7] * torch.where(nibbles >= 8, -1.0, 1.0)
+    values = torch.tensor(VALUES, device=codes.device)[nibbles & 7] * torch.where(nibbles >= 8, -1.0, 1.0)
     step = scales.view(torch.float8_e4m3fn).to(torch.float32) * row
     return (values.unflatten(-1, (-1, BLOCK)) * step[..., None]).flatten(-2)
 
@@ -68,7 +68,7 @@ def linear(
 
 
 @linear.register_fake
-def _(codes, scales, row, w_codes, w_scales, w_row, bias, out_dtype):  # noqa: ANN001, ANN202
+def _(codes, scales, row, w_codes, w_scales, w_row, bias, out_dtype):
     return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=out_dtype)
 
 

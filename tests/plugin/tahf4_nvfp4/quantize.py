@@ -4,12 +4,12 @@ import operator
 from dataclasses import dataclass
 
 import torch
+from tahf4_compiler.passes.quantize import call, drop_unused_weights, packed_input
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.graph import DECISION, INPUT, PackedWeight, linears, mutates, node_arg, weight_input
-from tahf4_compiler.passes.quantize import call, drop_unused_weights, packed_input
 
-from . import operators  # noqa: F401  (defines torch.ops.nvfp4)
+from . import operators
 
 PARTS = ("codes", "block_scales", "row_scales")
 
