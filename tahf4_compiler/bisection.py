@@ -1,9 +1,8 @@
 """Which pass, and then which node, adds most of the error against high precision.
 
-Passes are judged by how much the error of the outputs against the captured graph grows over them. Then the graphs before
-and after the pass are compared value by value: every value of the one that another value of the other took the place
-of can be taken over or not (:mod:`tahf4_compiler.hybrid`). Greedily, the one whose taking back lowers the error most
-is named first.
+Passes are judged by how much the error of the outputs against the captured graph grows over them. Then the graphs
+before and after the pass are run as one, each value computed in the one way or in the other
+(:mod:`tahf4_compiler.hybrid`). Greedily, the value whose return to the earlier way lowers the error most comes first.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ class Hybrid:
         dirty: set[fx.Node] = set()
         for node in self.after.graph.nodes:
             old = same.get(node)
-            if old is None or node.target != old.target or self._differs(node, old, same, pairs) or (node.op == "placeholder" and node.meta.get(INPUT) != old.meta.get(INPUT)):
+            repacked = node.op == "placeholder" and old is not None and node.meta.get(INPUT) != old.meta.get(INPUT)
+            if old is None or repacked or node.target != old.target or self._differs(node, old, same, pairs):
                 dirty.add(node)
             for source in node.all_input_nodes:
                 if source in dirty and not (_is_float(source) and (source in pairs or source in same)):

@@ -118,7 +118,7 @@ def make_recipe(
     if sensitivity:
         for expert, entries in found.items():
             found[expert] = _with_effects(calibration, expert, entries)
-    provenance = {
+    made = {
         "tahf4": importlib.metadata.version("tahf4-compiler"),
         "torch": torch.__version__,
         "choices": {
@@ -134,7 +134,7 @@ def make_recipe(
             "classes": {expert: type(module).__name__ for expert, module in calibration.models.items()},
         },
     }
-    recipe = Recipe(found, tuple(high_precision_steps), provenance)
+    recipe = Recipe(found, tuple(high_precision_steps), made)
     return recipe.plan(**budget) if budget else recipe
 
 

@@ -87,14 +87,18 @@ def write_reproducer(
     lines = [*dict.fromkeys(block.splitlines()), *(f"import {m}" for m in modules if foreign)]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path.with_suffix(".safetensors"))
-    path.write_text(
-        _SCRIPT.format(
-            about=about, inputs=path.with_suffix(".safetensors").name, imports="\n".join(lines), error=error,
-            before=old_code[0], after=new_code[0], scalars=repr(scalars),
-            before_names=[f"old_{n.name}" for n in before[1]], after_names=[f"new_{n.name}" for n in after[1]],
-        ),  # fmt: skip
-        encoding="utf-8",
+    text = _SCRIPT.format(
+        about=about,
+        inputs=path.with_suffix(".safetensors").name,
+        imports="\n".join(lines),
+        error=error,
+        before=old_code[0],
+        after=new_code[0],
+        scalars=repr(scalars),
+        before_names=[f"old_{n.name}" for n in before[1]],
+        after_names=[f"new_{n.name}" for n in after[1]],
     )
+    path.write_text(text, encoding="utf-8")
     return path
 
 

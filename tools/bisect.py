@@ -19,7 +19,7 @@ def bisect(
         typer.Argument(help="Folder of a saved diffusers pipeline, or an exported .pt2. Default: the tiny Wan2.2."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe, as `tahf4 calibrate` writes it.")] = None,
-    expert: Annotated[str | None, typer.Option(help="Component to look at, such as transformer_2. Default: all.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Component, such as transformer_2. Default: all.")] = None,
     blame: Annotated[str | None, typer.Option("--pass", help="Look into this pass, whatever the others add.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How many linears to name.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
@@ -70,7 +70,7 @@ def captures(
             raise CommandError("an exported program takes no --recipe and no --expert; give the pipeline's folder")
         return {path.stem: _exported(path)}
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise CommandError(f"{path} has no model_index.json; give the folder of the whole pipeline, or an exported .pt2")
+        raise CommandError(f"{path} has no model_index.json; give a whole pipeline's folder, or an exported .pt2")
     return _experts(path, prompt, seed, overrides, recipe, expert)
 
 

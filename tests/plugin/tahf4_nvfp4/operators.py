@@ -17,7 +17,7 @@ EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def pack(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes uint8 ``[..., K' / 2]``, block scales uint8 ``[..., K' / 16]`` and row scales float32 ``[..., 1]``."""
+    """Return codes uint8 ``[..., K' / 2]``, block scales uint8 ``[..., K' / 16]``, row scales float32 ``[..., 1]``."""
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(-1)
