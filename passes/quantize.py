@@ -104,7 +104,7 @@ class Activation:
         for product in self.products:
             for position, part in ((2, "codes"), (3, "scales")):
                 old = node_arg(product, position)
-                wanted = PackedInput(part, replace(old.meta[INPUT].weight, **values))  # type: ignore[arg-type]
+                wanted = PackedInput(part, replace(old.meta[INPUT].weight, **values))
                 same = [n for n in graph.find_nodes(op="placeholder") if n.meta.get(INPUT) == wanted]
                 if same:
                     product.update_arg(position, same[0])

@@ -82,7 +82,8 @@ def provenance(options: Options) -> list[dict[str, Any]]:
     Returns:
         For each pass its name, class and options; for a plug-in's also the distribution that it comes from.
     """
-    known = {item.name for item in (*default_passes(), *registered_passes(), *map(_instance, options.passes))}
+    present: list[Any] = [*default_passes(), *registered_passes(), *options.passes]
+    known = {_instance(item).name for item in present}
     fitting = dataclasses.replace(
         options,
         pass_options=tuple(o for o in options.pass_options if o[0] in known),

@@ -83,4 +83,4 @@ def part_of(packed: Any, part: str) -> Tensor:
             raise FormatError(f"the packed weight has no part {part!r}; it has {', '.join(packed)}")
         found: Tensor = packed[part]
         return found
-    return getattr(packed, part)  # type: ignore[no-any-return]
+    return getattr(packed, part)
