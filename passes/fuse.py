@@ -58,6 +58,9 @@ class Fuse(Pass):
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
+        if context.options.kernels == "reference" and not self.always:
+            context.note("nothing: reference kernels are asked for")
+            return PassResult(graph_module, False)
         graph = graph_module.graph
         counts = {"products": 0, "quantizations": 0, "products with their quantization": 0, "split products": 0}
         for node in graph.find_nodes(op="call_function", target=LINEAR):

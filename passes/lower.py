@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..kernels import KERNEL, OPERATORS, select
+from ..kernels import KERNEL, select, served
 from ..pass_base import Context, Decision, Pass, PassResult
 from .plan import DECISION
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Replace each ``tahf4::`` operator by the best kernel registered for its device.
+    """Replace each ``tahf4::`` operator (and each of a plug-in's own) by the best kernel registered for its device.
 
     The reference operators serve every device. A kernel of a plug-in or backend that serves an operator's
     device and inputs (:func:`tahf4_compiler.kernels.register_kernel`) takes its place::
@@ -27,11 +27,11 @@ class Lower(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
         chosen: Counter[str] = Counter()
-        modified = False
+        modified, operators = False, served()
         for node in graph_module.graph.nodes:
-            if node.target not in OPERATORS:
+            if node.target not in operators:
                 continue
-            kernel = select(node)
+            kernel = select(node, reference=context.options.kernels == "reference")
             node.meta[KERNEL] = kernel.name
             modified |= node.target is not kernel.target
             node.target = kernel.target

@@ -12,13 +12,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import hif4
 from ..attach import attached, matching, require_matches
 from ..errors import PackedError
-from ..graph import INPUT, GraphInput, is_written, module_classes, node_arg, size_hint, weight_input
+from ..graph import DECISION, INPUT, GraphInput, is_written, module_classes, node_arg, size_hint, weight_input
 from ..packed.graph import packed_products
 from ..pass_base import Context, Decision, Pass, PassResult
 from .classify import ROLE, all_linears
 
-DECISION = "tahf4_decision"
-"""Key in ``node.meta`` of a linear: its :class:`~tahf4_compiler.Decision`."""
+__all__ = ["DECISION", "Plan"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..attach import Attachment, attached_recipe
-from ..graph import INPUT, PackedInput, PackedWeight, linears, node_arg, weight_input
+from ..graph import INPUT, NUMBERS, PackedInput, PackedWeight, linears, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
 
@@ -104,7 +104,7 @@ class Activation:
         for product in self.products:
             for position, part in ((2, "codes"), (3, "scales")):
                 old = node_arg(product, position)
-                wanted = PackedInput(part, replace(old.meta[INPUT].weight, **values))  # type: ignore[arg-type]
+                wanted = PackedInput(part, replace(old.meta[INPUT].weight, **values))
                 same = [n for n in graph.find_nodes(op="placeholder") if n.meta.get(INPUT) == wanted]
                 if same:
                     product.update_arg(position, same[0])
@@ -150,7 +150,7 @@ def activations(graph: fx.Graph) -> list[Activation]:
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
     """Add a call where the graph inserts, with the module path and stack trace of ``like``."""
     node = like.graph.call_function(target, args)
-    keep = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node")
+    keep = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node", NUMBERS)
     node.meta = {key: like.meta[key] for key in keep if key in like.meta}
     return node
 

@@ -6,6 +6,7 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 
 from . import hif4, ops
 from .attach import keep
+from .bisection import Bisection, bisect
 from .calibration import Calibration, calibrate
 from .errors import (
     CalibrationError,
@@ -30,12 +31,15 @@ from .packed.convert import dequantize_, quantize_
 from .packed.linear import HiF4Linear
 from .packed.register import register_when_imported
 from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
+from .patterns import Match, find_pattern, replace_pattern
 from .pipeline import default_passes
 from .recipe import Recipe, apply_recipe
+from .weight_formats import register_weight_format
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bisection",
     "Calibration",
     "CalibrationError",
     "Capture",
@@ -47,6 +51,7 @@ __all__ = [
     "HiF4Linear",
     "Kernel",
     "Lowered",
+    "Match",
     "OptionError",
     "Options",
     "PackedError",
@@ -61,10 +66,12 @@ __all__ = [
     "TaHF4Config",
     "Tahf4Error",
     "apply_recipe",
+    "bisect",
     "calibrate",
     "capture",
     "default_passes",
     "dequantize_",
+    "find_pattern",
     "hif4",
     "keep",
     "lower",
@@ -73,6 +80,8 @@ __all__ = [
     "quantize_",
     "register_kernel",
     "register_pass",
+    "register_weight_format",
+    "replace_pattern",
     "unregister_pass",
 ]
 

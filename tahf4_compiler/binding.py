@@ -13,8 +13,13 @@ from .graph import INPUT, GraphInput, PackedInput
 from .observing import handle_of
 from .packed.graph import joined
 from .packing import PackedStore
+from .weight_formats import pack_rows, part_of
 
 __all__ = ["Binding"]
+
+
+_AT_RUN_TIME = ("multiplier", "observer")
+"""Parts that belong to an activation, not to a packed weight."""
 
 
 class Binding:
@@ -28,7 +33,7 @@ class Binding:
         """Read the inputs off the graph's placeholders."""
         sources = [node.meta[INPUT] for node in graph_module.graph.nodes if node.op == "placeholder"]
         packed = [source for source in sources if isinstance(source, PackedInput)]
-        made = (s.weight for s in packed if s.part in ("codes", "scales") and not s.weight.scales)
+        made = (s.weight for s in packed if s.part not in _AT_RUN_TIME and not s.weight.scales)
         self.weights = list(dict.fromkeys(made))
         self._plan: list[tuple[int, Any]] = []
         for source in sources:
@@ -36,7 +41,7 @@ class Binding:
                 self._plan.append((source.index, None))
             elif source.weight.scales:
                 self._plan.append((-1, source))
-            elif source.part in ("codes", "scales"):
+            elif source.part not in _AT_RUN_TIME:
                 self._plan.append((self.weights.index(source.weight), source.part))
             else:
                 self._plan.append((-1, source))
@@ -49,7 +54,7 @@ class Binding:
             store: where packed weights are kept.
             check: how a changed weight is noticed.
         """
-        packed: list[hif4.Packed] = []
+        packed: list[Any] = []
         if self.weights:
             packed = store.get([(tuple(args[i] for i in w.weights), w) for w in self.weights], check)
 
@@ -57,7 +62,7 @@ class Binding:
             if part is None:
                 return args[index]
             if isinstance(part, str):
-                return getattr(packed[index], part)
+                return part_of(packed[index], part)
             weights = tuple(args[i] for i in part.positions)
             if part.weight.scales:
                 return weights[0] if len(weights) == 1 else joined(weights)
@@ -77,6 +82,10 @@ def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.T
         return weights[0].new_empty((2,), dtype=torch.int64, device="cpu")
     if source.part == "multiplier":
         return weights[0].new_empty((k,), dtype=torch.float32)
+    if source.weight.format:
+        multiplier = weights[0].new_empty((k,), dtype=torch.float32)
+        parts = pack_rows(source.weight.format, tuple(weights), multiplier, source.weight.hadamard_block)
+        return part_of(parts, source.part)
     if source.part == "codes":
         return weights[0].new_empty((rows, count * (hif4.UNIT // 2)), dtype=torch.uint8)
     return weights[0].new_empty((rows, count), dtype=torch.int32)

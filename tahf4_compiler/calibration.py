@@ -145,7 +145,7 @@ class Calibration:
         self._part = _rank(sequence_group)
         self._calls_seen: dict[tuple[str, str], tuple[int, int]] = {}  # count and stride
         self._pipe = None if isinstance(model, nn.Module) else model
-        self._options = Options.parse(options)
+        self.options = Options.parse(options)
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for expert, module in self.models.items():
@@ -168,7 +168,7 @@ class Calibration:
 
     def __enter__(self) -> Calibration:
         """Compile the model with observers, in place of how it was compiled before."""
-        backend = _observing_backend(self._options)
+        backend = _observing_backend(self.options)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._counted_scheduler())
             stack.enter_context(Handles(self._observer))

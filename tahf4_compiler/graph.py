@@ -16,7 +16,9 @@ import torch
 from torch import fx
 
 __all__ = [
+    "DECISION",
     "INPUT",
+    "NUMBERS",
     "GraphInput",
     "PackedInput",
     "PackedWeight",
@@ -28,6 +30,7 @@ __all__ = [
     "module_path",
     "mutates",
     "node_arg",
+    "node_words",
     "size_hint",
     "tensor_meta",
     "weight_input",
@@ -35,6 +38,13 @@ __all__ = [
 
 INPUT = "tahf4_input"
 """Key in ``node.meta`` of a placeholder: its :class:`GraphInput` or :class:`PackedInput`."""
+
+DECISION = "tahf4_decision"
+"""Key in ``node.meta`` of a planned linear, and of what stands for it later: its
+:class:`~tahf4_compiler.Decision`, or a list of them where several were merged."""
+
+NUMBERS = "tahf4_numbers"
+"""Key in ``node.meta``: numbers that passes attached to the node, by name."""
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -66,7 +76,7 @@ class GraphInput:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight in HiF4 and what was done to it before, as far as a graph knows.
+    """A weight in 4 bits and what was done to it before, as far as a graph knows.
 
     What belongs to the module at hand (the mask's values, the seed of a recipe) is looked up at run time.
 
@@ -79,6 +89,8 @@ class PackedWeight:
         search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error).
         scales: of a model that holds its linears in HiF4 (:class:`tahf4_compiler.HiF4Linear`): positions of the
             parameters that hold scales, ``weights`` being those of the codes; nothing else applies then.
+        format: name of a format that a plug-in registered (:func:`tahf4_compiler.register_weight_format`); ``""``
+            is HiF4.
     """
 
     weights: tuple[int, ...]
@@ -87,6 +99,7 @@ class PackedWeight:
     hadamard_block: int = 0
     search: str = ""
     scales: tuple[int, ...] = ()
+    format: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,11 +108,12 @@ class PackedInput:
 
     Attributes:
         part: ``"codes"`` (uint8 ``[N, K / 2]``), ``"scales"`` (int32 ``[N, K / 64]``), ``"multiplier"`` (float32
-            ``[K]``, for the activation that the weights read) or ``"observer"`` (int64 ``[2]``, on the CPU).
+            ``[K]``, for the activation that the weights read) or ``"observer"`` (int64 ``[2]``, on the CPU); with a
+            format of a plug-in, a part that it names in the place of codes and scales.
         weight: which weight, and how it is transformed.
     """
 
-    part: Literal["codes", "scales", "multiplier", "observer"]
+    part: str
     weight: PackedWeight
 
     @property
@@ -119,6 +133,13 @@ def node_arg(node: fx.Node, index: int) -> fx.Node:
     if not isinstance(arg, fx.Node):
         raise TypeError(f"argument {index} of {node.name} is {arg!r}; expected a node")
     return arg
+
+
+def node_words(node: fx.Node) -> str:
+    """Name a node for an error message: its name, its operator and the module that it was called in."""
+    modules = module_classes(node)
+    where = next(reversed(modules), "") if modules else ""
+    return f"{node.name!r} ({node.target if node.op == 'call_function' else node.op}, in {where or 'no module'})"
 
 
 def weight_input(node: fx.Node) -> fx.Node | None:

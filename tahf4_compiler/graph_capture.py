@@ -83,6 +83,16 @@ def capture(
     return _from_program(program, model, tuple(args), keywords)
 
 
+def capture_program(program: Any) -> Capture:
+    """Take an exported program (``torch.export.ExportedProgram``) with the example inputs that it holds.
+
+    Raises:
+        CaptureError: it writes to its inputs, or has inputs of a kind that tahf4 does not run.
+    """
+    args, kwargs = program.example_inputs
+    return _from_program(program, program.module(), tuple(args), dict(kwargs))
+
+
 def _from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
     from torch.export.graph_signature import InputKind
 

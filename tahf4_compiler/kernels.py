@@ -11,12 +11,14 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from . import fused_ops, ops  # noqa: F401  (they define torch.ops.tahf4)
 from .errors import OptionError
+from .options import reference_forced
 
 __all__ = [
     "KERNEL",
@@ -28,6 +30,7 @@ __all__ = [
     "quantize",
     "register_kernel",
     "select",
+    "served",
     "serving",
 ]
 
@@ -43,7 +46,7 @@ class Kernel:
 
     Attributes:
         name: for the report.
-        operator: the ``tahf4::`` operator that it serves.
+        operator: the operator that it serves: one of ours, or a plug-in's own.
         target: the operator (``torch.library``) that runs in its place.
         serves: whether it can run a node (its device, dtypes and shapes are in ``meta["val"]``).
         sources: the text of what is generated for a node, by name of the file, or None if nothing is.
@@ -64,6 +67,7 @@ OPERATORS = (
     torch.ops.tahf4.fused_linear.default,
     torch.ops.tahf4.linear_quantize.default,
 )
+"""The operators of this project. Plug-ins bring their own, which :func:`served` names as well."""
 _kernels: list[Kernel] = [Kernel("reference", op, op, lambda node: True) for op in OPERATORS]
 _lock = threading.RLock()
 _built_in_registered = False
@@ -80,27 +84,62 @@ def register_kernel(
 
     Args:
         name: for the report.
-        operator: one of :data:`OPERATORS`.
+        operator: one of :data:`OPERATORS`, or an operator of a plug-in's own (with a fake kernel, as
+            ``torch.library.custom_op`` and ``register_fake`` make them). Such an operator runs as its own reference
+            where no kernel serves it.
         target: an operator with the same arguments and results.
         serves: says whether it can run a node.
         sources: gives the text that is generated for a node, for dumps.
 
     Raises:
-        OptionError: ``operator`` is none of ours, or a kernel of that name serves it already.
+        OptionError: ``operator`` or ``target`` is no operator overload (``torch.ops.mine.linear.default``), the two do
+            not take and give the same, ``operator`` is PyTorch's own, or a kernel of that name serves it already.
     """
     _register_built_in()
-    if operator not in OPERATORS:
-        raise OptionError(f"kernel {name!r} is for {operator}; expected one of {', '.join(map(str, OPERATORS))}")
+    _check_operators(name, operator, target)
     if any(kernel.name == name and kernel.operator is operator for kernel in _kernels):
         raise OptionError(f"a kernel named {name!r} serves {operator} already; choose another name")
     kernel = Kernel(name, operator, target, serves, sources)
+    if not any(other.operator is operator for other in _kernels):
+        _kernels.append(Kernel("reference", operator, operator, lambda node: True))
     _kernels.insert(0, kernel)
     return kernel
+
+
+def _check_operators(name: str, operator: Any, target: Any) -> None:
+    for given in (operator, target):
+        if not isinstance(given, torch._ops.OpOverload):
+            raise OptionError(
+                f"kernel {name!r} is for {given!r}; expected an operator overload, such as "
+                "torch.ops.tahf4.linear.default"
+            )
+    if operator.namespace in ("aten", "prim", "prims"):
+        raise OptionError(
+            f"kernel {name!r} is for {operator}, which is PyTorch's own. Rewrite it to an operator of yours in a pass, "
+            f"or serve one of {', '.join(map(str, OPERATORS))}."
+        )
+    (given, wanted) = (_signature(op) for op in (target, operator))
+    if given != wanted:
+        raise OptionError(f"kernel {name!r} takes and gives {given}; {operator} takes and gives {wanted}")
+
+
+def _signature(operator: torch._ops.OpOverload) -> str:
+    """Return the types of an operator's arguments and results, without their names."""
+    schema = operator._schema
+    return f"({', '.join(str(a.type) for a in schema.arguments)}) -> ({', '.join(str(r.type) for r in schema.returns)})"
+
+
+def served() -> frozenset[torch._ops.OpOverload]:
+    """Return the operators that ``lower`` chooses kernels for: ours, and those that plug-ins registered kernels for."""
+    return frozenset(kernel.operator for kernel in kernels())
 
 
 def unregister_kernel(kernel: Kernel) -> None:
     """Take a kernel out again."""
     _kernels.remove(kernel)
+    rest = [other for other in _kernels if other.operator is kernel.operator]
+    if kernel.operator not in OPERATORS and all(other.name == "reference" for other in rest):
+        _kernels[:] = [other for other in _kernels if other not in rest]
 
 
 def kernels() -> tuple[Kernel, ...]:
@@ -135,10 +174,12 @@ def serving(node: fx.Node) -> Kernel:
     return next(k for k in _kernels if k.operator is node.target and k.serves(node))
 
 
-def select(node: fx.Node) -> Kernel:
-    """Return the kernel that runs a node; said once where it is the reference."""
+def select(node: fx.Node, *, reference: bool = False) -> Kernel:
+    """Return the kernel that runs a node, or its reference if asked for; said once where nothing else serves ours."""
+    if reference:
+        return next(k for k in _kernels if k.operator is node.target and k.name == "reference")
     kernel = serving(node)
-    if kernel.name == "reference":
+    if kernel.name == "reference" and kernel.operator in OPERATORS:
         _say_once(_device(node))
     return kernel
 
@@ -188,6 +229,9 @@ def quantize(
     """
     from .backends import cpu, triton
 
+    if reference_forced():
+        codes, scales = torch.ops.tahf4.quantize(x, multiplier, hadamard_block)
+        return codes, scales
     if cpu.serves(x, multiplier):
         return cpu.quantize(x, multiplier, hadamard_block)
     if x.is_cuda and x.dtype != torch.float64 and x.dim() and triton.available(x.device):

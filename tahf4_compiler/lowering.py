@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,12 @@ class LoweredGraph:
 
 
 def lower_graph(
-    captured: Capture, options: Options, passes: Sequence[Any] | None = None, *, keep_text: bool = False
+    captured: Capture,
+    options: Options,
+    passes: Sequence[Any] | None = None,
+    *,
+    keep_text: bool = False,
+    each: Callable[[PassRecord, fx.GraphModule], None] | None = None,
 ) -> LoweredGraph:
     """Run the pipeline over a copy of a captured graph.
 
@@ -72,6 +77,7 @@ def lower_graph(
         options: validated.
         passes: in place of the default pipeline.
         keep_text: keep the readable graph after each pass.
+        each: see :meth:`PassManager.run`.
 
     Returns:
         The lowered graph; dumped if the options or the environment ask for it.
@@ -83,7 +89,7 @@ def lower_graph(
     folder = dump_folder(options.dump_dir)
     tracing = bool(torch._logging._internal.trace_log.handlers)
     graph_module = fx.GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
-    context = Context(options, captured.example_inputs, captured.surroundings, captured.fake_mode)
+    context = context_of(captured, options)
     for node in graph_module.graph.find_nodes(op="placeholder"):
         if node.meta[INPUT].kind == "parameter":
             context.paths[node.meta[INPUT].index] = linear_path(node.meta[INPUT].path)
@@ -92,7 +98,7 @@ def lower_graph(
         context.tied.update(zip(group, same, strict=True))
     start = time.perf_counter()
     manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
-    graph_module, history = manager.run(graph_module, context)
+    graph_module, history = manager.run(graph_module, context, each)
     _check_plan_against_graph(graph_module, context.plan)
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     lowered = LoweredGraph(
@@ -110,14 +116,19 @@ def lower_graph(
     return lowered
 
 
+def context_of(captured: Capture, options: Options) -> Context:
+    """Return what passes over a captured graph share."""
+    return Context(options, captured.example_inputs, captured.surroundings, captured.fake_mode)
+
+
 def _check_plan_against_graph(graph_module: fx.GraphModule, plan: Sequence[Decision]) -> None:
     """Correct decisions that no pass carried out: the report says what runs, not what was wanted."""
     sources = (node.meta.get(INPUT) for node in graph_module.graph.nodes if node.op == "placeholder")
     packed = {index for source in sources if isinstance(source, PackedInput) for index in source.weights}
     for decision in plan:
-        if decision.decision == "hif4" and decision.weight_index not in packed:
+        if decision.decision != "high_precision" and decision.weight_index not in packed:
             decision.decision, decision.bytes_after = "high_precision", decision.bytes_before
-            decision.reason = f"planned for HiF4, but no pass rewrote it ({decision.reason})"
+            decision.reason = f"planned for 4 bits, but no pass rewrote it ({decision.reason})"
 
 
 class Lowered:

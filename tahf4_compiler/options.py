@@ -12,9 +12,10 @@ from typing import Any
 
 from .errors import OptionError, PatternError
 
-__all__ = ["Options"]
+__all__ = ["Options", "reference_forced"]
 
 WEIGHT_CHECKS = ("content", "version")
+KERNELS = ("best", "reference")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
         weight_check: how a changed weight is noticed at each call: ``"content"`` (a checksum of its bytes; also
             sees writes through ``.data``, as merging a LoRA does) or ``"version"`` (the tensor's version
             counter and address: no reading, misses such writes).
+        kernels: ``"best"``, or ``"reference"`` to run every operator as its plain-PyTorch reference and to fuse
+            nothing; by default ``TAHF4_KERNELS``, which counts for the packing of weights as well.
         pass_options: ``(pass name, option) -> value``; written ``"plan.min_features": 128`` in ``options=``.
     """
 
@@ -43,6 +46,7 @@ class Options:
     inductor: bool | tuple[tuple[str, Any], ...] = True
     verify: bool = False
     weight_check: str = "content"
+    kernels: str = "best"
     pass_options: tuple[tuple[str, str, Any], ...] = field(default=())
 
     @classmethod
@@ -76,6 +80,7 @@ class Options:
             else:
                 values[name] = _CONVERT[name](name, value)
         values.setdefault("dump_dir", os.environ.get("TAHF4_DUMP_DIR") or None)
+        values.setdefault("kernels", "reference" if reference_forced() else "best")
         if mode is not None and mode != "default":
             values["inductor"] = _mode(mode, values.get("inductor", True))
         return cls(pass_options=tuple(sorted(pass_options, key=lambda o: o[:2])), **values)
@@ -153,6 +158,21 @@ def _inductor(name: str, value: Any) -> bool | tuple[tuple[str, Any], ...]:
     return value
 
 
+def reference_forced() -> bool:
+    """Whether ``TAHF4_KERNELS=reference`` is set.
+
+    Raises:
+        OptionError: it is set to something else than a value of the option ``kernels``.
+    """
+    return _kernels("TAHF4_KERNELS", os.environ.get("TAHF4_KERNELS") or "best") == "reference"
+
+
+def _kernels(name: str, value: Any) -> str:
+    if value not in KERNELS:
+        raise OptionError(f"option {name!r} is {value!r}; expected one of {', '.join(map(repr, KERNELS))}")
+    return str(value)
+
+
 def _weight_check(name: str, value: Any) -> str:
     if value not in WEIGHT_CHECKS:
         raise OptionError(f"option {name!r} is {value!r}; expected one of {', '.join(map(repr, WEIGHT_CHECKS))}")
@@ -167,4 +187,5 @@ _CONVERT = {
     "inductor": _inductor,
     "verify": _bool,
     "weight_check": _weight_check,
+    "kernels": _kernels,
 }

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .hif4 import Packed
 from .ops import transform
 from .scale_search import search_scales
 from .transforms import multipliers
+from .weight_formats import pack_rows
 
 __all__ = ["PackedStore", "checksum", "checksums", "moment_as_quantized", "pack_transformed", "pack_weight", "store"]
 
@@ -38,7 +40,7 @@ class _Entry:
     state: tuple[object, ...]
     recipe: Attachment | None
     others: tuple[weakref.ref[Tensor], ...]
-    packed: hif4.Packed
+    packed: Any  # hif4.Packed, or the parts of a plug-in's format by name
 
 
 def pack_weight(
@@ -154,7 +156,7 @@ class PackedStore:
         self._lock = threading.RLock()
         self.conversions = 0
 
-    def get(self, requests: Sequence[tuple[tuple[Tensor, ...], PackedWeight]], check: str = "content") -> list[Packed]:
+    def get(self, requests: Sequence[tuple[tuple[Tensor, ...], PackedWeight]], check: str = "content") -> list[Any]:
         """Return one packed weight for each request, converting those that are new or whose contents changed.
 
         Args:
@@ -162,7 +164,8 @@ class PackedStore:
             check: ``"content"`` or ``"version"``, see :class:`tahf4_compiler.options.Options`.
 
         Returns:
-            Packed weights in the order of the requests, on the weights' device.
+            Packed weights in the order of the requests, on the weights' device: :class:`tahf4_compiler.hif4.Packed`,
+            or for a plug-in's format its parts by name.
         """
         with self._lock, torch.no_grad():
             states = _states([weights for weights, _ in requests], check)
@@ -189,26 +192,34 @@ class PackedStore:
                 mine[key] = recipe, (factors if factors is not None else torch.ones(first.shape[1])).to(first.device)
             return mine[key][1]
 
-    def _find(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...]) -> Packed | None:
+    def _find(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...]) -> Any:
         entry = self._entries.get(weights[0], {}).get(_key(weights, how))
         if entry is None or entry.state != state or entry.recipe is not _recipe(weights[0], how):
             return None
         same = all(ref() is weight for ref, weight in zip(entry.others, weights[1:], strict=True))
-        on_device = entry.packed.codes.device == weights[0].device
+        held = next(iter(entry.packed.values())) if isinstance(entry.packed, dict) else entry.packed.codes
+        on_device = held.device == weights[0].device
         return entry.packed if same and on_device else None
 
-    def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Packed:
+    def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Any:
         recipe = _recipe(weights[0], how)
         mask, seed = _values(recipe, how)
-        moment = recipe.second_moment if recipe is not None else None
-        parts = []
-        for weight in weights:
-            parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment))
-            bar.update(weight.numel())
+        packed: Any
+        if how.format:
+            multiplier = multipliers(weights[0].shape[1], mask, seed)[1]
+            multiplier = multiplier.to(weights[0].device) if multiplier is not None else None
+            packed = pack_rows(how.format, weights, multiplier, how.hadamard_block)
+            bar.update(sum(weight.numel() for weight in weights))
+        else:
+            moment = recipe.second_moment if recipe is not None else None
+            parts = []
+            for weight in weights:
+                parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment))
+                bar.update(weight.numel())
+            packed = parts[0]
+            if len(parts) > 1:
+                packed = Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
         self.conversions += len(weights)
-        packed = parts[0]
-        if len(parts) > 1:
-            packed = Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
         entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed)
         mine = self._entries.setdefault(weights[0], {})
         for key in [key for key, old in mine.items() if any(ref() is None for ref in old.others)]:

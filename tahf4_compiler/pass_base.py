@@ -28,7 +28,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .errors import OptionError, PassError, PipelineError
-from .graph import INPUT, linear_path
+from .graph import DECISION, INPUT, NUMBERS, linear_path, node_words
 from .options import Options
 from .surroundings import Surroundings
 
@@ -46,7 +46,7 @@ class Decision:
             ``weight`` the parameter's full name.
         k: input features.
         n: output features.
-        decision: ``"hif4"`` or ``"high_precision"``.
+        decision: ``"hif4"``, ``"high_precision"``, or the name of another number format that a plug-in brings.
         reason: why, in words.
         bytes_before: of the weight as it is.
         bytes_after: of the weight as the plan leaves it.
@@ -54,6 +54,7 @@ class Decision:
         kernel: what runs it, filled in by ``lower``.
         node: name of the ``aten.linear`` node it was made for.
         weight_index: the weight's position among the captured graph's arguments, -1 if it is computed.
+        numbers: what passes attached (:meth:`Context.attach`), by name.
     """
 
     module: str
@@ -67,6 +68,7 @@ class Decision:
     kernel: str = ""
     node: str = ""
     weight_index: int = -1
+    numbers: dict[str, float | int | str] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,12 +94,40 @@ class Context:
     notes: dict[str, list[str]] = field(default_factory=dict)
     matches: int = 0
     current: str = ""
+    last: fx.Node | None = field(default=None, repr=False)
     paths: dict[int, str] = field(default_factory=dict, repr=False)
     tied: dict[int, int] = field(default_factory=dict, repr=False)
 
     def matched(self, node: fx.Node | None = None, count: int = 1) -> None:
-        """Count a match of the running pass; ``node`` may name what matched."""
+        """Count a match of the running pass; ``node`` may name what matched, for an error message."""
         self.matches += count
+        self.last = node if node is not None else self.last
+
+    def attach(self, node: fx.Node, **numbers: float | int | str) -> None:
+        """Attach numbers to a node, for the report and ``plan.json``.
+
+        They are merged into ``node.meta["tahf4_numbers"]`` and, where the node stands for linears of the plan, into
+        their :class:`Decision`. For another node the report has a line under the running pass's name.
+
+        Args:
+            node: of the graph at hand.
+            numbers: by name; a later one of a name takes the place of an earlier one.
+
+        Raises:
+            PassError: a value is no ``float``, ``int`` or ``str`` (take ``.item()`` of a tensor).
+        """
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, float | int | str):
+                raise PassError(
+                    f"pass {self.current!r} attached {name}={value!r} ({type(value).__name__}) to node "
+                    f"{node_words(node)}; expected a float, an int or a string"
+                )
+        node.meta[NUMBERS] = {**node.meta.get(NUMBERS, {}), **numbers}
+        found = node.meta.get(DECISION, [])
+        for decision in found if isinstance(found, list) else [found]:
+            decision.numbers.update(numbers)
+        if not found:
+            self.note(f"{node_words(node)}: " + ", ".join(f"{name} {value}" for name, value in numbers.items()))
 
     def module_of(self, weight: fx.Node) -> str:
         """Return the module path of a parameter's placeholder, in the module that was compiled."""

@@ -7,9 +7,10 @@ With ``verify=True`` the graph also runs before and after on the example inputs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,11 @@ from torch import fx
 
 from .binding import Binding, packed_fake
 from .errors import PassError, Tahf4Error
-from .graph import INPUT, GraphInput, PackedInput, is_written, mutates, tensor_meta
+from .graph import INPUT, GraphInput, PackedInput, is_written, mutates, node_words, tensor_meta
 from .packing import store
 from .pass_base import Context, Pass, PassResult
 
-__all__ = ["PassManager", "PassRecord"]
+__all__ = ["PassManager", "PassRecord", "graph_arguments", "run_graph"]
 
 log = logging.getLogger("tahf4_compiler.passes")
 
@@ -65,12 +66,19 @@ class PassManager:
         self.passes = list(passes)
         self.keep_text = keep_text
 
-    def run(self, graph_module: fx.GraphModule, context: Context) -> tuple[fx.GraphModule, list[PassRecord]]:
+    def run(
+        self,
+        graph_module: fx.GraphModule,
+        context: Context,
+        each: Callable[[PassRecord, fx.GraphModule], None] | None = None,
+    ) -> tuple[fx.GraphModule, list[PassRecord]]:
         """Run every pass.
 
         Args:
             graph_module: the captured graph; it is changed in place.
             context: shared by the passes.
+            each: called with the record and the graph after each pass, and for the captured graph. The graph goes on
+                to change: keep a copy.
 
         Returns:
             The last graph and one record for the captured graph and each pass.
@@ -80,23 +88,27 @@ class PassManager:
                 (dangling use, lost input, outputs of another shape or dtype). The message names the pass.
         """
         records = [self._record("captured", graph_module)]
-        reference = previous = self._outputs(graph_module, context) if context.options.verify else None
+        reference = previous = run_graph(graph_module, context) if context.options.verify else None
+        if each is not None:
+            each(records[0], graph_module)
         for item in self.passes:
             start = time.perf_counter()
-            context.matches, context.current = 0, item.name
+            context.matches, context.current, context.last = 0, item.name, None
             before = _interface(graph_module)
             result = self._call(item, graph_module, context)
             graph_module = result.graph_module
-            self._check(item, graph_module, context, before)
+            _check(item, graph_module, context, before)
             record = self._record(item.name, graph_module)
             record.matches, record.modified = context.matches, result.modified
             record.seconds = time.perf_counter() - start
             if reference is not None:
-                outputs = self._outputs(graph_module, context)
+                outputs = run_graph(graph_module, context)
                 record.error = relative_error(previous, outputs)
                 record.total_error = relative_error(reference, outputs)
                 previous = outputs
             records.append(record)
+            if each is not None:
+                each(record, graph_module)
             logging.getLogger(f"{log.name}.{item.name}").info(
                 "%s: %d matches, %d nodes, %.3f s", item.name, record.matches, record.nodes, record.seconds
             )
@@ -111,12 +123,15 @@ class PassManager:
         _conditions(item, "requires", graph_module, context)
         try:
             result = item(graph_module, context)
-        except Tahf4Error:
-            raise
+        except Tahf4Error as error:
+            if type(item).__module__.startswith("tahf4_compiler.") or repr(item.name) in str(error):
+                raise
+            raise type(error)(f"pass {item.name!r}{_where(error, context)}: {error}") from error
         except Exception as error:
             raise PassError(
-                f"pass {item.name!r} ({type(item).__module__}.{type(item).__qualname__}) failed: "
-                f"{type(error).__name__}: {error}. Leave it out with options={{'disable_passes': [{item.name!r}]}}."
+                f"pass {item.name!r} ({type(item).__module__}.{type(item).__qualname__}) failed"
+                f"{_where(error, context)}: {type(error).__name__}: {error}. Leave it out with "
+                f"options={{'disable_passes': [{item.name!r}]}}."
             ) from error
         if not isinstance(result, PassResult):
             raise PassError(
@@ -125,54 +140,116 @@ class PassManager:
         _conditions(item, "ensures", result.graph_module, context)
         return result
 
-    def _check(self, item: Pass, graph_module: fx.GraphModule, context: Context, before: _Interface) -> None:
-        try:
-            graph_module.graph.lint()
-        except Exception as error:
-            raise PassError(f"pass {item.name!r} left a broken graph: {error}") from error
-        propagate(graph_module, context, item.name)
-        after = _interface(graph_module)
-        lost = sorted(before.inputs - after.inputs)
-        if lost:
-            raise PassError(
-                f"pass {item.name!r} removed the graph's inputs {', '.join(lost)}. Inputs other than parameters must "
-                "stay, used or not."
-            )
-        if before.outputs != after.outputs:
-            changed = [
-                f"output {i}: {_words(old)} became {_words(new)}"
-                for i, (old, new) in enumerate(zip(before.outputs, after.outputs, strict=False))
-                if old != new
-            ] or [f"{len(before.outputs)} outputs became {len(after.outputs)}"]
-            raise PassError(f"pass {item.name!r} changed the graph's outputs: {'; '.join(changed)}")
 
-    def _outputs(self, graph_module: fx.GraphModule, context: Context) -> list[Any]:
-        """Run a graph on the example inputs; parameters are used as they are unless it writes to them."""
-        kinds = {
-            node.meta[INPUT].index: "written" if is_written(node) else node.meta[INPUT].kind
-            for node in graph_module.graph.nodes
-            if node.op == "placeholder" and isinstance(node.meta[INPUT], GraphInput)
-        }
+def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _Interface) -> None:
+    """Raise :class:`PassError` if a pass broke the contract."""
+    graph = graph_module.graph
+    if (found := _dangling(graph)) is not None:
+        user, lost = found
+        raise PassError(
+            f"pass {item.name!r} left a broken graph: node {node_words(user)} reads {lost.name!r}, which the graph "
+            "does not hold before it. Insert what it reads above it, or replace its uses before erasing it."
+        )
+    if (strange := [n for n in graph.find_nodes(op="placeholder") if n.meta.get(INPUT) is None]) != []:
+        raise PassError(
+            f"pass {item.name!r} added the input {strange[0].name!r} without a PackedInput in node.meta[{INPUT!r}], or "
+            "dropped the metadata of an input; nothing says what it is called with"
+        )
+    try:
+        graph.lint()
+    except Exception as error:
+        raise PassError(f"pass {item.name!r} left a broken graph: {error}") from error
+    if len(list(graph.find_nodes(op="output"))) != 1:
+        raise PassError(f"pass {item.name!r} left a graph without its output")
+    propagate(graph_module, context, item.name, before.calls)
+    after = _interface(graph_module)
+    lost_inputs = sorted(before.inputs - after.inputs)
+    if lost_inputs:
+        raise PassError(
+            f"pass {item.name!r} removed the graph's inputs {', '.join(lost_inputs)}. Inputs other than parameters "
+            "must stay, used or not."
+        )
+    if before.outputs != after.outputs:
+        changed = [
+            f"output {i}: {_words(old)} became {_words(new)}" + (f" at node {node_words(n)}" if n is not None else "")
+            for i, (old, new, n) in enumerate(zip(before.outputs, after.outputs, after.nodes, strict=False))
+            if old != new
+        ] or [f"{len(before.outputs)} outputs became {len(after.outputs)}"]
+        raise PassError(f"pass {item.name!r} changed the graph's outputs: {'; '.join(changed)}")
 
-        def copied(index: int) -> bool:
-            return kinds.get(index, "parameter") != "parameter"
 
-        args = [
-            value.clone() if isinstance(value, torch.Tensor) and copied(i) else _concrete(value)
-            for i, value in enumerate(context.inputs)
-        ]
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
+def _dangling(graph: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
+    """Return the first node that reads what is not computed before it, and what it reads."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                return node, source
+        seen.add(node)
+    return None
 
-        with unset_fake_temporarily(), torch.no_grad():
-            bound = Binding(graph_module)(args, store, context.options.weight_check)
-            flat = fx.Interpreter(graph_module).run(*bound)
-        return [value for value in torch.utils._pytree.tree_leaves(flat) if isinstance(value, torch.Tensor)]
+
+def _where(error: BaseException, context: Context) -> str:
+    """Say which node a pass was at: the local variable ``node`` where it raised, or else what it matched last."""
+    trace, found = error.__traceback__, context.last
+    while trace is not None:
+        here = trace.tb_frame.f_locals.get("node")
+        found = here if isinstance(here, fx.Node) else found
+        trace = trace.tb_next
+    return f" at node {node_words(found)}" if found is not None else ""
+
+
+def run_graph(graph_module: fx.GraphModule, context: Context) -> list[torch.Tensor]:
+    """Run a graph on the example inputs; parameters are used as they are unless it writes to them.
+
+    Args:
+        graph_module: captured, or after some passes.
+        context: has the example inputs.
+
+    Returns:
+        The output tensors.
+    """
+    with running():
+        flat = fx.Interpreter(graph_module).run(*graph_arguments(graph_module, context))
+    return [value for value in torch.utils._pytree.tree_leaves(flat) if isinstance(value, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Run graphs with real tensors inside, also in the middle of a compilation."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily(), torch.no_grad():
+        yield
+
+
+def graph_arguments(graph_module: fx.GraphModule, context: Context) -> list[Any]:
+    """Return what a graph is called with for the example inputs: copies of what is no parameter."""
+    kinds = {
+        node.meta[INPUT].index: "written" if is_written(node) else node.meta[INPUT].kind
+        for node in graph_module.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta[INPUT], GraphInput)
+    }
+
+    def copied(index: int) -> bool:
+        return kinds.get(index, "parameter") != "parameter"
+
+    args = [
+        value.clone() if isinstance(value, torch.Tensor) and copied(i) else _concrete(value)
+        for i, value in enumerate(context.inputs)
+    ]
+    with running():
+        return Binding(graph_module)(args, store, context.options.weight_check)
 
 
 @dataclass(frozen=True)
 class _Interface:
+    """What a pass must keep, and what the graph's calls were before it."""
+
     inputs: frozenset[str]
     outputs: tuple[Any, ...]
+    nodes: tuple[fx.Node | None, ...]
+    calls: Mapping[fx.Node, tuple[Any, ...]]
 
 
 def _interface(graph_module: fx.GraphModule) -> _Interface:
@@ -186,7 +263,31 @@ def _interface(graph_module: fx.GraphModule) -> _Interface:
     (output,) = graph_module.graph.find_nodes(op="output")
     leaves = torch.utils._pytree.tree_leaves(output.args[0])
     values = (leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
-    return _Interface(inputs, tuple(tensor_meta(value) for value in values))
+    nodes = tuple(leaf if isinstance(leaf, fx.Node) else None for leaf in leaves)
+    calls = {n: (n.target, n.args, n.kwargs) for n in graph_module.graph.nodes if n.op == "call_function"}
+    return _Interface(inputs, tuple(tensor_meta(value) for value in values), nodes, calls)
+
+
+def _same_call(node: fx.Node, before: tuple[Any, ...] | None) -> bool:
+    """Whether a node calls what it called before a pass, on values of the same shapes and dtypes."""
+    if before is None:
+        return True
+    if node.target is not before[0]:
+        return False
+    if node.args is before[1] and node.kwargs is before[2]:
+        return True
+    old, old_spec = torch.utils._pytree.tree_flatten(before[1:])
+    new, new_spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+    return old_spec == new_spec and all(map(_same_argument, old, new))
+
+
+def _same_argument(old: Any, new: Any) -> bool:
+    if old is new:
+        return True
+    if isinstance(old, fx.Node) and isinstance(new, fx.Node):
+        return str(_full(old.meta.get("val"))) == str(_full(new.meta.get("val")))
+    plain = (bool, int, float, str, torch.dtype, torch.device)
+    return type(old) is type(new) and isinstance(old, plain) and old == new
 
 
 def _words(meta: Any) -> str:
@@ -208,13 +309,19 @@ def _conditions(item: Pass, which: str, graph_module: fx.GraphModule, context: C
             raise PassError(f"pass {item.name!r} {verb} {getattr(condition, '__name__', 'a condition')}: {wrong}")
 
 
-def propagate(graph_module: fx.GraphModule, context: Context, pass_name: str) -> None:
-    """Fill in ``meta["val"]`` for new nodes and for nodes whose inputs changed shape, dtype or device.
+def propagate(
+    graph_module: fx.GraphModule,
+    context: Context,
+    pass_name: str,
+    before: Mapping[fx.Node, tuple[Any, ...]] | None = None,
+) -> None:
+    """Fill in ``meta["val"]`` for new nodes, for nodes that call something else, and for what changes with them.
 
     Args:
         graph_module: whose placeholders all have a value, except new packed inputs.
         context: has the fake mode.
         pass_name: for the error message.
+        before: target, arguments and keyword arguments of each node before the pass.
 
     Raises:
         PassError: a node cannot be computed from its inputs' shapes.
@@ -233,10 +340,24 @@ def propagate(graph_module: fx.GraphModule, context: Context, pass_name: str) ->
                     f"pass {pass_name!r} added the input {node.name!r} without a PackedInput in node.meta[{INPUT!r}]"
                 )
             weights = [by_index.get(i, context.inputs[i]) for i in source.positions]
-            with context.fake_mode:
-                fakes = [w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w) for w in weights]
-                node.meta["val"] = packed_fake(source, fakes)
-        elif node.op == "call_function" and ("val" not in node.meta or changed & set(node.all_input_nodes)):
+            try:
+                with context.fake_mode:
+                    # A weight's sizes are not symbolic.
+                    fakes = [
+                        w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w, static_shapes=True)
+                        for w in weights
+                    ]
+                    node.meta["val"] = packed_fake(source, fakes)
+            except Exception as error:
+                raise PassError(
+                    f"pass {pass_name!r} added the input {node.name!r}, whose shape cannot be found: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+        elif node.op == "call_function" and (
+            "val" not in node.meta
+            or changed & set(node.all_input_nodes)
+            or not _same_call(node, (before or {}).get(node))
+        ):
             old = node.meta.get("val")
             new = _value(node, context, pass_name)
             node.meta["val"] = new
@@ -268,9 +389,8 @@ def _value(node: fx.Node, context: Context, pass_name: str) -> Any:
         with context.fake_mode:
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
-        modules = ", ".join(path for path, _ in (node.meta.get("nn_module_stack") or {}).values()) or "no module"
         raise PassError(
-            f"pass {pass_name!r} left node {node.name!r} ({node.target}, in {modules}) that cannot be computed: "
+            f"pass {pass_name!r} left node {node_words(node)} that cannot be computed: "
             f"{type(error).__name__}: {error}"
         ) from error
 

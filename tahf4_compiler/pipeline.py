@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from .errors import PipelineError
 from .options import Options
 from .pass_base import Pass, registered_passes
 
-__all__ = ["build_pipeline", "default_passes", "order"]
+__all__ = ["build_pipeline", "default_passes", "order", "provenance"]
 
 
 def default_passes() -> list[Pass]:
@@ -69,6 +71,47 @@ def build_pipeline(options: Options, passes: Sequence[Any] | None = None) -> lis
         if pass_name in by_name:
             by_name[pass_name] = by_name[pass_name].with_options({option: value})
     return order(list(by_name.values()), known=everything)
+
+
+def provenance(options: Options) -> list[dict[str, Any]]:
+    """Return what there is to know about the passes that a compilation runs, as JSON can hold it, in order.
+
+    Args:
+        options: those that name a pass which is not in the default pipeline are left out.
+
+    Returns:
+        For each pass its name, class and options; for a plug-in's also the distribution that it comes from.
+    """
+    present: list[Any] = [*default_passes(), *registered_passes(), *options.passes]
+    known = {_instance(item).name for item in present}
+    fitting = dataclasses.replace(
+        options,
+        pass_options=tuple(o for o in options.pass_options if o[0] in known),
+        disable_passes=tuple(name for name in options.disable_passes if name in known),
+    )
+    return [
+        {
+            "name": item.name,
+            "class": f"{type(item).__module__}.{type(item).__qualname__}",
+            "options": {name: plain(value) for name, value in item.options().items()},
+            **_distribution(type(item).__module__.partition(".")[0]),
+        }
+        for item in build_pipeline(fitting)
+    ]
+
+
+def _distribution(package: str) -> dict[str, str]:
+    if package == "tahf4_compiler":
+        return {}
+    found = importlib.metadata.packages_distributions().get(package, [])
+    return {"distribution": f"{found[0]} {importlib.metadata.version(found[0])}"} if found else {}
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
 def _instance(item: Any) -> Pass:

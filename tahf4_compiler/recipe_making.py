@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .calibration import check_percentile, merged
 from .errors import CalibrationError, OptionError
 from .packing import checksum, moment_as_quantized
+from .pipeline import provenance
 from .recipe import LinearEntry, Recipe, RecipeEntry
 from .sensitivity import Network, QuantizedWeight, check_budget, output_error, sqnr_db
 from .sharded import class_name
@@ -117,7 +118,7 @@ def make_recipe(
     if sensitivity:
         for expert, entries in found.items():
             found[expert] = _with_effects(calibration, expert, entries)
-    provenance = {
+    made = {
         "tahf4": importlib.metadata.version("tahf4-compiler"),
         "torch": torch.__version__,
         "choices": {
@@ -125,6 +126,7 @@ def make_recipe(
             "rotate": rotate,
             "sensitivity": sensitivity,
         },
+        "passes": provenance(calibration.options),
         "calibration": {
             "prompts": len(calibration.prompts),
             "step_groups": calibration.step_groups,
@@ -132,7 +134,7 @@ def make_recipe(
             "classes": {expert: class_name(module) for expert, module in calibration.models.items()},
         },
     }
-    recipe = Recipe(found, tuple(high_precision_steps), provenance)
+    recipe = Recipe(found, tuple(high_precision_steps), made)
     return recipe.plan(**budget) if budget else recipe
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +19,13 @@ class Totals:
 
     Attributes:
         linears: all of them.
-        quantized: those in HiF4.
+        quantized: those in 4 bits.
         flops: of one call.
-        flops_4bit: of those in HiF4.
+        flops_4bit: of those in 4 bits.
         bytes_before: of all linears' weights.
-        bytes_4bit: of the weights (before) that the plan puts in HiF4.
+        bytes_4bit: of the weights (before) that the plan puts in 4 bits.
         bytes_after: of all weights as the plan leaves them.
+        formats: of the linears in 4 bits.
     """
 
     linears: int
@@ -33,11 +35,12 @@ class Totals:
     bytes_before: int
     bytes_4bit: int
     bytes_after: int
+    formats: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, plan: Sequence[Decision]) -> Totals:
         """Add up a plan."""
-        chosen = [d for d in plan if d.decision == "hif4"]
+        chosen = [d for d in plan if d.decision != "high_precision"]
         return cls(
             linears=len(plan),
             quantized=len(chosen),
@@ -46,12 +49,13 @@ class Totals:
             bytes_before=sum(d.bytes_before for d in plan),
             bytes_4bit=sum(d.bytes_before for d in chosen),
             bytes_after=sum(d.bytes_after for d in plan),
+            formats=tuple(sorted({d.decision for d in chosen})),
         )
 
     def lines(self) -> list[str]:
         """Return the totals as text."""
         return [
-            f"linears in HiF4       {self.quantized} of {self.linears}",
+            f"{f'linears in {self._formats()}':<21} {self.quantized} of {self.linears}",
             f"FLOPs in 4 bits       {_percent(self.flops_4bit, self.flops)} of {self.flops / 1e9:.3f} GFLOP a call",
             f"weight bytes in 4 bits {_percent(self.bytes_4bit, self.bytes_before)}: "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
@@ -59,10 +63,20 @@ class Totals:
         ]
 
 
+    def _formats(self) -> str:
+        return ", ".join("HiF4" if name == "hif4" else name for name in self.formats or ("hif4",))
+
+
 def plan_json(plan: Sequence[Decision]) -> str:
     """Return a plan as JSON: a list with one object a linear."""
     fields = ("module", "k", "n", "decision", "reason", "bytes_before", "bytes_after", "flops", "kernel")
-    return json.dumps([{name: getattr(d, name) for name in fields} for d in plan], indent=1) + "\n"
+    entries = [{name: getattr(d, name) for name in fields} | {"numbers": _plain(d.numbers)} for d in plan]
+    return json.dumps(entries, indent=1) + "\n"
+
+
+def _plain(numbers: Mapping[str, float | int | str]) -> dict[str, float | int | str]:
+    """Write what JSON has no number for (NaN, infinity) as text."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
 
 
 def report(
@@ -87,6 +101,11 @@ def report(
         (d.module, str(d.k), str(d.n), d.decision, f"{d.bytes_before:,}", f"{d.bytes_after:,}", d.reason) for d in plan
     ]
     lines += _table(rows, right={1, 2, 4, 5}) if plan else ["no linears in this graph"]
+    numbered = [d for d in plan if d.numbers]
+    if numbered:
+        rows = [("module", "numbers that passes attached")]
+        rows += [(d.module, ", ".join(f"{k} {_short(v)}" for k, v in d.numbers.items())) for d in numbered]
+        lines += ["", *_table(rows, right=set())]
     lines += ["", *Totals.of(plan).lines(), ""]
     rows = [("pass", "matches", "nodes", "seconds", "added error", "error so far")]
     rows += [
@@ -105,6 +124,10 @@ def report(
         lines += [f"{pass_name}: {text}" for text in texts]
     lines += ["", "compile time: " + ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())]
     return "\n".join(lines) + "\n"
+
+
+def _short(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _percent(part: int, whole: int) -> str:

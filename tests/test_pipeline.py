@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +12,7 @@ from models import Stack
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.options import Options
-from tahf4_compiler.pipeline import build_pipeline, order
+from tahf4_compiler.pipeline import build_pipeline, order, provenance
 
 DEFAULT = [
     *("normalize", "classify", "plan", "quantize", "share", "smooth", "rotate", "scale_search"),
@@ -141,6 +143,29 @@ def _wrong_shape(graph_module, context):
     return tahf4.PassResult(graph_module, modified=True)
 
 
+def _stale(graph_module, context):
+    """Change what the output computes and leave its old shape and dtype in the metadata."""
+    (output,) = graph_module.graph.find_nodes(op="output")
+    (value,) = output.args[0]
+    value.target, value.args, value.kwargs = torch.ops.aten.sum.default, (value.args[0],), {}
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+def _raise_at_a_node(graph_module, context):
+    for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
+        raise tahf4.FormatError(f"codes of the wrong dtype: {node.meta['val'].dtype}")
+
+
+def _attach_a_tensor(graph_module, context):
+    node = next(iter(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)))
+    context.attach(node, mean=torch.ones(()))
+
+
+def _lose_metadata(graph_module, context):
+    next(iter(graph_module.graph.find_nodes(op="placeholder"))).meta.pop("tahf4_input")
+    return tahf4.PassResult(graph_module, modified=True)
+
+
 def _dangling(graph_module, context):
     nodes = list(graph_module.graph.nodes)
     last = nodes[-2]
@@ -155,13 +180,59 @@ def _dangling(graph_module, context):
         (_drop_input, r"pass 'bad' removed the graph's inputs x"),
         (_change_dtype, r"pass 'bad' changed the graph's outputs: output 0: float32.* became float16"),
         (_wrong_shape, r"pass 'bad' left node .* that cannot be computed"),
-        (_dangling, r"pass 'bad' left a broken graph"),
+        (_dangling, r"pass 'bad' left a broken graph: node .* reads .* does not hold before it"),
+        (_stale, r"pass 'bad' changed the graph's outputs: output 0: float32\[4, 64\] on cpu became float32\[\]"),
+        (_attach_a_tensor, r"pass 'bad' attached mean=.* to node 'gelu' .*in blocks.0\); expected a float"),
+        (_lose_metadata, r"pass 'bad' added the input .* without a PackedInput"),
         (lambda graph_module, context: graph_module, r"pass 'bad' returned GraphModule; expected PassResult"),
     ],
 )
 def test_a_pass_that_breaks_the_graph_is_caught_at_its_own_step(call, message):
     with pytest.raises(tahf4.PassError, match=message):
         lowered(passes=[make("bad", after=("plan",), before=("quantize",), call=call)])
+
+
+def test_an_error_of_ours_in_a_plug_in_pass_names_pass_node_and_module():
+    broken = make("bad", after=("plan",), before=("quantize",), call=_raise_at_a_node)
+    with pytest.raises(tahf4.FormatError, match=r"pass 'bad' at node 'gelu' \(aten.gelu.default, in blocks.0\): codes"):
+        lowered(passes=[broken])
+
+
+def test_attached_numbers_reach_the_report_and_the_plan():
+    def attach(graph_module, context):
+        for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+            context.attach(node, spread=float("nan"), rank=3)
+        for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
+            context.attach(node, curve="tanh")
+        return tahf4.PassResult(graph_module, modified=False)
+
+    result = lowered(passes=[make("numbers", after=("plan",), before=("quantize",), call=attach)])
+    plan = json.loads(result.plan_json())
+    assert all(entry["numbers"] == {"spread": "nan", "rank": 3} for entry in plan)
+    report = result.report()
+    assert "numbers: 'gelu' (aten.gelu.default, in blocks.0): curve tanh" in report
+    assert re.search(r"blocks\.1\.down +spread nan, rank 3", report)
+
+
+def test_provenance_holds_plug_ins_and_options():
+    def nothing(graph_module, context):
+        return tahf4.PassResult(graph_module, modified=False)
+
+    entries = provenance(Options(passes=(make("mine", call=nothing),), pass_options=(("rotate", "block", 32),)))
+    assert [e["name"] for e in entries] == [*DEFAULT, "mine"]
+    assert next(e for e in entries if e["name"] == "rotate")["options"] == {"block": 32}
+    json.dumps(entries)
+
+
+def test_reference_kernels_can_be_forced(monkeypatch):
+    result = lowered(kernels="reference")
+    assert {d.kernel for d in result.plan if d.decision == "hif4"} == {"reference"}
+    assert "fuse: nothing: reference kernels are asked for" in result.report()
+    monkeypatch.setenv("TAHF4_KERNELS", "reference")
+    assert Options.parse({}).kernels == "reference"
+    monkeypatch.setenv("TAHF4_KERNELS", "fast")
+    with pytest.raises(tahf4.OptionError, match="TAHF4_KERNELS"):
+        Options.parse({})
 
 
 def test_conditions_of_a_pass_are_checked():

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, calibrate, demo, doctor, evaluate, parallel, passes
+from . import bench, bisect, calibrate, demo, doctor, evaluate, parallel, passes
 from .errors import own_error
 from .kernels import roofline, table
 
@@ -71,6 +71,7 @@ app.command("kernels")(table.kernels)
 app.command("roofline")(roofline.roofline)
 app.command("parallel")(parallel.parallel)
 app.command("passes")(passes.passes)
+app.command("bisect")(bisect.bisect)
 app.command("doctor")(doctor.doctor)
 
 

@@ -40,6 +40,8 @@ def passes(
 
 def describe(item: Pass) -> dict[str, Any]:
     """Return what there is to know about a pass."""
+    from ..pipeline import plain
+
     text = inspect.getdoc(type(item)) or ""
     return {
         "name": item.name,
@@ -48,16 +50,9 @@ def describe(item: Pass) -> dict[str, Any]:
         "after": list(item.after),
         "before": list(item.before),
         "replaces": item.replaces,
-        "options": {name: _plain(value) for name, value in item.options().items()},
+        "options": {name: plain(value) for name, value in item.options().items()},
         "module": type(item).__module__,
     }
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON can hold it."""
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
 def _options(entry: dict[str, Any]) -> list[tuple[str, str, Any]]:

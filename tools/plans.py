@@ -29,7 +29,7 @@ class ExpertPlan:
 
     def quantized(self) -> list[dict[str, Any]]:
         """Return the linears in HiF4."""
-        return [linear for linear in self.linears if linear["decision"] == "hif4"]
+        return [linear for linear in self.linears if linear["decision"] != "high_precision"]
 
     def kernels(self) -> set[str]:
         """Return the names of the kernels that run the linears in HiF4."""
@@ -37,7 +37,7 @@ class ExpertPlan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts, the bytes and the linears in high precision with their reasons."""
-        kept = [linear for linear in self.linears if linear["decision"] != "hif4"]
+        kept = [linear for linear in self.linears if linear["decision"] == "high_precision"]
         return {
             "name": self.name,
             "linears": len(self.linears),

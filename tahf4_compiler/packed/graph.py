@@ -40,7 +40,7 @@ def adopt(graph: fx.Graph) -> list[fx.Node]:
             continue
         weight = PackedWeight((codes.index,), scales=(scales.index,))
         for part, at, _ in _PARTS:
-            node_arg(node, at).meta[INPUT] = PackedInput(part, weight)  # type: ignore[arg-type]
+            node_arg(node, at).meta[INPUT] = PackedInput(part, weight)
         found.append(node)
     return found
 

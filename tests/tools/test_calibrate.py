@@ -41,6 +41,9 @@ def test_calibrate_writes_a_recipe_that_applies(tmp_path, prompts):
     assert set(recipe.experts) == {"transformer", "transformer_2"}
     assert recipe.provenance["calibration"]["prompts"] == 2
     assert recipe.provenance["budget"] == {"max_high_precision_linears": 2}
+    assert {"name": "rotate", "class": "tahf4_compiler.passes.rotate.Rotate", "options": {"block": 64}} in (
+        recipe.provenance["passes"]
+    )
     assert {e.percentile for e in recipe.experts["transformer"].values()} == {99.9}
     tahf4.apply_recipe(pipeline(), recipe)
 
