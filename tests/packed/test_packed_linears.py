@@ -59,7 +59,7 @@ def test_the_plan_of_modules_is_the_plan_of_the_graph(make):
     got = {d.module: d for d in plan_modules(model.to("meta"))}
     assert set(got) == set(want)
     for path, decision in got.items():
-        planned = f"planned for HiF4, but no pass rewrote it ({decision.reason})"
+        planned = f"planned for 4 bits, but no pass rewrote it ({decision.reason})"
         assert want[path].reason == (planned if decision.decision == "hif4" else decision.reason)
     assert sum(d.decision == "hif4" for d in got.values()) > len(got) / 2
 
