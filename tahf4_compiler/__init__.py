@@ -10,6 +10,7 @@ from .calibration import Calibration, calibrate
 from .errors import (
     CalibrationError,
     CaptureError,
+    CheckpointError,
     FormatError,
     GradientError,
     OptionError,
@@ -39,6 +40,7 @@ __all__ = [
     "CalibrationError",
     "Capture",
     "CaptureError",
+    "CheckpointError",
     "Context",
     "Decision",
     "FormatError",
