@@ -98,11 +98,13 @@ def shards_of(
         filled, total = filled + size, total + size
     stem, prefix = "diffusion_pytorch_model", f"{component.name}/" if component.name else ""
     count = len(groups)
-    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" if count > 1 else f"{stem}.safetensors" for i in range(1, count + 1)]
+    names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}.safetensors"]
     shards = [_shard(prefix + name, items) for name, items in zip(names, groups, strict=True)]
     if count == 1:
         return shards, None
-    weight_map = {out[0]: name for name, items in zip(names, groups, strict=True) for item in items for out in item.outputs}
+    placed = zip(names, groups, strict=True)
+    weight_map = {out[0]: name for name, items in placed for item in items for out in item.outputs}
     return shards, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 

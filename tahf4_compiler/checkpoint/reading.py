@@ -162,7 +162,7 @@ def read_header(path: Path, error: type[Tahf4Error] = CheckpointError) -> Header
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
-                raise error(f"{path} names a header of {length:,} bytes; expected at most {MAX_HEADER:,}: it is damaged")
+                raise error(f"{path} names a header of {length:,} bytes, more than {MAX_HEADER:,}; it is damaged")
             if length > size - 8:
                 raise error(f"{path} has {size:,} bytes, its header alone {length:,}: it is truncated; get it again")
             text = file.read(length)

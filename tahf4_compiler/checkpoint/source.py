@@ -170,7 +170,8 @@ def _meta_model(config: Mapping[str, Any], count: int, folder: Path) -> nn.Modul
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if not isinstance(cls, type) or not issubclass(cls, diffusers.ModelMixin):
         raise CheckpointError(
-            f"{folder / 'config.json'} names the class {config.get('_class_name')!r:.100}; expected a model of diffusers"
+            f"{folder / 'config.json'} names the class {config.get('_class_name')!r:.100}; expected one of diffusers' "
+            "models"
         )
     _check_sizes(config, count, folder / "config.json")
     try:
