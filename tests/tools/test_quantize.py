@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -111,7 +109,7 @@ def test_the_shipped_pipeline(tmp_path):
     assert small / sum(2 * plain[k].numel() for k in linears) <= 0.30 and after < before
     again = runner.invoke(app, ["quantize", str(settings.PIPELINE_DIR), "-o", str(out)])
     assert "complete already" in again.output
-    assert "all 15 files" in runner.invoke(app, ["verify", str(out)]).output
+    assert "all 12 files" in runner.invoke(app, ["verify", str(out)]).output
     path = out / f"transformer/{NAME}"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -163,39 +161,49 @@ def test_the_original_wan_names_give_the_same_files(model, saved, tmp_path):
     assert dict(type(model).from_pretrained(tmp_path / "a").config)["num_attention_heads"] == 2
 
 
-KILLED = """
-import sys, time, torch
-from tahf4_compiler.checkpoint import stage, stream
-wait = float(sys.argv[3])
-for name in ("finish", "_write_list", "publish", "drop_list"):
-    cls = stage if name == "drop_list" else stage.Stage
-    def slow(*args, old=getattr(cls, name), **kwargs):
-        time.sleep(wait)
-        out = old(*args, **kwargs)
-        time.sleep(wait)
-        return out
-    setattr(cls, name, slow)
-from tahf4_compiler.checkpoint.convert import quantize_checkpoint
-print("ready", flush=True)
-quantize_checkpoint(sys.argv[1], sys.argv[2], shard_size=60_000)
+KILLING = """
+import os, random, signal, sys, time
+from pathlib import Path
+from tahf4_compiler.checkpoint import convert, layout, manifest, source, stage, stream
+import diffusers.models.transformers.transformer_wan, tahf4_compiler.packed.config
+
+def slow(holder, name):
+    old = getattr(holder, name)
+    def call(*args, **kwargs):
+        time.sleep(0.01)
+        found = old(*args, **kwargs)
+        time.sleep(0.01)
+        return found
+    setattr(holder, name, call)
+
+for name in ("finish", "_write_list", "publish", "partial"):
+    slow(stage.Stage, name)
+slow(convert, "drop_list")
+out, chance, kills = Path(sys.argv[2]), random.Random(int(sys.argv[3])), 0
+place = out.parent / f".{out.name}.tahf4-partial"
+for _ in range(int(sys.argv[4])):  # a child at a time: importing takes longer than converting
+    if not (child := os.fork()):
+        convert.quantize_checkpoint(sys.argv[1], out, shard_size=60_000)
+        os._exit(0)
+    end = time.monotonic() + 20
+    while not place.exists() and not out.exists() and time.monotonic() < end:
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.25))
+    os.kill(child, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert not out.exists() or (out / manifest.NAME).exists()
+print(kills)
 """
 
 
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bytes(saved, tmp_path):
     quantize_checkpoint(saved, tmp_path / "whole", shard_size=60_000)
-    wanted, out, chance = contents(tmp_path / "whole"), tmp_path / "out", random.Random(0)
-    kills = 0
-    for _ in range(4):
-        arguments = [sys.executable, "-c", KILLED, str(saved), str(out), "0.01"]
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(chance.uniform(0.05, 0.6))
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        assert not out.exists() or kills == 0 or set(contents(out)) >= set(wanted)
+    wanted, out = contents(tmp_path / "whole"), tmp_path / "out"
+    arguments = [sys.executable, "-c", KILLING, str(saved), str(out), "0", "5"]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, timeout=120, check=True)
+    assert int(done.stdout) >= 2
     done = quantize_checkpoint(saved, out, shard_size=60_000)
-    assert kills and (done.resumed or done.complete)
+    assert done.resumed or done.complete
     assert contents(out) == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "whole"]
 
@@ -253,6 +261,7 @@ def test_places_that_cannot_be_written_are_refused(saved, tmp_path, monkeypatch)
 
 
 def test_a_recipe_of_another_model_leaves_nothing(model, saved, tmp_path):
+    torch.manual_seed(1)
     other = wan(ffn_dim=192)[0].bfloat16()
     with pytest.raises(tahf4.RecipeError, match="other weights than those that were calibrated"):
         quantize_checkpoint(saved, tmp_path / "out", recipe_of(other, ""))
