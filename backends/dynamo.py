@@ -18,7 +18,7 @@ from ..graph import INPUT, GraphInput, linear_path, linears
 from ..graph_capture import Capture, capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..options import Options
-from ..packed.graph import multiplier_inputs, ties
+from ..packed.graph import multiplier_groups, ties
 from ..packing import store
 from ..report import Totals
 from .run import make_runner
@@ -98,7 +98,7 @@ class CompiledGraph:
         self._piece = any(known[i] not in (None, name) for i, name in names.items())
         # Tensors that the graph held as attributes are inputs at the end, which Dynamo does not pass.
         self._lifted = captured.example_inputs[self._called_with(graph) :]
-        self._factors = multiplier_inputs(graph)  # of packed linears: equal ones let quantizations be shared
+        self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options, passes)
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         first_key = self._decisions(captured.example_inputs)
@@ -134,7 +134,7 @@ class CompiledGraph:
         held = [attached(args[index]) for index in self._weights]
         # Which weights are transformed alike is part of the graph; what their activation is called is not.
         decisions = [(a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held]
-        same = ties([args[index] for index in self._factors], self._options.weight_check)
+        same = ties(self._factors, args, self._options.weight_check)
         if not self._piece:
             return (same, *decisions)
         where, keep, out = self._captured.surroundings, self._options.keep, []

@@ -27,6 +27,7 @@ from .errors import CalibrationError, OptionError
 from .files import decode, encode, is_plain, load_tensors, save_tensors
 from .observing import Handles
 from .options import Options
+from .packed.linear import HiF4Linear
 from .packing import checksum
 from .sketch import RowSample, Sketch
 from .steps import StepCounter
@@ -123,6 +124,12 @@ class Calibration:
             raise OptionError(f"rows is {rows!r}; expected an integer of at least 0")
         check_percentile(percentile)
         self.models = experts(model)
+        for expert, module in self.models.items():
+            if any(isinstance(part, HiF4Linear) for part in module.modules()):
+                raise CalibrationError(
+                    f"{expert or type(module).__name__} is packed: calibrate the original model, and give the recipe "
+                    "to tahf4.quantize_"
+                )
         self.percentile = float(percentile)
         self.step_groups = step_groups
         self.rows = rows

@@ -18,7 +18,7 @@ from .graph import INPUT, PackedInput, linear_path
 from .graph_capture import Capture
 from .kernels import generated_sources
 from .options import Options
-from .packed.graph import multiplier_inputs, ties
+from .packed.graph import multiplier_groups, ties
 from .packing import store
 from .pass_base import Context, Decision
 from .pass_manager import PassManager, PassRecord, readable
@@ -87,9 +87,9 @@ def lower_graph(
     for node in graph_module.graph.find_nodes(op="placeholder"):
         if node.meta[INPUT].kind == "parameter":
             context.paths[node.meta[INPUT].index] = linear_path(node.meta[INPUT].path)
-    factors = multiplier_inputs(graph_module.graph)
-    same = ties([captured.example_inputs[i] for i in factors], options.weight_check)
-    context.tied.update(zip(factors, (factors[i] for i in same), strict=True))
+    groups = multiplier_groups(graph_module.graph)
+    for group, same in zip(groups, ties(groups, captured.example_inputs, options.weight_check), strict=True):
+        context.tied.update(zip(group, same, strict=True))
     start = time.perf_counter()
     manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
     graph_module, history = manager.run(graph_module, context)
@@ -137,11 +137,11 @@ class Lowered:
         self.graph_module = lowered.graph_module
         self.history = lowered.history
         self.plan = lowered.plan
-        self._factors = multiplier_inputs(captured.graph_module.graph)
+        self._factors = multiplier_groups(captured.graph_module.graph)
         self._tied = self._ties(captured.example_inputs)
 
-    def _ties(self, values: Sequence[Any]) -> tuple[int, ...]:
-        return ties([values[i] for i in self._factors], self._options.weight_check)
+    def _ties(self, values: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        return ties(self._factors, values, self._options.weight_check)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the lowered graph with the arguments of the captured model.

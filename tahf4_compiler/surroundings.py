@@ -111,6 +111,7 @@ def _holds(module: nn.Module, part: object) -> bool:
 def _containers(root: nn.Module) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for path, module in root.named_modules():
+        path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
         if not isinstance(module, nn.ModuleList | nn.Sequential) or any(
             path.startswith(f"{member}.") for members in found.values() for member in members
         ):
@@ -118,7 +119,7 @@ def _containers(root: nn.Module) -> dict[str, dict[str, str]]:
         by_class: dict[type, list[str]] = defaultdict(list)
         for name, child in module.named_children():
             if sum(isinstance(m, nn.Linear) for m in child.modules()) >= _MIN_LINEARS:
-                by_class[type(child)].append(f"{path}.{name}" if path else name)
+                by_class[type(getattr(child, "_orig_mod", child))].append(f"{path}.{name}" if path else name)
         members = {p: cls.__qualname__ for cls, paths in by_class.items() if len(paths) > 1 for p in paths}
         if members:
             found[path] = members

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -144,3 +145,30 @@ def pixart() -> tuple[nn.Module, dict[str, Any]]:
 def encoder(**config: Any) -> tuple[nn.Module, dict[str, Any]]:
     layer = nn.TransformerEncoderLayer(128, 2, 256, batch_first=True, **config)
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval(), {"src": torch.randn(2, 10, 128)}
+
+
+def masked_recipe(model: nn.Module, high: Sequence[str] = ()) -> Any:
+    """Return a recipe with a mask for each activation, some of them rotated, and some scales searched."""
+    from tahf4_compiler.module_plan import plan_modules, plan_transforms
+    from tahf4_compiler.packing import checksum
+    from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
+
+    transforms = plan_transforms(model, plan_modules(model))
+    entries: dict[str, dict] = {}
+    for path, transform in transforms.items():
+        weight = model.get_submodule(path).weight
+        decision = "high_precision" if path in high else "hif4"
+        linear = LinearEntry(tuple(weight.shape), int(checksum(weight)), decision, "by hand")
+        entries.setdefault(transform.activation, {})[path] = linear
+    made = {}
+    for i, (name, linears) in enumerate(entries.items()):
+        k = next(iter(linears.values())).shape[1]
+        made[name] = RecipeEntry(
+            linears,
+            hadamard_block=(0, 64, 128)[i % 3],
+            seed=(None, i, i)[i % 3],
+            search=("squared", "")[i % 2],
+            percentile=99.9,
+            mask=torch.rand(k) + 0.5,
+        )
+    return Recipe({"": made})

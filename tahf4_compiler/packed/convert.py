@@ -50,11 +50,11 @@ def quantize_(
     Raises:
         PatternError: a pattern of ``keep`` is no regular expression or matches no linear.
         RecipeError: the recipe does not fit the model.
-        PackedError: the recipe has steps in high precision, the model is offloaded or is compiled, or ``keep`` names a
-            linear that is packed already. Nothing is changed then.
+        PackedError: the recipe has steps in high precision, the model is offloaded, or ``keep`` names a linear that is
+            packed already. Nothing is changed then.
         OptionError: the model is neither module nor pipeline.
     """
-    models = experts(model)
+    models = _unwrapped(model)
     named = set(models)
     if recipe is not None:
         if recipe.high_precision_steps:
@@ -119,7 +119,7 @@ def dequantize_(model: Any) -> list[str]:
         OptionError: the model is neither module nor pipeline.
     """
     found = []
-    for component, module in experts(model).items():
+    for component, module in _unwrapped(model).items():
         places = _places(module)
         with torch.no_grad():
             for path in list(packed_linears(module)):
@@ -138,6 +138,11 @@ def dequantize_(model: Any) -> list[str]:
 def packed_linears(model: nn.Module) -> dict[str, HiF4Linear]:
     """Return the packed linears of a model by module path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, HiF4Linear)}
+
+
+def _unwrapped(model: Any) -> dict[str, nn.Module]:
+    """Return a model's denoisers by name, without what ``torch.compile`` put around them."""
+    return {name: getattr(module, "_orig_mod", module) for name, module in experts(model).items()}
 
 
 def _saving(model: nn.Module) -> Any:

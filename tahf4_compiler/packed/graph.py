@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from .. import kernels
 from ..graph import INPUT, GraphInput, PackedInput, PackedWeight, node_arg
 from ..packing import checksums
 
-__all__ = ["adopt", "joined", "multiplier_inputs", "packed_products", "ties"]
+__all__ = ["adopt", "joined", "multiplier_groups", "packed_products", "ties"]
 
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default
@@ -64,38 +65,58 @@ def packed_products(graph: fx.Graph) -> Iterator[fx.Node]:
             yield node
 
 
-def multiplier_inputs(graph: fx.Graph) -> tuple[int, ...]:
-    """Return the positions of the multipliers that packed linears give their quantizations."""
+def multiplier_groups(graph: fx.Graph) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of the multipliers of packed linears, for each activation that several of them read."""
     targets = {k.target for k in kernels.kernels() if k.operator is QUANTIZE}
-    found: dict[int, None] = {}
+    found: dict[fx.Node, dict[int, None]] = defaultdict(dict)
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in targets or len(node.args) < 2:
             continue
-        factor = node.args[1]
+        x, factor = node.args[:2]
         source = factor.meta.get(INPUT) if isinstance(factor, fx.Node) else None
-        if isinstance(source, GraphInput) and source.kind == "parameter":
-            found[source.index] = None
-    return tuple(found)
+        if isinstance(x, fx.Node) and isinstance(source, GraphInput) and source.kind == "parameter":
+            found[x][source.index] = None
+    return tuple(tuple(group) for group in found.values() if len(group) > 1)
 
 
-def ties(values: Sequence[Any], check: str = "content") -> tuple[int, ...]:
-    """Return for each tensor the position of the first one that is equal to it.
+def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "content") -> tuple[tuple[int, ...], ...]:
+    """Return for each multiplier the position of the first one of its group that is equal to it.
 
     Two quantizations of one activation are one if their multipliers are equal. That belongs to the modules at hand,
     so it is looked at again whenever a graph is called.
 
     Args:
-        values: tensors.
-        check: how a change is noticed, see :class:`tahf4_compiler.options.Options`.
+        groups: positions among the values, see :func:`multiplier_groups`.
+        values: the graph's arguments.
+        check: how a change is noticed where reading is slow (not on the CPU), see
+            :class:`tahf4_compiler.options.Options`.
     """
-    first: dict[Any, int] = {}
-    if not values:
+    if not groups:
         return ()
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
-        plain = [v for v in values if type(v) in (Tensor, nn.Parameter) and v.device.type != "meta"]
-        sums = dict(zip(map(id, plain), checksums(plain, check), strict=True))
-        keys = [(tuple(v.shape), v.dtype, sums[id(v)]) if id(v) in sums else id(v) for v in values]
-    return tuple(first.setdefault(key, i) for i, key in enumerate(keys))
+        plain = {i: values[i] for group in groups for i in group if type(values[i]) in (Tensor, nn.Parameter)}
+        far = [i for i, value in plain.items() if value.device.type not in ("cpu", "meta")]
+        sums = dict(zip(far, checksums([plain[i] for i in far], check), strict=True))
+
+        def same(i: int, j: int) -> bool:
+            if values[i] is values[j]:
+                return True
+            if i in sums and j in sums:
+                return sums[i] == sums[j] and values[i].shape == values[j].shape
+            near = i in plain and j in plain and plain[i].device == plain[j].device == torch.device("cpu")
+            return near and torch.equal(plain[i], plain[j])
+
+        out = []
+        for group in groups:
+            firsts: list[int] = []
+            labels = []
+            for i in group:
+                first = next((j for j in firsts if same(i, j)), None)
+                if first is None:
+                    firsts.append(i)
+                labels.append(i if first is None else first)
+            out.append(tuple(labels))
+    return tuple(out)
 
 
 _lock = threading.Lock()

@@ -12,17 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import relative
-from models import Stack, flux, output, pixart, sd3, wan
+from models import Stack, flux, masked_recipe, output, pixart, sd3, wan
 from tahf4_compiler.passes import classify, normalize, plan
 from torch import nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.graph import INPUT, PackedInput
-from tahf4_compiler.module_plan import plan_modules, plan_transforms
+from tahf4_compiler.module_plan import plan_modules
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.graph import joined
-from tahf4_compiler.packing import checksum, store
-from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
+from tahf4_compiler.packing import store
+from tahf4_compiler.recipe import Recipe
 
 GRAPH = {"inductor": False}
 
@@ -31,30 +31,6 @@ GRAPH = {"inductor": False}
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def masked_recipe(model, high=()):
-    """Return a recipe with a mask for each activation of a Wan model, a wider rotation and searched scales."""
-    plan_of = plan_modules(model)
-    transforms = plan_transforms(model, plan_of)
-    entries: dict[str, dict] = {}
-    for path, transform in transforms.items():
-        weight = model.get_submodule(path).weight
-        decision = "high_precision" if path in high else "hif4"
-        linear = LinearEntry(tuple(weight.shape), int(checksum(weight)), decision, "by hand")
-        entries.setdefault(transform.activation, {})[path] = linear
-    made = {}
-    for i, (name, linears) in enumerate(entries.items()):
-        k = next(iter(linears.values())).shape[1]
-        made[name] = RecipeEntry(
-            linears,
-            hadamard_block=(0, 64, 128)[i % 3],
-            seed=(None, i, i)[i % 3],
-            search=("squared", "")[i % 2],
-            percentile=99.9,
-            mask=torch.rand(k) + 0.5,
-        )
-    return Recipe({"": made})
 
 
 def packed_values(lowered, captured):
@@ -328,6 +304,51 @@ def test_gradients_and_the_values_of_the_weight_are_refused():
     for use in (lambda: weight.data, lambda: weight + 1, lambda: torch.cat([weight]), weight.abs, weight.clone):
         with pytest.raises(tahf4.PackedError, match="unfused"):
             use()
+
+
+def test_models_that_are_compiled_already_are_packed_and_calibration_is_refused():
+    model, x = Stack().eval(), torch.randn(5, 64)
+    whole = torch.compile(model, backend="tahf4", options=GRAPH)
+    whole(x)
+    assert sum(d.decision == "hif4" for d in tahf4.quantize_(whole)) == 6
+    assert relative(whole(x), model(x)) < 1e-6 and isinstance(model.blocks[0].up, tahf4.HiF4Linear)
+    parts = Stack().eval()
+    parts.blocks[0] = torch.compile(parts.blocks[0], backend="tahf4", options=GRAPH)
+    assert sum(d.decision == "hif4" for d in tahf4.quantize_(parts)) == 6
+    with pytest.raises(tahf4.CalibrationError, match="is packed: calibrate the original"), tahf4.calibrate(model):
+        pass
+
+
+def test_what_the_user_kept_before_is_kept():
+    model = Stack().eval()
+    tahf4.keep(model, [r"blocks\.1\.", "first"])
+    decisions = {d.module: d for d in tahf4.quantize_(model)}
+    assert decisions["blocks.1.up"].reason.startswith("kept by tahf4.keep")
+    assert len(packed_linears(model)) == 4
+
+
+def test_autocast_strides_axes_and_double():
+    model, x = Stack().eval(), torch.randn(3, 64)
+    plain = copy.deepcopy(model)
+    tahf4.quantize_(model)
+    want = model(x)
+    assert relative(model(x[0]), want[0]) < 1e-6 and relative(model(x.t().contiguous().t()), want) < 1e-6
+    assert relative(copy.deepcopy(model).double()(x.double()), want) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(plain, backend="tahf4", options=GRAPH)(x)
+        assert model(x).dtype == compiled.dtype == torch.bfloat16
+        assert relative(model(x), compiled) < 1e-2
+
+
+def test_inference_mode_runs_and_lays_products_together():
+    model, x = nn.Sequential(Attention()).eval(), torch.randn(5, 64)
+    tahf4.quantize_(model)
+    with torch.inference_mode():
+        want = model(x)
+        compiled = torch.compile(model, backend="tahf4", options=GRAPH)
+        assert relative(compiled(x), want) < 1e-6
+    assert relative(compiled(x), want) < 1e-6
+    assert relative(copy.deepcopy(model)(x), want) < 1e-6
 
 
 def test_a_pipeline_packs_its_experts():

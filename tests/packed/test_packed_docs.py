@@ -1,0 +1,40 @@
+"""What docs/packed.md shows runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+from models import wan
+from tahf4_compiler.tools import tiny_wan
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.packed.convert import packed_linears
+
+PAGE = (Path(__file__).parents[2] / "docs" / "packed.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+ORIGINAL = Path(tiny_wan.__file__).parent / "pipeline"
+
+
+def test_the_blocks_of_the_page_run(tmp_path):
+    pipe = WanPipeline.from_pretrained(ORIGINAL, dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    model, inputs = wan(num_layers=1)
+    tahf4.quantize_(model)
+    namespace = {
+        "torch": torch, "WanPipeline": WanPipeline, "tahf4": tahf4, "pipe": pipe, "options": {"inductor": False},
+        "original": ORIGINAL, "folder": tmp_path / "wan", "file": tmp_path / "model.pt2",
+        "model": model, "inputs": {**inputs, "return_dict": False},
+        "arguments": {
+            "prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2,
+            "output_type": "latent",
+        },
+    }
+    with torch.no_grad():
+        for code in BLOCKS:
+            exec(compile(code, "docs/packed.md", "exec"), namespace)
+    assert len(BLOCKS) == 4
+    assert len(packed_linears(namespace["pipe"].transformer_2)) == 30
+    assert (tmp_path / "model.pt2").exists()
