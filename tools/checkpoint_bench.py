@@ -78,7 +78,7 @@ def make(folder: Path, blocks: int, config: dict[str, Any] | None = None) -> int
         parts.setdefault(int(name.split(".")[1]) // 2 if name.startswith("blocks.") else blocks, []).append(name)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1 << 22) + 64, generator=generator).bfloat16() * 0.02
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(parts.values(), 1):
         file = f"diffusion_pytorch_model-{i:05}-of-{len(parts):05}.safetensors"
         values = {name: torch.empty(shapes[name], dtype=torch.bfloat16) for name in names}

@@ -260,7 +260,7 @@ def read_into(file: int, offset: int, buffer: Tensor, error: type[Tahf4Error] = 
     Raises:
         Tahf4Error: of the type ``error``.
     """
-    view = memoryview(buffer.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    view = buffer.reshape(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(view):
         try:

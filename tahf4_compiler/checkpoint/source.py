@@ -167,7 +167,7 @@ def _tensors(folder: Path) -> dict[str, TensorInfo]:
 def _meta_model(config: Mapping[str, Any], count: int, folder: Path) -> nn.Module:
     import diffusers
 
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    cls: Any = getattr(diffusers, str(config.get("_class_name")), None)
     if not isinstance(cls, type) or not issubclass(cls, diffusers.ModelMixin):
         raise CheckpointError(
             f"{folder / 'config.json'} names the class {config.get('_class_name')!r:.100}; expected one of diffusers' "
@@ -176,7 +176,8 @@ def _meta_model(config: Mapping[str, Any], count: int, folder: Path) -> nn.Modul
     _check_sizes(config, count, folder / "config.json")
     try:
         with torch.device("meta"):
-            return cls.from_config({k: v for k, v in config.items() if k != "_name_or_path"}).eval()
+            model: nn.Module = cls.from_config({k: v for k, v in config.items() if k != "_name_or_path"})
+            return model.eval()
     except Exception as cause:  # whatever a constructor makes of values that it was not made for
         raise CheckpointError(f"{folder / 'config.json'} makes no {cls.__name__}: {cause!s:.300}") from cause
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
         self._local = threading.local()
 
-    def packed(self, items: list[Item]) -> Iterator[tuple[Item, list[Tensor]]]:
+    def packed(self, items: list[Item]) -> Generator[tuple[Item, list[Tensor]], None, None]:
         """Yield the items that are packed with their codes and scales, in order."""
         waiting: deque[tuple[Item, Future[list[Tensor]]]] = deque()
         rest = iter(items)
@@ -154,7 +154,7 @@ def _chunks(item: Item) -> Iterator[Tensor]:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()).cast("B")
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
