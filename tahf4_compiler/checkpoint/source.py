@@ -176,7 +176,8 @@ def _meta_model(config: Mapping[str, Any], count: int, folder: Path) -> nn.Modul
     _check_sizes(config, count, folder / "config.json")
     try:
         with torch.device("meta"):
-            model: nn.Module = cls.from_config({k: v for k, v in config.items() if k != "_name_or_path"})
+            settings = {k: v for k, v in config.items() if k != "_name_or_path"}
+            model: nn.Module = cls.from_config(settings)  # type: ignore[attr-defined]
             return model.eval()
     except Exception as cause:  # whatever a constructor makes of values that it was not made for
         raise CheckpointError(f"{folder / 'config.json'} makes no {cls.__name__}: {cause!s:.300}") from cause
