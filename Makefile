@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types sanitize tiny-wan clean
+.PHONY: help env demo test lint types fuzz sanitize tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ types: $(STAMP) ## Check types with mypy
 	@ln -s $(CURDIR)/tahf4_compiler/* build/types/tahf4_compiler/
 	@ln -s $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/tools build/types/tahf4_compiler/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tahf4_compiler
+
+fuzz: $(STAMP) ## Load 10,000 damaged recipes and checkpoints: each is read or refused by an error of our own
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/test_files_hostile.py 10000
 
 sanitize: $(STAMP) ## Run the tests of the C++ kernels under the address and undefined-behaviour sanitizers (GCC)
 	TAHF4_CPP_SANITIZE=1 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \

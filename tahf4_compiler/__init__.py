@@ -11,6 +11,7 @@ from .calibration import Calibration, calibrate
 from .errors import (
     CalibrationError,
     CaptureError,
+    CheckpointError,
     FormatError,
     GradientError,
     OptionError,
@@ -44,6 +45,7 @@ __all__ = [
     "CalibrationError",
     "Capture",
     "CaptureError",
+    "CheckpointError",
     "Context",
     "Decision",
     "FormatError",

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CalibrationError",
     "CaptureError",
+    "CheckpointError",
     "FormatError",
     "GradientError",
     "OptionError",
@@ -68,3 +69,7 @@ class ShardingError(Tahf4Error, ValueError):
 
 class PackedError(Tahf4Error, RuntimeError):
     """A packed model cannot do what was asked: its original weights are gone, or a checkpoint does not fit it."""
+
+
+class CheckpointError(Tahf4Error, ValueError):
+    """A checkpoint's files cannot be read, do not fit each other or their model, or cannot be written."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint.reading import parse_json, read_header
 from .errors import Tahf4Error
 
 __all__ = ["decode", "digest", "encode", "is_plain", "load_tensors", "save_tensors"]
@@ -79,11 +80,11 @@ def load_tensors(path: Path, kind: str, error: type[Tahf4Error]) -> tuple[dict[s
 
     if not path.is_file():
         raise error(f"there is no file {path}")
+    text = read_header(path, error).metadata.get(_KEY, "{}")
+    header = parse_json(text.encode(), f"the header of {path}", error)
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            header = json.loads(metadata.get(_KEY, "null"))
-            found = header.get("format") if isinstance(header, dict) else None
+            found = header.get("format")
             if found != kind:
                 raise error(f"{path} is of the format {found!r}; expected {kind!r}, as this version of tahf4 writes it")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

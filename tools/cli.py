@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, bisect, calibrate, demo, doctor, evaluate, parallel, passes
+from . import bench, bisect, calibrate, demo, doctor, evaluate, parallel, passes, quantize
 from .errors import own_error
 from .kernels import roofline, table
 
@@ -66,6 +66,8 @@ def tahf4(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("quantize")(quantize.quantize)
+app.command("verify")(quantize.verify)
 app.command("bench")(bench.bench)
 app.command("kernels")(table.kernels)
 app.command("roofline")(roofline.roofline)

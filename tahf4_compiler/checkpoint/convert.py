@@ -1,0 +1,276 @@
+"""From a model folder to one with packed linears, as a stream (:func:`quantize_checkpoint`)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import CheckpointError, RecipeError, Tahf4Error
+from ..module_plan import plan_modules, plan_transforms
+from ..pass_base import Decision
+from ..recipe import Recipe
+from .layout import Shard, shards_of
+from .manifest import NAME, file_sha256, manifest_text, read_manifest
+from .reading import read_header
+from .source import Component, Source, open_source
+from .stage import Stage, drop_list
+from .stream import Workers, write_shard
+
+__all__ = ["Converted", "quantize_checkpoint"]
+
+_COPY = 4 << 20
+
+
+@dataclass
+class Converted:
+    """What a conversion did.
+
+    Attributes:
+        plans: one decision for each linear, by component.
+        bytes_read: of weights and copied files, in this run.
+        bytes_written: in this run.
+        resumed: files that an earlier run had finished.
+        complete: the folder was there already, made of the same files in the same way; nothing was written.
+    """
+
+    plans: dict[str, list[Decision]] = field(default_factory=dict)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    resumed: int = 0
+    complete: bool = False
+
+
+@dataclass
+class _Part:
+    component: Component
+    plan: list[Decision]
+    shards: list[Shard]
+    texts: dict[str, str]
+    sums: Mapping[str, int]
+
+
+def quantize_checkpoint(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    expert: str | None = None,
+    keep: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    check_weights: bool = True,
+    shard_size: int = 2 << 30,
+    hard_link: bool = False,
+    threads: int | None = None,
+) -> Converted:
+    """Quantize a model on disk: what :func:`tahf4_compiler.quantize_` makes of it, bit for bit, in bounded memory.
+
+    The new folder grows beside its place and is renamed when it is whole. A run that was stopped, in whatever way,
+    is taken up after the last finished file when it is called again with the same arguments.
+
+    Args:
+        model_dir: a diffusers pipeline or model in safetensors, or a model with the original Wan names.
+        out_dir: new or empty.
+        recipe: see :class:`tahf4_compiler.Recipe`, or None for a rotation that needs no data.
+        expert: which expert's part of the recipe belongs to a bare model.
+        keep: regular expressions, searched in module paths: linears that stay in high precision.
+        dtype: that floating-point tensors are cast to first, as ``from_pretrained(torch_dtype=...)`` does.
+        check_weights: compare the weights with those that were calibrated.
+        shard_size: bytes of a file of weights.
+        hard_link: link files that do not change instead of copying them.
+        threads: that read and pack; None for one a core, four at most.
+
+    Raises:
+        CheckpointError: something cannot be read or written; ``out_dir`` is as it was.
+        RecipeError: the recipe belongs to another model; ``out_dir`` is as it was.
+        PatternError: a pattern of ``keep`` matches nothing.
+    """
+    folder, out = Path(model_dir), Path(os.path.abspath(out_dir))
+    source = open_source(folder, dtype)
+    parts = _parts(source, recipe, expert, keep, check_weights, shard_size)
+    job = _job(source, parts)
+    result = Converted({part.component.name: part.plan for part in parts})
+    if _stands(out, job):
+        drop_list(out)
+        result.complete = True
+        return result
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise CheckpointError(f"{out} lies in {folder}, which is read; name a folder elsewhere")
+    before = torch.get_num_threads()
+    stage = Stage(out, job)
+    try:
+        result.resumed = len(stage.done)
+        _write_all(stage, source, parts, result, hard_link, threads or min(4, os.cpu_count() or 1))
+        _write_text(stage, NAME, manifest_text(job, stage.done))
+        stage.publish()
+    except OSError as cause:
+        stage.drop_unfinished()
+        raise CheckpointError(
+            f"cannot write {out}: {cause.strerror or cause}. What is finished waits in {stage.folder}: make room and "
+            "run the same command again, or delete it."
+        ) from cause
+    except Tahf4Error:
+        stage.drop()
+        raise
+    finally:
+        stage.close()
+        torch.set_num_threads(before)
+    return result
+
+
+def _parts(
+    source: Source, recipe: Recipe | None, expert: str | None, keep: Sequence[str], check_weights: bool, limit: int
+) -> list[_Part]:
+    from ..packed.config import TaHF4Config
+
+    if recipe is not None and recipe.high_precision_steps:
+        raise RecipeError(
+            "the recipe runs some steps in high precision, which needs the original weights; a packed checkpoint has "
+            "none. Use a recipe without such steps."
+        )
+    names = [component.name for component in source.components]
+    if recipe is not None and names != [""] and (missing := sorted(set(recipe.experts) - set(names))):
+        raise RecipeError(f"the recipe has the expert {missing[0]!r}; {source.folder} has {', '.join(names)}")
+    parts = []
+    for component in source.components:
+        mine, name = recipe, expert
+        if component.name:
+            mine, name = (recipe, component.name) if recipe and component.name in recipe.experts else (None, None)
+        plan = plan_modules(component.model, mine, keep, expert=name)
+        transforms = plan_transforms(component.model, plan, mine, expert=name)
+        shards, index = shards_of(component, plan, transforms, limit)
+        chosen = {d.module: d for d in plan if d.module in transforms}
+        linears = {
+            path: {
+                "k": d.k,
+                "n": d.n,
+                "hadamard_block": transforms[path].hadamard_block,
+                "activation": transforms[path].activation,
+                "dtype": str(component.model.get_submodule(path).weight.dtype).removeprefix("torch."),
+            }
+            for path, d in chosen.items()
+        }
+        settings = TaHF4Config(mine, keep=keep, expert=name, linears=linears).to_dict()
+        prefix = f"{component.name}/" if component.name else ""
+        config = {**component.config, "quantization_config": settings}
+        texts = {f"{prefix}config.json": json.dumps(config, indent=2, sort_keys=True) + "\n"}
+        if index is not None:
+            texts[f"{prefix}diffusion_pytorch_model.safetensors.index.json"] = json.dumps(index, indent=2) + "\n"
+        sums: dict[str, int] = {}
+        if mine is not None and check_weights:
+            part = name if name is not None else next(iter(mine.experts), "")
+            sums = {path: linear.weight_sum for path, linear in mine.linears(part).items()}
+        parts.append(_Part(component, plan, shards, texts, sums))
+    return parts
+
+
+def _job(source: Source, parts: list[_Part]) -> str:
+    """Return a hash of what is converted and how: files by name, size and time, headers, settings and transforms."""
+    found = hashlib.sha256()
+    files = {info.path for part in parts for info in part.component.tensors.values()}
+    for path in sorted([*files, *source.others.values()]):
+        state = path.stat()
+        found.update(f"{path.relative_to(source.folder)}|{state.st_size}|{state.st_mtime_ns}\n".encode())
+    for path in sorted(files):
+        found.update(read_header(path).text)
+    for part in parts:
+        for name, text in part.texts.items():
+            found.update(f"{name}|{text}\n".encode())
+        for shard in part.shards:
+            found.update(shard.header)
+            for item in shard.items:
+                settings = f"{item.outputs[0][0]}|{item.dtype}|{part.sums.get(item.path)}|{item.transform}\n"
+                found.update(settings.encode())
+                values = [item.value]
+                if item.transform is not None:
+                    values = [item.transform.mask, item.transform.second_moment]
+                for value in values:
+                    if value is not None:
+                        found.update(value.detach().cpu().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _stands(out: Path, job: str) -> bool:
+    """Whether the folder is there already, made by the same job.
+
+    Raises:
+        CheckpointError: something else is there.
+    """
+    if out.is_dir() and not out.is_symlink():
+        if not any(out.iterdir()):
+            return False
+        with contextlib.suppress(CheckpointError):
+            if read_manifest(out)[0] == job:
+                return True
+    elif not os.path.lexists(out):
+        return False
+    raise CheckpointError(f"{out} is there already and holds something else; remove it or name another folder")
+
+
+def _write_all(
+    stage: Stage, source: Source, parts: list[_Part], result: Converted, hard_link: bool, threads: int
+) -> None:
+    others = {name: path for name, path in source.others.items() if name not in stage.done}
+    weights = [(part, shard) for part in parts for shard in part.shards]
+    todo = [(part, shard) for part, shard in weights if shard.name not in stage.done]
+    needed = sum(shard.size for _, shard in todo)
+    needed += 0 if hard_link else sum(path.stat().st_size for path in others.values())
+    if needed > (free := shutil.disk_usage(stage.folder).free):
+        raise OSError(28, f"{needed:,} bytes are needed and {free:,} free")
+    total = sum(s.read for _, s in weights) + sum(path.stat().st_size for path in source.others.values())
+    left = sum(s.read for _, s in todo) + sum(path.stat().st_size for path in others.values())
+    with tqdm(total=total, initial=total - left, desc="quantize", unit="B", unit_scale=True, delay=1.0) as bar:
+
+        def progress(count: int) -> None:
+            result.bytes_read += count
+            bar.update(count)
+
+        for part in parts:
+            workers = Workers(threads, part.sums)
+            try:
+                for shard in part.shards:
+                    if shard.name not in stage.done:
+                        found = write_shard(shard, stage.partial(shard.name), workers, progress)
+                        stage.finish(shard.name, found)
+                        result.bytes_written += found[0]
+            finally:
+                workers.close()
+            for name, text in part.texts.items():
+                _write_text(stage, name, text)
+        for name, path in others.items():
+            stage.finish(name, _copy(path, stage.partial(name), hard_link, progress))
+            result.bytes_written += 0 if hard_link else stage.done[name][0]
+
+
+def _write_text(stage: Stage, name: str, text: str) -> None:
+    if name in stage.done:
+        return
+    data = text.encode()
+    stage.partial(name).write_bytes(data)
+    stage.finish(name, (len(data), hashlib.sha256(data).hexdigest()))
+
+
+def _copy(path: Path, place: Path, hard_link: bool, progress: Callable[[int], Any]) -> tuple[int, str]:
+    """Copy or link a file; return its size and SHA-256."""
+    if hard_link:
+        os.link(path.resolve(), place)
+        return file_sha256(place, progress)
+    found, size, buffer = hashlib.sha256(), 0, bytearray(_COPY)
+    with path.open("rb", buffering=0) as source, place.open("wb", buffering=0) as out:
+        while count := source.readinto(buffer):
+            data = memoryview(buffer)[:count]
+            found.update(data)
+            size += count
+            progress(count)
+            while len(data):
+                data = data[out.write(data) :]
+    return size, found.hexdigest()

@@ -1,0 +1,118 @@
+"""The folder beside its place in which a checkpoint grows, and the list of what is finished there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .manifest import file_sha256
+from .reading import read_json
+
+__all__ = ["Stage", "drop_list"]
+
+_LIST = ".tahf4_progress.json"
+
+
+def drop_list(folder: Path) -> None:
+    """Remove the list of what is finished, which a run that was killed in its last moment leaves in its result."""
+    (folder / _LIST).unlink(missing_ok=True)
+
+
+class Stage:
+    """Files that are written under another name and listed when they are whole.
+
+    Args:
+        out: the folder that it becomes.
+        job: what the files are made of and how; files of another job are dropped.
+
+    Raises:
+        CheckpointError: another process writes there, or nothing can be written there.
+    """
+
+    def __init__(self, out: Path, job: str) -> None:
+        """Take up what an earlier run of the same job left; its finished files are read and compared again."""
+        self.out, self.job = out, job
+        self.folder = out.parent / f".{out.name}.tahf4-partial"
+        self.done: dict[str, tuple[int, str]] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as cause:
+            raise CheckpointError(f"cannot write beside {out}: {cause.strerror}; name another folder") from cause
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as cause:
+            os.close(self._lock)
+            raise CheckpointError(f"another tahf4 quantize is writing {out}; wait, or name another folder") from cause
+        try:
+            self._take_up()
+        except OSError as cause:
+            self.close()
+            raise CheckpointError(f"cannot write beside {out}: {cause.strerror}; name another folder") from cause
+
+    def _take_up(self) -> None:
+        try:
+            listed = read_json(self.folder / _LIST)
+            if listed.get("job") == self.job:
+                for name, (size, digest) in listed["files"].items():
+                    path = self.folder / name
+                    if path.is_file() and path.stat().st_size == size and file_sha256(path) == (size, digest):
+                        self.done[name] = (size, digest)
+        except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+            self.done = {}
+        for base, folders, files in os.walk(self.folder, topdown=False):
+            for name in files:
+                if (path := Path(base) / name).relative_to(self.folder).as_posix() not in self.done:
+                    path.unlink()
+            for name in folders:
+                if not any((Path(base) / name).iterdir()):
+                    (Path(base) / name).rmdir()
+        self._write_list()
+
+    def partial(self, name: str) -> Path:
+        """Return where a file is written until it is finished."""
+        path = self.folder / f"{name}.part"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(self, name: str, found: tuple[int, str]) -> None:
+        """Give a file its name, and list it with its size and hash."""
+        (self.folder / f"{name}.part").replace(self.folder / name)
+        self.done[name] = found
+        self._write_list()
+
+    def _write_list(self) -> None:
+        beside = self.folder / f"{_LIST}.part"
+        beside.write_text(json.dumps({"job": self.job, "files": self.done}), encoding="utf-8")
+        beside.replace(self.folder / _LIST)
+
+    def publish(self) -> None:
+        """Make the folder what it stands beside; an empty folder there is replaced.
+
+        Raises:
+            CheckpointError: it cannot be renamed.
+        """
+        try:
+            self.folder.replace(self.out)
+            drop_list(self.out)
+        except OSError as cause:
+            raise CheckpointError(f"cannot rename {self.folder} to {self.out}: {cause.strerror}") from cause
+
+    def drop(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def drop_unfinished(self) -> None:
+        """Remove what is half written; what is finished serves the next run."""
+        for path in self.folder.rglob("*.part"):
+            path.unlink(missing_ok=True)
+        if not self.done:
+            self.drop()
+
+    def close(self) -> None:
+        """Let others write."""
+        os.close(self._lock)

@@ -1,0 +1,303 @@
+"""``tahf4 quantize`` and ``tahf4 verify``: the same bits as in memory, after kills, full disks and damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import wan
+from safetensors.torch import load_file, save_file
+from tahf4_compiler.tools.cli import app
+from tahf4_compiler.tools.tiny_wan import settings
+from typer.testing import CliRunner
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.checkpoint.convert import quantize_checkpoint
+from tahf4_compiler.checkpoint.manifest import verify
+from tahf4_compiler.packing import checksum
+from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
+NAME = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return wan(ffn_dim=192)[0].bfloat16()
+
+
+@pytest.fixture
+def saved(model, tmp_path) -> Path:
+    folder = tmp_path / "model"
+    model.save_pretrained(folder, max_shard_size="300KB")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def recipe_of(model, search: str = "weighted") -> Recipe:
+    """Masks, a rotation and a search for the first block; its queries, keys and values share one activation."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.0.")}
+    groups: dict[str, list[str]] = {}
+    for name in linears:
+        joined = re.sub(r"attn1\.to_[kv]$", "attn1.to_q", re.sub(r"attn2\.to_v$", "attn2.to_k", name))
+        groups.setdefault(joined, []).append(name)
+    entries = {}
+    for i, (name, members) in enumerate(groups.items()):
+        k = linears[name].in_features
+        decision = "high_precision" if name.endswith("ffn.net.2") else "hif4"
+        listed = {
+            m: LinearEntry(tuple(linears[m].weight.shape), int(checksum(linears[m].weight)), decision) for m in members
+        }
+        generator = torch.Generator().manual_seed(i)
+        mask, moment = (torch.rand(k, generator=generator) + 0.5 for _ in range(2))
+        entries[name] = RecipeEntry(listed, 64, i, search, mask=mask, second_moment=moment.bfloat16())
+    return Recipe({"": entries})
+
+
+@pytest.mark.parametrize("with_recipe", [False, True])
+def test_the_bits_are_those_of_quantize_in_memory(model, saved, tmp_path, with_recipe):
+    recipe = recipe_of(model) if with_recipe else None
+    quantize_checkpoint(saved, tmp_path / "out", recipe, shard_size=100_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    packed = type(model).from_pretrained(saved, torch_dtype=torch.bfloat16)
+    tahf4.quantize_(packed, recipe)
+    packed.save_pretrained(tmp_path / "memory")
+    found, wanted, original = (tensors(tmp_path / part) for part in ("out", "memory", "model"))
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert torch.equal(value.double(), found[name].double()), name
+        stored = original.get(name, value)  # loading casts norms to float32; the file has them as they were
+        assert found[name].dtype == stored.dtype, name
+    configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("out", "memory")]
+    assert configs[0]["quantization_config"]["linears"] == configs[1]["quantization_config"]["linears"]
+    loaded = type(model).from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
+    _, inputs = wan(ffn_dim=192)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs)[0], packed(**inputs)[0])
+
+
+def test_the_shipped_pipeline(tmp_path):
+    out = tmp_path / "out"
+    result = runner.invoke(app, ["quantize", str(settings.PIPELINE_DIR), "-o", str(out), "--hard-link"])
+    assert result.exit_code == 0, result.output
+    assert "transformer_2: 40 of 46 linears in HiF4" in result.output
+    for part in ("vae/config.json", f"vae/{NAME}", "model_index.json", "tokenizer/tokenizer.json"):
+        assert (out / part).read_bytes() == (settings.PIPELINE_DIR / part).read_bytes()
+    assert (out / f"vae/{NAME}").stat().st_nlink > 1
+    before, after = ((f / f"transformer/{NAME}").stat().st_size for f in (settings.PIPELINE_DIR, out))
+    packed, plain = (load_file(f / f"transformer/{NAME}") for f in (out, settings.PIPELINE_DIR))
+    small = sum(v.nbytes for k, v in packed.items() if k.endswith(("_codes", "_scales", "multiplier")))
+    linears = {k.removesuffix("_codes") for k in packed if k.endswith("_codes")}
+    assert small / sum(2 * plain[k].numel() for k in linears) <= 0.30 and after < before
+    again = runner.invoke(app, ["quantize", str(settings.PIPELINE_DIR), "-o", str(out)])
+    assert "complete already" in again.output
+    assert "all 12 files" in runner.invoke(app, ["verify", str(out)]).output
+    path = out / f"transformer/{NAME}"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    broken = runner.invoke(app, ["verify", str(out)])
+    assert broken.exit_code == 2 and "other contents" in broken.output
+
+
+ORIGINAL = [
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("attn1", "self_attn"),
+    ("attn2", "cross_attn"),
+    (".to_out.0.", ".o."),
+    *((f".to_{x}.", f".{x}.") for x in "qkv"),
+    ("ffn.net.0.proj", "ffn.0"),
+    ("ffn.net.2", "ffn.2"),
+    ("norm2", "norm_"),
+    ("norm3", "norm2"),
+    ("norm_.", "norm3."),
+    ("proj_out", "head.head"),
+]
+
+
+def original_names(model) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, value in model.state_dict().items():
+        new = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
+        for ours, theirs in ORIGINAL:
+            new = new.replace(ours, theirs)
+        found[new] = value.contiguous()
+    return found
+
+
+def test_the_original_wan_names_give_the_same_files(model, saved, tmp_path):
+    folder = tmp_path / "original"
+    folder.mkdir()
+    save_file(original_names(model), folder / NAME)
+    assert "blocks.0.self_attn.q.weight" in load_file(folder / NAME)
+    config = {"_class_name": "WanModel", "dim": 128, "num_heads": 2, "eps": 1e-6, "model_type": "t2v"}
+    (folder / "config.json").write_text(json.dumps(config))
+    quantize_checkpoint(folder, tmp_path / "a")
+    quantize_checkpoint(saved, tmp_path / "b")
+    left, right = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
+    assert dict(type(model).from_pretrained(tmp_path / "a").config)["num_attention_heads"] == 2
+
+
+KILLING = """
+import os, random, signal, sys, time
+from pathlib import Path
+from tahf4_compiler.checkpoint import convert, layout, manifest, source, stage, stream
+import diffusers.models.transformers.transformer_wan, tahf4_compiler.packed.config
+
+def slow(holder, name):
+    old = getattr(holder, name)
+    def call(*args, **kwargs):
+        time.sleep(0.01)
+        found = old(*args, **kwargs)
+        time.sleep(0.01)
+        return found
+    setattr(holder, name, call)
+
+for name in ("finish", "_write_list", "publish", "partial"):
+    slow(stage.Stage, name)
+slow(convert, "drop_list")
+out, chance, kills = Path(sys.argv[2]), random.Random(int(sys.argv[3])), 0
+place = out.parent / f".{out.name}.tahf4-partial"
+for _ in range(int(sys.argv[4])):  # a child at a time: importing takes longer than converting
+    if not (child := os.fork()):
+        convert.quantize_checkpoint(sys.argv[1], out, shard_size=60_000)
+        os._exit(0)
+    end = time.monotonic() + 20
+    while not place.exists() and not out.exists() and time.monotonic() < end:
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.25))
+    os.kill(child, signal.SIGKILL)
+    kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert not out.exists() or (out / manifest.NAME).exists()
+print(kills)
+"""
+
+
+def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bytes(saved, tmp_path):
+    quantize_checkpoint(saved, tmp_path / "whole", shard_size=60_000)
+    wanted, out = contents(tmp_path / "whole"), tmp_path / "out"
+    arguments = [sys.executable, "-c", KILLING, str(saved), str(out), "0", "5"]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, timeout=120, check=True)
+    assert int(done.stdout) >= 2
+    done = quantize_checkpoint(saved, out, shard_size=60_000)
+    assert done.resumed or done.complete
+    assert contents(out) == wanted
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "whole"]
+
+
+def test_what_an_interrupted_run_left_damaged_is_made_again(saved, tmp_path, monkeypatch):
+    from tahf4_compiler.checkpoint.stage import Stage
+
+    quantize_checkpoint(saved, tmp_path / "whole", shard_size=100_000)
+    monkeypatch.setattr(Stage, "publish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(saved, tmp_path / "out", shard_size=100_000)
+    monkeypatch.undo()
+    (left,) = tmp_path.glob(".out.*")
+    shard = next(left.glob("*.safetensors"))
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    (left / "stray.safetensors").write_bytes(b"")
+    done = quantize_checkpoint(saved, tmp_path / "out", shard_size=100_000)
+    assert done.resumed and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_an_error_and_the_next_run_goes_on(saved, tmp_path):
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, before[1]))
+    try:
+        with pytest.raises(tahf4.CheckpointError, match=r"cannot write .*run the same command again"):
+            quantize_checkpoint(saved, out, shard_size=120_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not out.exists() and not list(tmp_path.rglob("*.part"))
+    quantize_checkpoint(saved, out, shard_size=120_000)
+    assert verify(out)
+
+
+def test_too_little_room_is_told_before_anything_is_written(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("U", (), {"free": 1000}))
+    with pytest.raises(tahf4.CheckpointError, match="bytes are needed and 1,000 free"):
+        quantize_checkpoint(saved, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_places_that_cannot_be_written_are_refused(saved, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(tahf4.CheckpointError, match="cannot write beside"):
+        quantize_checkpoint(saved, tmp_path / "file" / "out")
+    with pytest.raises(tahf4.CheckpointError, match="there already"):
+        quantize_checkpoint(saved, tmp_path / "file")
+    with pytest.raises(tahf4.CheckpointError, match="lies in"):
+        quantize_checkpoint(saved, saved / "out")
+    with pytest.raises(tahf4.CheckpointError, match="cannot write beside"):
+        quantize_checkpoint(saved, "/proc/out")  # read-only, whoever asks
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
+
+
+def test_a_recipe_of_another_model_leaves_nothing(model, saved, tmp_path):
+    torch.manual_seed(1)
+    other = wan(ffn_dim=192)[0].bfloat16()
+    with pytest.raises(tahf4.RecipeError, match="other weights than those that were calibrated"):
+        quantize_checkpoint(saved, tmp_path / "out", recipe_of(other, ""))
+    with pytest.raises(tahf4.RecipeError, match="shape"):
+        quantize_checkpoint(saved, tmp_path / "out", recipe_of(wan(ffn_dim=256)[0]))
+    with pytest.raises(tahf4.RecipeError, match="transformer"):
+        quantize_checkpoint(settings.PIPELINE_DIR, tmp_path / "out", recipe_of(other))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    quantize_checkpoint(saved, tmp_path / "out", recipe_of(other, ""), check_weights=False)
+
+
+def test_keep_and_dtype(model, saved, tmp_path):
+    plain = model.to(torch.float32)
+    try:
+        plain.save_pretrained(tmp_path / "float32")
+    finally:
+        model.to(torch.bfloat16)
+    quantize_checkpoint(tmp_path / "float32", tmp_path / "a", keep=[r"blocks\.0\."], dtype=torch.bfloat16)
+    found, wanted = tensors(tmp_path / "a"), tensors(saved)
+    assert found["blocks.0.ffn.net.2.weight"].dtype == torch.bfloat16 and "blocks.1.ffn.net.2.weight" not in found
+    assert found["scale_shift_table"].dtype == torch.float32, "diffusers keeps it so"
+    quantize_checkpoint(saved, tmp_path / "b", keep=[r"blocks\.0\."])
+    same = tensors(tmp_path / "b")
+    assert all(torch.equal(found[n], same[n]) for n in found if "weight_" in n) and set(found) == set(same)
+    assert set(wanted) - set(found)
+    with pytest.raises(tahf4.PatternError):
+        quantize_checkpoint(saved, tmp_path / "c", keep=["nothing"])
+
+
+def test_two_runs_at_once_are_refused(saved, tmp_path):
+    from tahf4_compiler.checkpoint.stage import Stage
+
+    stage = Stage(tmp_path / "out", "job")
+    try:
+        with pytest.raises(tahf4.CheckpointError, match="another tahf4 quantize"):
+            quantize_checkpoint(saved, tmp_path / "out")
+    finally:
+        stage.close()
+    assert os.path.isdir(stage.folder)
