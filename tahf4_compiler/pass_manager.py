@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,12 +58,20 @@ class PassManager:
     Attributes:
         passes: in execution order.
         keep_text: whether records hold the readable graphs.
+        on_graph: called with a stage's name and its graph: ``"captured"``, then after each pass.
     """
 
-    def __init__(self, passes: Sequence[Pass], *, keep_text: bool = False) -> None:
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        *,
+        keep_text: bool = False,
+        on_graph: Callable[[str, fx.GraphModule], None] | None = None,
+    ) -> None:
         """Take passes in their final order."""
         self.passes = list(passes)
         self.keep_text = keep_text
+        self.on_graph = on_graph
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> tuple[fx.GraphModule, list[PassRecord]]:
         """Run every pass.
@@ -105,6 +113,8 @@ class PassManager:
 
     def _record(self, name: str, graph_module: fx.GraphModule) -> PassRecord:
         text = readable(graph_module) if self.keep_text else ""
+        if self.on_graph is not None:
+            self.on_graph(name, graph_module)
         return PassRecord(name, nodes=len(graph_module.graph.nodes), readable=text)
 
     def _call(self, item: Pass, graph_module: fx.GraphModule, context: Context) -> PassResult:
