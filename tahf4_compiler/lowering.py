@@ -149,11 +149,20 @@ class Lowered:
         Raises:
             CaptureError: the arguments are not of the structure that was captured.
         """
-        assert self._captured.bind is not None and self._captured.unflatten is not None
+        assert self._captured.unflatten is not None
+        with torch.no_grad():
+            return self._captured.unflatten(list(self.graph_module(*self.bound(*args, **kwargs))))
+
+    def bound(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return the arguments of ``graph_module`` for a call: weights are packed here, if they are new.
+
+        Raises:
+            CaptureError: the arguments are not of the structure that was captured.
+        """
+        assert self._captured.bind is not None
         with torch.no_grad():
             flat = self._captured.bind(args, kwargs)
-            bound = self._lowered.binding(flat, store, self._options.weight_check)
-            return self._captured.unflatten(list(self.graph_module(*bound)))
+            return self._lowered.binding(flat, store, self._options.weight_check)
 
     def report(self, path: str | Path | None = None, *, recipe: Any = None, calibration: Any = None) -> str:
         """Return the plan as a table, what each pass did, and totals.

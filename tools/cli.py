@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, calibrate, demo, doctor, evaluate, passes
+from . import bench, calibrate, demo, doctor, evaluate, explain, inspect, passes
 from .errors import own_error
 from .kernels import roofline, table
 
@@ -66,6 +66,8 @@ def tahf4(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)
 app.command("kernels")(table.kernels)
 app.command("roofline")(roofline.roofline)
