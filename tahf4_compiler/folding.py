@@ -31,9 +31,10 @@ class _Pool:
 def fold(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     """Return snapshots as plain data for JSON.
 
-    A stage is a list of parts in the order of their first nodes, and ``runs``, the order of all: ``[path of the block, body, names, outer]``, the last three as numbers
-    in pools. A body holds nodes of which inputs and origins are positions in the part, or ``-1 - i`` for the
-    ``i``-th name in ``outer``. The block's own path is written ``~`` in it.
+    A stage is a list of parts in the order of their first nodes, and ``runs``, the order of all. A part is ``[path of
+    the block, body, names, outer]``, the last three as numbers in pools. In a body, inputs are positions in the part,
+    or ``-1 - i`` for the ``i``-th name in ``outer``, and origins are positions in ``outer``. The block's own path is
+    written ``~`` there.
     """
     bodies, names, outers = _Pool(), _Pool(), _Pool()
     stages = []

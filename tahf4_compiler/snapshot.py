@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import INPUT, PackedInput, module_classes, size_hint
+from .graph import INPUT, LINEAR, PackedInput, module_classes, size_hint
 from .kernels import KERNEL
 
 __all__ = ["NodeView", "Recorder", "Snapshot", "block_path"]
@@ -226,11 +226,13 @@ def _flops(node: fx.Node, tensors: Sequence[torch.Tensor], decisions: Sequence[A
     if node.op != "call_function":
         return 0
     first = next((n.meta.get("val") for n in node.all_input_nodes), None)
-    if decisions and isinstance(first, torch.Tensor):
+    if decisions and node.target is not LINEAR and isinstance(first, torch.Tensor):
         rows = 1
         for size in first.shape[:-1]:
             rows *= size_hint(size)
         return sum(2 * rows * d.k * d.n for d in {id(d): d for d in decisions}.values())
+    if node.target is LINEAR and isinstance(first, torch.Tensor) and tensors:
+        return 2 * _count(first) * size_hint(tensors[0].shape[-1])
     if _SDPA in str(node.target) and tensors and isinstance(first, torch.Tensor):
         keys = node.all_input_nodes[1].meta["val"]
         return 4 * _count(first) * size_hint(keys.shape[-2])

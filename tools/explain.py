@@ -22,7 +22,7 @@ def explain(
     settings: Set = None,
     dtype: Precision = Dtype.bfloat16,
 ) -> None:
-    """Print for each linear that matches: decision, reason, statistics, what was fused, the kernel, what would change it.
+    """Print for linears that match: decision, reason, statistics, what was fused, the kernel, and how to change it.
 
     For example `tahf4 explain MODEL "blocks.3.ffn"`. Weights are not needed.
     """

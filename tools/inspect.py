@@ -101,13 +101,25 @@ def request(
     """Return what the options of a command ask for."""
     import torch
 
-    from .calibrate import _argument
     from .inspection.sources import Request
 
-    options: dict[str, Any] = dict(map(_argument, settings or []))
+    options: dict[str, Any] = dict(map(_option, settings or []))
     if keep:
         options["keep"] = list(keep)
     return Request(model, recipe, calibration, shape, getattr(torch, dtype.value), weights, options)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Return name and value of ``NAME=VALUE``; the value is JSON, or a text."""
+    from .errors import CommandError
+
+    name, separator, value = text.partition("=")
+    if not separator or not all(part.isidentifier() for part in name.split(".")):
+        raise CommandError(f"--set {text!r}; expected NAME=VALUE, such as --set share.merge=false")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _several(wanted: Request) -> bool:

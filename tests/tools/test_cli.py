@@ -18,7 +18,7 @@ from tahf4_compiler import Pass, PassResult, PatternError, Tahf4Error, register_
 from tahf4_compiler.options import Options
 from tahf4_compiler.pipeline import build_pipeline
 
-COMMANDS = ("demo", "calibrate", "evaluate", "bench", "kernels", "roofline", "passes", "doctor")
+COMMANDS = ("demo", "calibrate", "evaluate", "inspect", "explain", "bench", "kernels", "roofline", "passes", "doctor")
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 
 

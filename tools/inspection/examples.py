@@ -28,8 +28,8 @@ def parse_shape(text: str | None) -> Shape | None:
     parts = text.lower().split("x")
     if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise CommandError(
-            f"--shape {text!r}; expected FRAMESxHEIGHTxWIDTH (video) or HEIGHTxWIDTH (image) of the latent tensor, such "
-            "as 21x60x104, which is 81 frames of 480x832 with the autoencoder of Wan2.2 A14B"
+            f"--shape {text!r}; expected FRAMESxHEIGHTxWIDTH (video) or HEIGHTxWIDTH (image) of the latent tensor, "
+            "such as 21x60x104, which is 81 frames of 480x832 with the autoencoder of Wan2.2 A14B"
         )
     return tuple(map(int, parts))
 
@@ -124,9 +124,10 @@ def _pixart(config: Any, shape: Shape | None, dtype: torch.dtype) -> dict[str, A
             "resolution": torch.tensor([[8.0 * height, 8.0 * width]]).to(dtype),
             "aspect_ratio": torch.ones(1, 1).to(dtype),
         }
+    text = config.caption_channels or config.cross_attention_dim
     return {
         "hidden_states": torch.randn(1, config.in_channels, height, width, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, 300, config.caption_channels or config.cross_attention_dim, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, 300, text, dtype=dtype),
         "timestep": torch.full((1,), 500),
         "added_cond_kwargs": more,
     }

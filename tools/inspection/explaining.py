@@ -65,9 +65,9 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
         for other in row.get("with", ()):
             yield f"  merged with {other}"
         for source in _quantizations(node, views):
-            before = [n for n in report.ancestors(source.name) if n.op == "call_function"]
-            names = ", ".join(dict.fromkeys(n.target.removeprefix("aten.") for n in before))
-            yield f"  activation  {source.name} = {source.target}" + (f", in the place of {names}" if names else "")
+            before = [n.target for n in report.ancestors(source.name) if n.op == "call_function"]
+            names = ", ".join(dict.fromkeys(t.removeprefix("aten.") for t in before if t != "aten.linear"))
+            yield f"  reads       {source.name} = {source.target}" + (f", in the place of {names}" if names else "")
         yield f"  kernel      {row['kernel'] or 'none chosen: the pass lower did not run'}"
     elif row["decision"] != "hif4":
         yield "  runs as     aten.linear, by PyTorch"
@@ -100,14 +100,14 @@ def _statistics(report: Report, row: Mapping[str, Any]) -> Iterator[str]:
         return
     measured = [
         f"SQNR {row['sqnr_db']:.1f} dB of its own output" if row.get("sqnr_db") is not None else "SQNR not measured",
-        f"effect {row['effect']:.2e} on the network's output" if row.get("effect") is not None else "no effect measured",
+        f"effect {row['effect']:.2e} on the output" if row.get("effect") is not None else "effect not measured",
     ]
     yield f"error       {', '.join(measured)}"
     how = [f"shares the activation of {row['activation']}" if row["activation"] != row["module"] else "own activation"]
     if row.get("percentile") is not None:
         how.append(f"percentile {row['percentile']:g}, weight exponent {row['weight_exponent']:g}")
     if (mask := row.get("mask")) is not None:
-        how.append(f"mask {mask['min']:g} to {mask['max']:g}, {100 * mask['far']:.1f} % of channels far from the median")
+        how.append(f"mask {mask['min']:g} to {mask['max']:g}, {100 * mask['far']:.1f} % of channels 4x off the median")
     how.append(f"rotation of {row['hadamard_block']}" if row.get("hadamard_block") else "no rotation")
     if row.get("search"):
         how.append(f"scales by {row['search']} error")
@@ -130,16 +130,13 @@ def what_would_change(row: Mapping[str, Any]) -> list[str]:
             found.append("a recipe (tahf4 calibrate) with a budget protects it if its measured effect is large")
         return found
     if reason.startswith("boundary"):
-        return [
-            "a recipe that names it and says hif4; outside of repeated blocks nothing is quantized by rule",
-            'options={"classify.min_linears": n}: from n linears on a member of a container is a block',
-        ]
+        return ["a recipe that names it and says hif4; outside of repeated blocks nothing is quantized by rule"]
     if reason.startswith("kept"):
         return ["leave the pattern out of keep (options, or tahf4.keep)"]
     if reason.startswith("sensitivity"):
-        return ["recipe.plan(...) with a smaller budget of high-precision linears or blocks, or a larger min_flops_4bit"]
+        return ["recipe.plan(...) with fewer high-precision linears or blocks, or a larger min_flops_4bit"]
     if reason.startswith("shape") and "less than" in reason:
-        return [f'options={{"plan.min_features": {min(row["k"], row["n"])}}} lets it in; most of a unit is padding then']
+        return [f'options={{"plan.min_features": {min(row["k"], row["n"])}}} lets it in; units are mostly padding then']
     if reason.startswith(("dtype", "weight", "shape")):
         return ["only the model: the weight must be a plain two-dimensional parameter of 16 bits or more"]
     if reason.startswith("this step"):

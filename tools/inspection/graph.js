@@ -91,7 +91,8 @@ const colourOf = (node) => `var(--${kindOf(node)})`;
 function treeOf(index, withInputs) {
   const stage = stageOf(index);
   const branch = (label, path) => ({ label, path, branches: new Map(), items: [], nodes: 0, flops: 0, mix: {} });
-  const shown = (node) => withInputs || (node.op !== "placeholder" && node.op !== "get_attr");
+  const quiet = (node) => node.op === "placeholder" || node.op === "get_attr" || node.target.includes("_assert_");
+  const shown = (node) => withInputs || !quiet(node);
   const add = (root, node, from) => {
     const rest = node.module.slice(from.length).replace(/^\./, "");
     let at = root, path = from;
@@ -106,15 +107,18 @@ function treeOf(index, withInputs) {
     at.items.push(node);
   };
   const count = (at) => {
+    Object.assign(at, { nodes: 0, flops: 0, time: 0, mix: {} });
     for (const item of at.items) {
       if (item.items) count(item);
-      const own = item.items ? item : { nodes: 1, flops: item.flops, mix: { [kindOf(item)]: item.flops } };
+      const own = item.items ? item : { nodes: 1, flops: item.flops, time: timed && data.milliseconds[item.name] || 0, mix: { [kindOf(item)]: item.flops } };
       at.nodes += own.nodes;
       at.flops += own.flops;
+      at.time += own.time;
       for (const [kind, flops] of Object.entries(own.mix)) at.mix[kind] = (at.mix[kind] || 0) + flops;
     }
     return at;
   };
+  const timed = index === stageNames.length - 1;
   const root = branch(data.title, "");
   const first = new Map();
   stage.order.forEach((name, i) => {
@@ -150,6 +154,6 @@ function treeOf(index, withInputs) {
     if (node.block === "" && shown(node)) add(root, node, "");
   });
   root.items.push(...waiting.map((entry) => entry[1]));
-  root.items.forEach((item) => item.items && !item.nodes && count(item));
+  root.items.forEach((item) => item.items && count(item));
   return root;
 }

@@ -99,7 +99,7 @@ function rowOf(pane, item, depth) {
   const row = element("div", { class: "row group", role: "treeitem", tabindex: -1, "aria-expanded": "false", style: `--depth:${depth}`, "data-path": item.path },
     element("span", { class: "twist" }, "▸"), element("span", { class: "name" }, item.label),
     item.alike ? element("span", { class: "count" }, `${item.alike} alike`) : null,
-    element("span", { class: "end" }, mixBar(item), `${item.nodes} nodes${item.flops ? ` · ${short(item.flops)}FLOP` : ""}`));
+    element("span", { class: "end" }, mixBar(item), [`${item.nodes} node${item.nodes === 1 ? "" : "s"}`, item.flops ? `${short(item.flops)}FLOP` : "", item.time ? `${item.time.toFixed(2)} ms` : ""].filter(Boolean).join(" · ")));
   const set = (open) => {
     row.setAttribute("aria-expanded", String(open));
     inside.hidden = !open;
@@ -137,19 +137,15 @@ function treeKeys(event) {
 function reveal(pane, name) {
   const node = stageOf(pane.stage).nodes.get(name);
   if (!node) return null;
-  const around = (path) => [...pane.tree.querySelectorAll(".row.group")].filter((row) => row.dataset.path === path || covers(row.dataset.path, path));
   const paths = [];
   node.module.split(".").reduce((path, part) => { paths.push(path ? `${path}.${part}` : part); return paths[paths.length - 1]; }, "");
+  const open = (wanted) => [...pane.tree.querySelectorAll(".row.group")].filter(wanted).forEach((row) => row.toggle(true));
   for (const path of paths) {
-    if (path === node.block) pane.tree.querySelectorAll(".row.group").forEach((row) => {
-      const run = row.dataset.path.endsWith("…") && row.nextSibling;
-      if (run && row.querySelector(".count") && inRun(row, node.block)) row.toggle(true);
-    });
-    around(path).forEach((row) => row.toggle(true));
+    if (path === node.block) open((row) => row.querySelector(".count") && inRun(row, path));
+    open((row) => row.dataset.path === path);
   }
   return pane.rows.get(name);
 }
-const covers = () => false;
 function inRun(row, block) {
   const [first, last] = row.querySelector(".name").textContent.split(" … ");
   const cut = first.lastIndexOf("."), number = +block.slice(block.lastIndexOf(".") + 1);
@@ -200,7 +196,7 @@ function linearFacts(row) {
     ["effect", row.effect != null ? row.effect.toExponential(2) : ""], ["percentile", row.percentile],
     ["weight exponent", row.weight_exponent], ["mask", mask ? `${short(mask.min)} to ${short(mask.max)}, median ${short(mask.median)}; ${(100 * mask.far).toFixed(1)} % of channels 4x off` : ""],
     ["rotation", row.hadamard_block ? `blocks of ${row.hadamard_block}` : ""], ["scale search", row.search],
-    ["time", row.milliseconds != null ? `${row.milliseconds} ms` : ""], ...Object.entries(row.numbers || {}),
+    ["time", row.milliseconds != null ? `${row.milliseconds} ms${(row.with || []).length ? `, with ${row.with.join(", ")}` : ""}` : ""], ...Object.entries(row.numbers || {}),
   ]);
 }
 
@@ -261,7 +257,7 @@ function search() {
       list.hidden = true;
       show("graph");
       if (!state.panes.some((pane) => pane.stage === stage)) { state.panes[0].stage = stage; state.panes[0].box.querySelector("select").value = stage; draw(state.panes[0]); }
-      if (node.op === "placeholder" && !$("inputs").checked) { $("inputs").checked = true; state.panes.forEach(draw); }
+      if (!state.panes[0].rows.has(node.name) && (node.op !== "call_function" || node.target.includes("_assert_")) && !$("inputs").checked) { $("inputs").checked = true; state.panes.forEach(draw); }
       choose(node.name, stage);
     });
     list.append(hit);
@@ -336,13 +332,13 @@ function drawPlots() {
   const flops = (list) => list.reduce((total, n) => total + n.flops, 0);
   box.append(plotCard("Memory and FLOPs by precision", "Weights of the linears as they are and as the plan leaves them; products and attention cores of one call.",
     stacked([
-      { name: "weights before", parts: [["16 or 32 bits", sum(rows, "bytes_before"), "var(--bf16)"]] },
+      { name: "weights before", parts: [["as they are", sum(rows, "bytes_before"), "var(--bf16)"]] },
       { name: "weights after", whole: sum(rows, "bytes_before"), parts: [["HiF4", sum(four, "bytes_after"), "var(--hif4)"], ["high precision", sum(high, "bytes_after"), "var(--bf16)"]] },
       { name: "FLOPs", parts: [["HiF4", sum(four, "flops"), "var(--hif4)"], ["linears high", sum(high, "flops"), "var(--bf16)"], ["attention", flops(attention), "var(--f32)"]] },
     ], [bytes, bytes, short])));
   depthPlot(box, rows);
   box.append(plotCard("Error along steps", "Error of the linears at each part of the denoising schedule.",
-    empty("Not measured: a recipe holds one error a linear, over all steps together. The spread of activations along steps is below.")));
+    empty("Not measured: a recipe holds one error a linear, over all steps together. How activations change along the steps is shown under Activations along steps.")));
   activationPlots(box);
   if (Object.keys(data.milliseconds).length) timePlot(box, last);
 }

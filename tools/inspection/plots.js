@@ -58,7 +58,7 @@ function ticks(low, high, count = 5) {
 
 // Axes for points in [x0, x1] x [y0, y1]; returns the drawing and the two scales.
 function axes({ x0, x1, y0, y1, xName, yName, xTicks, xText = short, yText = short, yTicks }) {
-  const width = 560, height = 250, left = 54, right = 14, top = 12, bottom = 38;
+  const width = 560, height = 250, left = 54, right = 14, top = 26, bottom = 38;
   const x = (v) => left + ((v - x0) / (x1 - x0 || 1)) * (width - left - right);
   const y = (v) => height - bottom - ((v - y0) / (y1 - y0 || 1)) * (height - top - bottom);
   const made = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${yName} over ${xName}` });
@@ -136,7 +136,7 @@ function distribution(activation) {
     frame.made.append(svg("rect", { x: left, y: frame.y(share), width: Math.max(0.5, width - 0.5), fill: "var(--bf16)",
       height: frame.bottom - frame.y(share) }, svg("title", {}, `${short(2 ** edge(i))} to ${short(2 ** edge(i + 1))}: ${short(count)} values`)));
   });
-  const marks = [[activation.percentile, `p${activation.percent}`, "var(--hif4)", 22], [activation.max, "max", "var(--bad)", 36]];
+  const marks = [[activation.percentile, `p${activation.percent}`, "var(--hif4)", 36], [activation.max, "max", "var(--bad)", 50]];
   for (const [value, name, colour, y] of marks) {
     if (!(value > 0)) continue;
     const at = frame.x(Math.log2(value));

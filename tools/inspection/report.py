@@ -88,13 +88,13 @@ class Report:
         for entry in self.plan:
             path = str(entry["module"])
             row = {**entry, **self.evidence.linears.get(path, {})}
-            node = nodes.get(path)
-            if node is not None:
-                row["node"] = node.name
-                row["numbers"] = {**entry.get("numbers", {}), **node.numbers}
-                row["with"] = [other for other in node.linears if other != path]
-                if node.name in self.milliseconds:
-                    row["milliseconds"] = round(self.milliseconds[node.name], 4)
+            if path in nodes:
+                view = nodes[path]
+                row["node"] = view.name
+                row["numbers"] = {**entry.get("numbers", {}), **view.numbers}
+                row["with"] = [other for other in view.linears if other != path]
+                if view.name in self.milliseconds:
+                    row["milliseconds"] = round(self.milliseconds[view.name], 4)
             found.append(row)
         return found
 
@@ -132,7 +132,7 @@ class Report:
         if stage is not None:
             self.stage(stage)
             snapshot = next(s for s in self.snapshots if s.stage == stage)
-        lines = [f"digraph {_quoted(self.title)} {{", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
+        lines = [f"digraph {_quoted(self.title)} {{", "  rankdir=TB; node [shape=box, style=filled];"]
         clusters: dict[str, list[NodeView]] = {}
         for node in snapshot.nodes:
             clusters.setdefault(node.module, []).append(node)

@@ -79,7 +79,7 @@ def reports(request: Request) -> Iterator[tuple[Report, Lowered | None, Mapping[
         yield _component(name, folder, recipe, calibration, request)
 
 
-_EXPECTED = "expected a folder of a diffusers model or pipeline, a dump (options dump_dir), or a program of torch.export"
+_EXPECTED = "expected a folder of a diffusers model or pipeline, a dump (dump_dir), or a program of torch.export"
 
 
 def _components(path: Path) -> list[tuple[str, Path]]:
@@ -186,7 +186,7 @@ def _exported(
     except Exception as error:  # of zip, JSON and schema readers
         raise CommandError(f"{path} cannot be read as a program of torch.export: {error}") from error
     if program.example_inputs is None:
-        raise CommandError(f"{path} holds no example inputs; export it with torch.export.save(torch.export.export(...))")
+        raise CommandError(f"{path} holds no example inputs; export it with torch.export.export, which keeps them")
     args, kwargs = program.example_inputs
     model = program.module()
     if recipe is not None:
