@@ -10,7 +10,7 @@ function tiles() {
   const flops = sum(data.linears, "flops"), before = sum(data.linears, "bytes_before"), after = sum(data.linears, "bytes_after");
   const found = [
     [`${chosen.length} of ${data.linears.length}`, "linears in HiF4 W4A4"],
-    [flops ? `${((100 * sum(chosen, "flops")) / flops).toFixed(1)} %` : "none", `of ${short(flops)}FLOP of the linears a call`],
+    [flops ? `${((100 * sum(chosen, "flops")) / flops).toFixed(2)} %` : "none", `of ${short(flops)}FLOP of the linears a call`],
     [`${bytes(before)} → ${bytes(after)}`, after ? `weights of the linears, ${(before / after).toFixed(2)}x smaller` : "weights"],
     [`${stageOf(0).order.length} → ${stageOf(stageNames.length - 1).order.length}`, `nodes, ${stageNames.length - 1} passes`],
   ];

@@ -121,19 +121,27 @@ def _component(
         model, scope = _structure(cls, config, folder, request.dtype)
         with scope, torch.device("cpu"):
             arguments = example_arguments(model, shape, request.dtype)
-    evidence = Evidence()
-    if recipe is not None:
-        expert = name if name in recipe.experts else None
-        if expert is not None or not name or len(recipe.experts) == 1:
-            # Which steps run in high precision is no property of the graph.
-            part = dataclasses.replace(recipe, high_precision_steps=())
-            apply_recipe(model, part, expert=expert, check_weights=request.weights)
-        evidence = Evidence.of(recipe, calibration, expert or name)
-    elif calibration is not None:
+    expert = _expert(name, folder, recipe)
+    if recipe is not None and (expert is not None or not name):
+        # Which steps run in high precision is no property of the graph.
+        part = dataclasses.replace(recipe, high_precision_steps=())
+        apply_recipe(model, part, expert=expert, check_weights=request.weights)
+        evidence = Evidence.of(recipe, calibration, expert)
+    else:
         evidence = Evidence.of(None, calibration, name)
     lowered = lower(capture(model, (), arguments), options=request.options)
     title = f"{name} ({cls.__name__})" if name else cls.__name__
     return Report.of(lowered, evidence, title=title, source=str(folder)), lowered, arguments
+
+
+def _expert(name: str, folder: Path, recipe: Recipe | None) -> str | None:
+    """Return which part of a recipe belongs to a component of a pipeline, or to a folder of one model; or None."""
+    experts = list(recipe.experts) if recipe is not None else []
+    if name:
+        return name if name in experts else None
+    if folder.resolve().name in experts:
+        return folder.resolve().name
+    return experts[0] if len(experts) == 1 else None
 
 
 def _class(config: Mapping[str, Any], folder: Path) -> Any:
