@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +139,14 @@ def test_a_report_without_a_path_stays_text(lowered, tmp_path):
     assert text.startswith("tahf4 report: WanTransformer3DModel")
     assert lowered.report(tmp_path / "page.html") == text
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_python_of_the_documentation_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/inspect.md", "exec"), {})
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_inspect_needs_no_weights(folder, tmp_path):

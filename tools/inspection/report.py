@@ -173,7 +173,7 @@ class Report:
         # Inside <script> only "</" and "<!--" end or change the text; both need a "<".
         text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
         parts = {"title": _escaped(self.title), "data": text}
-        for part in ("page.css", "plots.js", "graph.js", "page.js"):
+        for part in ("page.css", "plots.js", "graph.js", "summary.js", "page.js"):
             parts[part] = (here / part).read_text(encoding="utf-8")
         return re.sub(r"\{\{ ([\w.]+) \}\}", lambda match: parts[match.group(1)], page)
 
