@@ -20,7 +20,7 @@ from .errors import CaptureError, GradientError
 from .graph import INPUT, GraphInput, module_path, root_expression
 from .surroundings import Surroundings
 
-__all__ = ["Capture", "capture", "capture_dynamo"]
+__all__ = ["Capture", "capture", "capture_dynamo", "from_program"]
 
 
 @dataclass
@@ -80,7 +80,7 @@ def capture(
             "model(*args, **kwargs) first; a model that torch.compile must break into several graphs runs "
             'through torch.compile(model, backend="tahf4") instead.'
         ) from error
-    return _from_program(program, model, tuple(args), keywords)
+    return from_program(program, model, tuple(args), keywords)
 
 
 def capture_program(program: Any) -> Capture:
@@ -90,10 +90,15 @@ def capture_program(program: Any) -> Capture:
         CaptureError: it writes to its inputs, or has inputs of a kind that tahf4 does not run.
     """
     args, kwargs = program.example_inputs
-    return _from_program(program, program.module(), tuple(args), dict(kwargs))
+    return from_program(program, program.module(), tuple(args), dict(kwargs))
 
 
-def _from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Take an exported program, with the module that holds its parameters and the arguments it was exported with.
+
+    Raises:
+        CaptureError: it writes to its buffers or inputs, or has inputs of a kind that tahf4 does not run.
+    """
     from torch.export.graph_signature import InputKind
 
     kinds = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import fx
 from .binding import Binding
 from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .errors import OptionError, PackedError
+from .folding import graph_json
 from .graph import INPUT, PackedInput, linear_path
 from .graph_capture import Capture
 from .kernels import generated_sources
@@ -24,6 +26,7 @@ from .pass_base import Context, Decision
 from .pass_manager import PassManager, PassRecord, readable
 from .pipeline import build_pipeline
 from .report import plan_json, report
+from .snapshot import Recorder, Snapshot
 
 __all__ = ["Lowered", "LoweredGraph", "lower", "lower_graph"]
 
@@ -41,6 +44,7 @@ class LoweredGraph:
         seconds: of each stage.
         name: of the compiled module's class.
         dump: where it is written, or None.
+        snapshots: the graph after each pass as plain data, where somebody asked for texts.
     """
 
     graph_module: fx.GraphModule
@@ -51,6 +55,7 @@ class LoweredGraph:
     seconds: dict[str, float]
     name: str
     dump: GraphDump | None = None
+    snapshots: list[Snapshot] = field(default_factory=list, repr=False)
 
     def report(self) -> str:
         """Return the plan as a table, what each pass did, totals and compile times."""
@@ -97,19 +102,29 @@ def lower_graph(
     for group, same in zip(groups, ties(groups, captured.example_inputs, options.weight_check), strict=True):
         context.tied.update(zip(group, same, strict=True))
     start = time.perf_counter()
-    manager = PassManager(pipeline, keep_text=keep_text or folder is not None or tracing)
-    graph_module, history = manager.run(graph_module, context, each)
+    keep_text = keep_text or folder is not None or tracing
+    recorder = Recorder()
+
+    def seen(record: PassRecord, graph_module: fx.GraphModule) -> None:
+        if keep_text:
+            recorder(record.name, graph_module)
+        if each is not None:
+            each(record, graph_module)
+
+    graph_module, history = PassManager(pipeline, keep_text=keep_text).run(graph_module, context, seen)
     _check_plan_against_graph(graph_module, context.plan)
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     lowered = LoweredGraph(
         graph_module, Binding(graph_module), context.plan, history, context.notes, seconds, captured.name
     )
+    lowered.snapshots = recorder.snapshots
     if tracing:
         trace_artifacts(history)
     if folder is not None:
         lowered.dump = new_graph_dump(folder, captured.name)
         lowered.dump.write_graphs(history)
         lowered.dump.write("plan.json", plan_json(context.plan))
+        lowered.dump.write("graph.json", graph_json(recorder.snapshots))
         for name, (text, nodes) in generated_sources(graph_module.graph).items():
             lowered.dump.write(name, "".join(f"# Runs {node}.\n" for node in nodes) + text)
         lowered.write_report()
@@ -160,7 +175,17 @@ class Lowered:
         Raises:
             CaptureError: the arguments are not of the structure that was captured.
         """
-        assert self._captured.bind is not None and self._captured.unflatten is not None
+        assert self._captured.unflatten is not None
+        with torch.no_grad():
+            return self._captured.unflatten(list(self.graph_module(*self.bound(*args, **kwargs))))
+
+    def bound(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return the arguments of ``graph_module`` for a call: weights are packed here, if they are new.
+
+        Raises:
+            CaptureError: the arguments are not of the structure that was captured.
+        """
+        assert self._captured.bind is not None
         with torch.no_grad():
             flat = self._captured.bind(args, kwargs)
             if self._ties(flat) != self._tied:
@@ -168,12 +193,41 @@ class Lowered:
                     "the multipliers of packed linears are not equal in the way that they were when the model was "
                     "lowered. Capture and lower the model again."
                 )
-            bound = self._lowered.binding(flat, store, self._options.weight_check)
-            return self._captured.unflatten(list(self.graph_module(*bound)))
+            return self._lowered.binding(flat, store, self._options.weight_check)
 
-    def report(self) -> str:
-        """Return the plan as a table, what each pass did, and totals."""
+    def report(self, path: str | Path | None = None, *, recipe: Any = None, calibration: Any = None) -> str:
+        """Return the plan as a table, what each pass did, and totals.
+
+        Args:
+            path: of a self-contained HTML file to write besides: the graph after each pass, every linear, and plots.
+            recipe: a :class:`tahf4_compiler.Recipe` whose numbers the file shows.
+            calibration: path of the checkpoint of a calibration, for the distribution of activations.
+
+        Raises:
+            CommandError: the file cannot be written, or the calibration cannot be read.
+        """
+        if path is not None:
+            from .tools.inspection.report import Report
+            from .tools.inspection.statistics import Evidence
+
+            evidence = Evidence.of(recipe, Path(calibration) if calibration is not None else None)
+            Report.of(self, evidence).write_html(Path(path))
         return self._lowered.report()
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """The graph after each pass as plain data."""
+        return self._lowered.snapshots
+
+    @property
+    def name(self) -> str:
+        """Class name of the captured model."""
+        return self._lowered.name
+
+    @property
+    def notes(self) -> Mapping[str, Sequence[str]]:
+        """What the passes had to say."""
+        return self._lowered.notes
 
     def plan_json(self) -> str:
         """Return the plan as JSON, one object a linear."""

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, bisect, calibrate, demo, doctor, evaluate, parallel, passes, quantize
+from . import (
+    bench,
+    bisect,
+    calibrate,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    inspect,
+    parallel,
+    passes,
+    quantize,
+)
 from .errors import own_error
 from .kernels import roofline, table
 
@@ -68,6 +80,8 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(quantize.verify)
+app.command("inspect")(inspect.inspect)
+app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)
 app.command("kernels")(table.kernels)
 app.command("roofline")(roofline.roofline)

@@ -18,7 +18,10 @@ from tahf4_compiler import Pass, PassResult, PatternError, Tahf4Error, register_
 from tahf4_compiler.options import Options
 from tahf4_compiler.pipeline import build_pipeline
 
-COMMANDS = ("demo", "calibrate", "evaluate", "bench", "kernels", "roofline", "parallel", "passes", "doctor")
+COMMANDS = (
+    *("demo", "calibrate", "evaluate", "quantize", "verify", "inspect", "explain", "bench", "kernels", "roofline"),
+    *("parallel", "passes", "bisect", "doctor"),
+)
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 
 

@@ -1,0 +1,93 @@
+"""`tahf4 explain` says why a linear runs as it does, and what would change that."""
+
+from __future__ import annotations
+
+import pytest
+from models import wan
+from tahf4_compiler.tools.cli import app
+from tahf4_compiler.tools.inspection.explaining import what_would_change
+from typer.testing import CliRunner
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.attach import linear_weights
+from tahf4_compiler.recipe import LinearEntry, RecipeEntry
+
+runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("wan")
+    wan()[0].save_config(path)
+    return path
+
+
+def run(*arguments):
+    return runner.invoke(app, ["explain", *map(str, arguments)])
+
+
+def test_a_linear_is_explained_without_weights(folder):
+    result = run(folder, r"blocks\.1\.(attn1\.to_k|ffn\.net\.0)|proj_out", "--set", "fuse.always=true")
+    assert result.exit_code == 0, result.output
+    key, up, last = (part.splitlines() for part in result.output[result.output.index("blocks.1") :].split("\n\n")[:3])
+    assert key[0].startswith("blocks.1.attn1.to_k  (128 -> 128")
+    text = "\n".join(key)
+    assert "in repeated block blocks.1 (WanTransformerBlock)" in text
+    assert "in the place of 3 x linear" in text
+    assert "merged with blocks.1.attn1.to_q" in text
+    assert "fused_quantize" in text
+    assert "layer_norm" in text
+    assert any(line.startswith("  kernel") and line.split()[1] for line in key)
+    assert r'"keep": [r"^blocks\.1\.attn1\.to_k$"]' in text
+    assert "gelu" in "\n".join(up)
+    assert "boundary" in "\n".join(last)
+    assert "a recipe that names it" in "\n".join(last)
+
+
+def test_a_kept_linear_says_how_to_undo_it(folder):
+    result = run(folder, "blocks.0.ffn.net.2", "--keep", r"blocks\.0\.")
+    assert "kept: 'blocks\\\\.0\\\\.' matches" in result.output
+    assert "leave the pattern out of keep" in result.output
+
+
+def test_a_recipes_numbers_are_part_of_the_explanation(folder, tmp_path):
+    model, _ = wan()
+    entries = {}
+    for path, weight in linear_weights(model):
+        if path == "blocks.0.ffn.net.2":
+            linear = LinearEntry(
+                tuple(weight.shape), 0, "high_precision", "sensitivity: effect 3.00e-03 (rank 1 of 1)", 17.5, 3e-3
+            )
+            entries[path] = RecipeEntry({path: linear}, 64, 5, "squared", 99.9, 0.5)
+    tahf4.Recipe({"": entries}).save(tmp_path / "recipe.safetensors")
+    result = run(folder, "blocks.0.ffn.net", "--recipe", tmp_path / "recipe.safetensors")
+    assert result.exit_code == 0, result.output
+    other, mine = result.output[result.output.index("blocks.0") :].split("\n\n")[:2]
+    assert "the recipe has nothing on this linear" in other
+    assert "SQNR 17.5 dB of its own output, effect 3.00e-03" in mine
+    assert "high precision" in mine
+    assert "recipe.plan(...) with fewer" in mine
+
+
+def test_what_matches_nothing_or_is_no_pattern_is_an_error(folder):
+    nothing = run(folder, "blocks.9")
+    assert nothing.exit_code == 2
+    assert "matches none of the 26 linears" in nothing.output
+    wrong = run(folder, "blocks.(")
+    assert wrong.exit_code == 2
+    assert "is no regular expression" in wrong.output
+
+
+@pytest.mark.parametrize(
+    "reason, words",
+    [
+        ("shape: 32 -> 64 features, less than 64", "plan.min_features"),
+        ("dtype: weight is int8", "only the model"),
+        ("this step runs in high precision", "high_precision_steps"),
+        ("planned for HiF4, but no pass rewrote it (in repeated block)", "disable_passes"),
+        ("something of a plug-in", "the pass that gave this reason"),
+    ],
+)
+def test_each_reason_has_its_remedy(reason, words):
+    row = {"module": "a.b", "decision": "high_precision", "reason": reason, "k": 32, "n": 64}
+    assert words in " ".join(what_would_change(row))

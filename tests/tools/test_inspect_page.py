@@ -1,0 +1,151 @@
+"""The page opens from disk in a browser, unfolds, matches nodes across panes, searches and sorts, without an error."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from models import Stack, wan
+from tahf4_compiler.tools.inspection.report import Report
+from tahf4_compiler.tools.inspection.statistics import Evidence
+
+import tahf4_compiler as tahf4
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+def opened(browser, path):
+    """Return a page, and the list that its errors go to."""
+    page, errors = browser.new_page(viewport={"width": 1400, "height": 900}), []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda r: errors.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+    page.set_default_timeout(10_000)
+    page.goto(path.as_uri())
+    return page, errors
+
+
+@pytest.fixture(scope="module")
+def page_of_wan(tmp_path_factory):
+    """A page with a recipe, its calibration and measured times."""
+    folder = tmp_path_factory.mktemp("page")
+    model, inputs = wan(num_layers=3)
+    checkpoint = folder / "calibration"
+    with tahf4.calibrate(model, step_groups=2, checkpoint=checkpoint, options={"inductor": False}) as calibration:
+        for group in range(2):
+            with calibration.at(step_group=group), torch.no_grad():
+                model(**inputs)
+    recipe = calibration.recipe(mask="percentile", sensitivity=False)
+    tahf4.apply_recipe(model, recipe)
+    lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={"fuse.always": True})
+    report = Report.of(lowered, Evidence.of(recipe, checkpoint))
+    times = {node.name: 0.5 for node in lowered.snapshots[-1].nodes if node.op == "call_function"}
+    Report(**{**report.__dict__, "milliseconds": times, "device": "test"}).write_html(folder / "page.html")
+    return folder / "page.html"
+
+
+def test_a_page_holds_everything_and_asks_for_nothing(page_of_wan):
+    text = page_of_wan.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text)
+    assert "@import" not in text
+    assert "{{" not in text.partition('id="data">')[0]
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))
+    assert len(data["linears"]) == 36
+    assert len(data["evidence"]["activations"]) == 21
+    assert data["evidence"]["activations"]["blocks.0.attn1.to_q"]["members"] == [
+        f"blocks.0.attn1.to_{x}" for x in "qkv"
+    ]
+
+
+@needs_browser
+def test_the_page_opens_unfolds_and_matches_nodes(browser, page_of_wan):
+    page, errors = opened(browser, page_of_wan)
+    first, second = page.locator(".pane").all()
+    group = first.locator(".row.group", has_text="blocks.0 … 2")
+    assert "3 alike" in group.inner_text()
+    assert first.locator(".row").count() < 40
+    group.click()
+    block = first.locator('.row[data-path="blocks.1"]')
+    block.focus()
+    page.keyboard.press("ArrowRight")
+    assert block.get_attribute("aria-expanded") == "true"
+    first.locator('.row[data-path="blocks.1.ffn"]').click()
+    first.locator('.row[data-path="blocks.1.ffn.net"]').click()
+    first.locator('.row[data-path="blocks.1.ffn.net.2"]').click()
+    linear = first.locator('.row[data-path="blocks.1.ffn.net.2"] + div .row').first
+    linear.click()
+    details = page.locator("#details").inner_text()
+    assert "blocks.1.ffn.net.2" in details
+    assert "aten.linear" in details
+    match = second.locator(".row.match", has_text="linear")
+    match.first.wait_for()
+    match.first.click()
+    details = page.locator("#details").inner_text()
+    assert "HiF4 W4A4" in details
+    assert "percentile" in details
+    assert "0.5 ms" in details
+    assert first.locator(".row.match").count() >= 1
+    assert errors == []
+
+
+@needs_browser
+def test_the_page_searches_sorts_and_draws(browser, page_of_wan):
+    page, errors = opened(browser, page_of_wan)
+    page.keyboard.press("/")
+    page.keyboard.type("blocks.2 to_k")
+    assert page.locator("#hits [role=option]").count() > 2
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert page.locator(".row.chosen").count() == 1
+    page.fill("#search", "no such thing")
+    assert "nothing found" in page.locator("#hits").inner_text()
+    page.keyboard.press("Escape")
+    page.click("#tab-linears")
+    assert page.locator("#linears tbody tr").count() == 36
+    header = page.locator("#linears th", has_text="bytes").first
+    header.locator("button").click()
+    header = page.locator('#linears th[aria-sort="ascending"]')
+    assert header.count() == 1
+    page.fill("#filter", "blocks.1 hif4")
+    assert page.locator("#linears tbody tr").count() == 10
+    page.locator("#linears tbody tr").first.press("Enter")
+    assert page.locator("#view-graph").is_visible()
+    page.click("#tab-plots")
+    assert page.locator("#plots .plot").count() == 7
+    assert page.locator("#plots rect").count() > 20
+    assert "Not measured" in page.locator("#plots .plot", has_text="Error along steps").inner_text()
+    page.click("#tab-passes")
+    assert "quantize" in page.locator("#passes").inner_text()
+    assert errors == []
+
+
+@needs_browser
+def test_names_cannot_break_out_of_the_page(browser, tmp_path):
+    lowered = tahf4.lower(tahf4.capture(Stack(2).eval(), (torch.randn(4, 64),)))
+    name = "</script><script>window.broken = 1</script><!--"
+    report = Report.of(lowered, Evidence(), title=name, source=f"<img src=x onerror=alert(1)> & {name}")
+    for entry in report.plan:
+        entry["reason"] = name
+    report.write_html(tmp_path / "page.html")
+    page, errors = opened(browser, tmp_path / "page.html")
+    assert page.locator("#title").inner_text() == name
+    page.click("#tab-linears")
+    assert name in page.locator("#linears tbody tr").first.inner_text()
+    assert page.evaluate("window.broken") is None
+    assert page.locator("img").count() == 0
+    assert errors == []

@@ -1,0 +1,41 @@
+"""``tahf4 explain``: why a linear runs as it does."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .calibrate import Dtype
+from .inspect import CalibrationFile, Keep, Model, Precision, RecipeFile, Set, Shape, request
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: Model,
+    pattern: Annotated[str, typer.Argument(help="Regular expression, searched in module paths.")],
+    recipe: RecipeFile = None,
+    calibration: CalibrationFile = None,
+    shape: Shape = None,
+    keep: Keep = None,
+    settings: Set = None,
+    dtype: Precision = Dtype.bfloat16,
+) -> None:
+    """Print for linears that match: decision, reason, statistics, what was fused, the kernel, and how to change it.
+
+    For example `tahf4 explain MODEL "blocks.3.ffn"`. Weights are not needed.
+    """
+    from .errors import CommandError
+    from .inspection.explaining import explanations
+    from .inspection.sources import reports
+
+    found, known = 0, []
+    for report, _, _ in reports(request(model, recipe, calibration, shape, keep, settings, dtype)):
+        known += [str(entry["module"]) for entry in report.plan]
+        for text in explanations(report, pattern):
+            typer.echo(text)
+            found += 1
+    if not found:
+        shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+        raise CommandError(f"{pattern!r} matches none of the {len(known)} linears ({shown or 'none'})")

@@ -1,0 +1,1 @@
+"""What `tahf4 inspect` and `tahf4 explain` show."""

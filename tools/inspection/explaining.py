@@ -1,0 +1,146 @@
+"""Plain text about a report: every linear in a table, and one linear in full."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...snapshot import NodeView
+from ..errors import CommandError
+from .report import Report
+
+__all__ = ["explanations", "overview", "what_would_change"]
+
+
+def overview(report: Report) -> str:
+    """Return every linear as a line, then what the passes did."""
+    lines = [f"{report.title} ({report.source})", ""]
+    rows = report.linears()
+    width = max((len(row["module"]) for row in rows), default=0)
+    for row in rows:
+        numbers = [f"{row['k']} -> {row['n']}"]
+        if row.get("sqnr_db") is not None:
+            numbers.append(f"SQNR {row['sqnr_db']:.1f} dB")
+        if "milliseconds" in row:
+            numbers.append(f"{row['milliseconds']:.3f} ms")
+        lines.append(f"{row['module']:{width}}  {row['decision']:14}  {', '.join(numbers)}  {row['reason']}")
+    lines.append("")
+    for entry in report.passes:
+        lines.append(f"{entry['name']:14} {entry.get('matches', ''):>6} matches  {entry['nodes']:>6} nodes")
+    lines += [f"{name}: {text}" for name, texts in report.notes.items() for text in texts]
+    return "\n".join(lines) + "\n"
+
+
+def explanations(report: Report, pattern: str) -> Iterator[str]:
+    """Yield a text for each linear whose module path a pattern is found in.
+
+    Raises:
+        CommandError: the pattern is no regular expression.
+    """
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise CommandError(f"{pattern!r} is no regular expression: {error}") from error
+    views = {node.name: node for node in report.snapshots[-1].nodes} if report.snapshots else {}
+    for row in report.linears():
+        if wanted.search(row["module"]):
+            yield "\n".join(_lines(report, row, views)) + "\n"
+
+
+def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]) -> Iterator[str]:
+    yield f"{row['module']}  ({row['k']} -> {row['n']}, {report.title})"
+    saved = f"{row['bytes_before']:,} -> {row['bytes_after']:,} bytes"
+    yield f"  decision    {'HiF4 W4A4' if row['decision'] == 'hif4' else 'high precision'}, {saved}"
+    yield f"  reason      {row['reason']}"
+    yield f"  FLOPs       {row['flops']:,} a call"
+    yield from (f"  {text}" for text in _statistics(report, row))
+    node = views.get(row.get("node", ""))
+    if node is not None and row["decision"] == "hif4":
+        old = [n for n in report.ancestors(node.name) if n.op == "call_function"]
+        counts = Counter(n.target.removeprefix("aten.") for n in old)
+        words = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
+        yield f"  runs as     {node.name} = {node.target}, in the place of {words}"
+        for other in row.get("with", ()):
+            yield f"  merged with {other}"
+        for source in _quantizations(node, views):
+            before = [n.target for n in report.ancestors(source.name) if n.op == "call_function"]
+            names = ", ".join(dict.fromkeys(t.removeprefix("aten.") for t in before if t != "aten.linear"))
+            yield f"  reads       {source.name} = {source.target}" + (f", in the place of {names}" if names else "")
+        yield f"  kernel      {row['kernel'] or 'none chosen: the pass lower did not run'}"
+    elif row["decision"] != "hif4":
+        yield "  runs as     aten.linear, by PyTorch"
+    if "milliseconds" in row:
+        yield f"  time        {row['milliseconds']} ms ({report.device})"
+    for name, value in row.get("numbers", {}).items():
+        yield f"  {name:11} {value}"
+    for text in what_would_change(row):
+        yield f"  to change   {text}"
+
+
+def _quantizations(node: NodeView, views: Mapping[str, NodeView]) -> list[NodeView]:
+    """Return what wrote the codes that a product reads."""
+    found = []
+    for name in node.inputs[:2]:
+        source = views.get(name)
+        while source is not None and source.target == "getitem":
+            source = views.get(source.inputs[0])
+        if source is not None and source.op == "call_function" and source not in found:
+            found.append(source)
+    return found
+
+
+def _statistics(report: Report, row: Mapping[str, Any]) -> Iterator[str]:
+    if not report.evidence.linears:
+        yield "statistics  none: give a recipe (--recipe)"
+        return
+    if "activation" not in row:
+        yield "statistics  the recipe has nothing on this linear"
+        return
+    measured = [
+        f"SQNR {row['sqnr_db']:.1f} dB of its own output" if row.get("sqnr_db") is not None else "SQNR not measured",
+        f"effect {row['effect']:.2e} on the output" if row.get("effect") is not None else "effect not measured",
+    ]
+    yield f"error       {', '.join(measured)}"
+    how = [f"shares the activation of {row['activation']}" if row["activation"] != row["module"] else "own activation"]
+    if row.get("percentile") is not None:
+        how.append(f"percentile {row['percentile']:g}, weight exponent {row['weight_exponent']:g}")
+    if (mask := row.get("mask")) is not None:
+        how.append(f"mask {mask['min']:g} to {mask['max']:g}, {100 * mask['far']:.1f} % of channels 4x off the median")
+    how.append(f"rotation of {row['hadamard_block']}" if row.get("hadamard_block") else "no rotation")
+    if row.get("search"):
+        how.append(f"scales by {row['search']} error")
+    yield f"transform   {', '.join(how)}"
+    if (seen := report.evidence.activations.get(row["activation"])) is not None:
+        yield (
+            f"activation  |x| up to {seen['max']:g}; percentile {seen['percent']:g} of the largest channel "
+            f"{seen['percentile']:g}, of the median channel {seen['median']:g}; {seen['rows']:,} rows"
+        )
+
+
+def what_would_change(row: Mapping[str, Any]) -> list[str]:
+    """Return, for a linear of a report, what one would do for another decision."""
+    pattern, reason = re.escape(row["module"]).replace("\\-", "-"), row["reason"]
+    if row["decision"] == "hif4":
+        found = [f'options={{"keep": [r"^{pattern}$"]}}, or tahf4.keep(model, [...]), keeps it in high precision']
+        if row.get("effect") is not None:
+            found.append("recipe.plan(max_high_precision_linears=n) protects it if its effect is among the n largest")
+        elif "activation" not in row:
+            found.append("a recipe (tahf4 calibrate) with a budget protects it if its measured effect is large")
+        return found
+    if reason.startswith("boundary"):
+        return ["a recipe that names it and says hif4; outside of repeated blocks nothing is quantized by rule"]
+    if reason.startswith("kept"):
+        return ["leave the pattern out of keep (options, or tahf4.keep)"]
+    if reason.startswith("sensitivity"):
+        return ["recipe.plan(...) with fewer high-precision linears or blocks, or a larger min_flops_4bit"]
+    if reason.startswith("shape") and "less than" in reason:
+        return [f'options={{"plan.min_features": {min(row["k"], row["n"])}}} lets it in; units are mostly padding then']
+    if reason.startswith(("dtype", "weight", "shape")):
+        return ["only the model: the weight must be a plain two-dimensional parameter of 16 bits or more"]
+    if reason.startswith("this step"):
+        return ["recipe.high_precision_steps without the step"]
+    if reason.startswith("planned"):
+        return ["the passes: disable_passes left the rewrite out, or a pass of your own did not carry it out"]
+    return ["the recipe, or the pass that gave this reason"]

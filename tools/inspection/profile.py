@@ -1,0 +1,75 @@
+"""Where the time of a lowered graph goes: milliseconds of each node, and a trace for Chrome."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ...lowering import Lowered
+from ..errors import CommandError
+
+__all__ = ["milliseconds"]
+
+PREFIX = "tahf4::"
+
+
+class _Ranges(fx.Interpreter):
+    """Runs a graph with a range around each node."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        with record_function(PREFIX + n.name):
+            return super().run_node(n)
+
+
+def milliseconds(
+    lowered: Lowered, arguments: Mapping[str, Any], trace: Path | None = None, runs: int = 3
+) -> tuple[dict[str, float], str]:
+    """Run a lowered graph node by node, as it is (not through Inductor).
+
+    Args:
+        lowered: on weights that it can run with.
+        arguments: of the model, positional ones under ``"*"``.
+        trace: file for Chrome's tracing (``chrome://tracing``, Perfetto), with a range ``tahf4::NODE`` a node.
+        runs: that are averaged, after one that is not counted.
+
+    Returns:
+        Mean milliseconds by node, and what they are of (the GPU's time where the node ran there).
+
+    Raises:
+        CommandError: the trace cannot be written.
+    """
+    args, kwargs = arguments.get("*", ()), {k: v for k, v in arguments.items() if k != "*"}
+    flat = lowered.bound(*args, **kwargs)
+    interpreter = _Ranges(lowered.graph_module)
+    activities = [ProfilerActivity.CPU]
+    gpu = torch.cuda.is_available() and any(isinstance(v, torch.Tensor) and v.is_cuda for v in flat)
+    if gpu:
+        activities.append(ProfilerActivity.CUDA)
+    with torch.no_grad():
+        interpreter.run(*flat)
+        with profile(activities=activities) as profiler:
+            for _ in range(runs):
+                interpreter.run(*flat)
+                if gpu:
+                    torch.cuda.synchronize()
+    total: dict[str, float] = defaultdict(float)
+    for event in profiler.events() or []:
+        on_gpu = event.device_type != torch.autograd.DeviceType.CPU
+        if event.name.startswith(PREFIX) and not on_gpu:
+            took = event.device_time_total if gpu else event.cpu_time_total
+            total[event.name.removeprefix(PREFIX)] += took / 1000 / runs
+    if trace is not None:
+        try:
+            profiler.export_chrome_trace(str(trace))
+        except OSError as error:
+            raise CommandError(f"cannot write {trace}: {error}") from error
+    return dict(total), "GPU" if gpu else f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,224 @@
+"""Everything that is known about one lowered graph, and the forms in which it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...folding import fold, unfold
+from ...lowering import Lowered
+from ...snapshot import NodeView, Snapshot
+from ..errors import CommandError
+from ..staging import write_text
+from .statistics import Evidence
+
+__all__ = ["Report", "read_dump"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A lowered graph for people.
+
+    Attributes:
+        title: of the page.
+        source: where it comes from, in words.
+        plan: one object a linear, as ``plan.json`` has them.
+        passes: one object a pass: name, matches, nodes, seconds, error.
+        notes: of the passes.
+        snapshots: the graph after each pass.
+        texts: the readable graph after each pass.
+        evidence: of a recipe and its calibration.
+        milliseconds: by node of the last graph, if it was run.
+        device: that it was run on.
+    """
+
+    title: str
+    source: str
+    plan: Sequence[Mapping[str, Any]]
+    passes: Sequence[Mapping[str, Any]]
+    notes: Mapping[str, Sequence[str]]
+    snapshots: Sequence[Snapshot]
+    texts: Mapping[str, str]
+    evidence: Evidence = field(default_factory=Evidence)
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    device: str = ""
+
+    @classmethod
+    def of(cls, lowered: Lowered, evidence: Evidence, *, title: str = "", source: str = "") -> Report:
+        """Take a lowered model."""
+        plan = json.loads(lowered.plan_json())
+        for entry, decision in zip(plan, lowered.plan, strict=True):
+            entry["numbers"] = dict(getattr(decision, "numbers", {}))
+        passes = [
+            {"name": r.name, "matches": r.matches, "nodes": r.nodes, "seconds": round(r.seconds, 4), "error": r.error}
+            for r in lowered.history
+        ]
+        return cls(
+            title or lowered.name,
+            source or "Python",
+            plan,
+            passes,
+            lowered.notes,
+            lowered.snapshots,
+            {record.name: record.readable for record in lowered.history},
+            evidence,
+        )
+
+    def with_evidence(self, evidence: Evidence) -> Report:
+        """Return the report with a recipe's numbers."""
+        return dataclasses.replace(self, evidence=evidence)
+
+    # -- what is known about a linear ------------------------------------------------------------------------------
+
+    def linears(self) -> list[dict[str, Any]]:
+        """Return the plan with the recipe's numbers, and what computes each linear in the last graph."""
+        last = self.snapshots[-1] if self.snapshots else None
+        nodes: dict[str, NodeView] = {}
+        for node in last.nodes if last is not None else ():
+            for path in node.linears:
+                nodes.setdefault(path, node)
+        found = []
+        for entry in self.plan:
+            path = str(entry["module"])
+            row = {**entry, **self.evidence.linears.get(path, {})}
+            if path in nodes:
+                view = nodes[path]
+                row["node"] = view.name
+                row["numbers"] = {**entry.get("numbers", {}), **view.numbers}
+                row["with"] = [other for other in view.linears if other != path]
+                if view.name in self.milliseconds:
+                    row["milliseconds"] = round(self.milliseconds[view.name], 4)
+            found.append(row)
+        return found
+
+    def ancestors(self, name: str) -> list[NodeView]:
+        """Return the captured graph's nodes that a node of the last graph came in the place of."""
+        wanted = {name}
+        for snapshot in reversed(self.snapshots[1:]):
+            wanted = {old for new in wanted for old in snapshot.origins.get(new, (new,))}
+        return [node for node in self.snapshots[0].nodes if node.name in wanted] if self.snapshots else []
+
+    # -- texts -----------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str) -> str:
+        """Return the readable graph after a pass.
+
+        Raises:
+            CommandError: no such pass ran.
+        """
+        if name not in self.texts:
+            raise CommandError(f"no pass {name!r} ran; there are {', '.join(self.texts)}")
+        return self.texts[name]
+
+    def diff(self, first: str, second: str) -> str:
+        """Return a unified diff of the graphs after two passes.
+
+        Raises:
+            CommandError: no such pass ran.
+        """
+        a, b = self.stage(first).splitlines(keepends=True), self.stage(second).splitlines(keepends=True)
+        return "".join(difflib.unified_diff(a, b, f"after {first}", f"after {second}"))
+
+    def dot(self, stage: str | None = None) -> str:
+        """Return a graph for Graphviz: modules as clusters, 4-bit operators in colour."""
+        snapshot = self.snapshots[-1]
+        if stage is not None:
+            self.stage(stage)
+            snapshot = next(s for s in self.snapshots if s.stage == stage)
+        lines = [f"digraph {_quoted(self.title)} {{", "  rankdir=TB; node [shape=box, style=filled];"]
+        clusters: dict[str, list[NodeView]] = {}
+        for node in snapshot.nodes:
+            clusters.setdefault(node.module, []).append(node)
+        for i, (module, nodes) in enumerate(clusters.items()):
+            lines.append(f"  subgraph cluster_{i} {{ label={_quoted(module or self.title)};")
+            for node in nodes:
+                label = f"{node.target}\\n{node.value}" if node.value else node.target
+                colour = _COLOURS.get(node.precision, "#eeeeee")
+                lines.append(f"    {_quoted(node.name)} [label={_quoted(label)}, fillcolor={_quoted(colour)}];")
+            lines.append("  }")
+        lines += [f"  {_quoted(source)} -> {_quoted(n.name)};" for n in snapshot.nodes for source in n.inputs]
+        return "\n".join([*lines, "}"]) + "\n"
+
+    def data(self) -> dict[str, Any]:
+        """Return everything as plain data, as the page has it."""
+        return {
+            "title": self.title,
+            "source": self.source,
+            "passes": list(self.passes),
+            "notes": {name: list(texts) for name, texts in self.notes.items()},
+            "linears": self.linears(),
+            "evidence": {
+                "activations": dict(self.evidence.activations),
+                "steps": self.evidence.steps,
+                "provenance": dict(self.evidence.provenance),
+                "sources": list(self.evidence.sources),
+            },
+            "milliseconds": {name: round(value, 4) for name, value in self.milliseconds.items()},
+            "device": self.device,
+            "graph": fold(self.snapshots),
+        }
+
+    def html(self) -> str:
+        """Return one page that holds everything: styles, code and data."""
+        here = importlib.resources.files(__package__)
+        page = (here / "page.html").read_text(encoding="utf-8")
+        text = json.dumps(self.data(), separators=(",", ":"), allow_nan=False, default=str)
+        # Inside <script> only "</" and "<!--" end or change the text; both need a "<".
+        text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+        parts = {"title": _escaped(self.title), "data": text}
+        for part in ("page.css", "plots.js", "graph.js", "summary.js", "page.js"):
+            parts[part] = (here / part).read_text(encoding="utf-8")
+        return re.sub(r"\{\{ ([\w.]+) \}\}", lambda match: parts[match.group(1)], page)
+
+    def write_html(self, path: Path) -> None:
+        """Write the page.
+
+        Raises:
+            CommandError: it cannot be written.
+        """
+        write_text(path, self.html())
+
+
+_COLOURS = {"hif4": "#7fd3b5", "bf16": "#a9c7f5", "f16": "#a9c7f5", "f32": "#f5d19a", "f64": "#f2b3a0"}
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace("\\\\n", "\\n").replace('"', '\\"').replace("\n", " ") + '"'
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def read_dump(folder: Path) -> Report:
+    """Read a folder that a compilation with ``dump_dir`` wrote.
+
+    Raises:
+        CommandError: files are missing or damaged.
+    """
+    graph = folder / "graph.json"
+    if not graph.is_file():
+        raise CommandError(
+            f"{folder} has no graph.json: it was written by an older version of tahf4, or not to its end. Compile "
+            "again with dump_dir."
+        )
+    try:
+        snapshots = unfold(json.loads(graph.read_text(encoding="utf-8")))
+        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        if not isinstance(plan, list) or not all(isinstance(d, dict) and "module" in d for d in plan):
+            raise ValueError("plan.json is no list of linears")
+        texts = {}
+        for path in sorted(folder.glob("[0-9][0-9]_*.py")):
+            texts[path.stem[3:]] = path.read_text(encoding="utf-8")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CommandError(f"{folder} is damaged: {type(error).__name__}: {error}. Compile again.") from error
+    passes = [{"name": s.stage, "nodes": len(s.nodes)} for s in snapshots]
+    title = folder.name.partition("_")[2].partition("_")[2] or folder.name
+    return Report(title, str(folder), plan, passes, {}, snapshots, texts)

@@ -1,0 +1,206 @@
+"""What can be inspected: a folder of diffusers, an exported program, a dump."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...graph_capture import Capture, capture, from_program
+from ...lowering import Lowered, lower
+from ...recipe import Recipe, apply_recipe
+from ..errors import CommandError
+from .examples import example_arguments, parse_shape
+from .report import Report, read_dump
+from .statistics import Evidence
+
+__all__ = ["Request", "reports"]
+
+EXPERTS = ("transformer", "transformer_2", "transformer_3", "unet")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to inspect, and how.
+
+    Attributes:
+        model: folder or file.
+        recipe: file, or None.
+        calibration: file, or None.
+        shape: of the latent, as text.
+        dtype: in which the weights are, if they are not loaded.
+        weights: load them, so that the model can run.
+        options: of the backend.
+    """
+
+    model: Path
+    recipe: Path | None = None
+    calibration: Path | None = None
+    shape: str | None = None
+    dtype: torch.dtype = torch.bfloat16
+    weights: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def reports(request: Request) -> Iterator[tuple[Report, Lowered | None, Mapping[str, Any]]]:
+    """Yield a report for each graph, with the lowered model and the arguments to run it with.
+
+    A dump has no model to run: None.
+
+    Raises:
+        CommandError: the path is nothing that can be inspected, or an option does not fit it.
+    """
+    path = request.model
+    recipe = Recipe.load(request.recipe) if request.recipe is not None else None
+    calibration = request.calibration
+    if calibration is None and request.recipe is not None:
+        beside = request.recipe.with_name(f"{request.recipe.name}.calibration")
+        calibration = beside if beside.is_file() else None
+    parse_shape(request.shape)
+    if path.suffix == ".pt2" and path.is_file():
+        yield _exported(path, recipe, calibration, request)
+        return
+    if not path.is_dir():
+        raise CommandError(f"there is no folder or .pt2 file {path}; {_EXPECTED}")
+    dumps = sorted([*path.glob("graph_*/plan.json"), *path.glob("plan.json")])
+    if dumps:
+        for plan in dumps:
+            report = read_dump(plan.parent)
+            yield report.with_evidence(Evidence.of(recipe, calibration)), None, {}
+        return
+    for name, folder in _components(path):
+        yield _component(name, folder, recipe, calibration, request)
+
+
+_EXPECTED = "expected a folder of a diffusers model or pipeline, a dump (dump_dir), or a program of torch.export"
+
+
+def _components(path: Path) -> list[tuple[str, Path]]:
+    if (path / "model_index.json").is_file():
+        index = _json(path / "model_index.json")
+        found = [(name, path / name) for name in EXPERTS if name in index and (path / name / "config.json").is_file()]
+        if not found:
+            raise CommandError(f"the pipeline {path} has none of {', '.join(EXPERTS)} with a config.json")
+        return found
+    if (path / "config.json").is_file():
+        return [("", path)]
+    raise CommandError(f"{path} holds no model_index.json, config.json or plan.json; {_EXPECTED}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CommandError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CommandError(f"{path} holds a {type(found).__name__}; expected an object")
+    return found
+
+
+def _component(
+    name: str, folder: Path, recipe: Recipe | None, calibration: Path | None, request: Request
+) -> tuple[Report, Lowered, Mapping[str, Any]]:
+    config = _json(folder / "config.json")
+    cls = _class(config, folder)
+    shape = parse_shape(request.shape)
+    if request.weights:
+        model = _loaded(cls, folder, request.dtype)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = model.to(device)
+        with torch.device(device):
+            arguments = example_arguments(model, shape, request.dtype)
+        scope: Any = contextlib.nullcontext()
+    else:
+        model, scope = _structure(cls, config, folder, request.dtype)
+        with scope, torch.device("cpu"):
+            arguments = example_arguments(model, shape, request.dtype)
+    expert = _expert(name, folder, recipe)
+    if recipe is not None and (expert is not None or not name):
+        # Which steps run in high precision is no property of the graph.
+        part = dataclasses.replace(recipe, high_precision_steps=())
+        apply_recipe(model, part, expert=expert, check_weights=request.weights)
+        evidence = Evidence.of(recipe, calibration, expert)
+    else:
+        evidence = Evidence.of(None, calibration, name)
+    lowered = lower(capture(model, (), arguments), options=request.options)
+    title = f"{name} ({cls.__name__})" if name else cls.__name__
+    return Report.of(lowered, evidence, title=title, source=str(folder)), lowered, arguments
+
+
+def _expert(name: str, folder: Path, recipe: Recipe | None) -> str | None:
+    """Return which part of a recipe belongs to a component of a pipeline, or to a folder of one model; or None."""
+    experts = list(recipe.experts) if recipe is not None else []
+    if name:
+        return name if name in experts else None
+    if folder.resolve().name in experts:
+        return folder.resolve().name
+    return experts[0] if len(experts) == 1 else None
+
+
+def _class(config: Mapping[str, Any], folder: Path) -> Any:
+    import diffusers
+
+    name = config.get("_class_name")
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise CommandError(f"{folder / 'config.json'} names the class {name!r}, which is no model of diffusers")
+    return cls
+
+
+def _structure(cls: Any, config: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Return a model whose tensors have shapes and dtypes but no memory, and the mode that they belong to.
+
+    They say that they are on the CPU, unlike those of the meta device, so that it is known which kernels would run.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    keep = cls._keep_in_fp32_modules or []
+    try:
+        with mode, torch.device("cpu"):
+            model = cls.from_config({k: v for k, v in config.items() if k != "quantization_config"}).eval()
+            for path, owner in model.named_modules():
+                for name, value in owner._parameters.items():
+                    full = f"{path}.{name}".split(".")
+                    if value is not None and value.is_floating_point() and not any(part in full for part in keep):
+                        owner._parameters[name] = nn.Parameter(value.to(dtype), requires_grad=False)
+    except Exception as error:  # of the class, for whatever a configuration can hold
+        raise CommandError(f"{cls.__name__} refuses the configuration in {folder}: {error}") from error
+    return model, mode
+
+
+def _loaded(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        model: nn.Module = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        return model.eval()
+    except Exception as error:  # of many libraries, for whatever a folder can hold
+        raise CommandError(f"{folder} does not load as a {cls.__name__}: {error}") from error
+
+
+def _exported(
+    path: Path, recipe: Recipe | None, calibration: Path | None, request: Request
+) -> tuple[Report, Lowered, Mapping[str, Any]]:
+    if request.shape is not None:
+        raise CommandError("--shape does not apply to an exported program: its shapes are in the file")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # of zip, JSON and schema readers
+        raise CommandError(f"{path} cannot be read as a program of torch.export: {error}") from error
+    if program.example_inputs is None:
+        raise CommandError(f"{path} holds no example inputs; export it with torch.export.export, which keeps them")
+    args, kwargs = program.example_inputs
+    model = program.module()
+    if recipe is not None:
+        apply_recipe(model, dataclasses.replace(recipe, high_precision_steps=()))
+    captured: Capture = from_program(program, model, args, kwargs)
+    captured.name = path.stem
+    lowered = lower(captured, options=request.options)
+    report = Report.of(lowered, Evidence.of(recipe, calibration), source=str(path))
+    return report, lowered, {"*": args, **kwargs}
