@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types fuzz sanitize tiny-wan clean
+.PHONY: help env demo test lint types docs fuzz sanitize tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +35,14 @@ types: $(STAMP) ## Check types with mypy
 	@ln -s $(CURDIR)/tahf4_compiler/* build/types/tahf4_compiler/
 	@ln -s $(CURDIR)/passes $(CURDIR)/backends $(CURDIR)/tools build/types/tahf4_compiler/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tahf4_compiler
+
+docs: $(DOCS_STAMP) ## Build the documentation with Sphinx into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "The documentation is in build/docs/index.html"
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 fuzz: $(STAMP) ## Load 10,000 damaged recipes and checkpoints: each is read or refused by an error of our own
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/test_files_hostile.py 10000

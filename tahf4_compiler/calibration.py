@@ -568,7 +568,7 @@ def calibrate(
 
     Args:
         model: a diffusers pipeline, or any ``nn.Module``.
-        percentile: of |x|, the default of :meth:`Calibration.recipe`; any other can be asked for afterwards.
+        percentile: of ``|x|``, the default of :meth:`Calibration.recipe`; any other can be asked for afterwards.
         step_groups: equal parts of the denoising schedule that are kept apart.
         rows: sample rows kept for each activation, step group and branch, for searches and sensitivity.
         checkpoint: file that :meth:`Calibration.run` writes after each prompt, and takes up if it exists.
