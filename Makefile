@@ -37,7 +37,8 @@ types: $(STAMP) ## Check types with mypy
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p tahf4_compiler
 
 docs: $(DOCS_STAMP) ## Build the documentation with Sphinx into build/docs; a warning is an error
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@# -E: a page that is not read again would keep its warnings to itself
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 	@echo "The documentation is in build/docs/index.html"
 
 $(DOCS_STAMP): $(STAMP)
