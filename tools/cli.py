@@ -9,13 +9,13 @@ from typer.core import TyperGroup
 
 from . import (
     bench,
-    bisect,
+    bisect_model,
     calibrate,
     demo,
     doctor,
     evaluate,
     explain,
-    inspect,
+    inspect_model,
     parallel,
     passes,
     quantize,
@@ -80,14 +80,14 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(quantize.verify)
-app.command("inspect")(inspect.inspect)
+app.command("inspect")(inspect_model.inspect)
 app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)
 app.command("kernels")(table.kernels)
 app.command("roofline")(roofline.roofline)
 app.command("parallel")(parallel.parallel)
 app.command("passes")(passes.passes)
-app.command("bisect")(bisect.bisect)
+app.command("bisect")(bisect_model.bisect)
 app.command("doctor")(doctor.doctor)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .calibrate import Dtype
-from .inspect import CalibrationFile, Keep, Model, Precision, RecipeFile, Set, Shape, request
+from .inspect_model import CalibrationFile, Keep, Model, Precision, RecipeFile, Set, Shape, request
 
 __all__ = ["explain"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -42,38 +43,10 @@ BUCKETS = 98
 _SETS = {"none": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "amx": 4}  # best last, by their bit in the library
 
 
-class _Target(ctypes.Structure):
-    """``struct Target`` of common.h."""
-
-    _fields_ = [
-        ("multiplier", ctypes.c_void_p),
-        ("block", ctypes.c_int64),
-        ("norm", ctypes.c_float),
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-    ]
-
-
-class _Operands(ctypes.Structure):
-    """``struct Operands`` of common.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "weight_codes", "weight_scales", "bias")),
-        *((name, ctypes.c_int64) for name in ("m", "n", "units")),
-        ("dtype", ctypes.c_int32),
-    ]
-
-
-class _Result(ctypes.Structure):
-    """``struct Result`` of common.h."""
-
-    _fields_ = [
-        ("program", ctypes.c_void_p),
-        ("inputs", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("target", _Target),
-    ]
+# Structures of common.h as bytes: what ctypes makes of them takes longer than a small product.
+_TARGET = struct.Struct("PqfPP")  # multiplier, block, norm, codes, scales
+_OPERANDS = struct.Struct("PPPPPqqqi")  # codes, scales, weight codes, weight scales, bias, m, n, units, dtype
+_RESULT = struct.Struct("PPPiPqfPP")  # program, inputs, out, dtype, and a target
 
 
 def available() -> bool:
@@ -106,12 +79,10 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
     rows, dtype = _rows("quantize", x)
     k = x.shape[-1]
     units = _Units("quantize", x.shape, multiplier, hadamard_block)
-    target = units.target
     if units.codes.numel():
         library, isa = _ready()
         library.tahf4_quantize(
-            *(rows.data_ptr(), dtype, len(rows), k, rows.stride(0), target.multiplier, target.block, target.norm),
-            *(target.codes, target.scales, _SETS[isa], torch.get_num_threads()),
+            *(rows.data_ptr(), dtype, rows.shape[0], k, rows.stride(0), *units.target, isa, torch.get_num_threads())
         )
     return units.codes, units.scales
 
@@ -119,20 +90,29 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
 class _Units:
     """Where a quantization of ``[..., K]`` goes: ``codes`` and ``scales``, and ``target`` for the C++ code."""
 
+    __slots__ = ("codes", "multiplier", "scales", "target")
+
     def __init__(self, what: str, shape: Sequence[int], multiplier: Tensor | None, hadamard_block: int) -> None:
-        ops.check_transform(shape[-1], multiplier, hadamard_block)
+        k = shape[-1]
         if multiplier is not None:
+            ops.check_transform(k, multiplier, hadamard_block)
             if multiplier.dtype not in DTYPES:
                 raise FormatError(f"{what} got a multiplier of {multiplier.dtype}; expected float32")
             _on_cpu(what, multiplier)
+        count, norm = _transform(k, hadamard_block)
         self.multiplier = _plain(multiplier)
-        count = hif4.units(shape[-1])
-        self.codes = torch.empty((*shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
-        self.scales = torch.empty((*shape[:-1], count), dtype=torch.int32)
-        norm = hadamard_block**-0.5 if hadamard_block else 1.0
-        self.target = _Target(
-            *(_pointer(self.multiplier), hadamard_block, norm, self.codes.data_ptr(), self.scales.data_ptr())
-        )
+        leading = tuple(shape[:-1])
+        self.codes = torch.empty((*leading, count * (hif4.UNIT // 2)), dtype=torch.uint8)
+        self.scales = torch.empty((*leading, count), dtype=torch.int32)
+        pointers = self.codes.data_ptr(), self.scales.data_ptr()
+        self.target = (_pointer(self.multiplier), hadamard_block, norm, *pointers)
+
+
+@functools.lru_cache(1024)
+def _transform(k: int, block: int) -> tuple[int, float]:
+    """Return the units of a row and the normalization of a rotation that fits."""
+    ops.check_transform(k, None, block)
+    return hif4.units(k), block**-0.5 if block else 1.0
 
 
 def fused_quantize(
@@ -162,7 +142,7 @@ def fused_quantize(
         given = inputs_of(inputs, shape)
         _library().tahf4_fused_quantize(
             *(ctypes.addressof(encoded.struct), ctypes.addressof(given.struct), math.prod(shape[:-1]), shape[-1]),
-            *(ctypes.addressof(units.target), _SETS[instruction_set()], torch.get_num_threads()),
+            *(_TARGET.pack(*units.target), _ready()[1], torch.get_num_threads()),
         )
     return units.codes, units.scales
 
@@ -202,17 +182,21 @@ def instruction_set() -> str:
     Raises:
         OptionError: ``TAHF4_CPU_ISA`` names nothing known, or what this processor lacks.
     """
-    return _ready()[1]
+    found = _ready()[1]
+    return next(name for name, number in _SETS.items() if number == found)
 
 
-def _ready() -> tuple[ctypes.CDLL, str]:
-    """Return the library and :func:`instruction_set`."""
-    library = _library()
-    usable = _usable(library.tahf4_instruction_sets())
-    wanted = build.switch("TAHF4_CPU_ISA")
+def _ready() -> tuple[ctypes.CDLL, int]:
+    """Return the library and the number of :func:`instruction_set`."""
+    return _library(), _number(build.switch("TAHF4_CPU_ISA"))
+
+
+@functools.cache
+def _number(wanted: str) -> int:
+    usable = _usable(_library().tahf4_instruction_sets())
     if wanted and wanted not in usable:
         raise OptionError(f"TAHF4_CPU_ISA is {wanted!r}; expected one of {', '.join(usable)}, which this processor has")
-    return library, wanted or usable[-1]
+    return _SETS[wanted or usable[-1]]
 
 
 @functools.cache
@@ -251,13 +235,13 @@ def linear(
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     given = codes, scales, weight_codes, weight_scales, bias
     _on_cpu("linear", *given)
-    if instruction_set() == "none" or not scales.shape[-1]:
+    if not _ready()[1] or not scales.shape[-1]:
         product = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
         return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
     written = out_dtype if out_dtype in DTYPES else torch.float32
     out = torch.empty((*scales.shape[:-1], len(weight_codes)), dtype=written)
     _product(given, out.dtype, "", (), out=out)
-    return out.to(out_dtype)
+    return out if out_dtype == written else out.to(out_dtype)
 
 
 def fused_linear(
@@ -366,17 +350,20 @@ def _product(
         return
     # Rounded once: writing does it.
     rounded = torch.float32 if out is not None and not program else dtype
-    operands = _Operands(
+    described = inputs_of(inputs, shape)
+    operands = _OPERANDS.pack(
         *(t.data_ptr() for t in tensors), _pointer(bias), math.prod(shape[:-1]), n, count, DTYPES[rounded]
     )
-    described = inputs_of(inputs, shape)
-    result = _Result(
-        ctypes.addressof(_encoded(program, "y").struct) if program else None,
-        *(ctypes.addressof(described.struct), None if out is None else out.data_ptr()),
-        *(0 if out is None else DTYPES[out.dtype], _Target() if units is None else units.target),
+    result = _RESULT.pack(
+        ctypes.addressof(_encoded(program, "y").struct) if program else 0,
+        *(ctypes.addressof(described.struct), 0 if out is None else out.data_ptr()),
+        *(0 if out is None else DTYPES[out.dtype], *(_NO_TARGET if units is None else units.target)),
     )
     library, isa = _ready()
-    library.tahf4_linear(ctypes.addressof(operands), ctypes.addressof(result), _SETS[isa], torch.get_num_threads())
+    library.tahf4_linear(operands, result, isa, torch.get_num_threads())
+
+
+_NO_TARGET = (0, 0, 0.0, 0, 0)
 
 
 def _check_product(
@@ -424,11 +411,13 @@ def _encoded(program: str, default: str) -> Encoded:
 
 
 def _plain(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.detach().to(torch.float32).resolve_neg().contiguous()
+    if values is None or (values.dtype is torch.float32 and values.is_contiguous() and not values.is_neg()):
+        return values
+    return values.detach().to(torch.float32).resolve_neg().contiguous()
 
 
-def _pointer(values: Tensor | None) -> int | None:
-    return None if values is None else values.data_ptr()
+def _pointer(values: Tensor | None) -> int:
+    return 0 if values is None else values.data_ptr()
 
 
 def checksum(words: Tensor, factors: Tensor) -> int:
@@ -496,6 +485,8 @@ def _rows(what: str, x: Tensor) -> tuple[Tensor, int]:
     if x.dim() == 0:
         raise FormatError(f"{what} got a tensor without axes; expected at least one: channels lie along the last")
     _on_cpu(what, x)
+    if x.dim() == 2 and x.is_contiguous() and x.numel() and not x.is_neg():
+        return x, DTYPES[x.dtype]
     # A lazily conjugated or negated tensor would be read as it is stored.
     x = x.detach().resolve_neg()
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
@@ -504,7 +495,7 @@ def _rows(what: str, x: Tensor) -> tuple[Tensor, int]:
 
 def _on_cpu(what: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             raise FormatError(f"{what} got a tensor on {tensor.device}; expected one on the CPU")
 
 

@@ -41,6 +41,7 @@ _SIGNATURES = {
 }
 
 _lock = threading.Lock()
+_loaded: list[ctypes.CDLL | None] = []
 
 
 def library() -> ctypes.CDLL | None:
@@ -51,10 +52,12 @@ def library() -> ctypes.CDLL | None:
     """
     if switch("TAHF4_NO_CPP") not in ("", "0"):
         return None
-    if _library.cache_info().currsize:
-        return _library()
+    if _loaded:
+        return _loaded[0]
     with _lock:
-        return _library()
+        found = _library()
+        _loaded[:] = [found]
+    return found
 
 
 def switch(name: str) -> str:

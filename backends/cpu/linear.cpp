@@ -326,6 +326,15 @@ const Variant* variant_of(int isa, int64_t m) {
 // One row of a group to its place.
 void write(const Operands& x, const Result& result, const Functions& functions, int64_t row, int64_t column,
            int64_t count, float* slots, float* values) {
+  if (!result.program && !result.target.codes && x.dtype == kFloat32 && result.dtype == kFloat32) {
+    float* out = static_cast<float*>(result.out) + row * x.n + column;
+    if (x.bias) {
+      for (int64_t i = 0; i < count; ++i) out[i] = values[i] + x.bias[column + i];
+    } else {
+      std::memcpy(out, values, count * sizeof(float));
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; i += kUnit) {
     const int64_t part = std::min<int64_t>(kUnit, count - i), at = column + i;
     functions.finish(result.program, *result.inputs, row, at, part, x.bias ? x.bias + at : nullptr, x.dtype, slots,

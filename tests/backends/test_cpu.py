@@ -41,9 +41,11 @@ def _threads():
 def _no_library(monkeypatch):
     """Start without a compiled library, and leave none that a test made."""
     build._library.cache_clear()
+    build._loaded.clear()
     yield
     monkeypatch.undo()
     build._library.cache_clear()
+    build._loaded.clear()
 
 
 def assert_same(x, multiplier=None, block=0):

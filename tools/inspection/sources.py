@@ -17,6 +17,7 @@ from ...graph_capture import Capture, capture, from_program
 from ...lowering import Lowered, lower
 from ...recipe import Recipe, apply_recipe
 from ..errors import CommandError
+from ..exported import load_program
 from .examples import example_arguments, parse_shape
 from .report import Report, read_dump
 from .statistics import Evidence
@@ -189,12 +190,7 @@ def _exported(
 ) -> tuple[Report, Lowered, Mapping[str, Any]]:
     if request.shape is not None:
         raise CommandError("--shape does not apply to an exported program: its shapes are in the file")
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # of zip, JSON and schema readers
-        raise CommandError(f"{path} cannot be read as a program of torch.export: {error}") from error
-    if program.example_inputs is None:
-        raise CommandError(f"{path} holds no example inputs; export it with torch.export.export, which keeps them")
+    program = load_program(path)
     args, kwargs = program.example_inputs
     model = program.module()
     if recipe is not None:

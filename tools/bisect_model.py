@@ -34,7 +34,7 @@ def bisect(
     """Name the pass, then the linears, that add most of the error against high precision.
 
     Runs each graph before and after every pass on real inputs: those of a denoising step of a pipeline, or the example
-    inputs of an exported program (load only files that you trust). Writes a script that runs the smallest failing
+    inputs of an exported program. Writes a script that runs the smallest failing
     subgraph alone.
     """
     from ..bisection import bisect as search
@@ -75,18 +75,10 @@ def captures(
 
 
 def _exported(path: Path) -> Capture:
-    import torch
-
     from ..graph_capture import capture_program
-    from .errors import CommandError
+    from .exported import load_program
 
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # whatever a file can hold
-        raise CommandError(f"{path} does not load as an exported program: {error}") from error
-    if program.example_inputs is None:
-        raise CommandError(f"{path} holds no example inputs; export it again with torch.export.export and save it")
-    return capture_program(program)
+    return capture_program(load_program(path))
 
 
 def _experts(
