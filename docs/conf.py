@@ -1,7 +1,5 @@
 """Sphinx's settings: pages in Markdown, the API reference from Google-style docstrings."""
 
-import diffusers.quantizers  # noqa: F401  (TaHF4Config is imported after diffusers' own quantizers)
-
 import tahf4_compiler
 from tahf4_compiler import ops
 

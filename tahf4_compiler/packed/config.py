@@ -17,6 +17,7 @@ from ..errors import PackedError
 from ..options import patterns
 from ..recipe import Recipe
 from .convert import packed_linears
+from .register import register_when_imported
 
 __all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe"]
 
@@ -140,3 +141,6 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
         if block < 0 or block & (block - 1) or (block and padded % block):
             raise PackedError(f"{where}: hadamard_block is {block}, expected 0 or a power of two that divides {padded}")
     return {path: dict(values) for path, values in linears.items()}
+
+
+register_when_imported()

@@ -23,6 +23,10 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
+    for name, last in (("config", "TaHF4Config"), ("quantizer", "register")):
+        module = sys.modules.get(f"{__package__}.{name}")
+        if module is not None and not hasattr(module, last):
+            return  # it is being imported, and registers at its end
     from .quantizer import register
 
     register()

@@ -309,3 +309,18 @@ def test_diffusers_knows_the_quantizer_whichever_is_imported_first():
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import tahf4_compiler as t; t.TaHF4Config",
+        "from tahf4_compiler.packed.config import TaHF4Config",
+        "import tahf4_compiler",
+        "import diffusers.quantizers.auto, tahf4_compiler",
+    ],
+)
+def test_diffusers_knows_the_quantizer_whatever_is_imported_first(first):
+    code = f"{first}\nfrom diffusers.quantizers import auto\nprint(auto.AUTO_QUANTIZER_MAPPING['tahf4'].__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "TaHF4Quantizer"
