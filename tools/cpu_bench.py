@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import typer
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .. import hif4, kernels
 from ..backends import cpu
@@ -35,23 +36,30 @@ LINEARS = (
 """M, K, N."""
 
 Times = dict[str, dict[str, float]]
+_LONG, _FEW = 1.0, 3  # seconds, rounds
+_HOPELESS = 10.0  # times float32's
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.02) -> Times:
     """Return the median seconds of each function and its spread, (largest - smallest) / median, over rounds in turn.
 
-    ``least``: seconds that one measurement takes at least.
+    ``least``: seconds that one measurement takes at least. What takes longer than ``_LONG`` is measured without a call
+    before it, and at most three times.
     """
-    repeats = {}
-    for name, function in functions.items():
+    repeats, first = {}, {}
+    for name, function in tqdm(functions.items(), desc="warm", leave=False, disable=None):
         function()
         start = time.perf_counter()
         function()
-        repeats[name] = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-7)))
+        first[name] = time.perf_counter() - start
+        repeats[name] = max(1, math.ceil(least / max(first[name], 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    for turn in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
         for name, function in functions.items():
-            function()  # what ran before has taken the cache
+            if first[name] < _LONG:
+                function()  # what ran before has taken the cache
+            elif turn >= _FEW:
+                continue
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 function()
@@ -129,7 +137,7 @@ def _w4a4(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
 
 def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
     """Time W4A4 linears, quantization of the activation included, beside PyTorch's."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for m, k, n in shapes:
         linear, x = nn.Linear(k, n), torch.randn(m, k)
         half, half_x = nn.Linear(k, n).bfloat16(), x.bfloat16()
@@ -141,14 +149,20 @@ def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[st
             "int8": lambda f=int8, x=x: f(x),  # type: ignore[misc]
             "W4A4": lambda x=x, w=weight, b=linear.bias: _w4a4(x, w, b),  # type: ignore[misc]
         }
-        if (torchao := _torchao(nn.Sequential(nn.Linear(k, n)))) is not None:
+        if usable(rows) and (torchao := _torchao(nn.Sequential(nn.Linear(k, n)))) is not None:
             functions["torchao int8"] = lambda f=torchao, x=x: f(x)  # type: ignore[misc]
         times = interleaved(functions, rounds)
         rows.append({"m": m, "k": k, "n": n, "operations": 2 * m * k * n, "times": times})
     return rows
 
 
-def block(dim: int, ffn: int, heads: int, tokens: int, rounds: int) -> dict[str, Any]:
+def usable(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether torchao is worth more measurements: where it has no kernel a block would take minutes a call."""
+    found = [row["times"] for row in rows if "torchao int8" in row["times"]]
+    return not rows or any(t["torchao int8"]["seconds"] < _HOPELESS * t["float32"]["seconds"] for t in found)
+
+
+def block(dim: int, ffn: int, heads: int, tokens: int, rounds: int, torchao_too: bool = True) -> dict[str, Any]:
     """Time a block of Wan in float32, bfloat16, int8 and W4A4, with and without the pass ``fuse``."""
     torch.manual_seed(0)
     model = WanBlock(dim, ffn, heads).eval()
@@ -168,7 +182,7 @@ def block(dim: int, ffn: int, heads: int, tokens: int, rounds: int) -> dict[str,
     int8 = _int8(WanBlock(dim, ffn, heads).eval())
     functions["int8"] = lambda: int8(*inputs, rotary)
 
-    if (torchao := _torchao(WanBlock(dim, ffn, heads).eval())) is not None:
+    if torchao_too and (torchao := _torchao(WanBlock(dim, ffn, heads).eval())) is not None:
         functions["torchao int8, compiled"] = lambda: torchao(*inputs, rotary)
     functions["torch.compile, float32"] = compiled("inductor")
     functions["W4A4"] = compiled("tahf4")
@@ -231,7 +245,7 @@ def main(output: Path, rounds: int) -> None:
         found: dict[str, Any] = {"facts": facts(), "rounds": rounds}
         found["quantize"] = quantizing(QUANTIZED, rounds)
         found["linear"] = linears(LINEARS, rounds)
-        found["block"] = block(3072, 14336, 24, 512, rounds)
+        found["block"] = block(3072, 14336, 24, 512, rounds, usable(found["linear"]))
         found["pipeline"] = pipeline(rounds)
     text = markdown(found)
     typer.echo(text)
@@ -259,8 +273,10 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines.append("|---" * (2 * len(names) + 1) + "|")
     for row in found["linear"]:
         times = row["times"]
-        cells = [f"{row['operations'] / times[n]['seconds'] / 1e9:,.0f}" for n in names]
-        cells += [f"{times[n]['seconds'] / times['W4A4']['seconds']:.2f}" for n in names if n != "W4A4"]
+        cells = [f"{row['operations'] / times[n]['seconds'] / 1e9:,.0f}" if n in times else "" for n in names]
+        cells += [
+            f"{times[n]['seconds'] / times['W4A4']['seconds']:.2f}" if n in times else "" for n in names if n != "W4A4"
+        ]
         cells.append(f"{max(t['spread'] for t in times.values()):.0%}")
         lines.append(f"| {row['m']} x {row['k']} x {row['n']} | " + " | ".join(cells) + " |")
     whole = found["block"]
