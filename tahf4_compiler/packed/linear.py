@@ -209,7 +209,7 @@ class HiF4Linear(nn.Linear):
         found = {key: local_metadata[key] for key in own if key in local_metadata}
         if any(found[key] != own[key] for key in found):
             raise PackedError(
-                f"the state dict holds {prefix[:-1]} with {_listed(found)}; this linear has {_listed(own)}, so that its "
+                f"the state dict holds {prefix[:-1]} with {_listed(found)}; this linear has {_listed(own)}, and its "
                 "codes would mean other weights. Load it into a model that was packed with the same recipe."
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
