@@ -103,10 +103,11 @@ def warn_not_finite(paths: Sequence[str], model: str = "") -> None:
     if paths:
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         log.warning(
-            "%sthe weights of %d linears hold NaN or infinities: %s%s. Their units of 64 values are packed as NaN, and "
-            "so is what the linears return. Get the weights again, or name the linears with keep.",
+            "%sthe weights of %d %s hold NaN or infinities: %s%s. Their units of 64 values are packed as NaN, and "
+            "so is what is computed with them. Get the weights again, or keep these linears in high precision (keep).",
             f"{model}: " if model else "",
             len(paths),
+            "linears" if len(paths) > 1 else "linear",
             ", ".join(paths[:3]),
             more,
         )

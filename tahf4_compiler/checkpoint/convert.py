@@ -220,14 +220,16 @@ def _stands(out: Path, job: str) -> bool:
     if not (out / NAME).exists():
         raise CheckpointError(f"{there} holds something else; {what}")
     try:
-        made = read_manifest(out)[0]
+        made, files = read_manifest(out)
         if made == job:
             drop_list(out)
-            verify(out)
+            total = sum(size for size, _ in files.values())
+            with tqdm(total=total, desc="compare", unit="B", unit_scale=True, delay=1.0) as bar:
+                verify(out, bar.update)
     except CheckpointError as cause:
         raise CheckpointError(
-            f"nothing was written, since {out} is there already and not whole: {str(cause).rstrip('.')}. "
-            f"{what.capitalize()}."
+            f"nothing was written, since {out} is there already and not what this command makes: "
+            f"{str(cause).rstrip('.')}. {what.capitalize()}."
         ) from cause
     if made != job:
         raise CheckpointError(f"{there} was made of other files or with other options; {what}")
