@@ -351,7 +351,7 @@ def test_every_change_of_the_manifest_and_every_other_file_is_seen(saved, tmp_pa
     (out / "vae" / "model.bin").rename(out / "model.safetensors.index.json")
     with pytest.raises(tahf4.CheckpointError, match=r"in 1 files: model.safetensors.index.json is not in"):
         verify(out)
-    (out / "model.safetensors.index.json").rename(out / "..." )
+    (out / "model.safetensors.index.json").rename(out / "...")
     (out / "vae" / "loop").symlink_to(out)
     with pytest.raises(tahf4.CheckpointError, match=r"in 2 files: \.\.\. is not .*vae/loop is not in"):
         verify(out)
