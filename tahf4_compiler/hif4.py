@@ -33,6 +33,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "from_bytes",
+    "has_nan",
     "level1_scale",
     "quantize",
     "subgroup_exponents",
@@ -165,6 +166,15 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     element = torch.where(nibbles >= 8, -element, element)
     values = element.unflatten(-1, (16, 4)) * (factor * scale[..., None])[..., None]
     return values.flatten(-3)[..., :k].to(dtype)
+
+
+def has_nan(scales: Tensor) -> Tensor:
+    """Return a bool scalar: whether a unit stands for NaN, which one NaN or infinity among its values makes of it.
+
+    Args:
+        scales: int32 of any shape, see :class:`Packed`.
+    """
+    return ((scales & 0xFF) == _NAN_SCALE).any()
 
 
 def fake_quantize(x: Tensor, *, rounding: str = "half_away") -> Tensor:

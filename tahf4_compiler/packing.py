@@ -8,6 +8,7 @@ again when their contents change.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import weakref
 from collections.abc import Sequence
@@ -28,7 +29,18 @@ from .scale_search import search_scales
 from .transforms import multipliers
 from .weight_formats import pack_rows
 
-__all__ = ["PackedStore", "checksum", "checksums", "moment_as_quantized", "pack_transformed", "pack_weight", "store"]
+__all__ = [
+    "PackedStore",
+    "checksum",
+    "checksums",
+    "moment_as_quantized",
+    "pack_transformed",
+    "pack_weight",
+    "store",
+    "warn_not_finite",
+]
+
+log = logging.getLogger(__name__)
 
 _ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
 _LANES = 4096
@@ -79,6 +91,26 @@ def pack_weight(
         codes.append(parts[0])
         scales.append(parts[1])
     return hif4.Packed(torch.cat(codes), torch.cat(scales), weight.shape[1])
+
+
+def warn_not_finite(paths: Sequence[str], model: str = "") -> None:
+    """Warn of linears whose weights hold NaN or infinities; the first three are named.
+
+    Args:
+        paths: of the linears; nothing is said if there are none.
+        model: name of the model in its pipeline, or ``""``.
+    """
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        log.warning(
+            "%sthe weights of %d %s hold NaN or infinities: %s%s. Their units of 64 values are packed as NaN, and "
+            "so is what is computed with them. Get the weights again, or keep these linears in high precision (keep).",
+            f"{model}: " if model else "",
+            len(paths),
+            "linears" if len(paths) > 1 else "linear",
+            ", ".join(paths[:3]),
+            more,
+        )
 
 
 def checksum(weight: Tensor) -> Tensor:

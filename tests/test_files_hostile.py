@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.checkpoint.convert import quantize_checkpoint
-from tahf4_compiler.checkpoint.manifest import verify
+from tahf4_compiler.checkpoint.manifest import manifest_sum, verify
 from tahf4_compiler.checkpoint.reading import read_header, read_index, read_json
 from tahf4_compiler.checkpoint.source import open_source
 from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
@@ -210,6 +210,7 @@ def test_a_manifest_that_is_not_ours(checkpoint, tmp_path, change, message):
     path = tmp_path / "out" / "tahf4_manifest.json"
     content = json.loads(path.read_text())
     change(content)
+    content["sha256"] = manifest_sum(content)
     path.write_text(json.dumps(content))
     with pytest.raises(tahf4.CheckpointError, match=message):
         verify(tmp_path / "out")

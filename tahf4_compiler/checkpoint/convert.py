@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,10 +16,11 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, RecipeError, Tahf4Error
 from ..module_plan import plan_modules, plan_transforms
+from ..packing import warn_not_finite
 from ..pass_base import Decision
 from ..recipe import Recipe
 from .layout import Shard, shards_of
-from .manifest import NAME, file_sha256, manifest_text, read_manifest
+from .manifest import NAME, file_sha256, manifest_text, read_manifest, verify
 from .reading import read_header
 from .source import Component, Source, open_source
 from .stage import Stage, drop_list
@@ -79,7 +79,8 @@ def quantize_checkpoint(
 
     Args:
         model_dir: a diffusers pipeline or model in safetensors, or a model with the original Wan names.
-        out_dir: new or empty.
+        out_dir: new or empty, or a link to an empty folder. One that this call made before is read and compared with
+            its manifest.
         recipe: see :class:`tahf4_compiler.Recipe`, or None for a rotation that needs no data.
         expert: which expert's part of the recipe belongs to a bare model.
         keep: regular expressions, searched in module paths: linears that stay in high precision.
@@ -95,12 +96,13 @@ def quantize_checkpoint(
         PatternError: a pattern of ``keep`` matches nothing.
     """
     folder, out = Path(model_dir), Path(os.path.abspath(out_dir))
+    if out.is_symlink() and out.exists():
+        out = out.resolve()  # the folder is renamed, and a link cannot be replaced by one
     source = open_source(folder, dtype)
     parts = _parts(source, recipe, expert, keep, check_weights, shard_size)
     job = _job(source, parts)
     result = Converted({part.component.name: part.plan for part in parts})
     if _stands(out, job):
-        drop_list(out)
         result.complete = True
         return result
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
@@ -111,7 +113,6 @@ def quantize_checkpoint(
         result.resumed = len(stage.done)
         _write_all(stage, source, parts, result, hard_link, threads or min(4, os.cpu_count() or 1))
         _write_text(stage, NAME, manifest_text(job, stage.done))
-        stage.publish()
     except OSError as cause:
         stage.drop_unfinished()
         raise CheckpointError(
@@ -121,6 +122,8 @@ def quantize_checkpoint(
     except Tahf4Error:
         stage.drop()
         raise
+    else:
+        stage.publish()
     finally:
         stage.close()
         torch.set_num_threads(before)
@@ -200,20 +203,37 @@ def _job(source: Source, parts: list[_Part]) -> str:
 
 
 def _stands(out: Path, job: str) -> bool:
-    """Whether the folder is there already, made by the same job.
+    """Whether the folder is there already, made by the same job, and still what was written.
 
     Raises:
-        CheckpointError: something else is there.
+        CheckpointError: something else is there, or files were damaged since.
     """
-    if out.is_dir() and not out.is_symlink():
-        if not any(out.iterdir()):
-            return False
-        with contextlib.suppress(CheckpointError):
-            if read_manifest(out)[0] == job:
-                return True
-    elif not os.path.lexists(out):
+    if not os.path.lexists(out):
         return False
-    raise CheckpointError(f"{out} is there already and holds something else; remove it or name another folder")
+    there, what = f"{out} is there already and", "remove it or name another folder"
+    if out.is_symlink():
+        raise CheckpointError(f"{out} is a link to {os.readlink(out)}, which is not there; {what}")
+    if not out.is_dir():
+        raise CheckpointError(f"{there} is no folder; {what}")
+    if not any(out.iterdir()):
+        return False
+    if not (out / NAME).exists():
+        raise CheckpointError(f"{there} holds something else; {what}")
+    try:
+        made, files = read_manifest(out)
+        if made == job:
+            drop_list(out)
+            total = sum(size for size, _ in files.values())
+            with tqdm(total=total, desc="compare", unit="B", unit_scale=True, delay=1.0) as bar:
+                verify(out, bar.update)
+    except CheckpointError as cause:
+        raise CheckpointError(
+            f"nothing was written, since {out} is there already and not what this command makes: "
+            f"{str(cause).rstrip('.')}. {what.capitalize()}."
+        ) from cause
+    if made != job:
+        raise CheckpointError(f"{there} was made of other files or with other options; {what}")
+    return True
 
 
 def _write_all(
@@ -244,6 +264,7 @@ def _write_all(
                         result.bytes_written += found[0]
             finally:
                 workers.close()
+            warn_not_finite(sorted(workers.not_finite), part.component.name)
             for name, text in part.texts.items():
                 _write_text(stage, name, text)
         for name, path in others.items():

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
 from .reading import read_header, read_json
 
-__all__ = ["FORMAT", "NAME", "file_sha256", "manifest_text", "read_manifest", "verify"]
+__all__ = ["FORMAT", "NAME", "PROGRESS", "file_sha256", "manifest_sum", "manifest_text", "read_manifest", "verify"]
 
 NAME = "tahf4_manifest.json"
-FORMAT = "tahf4-manifest-1"
+FORMAT = "tahf4-manifest-2"
+PROGRESS = ".tahf4_progress.json"
+"""What is finished in a folder that grows; a run that was killed in its last moment leaves it in its result."""
+
 _BLOCK = 4 << 20
 
 
@@ -38,7 +42,14 @@ def file_sha256(path: Path, progress: Callable[[int], object] | None = None) -> 
 def manifest_text(job: str, files: Mapping[str, tuple[int, str]]) -> str:
     """Return the manifest of files by path in the folder, ``(size, SHA-256)`` each; the same for the same files."""
     listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
-    return json.dumps({"format": FORMAT, "job": job, "files": listed}, indent=1) + "\n"
+    content = {"format": FORMAT, "job": job, "files": listed}
+    return json.dumps({**content, "sha256": manifest_sum(content)}, indent=1) + "\n"
+
+
+def manifest_sum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a manifest says, without its own ``sha256``."""
+    said = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> tuple[str, dict[str, tuple[int, str]]]:
@@ -56,7 +67,10 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, tuple[int, str]]]:
     job, files = content.get("job"), content.get("files")
     if not isinstance(job, str) or not isinstance(files, dict):
         raise CheckpointError(f"{path} is damaged: it lists no files")
-    return job, {name: _entry(path, name, values) for name, values in files.items()}
+    found = {name: _entry(path, name, values) for name, values in files.items()}
+    if content.get("sha256") != manifest_sum(content):
+        raise CheckpointError(f"{path} is damaged: it has not the hash that it names")
+    return job, found
 
 
 def _entry(path: Path, name: str, values: Any) -> tuple[int, str]:
@@ -82,34 +96,51 @@ def verify(folder: Path, progress: Callable[[int], object] | None = None) -> int
         The number of files.
 
     Raises:
-        CheckpointError: files are missing, of another size or content, or weights that the manifest does not name are
-            there; the first three are named.
+        CheckpointError: files are missing, of another size or content, or others than the manifest names are there;
+            the first three are named.
     """
     _, files = read_manifest(folder)
-    wrong = []
-    for name, (size, digest) in files.items():
-        path = folder / name
+    wrong = [f"{name} {what}" for name, found in files.items() if (what := _wrong(folder / name, found, progress))]
+    others = [name for name in _names(folder) if name not in files and name not in (NAME, PROGRESS)]
+    if not wrong and not others:
+        return len(files)
+    listed = [*wrong, *(f"{name} is not in the manifest" for name in others)]
+    remedy = ["copy the folder again, or remove it and run tahf4 quantize again"] if wrong else []
+    remedy += ["move away what is not in the manifest"] if others else []
+    raise CheckpointError(
+        f"{folder} is not what was written there, in {len(listed)} files: {'; '.join(listed[:3])}. "
+        f"{'; '.join(remedy).capitalize()}."
+    )
+
+
+def _wrong(path: Path, found: tuple[int, str], progress: Callable[[int], object] | None) -> str:
+    """Return what is wrong with a file that the manifest names, or nothing."""
+    size, digest = found
+    try:
         if not path.is_file():
-            wrong.append(f"{name} is missing")
-            continue
+            return "is missing"
         if path.stat().st_size != size:
-            wrong.append(f"{name} has {path.stat().st_size:,} bytes, expected {size:,}")
+            return f"has {path.stat().st_size:,} bytes, expected {size:,}"
+        if file_sha256(path, progress)[1] != digest:
+            return "has other contents"
+        if path.name.endswith(".safetensors"):
+            read_header(path)
+    except CheckpointError as error:
+        return f"cannot be read: {error}"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return ""
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Yield all that is in a folder and no folder itself; links are followed, once."""
+    seen = set()
+    for base, folders, files in os.walk(folder, followlinks=True):
+        inside = Path(base).relative_to(folder)
+        if (real := os.path.realpath(base)) in seen:
+            folders.clear()
+            yield inside.as_posix()
             continue
-        try:
-            if name.endswith(".safetensors"):
-                read_header(path)
-            if file_sha256(path, progress)[1] != digest:
-                wrong.append(f"{name} has other contents")
-        except CheckpointError as error:
-            wrong.append(str(error))
-        except OSError as error:
-            wrong.append(f"{name} cannot be read: {error.strerror}")
-    for path in sorted(folder.rglob("*.safetensors")):
-        if (name := path.relative_to(folder).as_posix()) not in files:
-            wrong.append(f"{name} is not in the manifest")
-    if wrong:
-        raise CheckpointError(
-            f"{folder} is not what was written there, in {len(wrong)} files: {'; '.join(wrong[:3])}. "
-            "Copy it again, or run tahf4 quantize again."
-        )
-    return len(files)
+        seen.add(real)
+        folders.sort()
+        yield from ((inside / name).as_posix() for name in sorted(files))

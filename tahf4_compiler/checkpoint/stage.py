@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,17 +10,15 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .manifest import file_sha256
+from .manifest import PROGRESS, file_sha256
 from .reading import read_json
 
 __all__ = ["Stage", "drop_list"]
 
-_LIST = ".tahf4_progress.json"
-
 
 def drop_list(folder: Path) -> None:
     """Remove the list of what is finished, which a run that was killed in its last moment leaves in its result."""
-    (folder / _LIST).unlink(missing_ok=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
 
 
 class Stage:
@@ -56,7 +55,7 @@ class Stage:
 
     def _take_up(self) -> None:
         try:
-            listed = read_json(self.folder / _LIST)
+            listed = read_json(self.folder / PROGRESS)
             if listed.get("job") == self.job:
                 for name, (size, digest) in listed["files"].items():
                     path = self.folder / name
@@ -86,21 +85,25 @@ class Stage:
         self._write_list()
 
     def _write_list(self) -> None:
-        beside = self.folder / f"{_LIST}.part"
+        beside = self.folder / f"{PROGRESS}.part"
         beside.write_text(json.dumps({"job": self.job, "files": self.done}), encoding="utf-8")
-        beside.replace(self.folder / _LIST)
+        beside.replace(self.folder / PROGRESS)
 
     def publish(self) -> None:
         """Make the folder what it stands beside; an empty folder there is replaced.
 
         Raises:
-            CheckpointError: it cannot be renamed.
+            CheckpointError: it cannot be renamed; it stays where it is.
         """
         try:
             self.folder.replace(self.out)
-            drop_list(self.out)
         except OSError as cause:
-            raise CheckpointError(f"cannot rename {self.folder} to {self.out}: {cause.strerror}") from cause
+            raise CheckpointError(
+                f"cannot rename {self.folder} to {self.out}: {cause.strerror}. The checkpoint is whole and waits "
+                "there: make way for it and run the same command again, or move it yourself."
+            ) from cause
+        with contextlib.suppress(OSError):  # the next run removes it, and verify passes it by
+            drop_list(self.out)
 
     def drop(self) -> None:
         """Remove all of it."""

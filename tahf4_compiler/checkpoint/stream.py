@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import hif4
 from ..errors import CheckpointError, RecipeError
 from ..packing import checksum
 from .layout import Item, Shard
@@ -33,11 +34,15 @@ class Workers:
     Args:
         count: of threads; each holds one packed linear, and one more waits.
         sums: checksums that weights must have, by module path within the component.
+
+    Attributes:
+        not_finite: linears whose weights were found to hold NaN or infinities.
     """
 
     def __init__(self, count: int, sums: Mapping[str, int]) -> None:
         """Start no thread yet."""
         self.count, self.sums = count, sums
+        self.not_finite: set[str] = set()
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
         self._local = threading.local()
 
@@ -82,6 +87,8 @@ class Workers:
                 packed = transform.pack(part)
                 codes[first : first + count] = packed.codes
                 scales[first : first + count] = packed.scales
+        if hif4.has_nan(scales):
+            self.not_finite.add(item.path)
         return [codes, scales]
 
     def _buffer(self, count: int, dtype: torch.dtype) -> Tensor:

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import hif4
 from ..attach import attached_recipe, leave_as_they_are
 from ..calibration import experts
 from ..errors import PackedError
 from ..module_plan import Transform, plan_modules, plan_transforms
+from ..packing import warn_not_finite
 from ..pass_base import Decision
 from ..recipe import Recipe, recipe_experts
 from .linear import HiF4Linear
@@ -35,6 +37,7 @@ def quantize_(
 
     One linear is converted after the other, so that memory does not grow beyond the model and one layer. Linears that
     are packed already stay as they are. The others carry their reason, so that compiling the model leaves them, too.
+    Weights with NaN or infinities are packed as NaN, with a warning.
 
     Args:
         model: a module, or a pipeline whose denoisers are packed. It is changed in place.
@@ -74,7 +77,7 @@ def quantize_(
     decisions: list[Decision] = []
     with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
         for name, module, plan, transforms in work:
-            pack_modules(module, transforms, bar.update)
+            warn_not_finite(pack_modules(module, transforms, bar.update), name)
             leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
             if (saving := _saving(module)) is not None and packed_linears(module):
                 saving.remember(module, saving.TaHF4Config(recipe, keep=keep))
@@ -84,26 +87,32 @@ def quantize_(
 
 def pack_modules(
     model: nn.Module, transforms: dict[str, Transform], done: Callable[[int], Any] = lambda values: None
-) -> None:
+) -> list[str]:
     """Replace linears by packed ones.
 
     Args:
         model: changed in place.
         transforms: by module path, see :func:`tahf4_compiler.module_plan.plan_transforms`.
         done: is told how many values were converted.
+
+    Returns:
+        The paths whose weights are not finite.
     """
-    places = _places(model)
+    places, flags = _places(model), {}
     for path, transform in transforms.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         multiplier = transform.multiplier(linear.in_features)
         packed = transform.pack(linear.weight)
+        if packed.scales.device.type != "meta":
+            flags[path] = hif4.has_nan(packed.scales)
         new = HiF4Linear.from_linear(
             linear, packed, multiplier, transform.hadamard_block, transform.activation
         )
         for parent, name in places[id(linear)]:
             setattr(parent, name, new)
         done(linear.in_features * linear.out_features)
+    return [path for path, flag in flags.items() if flag]  # read at the end: each is a wait for the device
 
 
 def dequantize_(model: Any) -> list[str]:
@@ -159,10 +168,10 @@ def _saving(model: nn.Module) -> Any:
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return where each linear hangs: one that two parents share is replaced in both."""
+    """Return where each linear hangs: one that has two names, in one parent or two, is replaced in both."""
     found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for parent in model.modules():
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children() tells one name of a linear that has two
             if isinstance(child, nn.Linear):
                 found[id(child)].append((parent, name))
     return found

@@ -191,18 +191,41 @@ class HiF4Linear(nn.Linear):
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write down beside the tensors what they do not tell; torch keeps it in ``state_dict._metadata``."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (metadata := getattr(destination, "_metadata", None)) is not None:
+            metadata.setdefault(prefix[:-1], {}).update(self._transform())
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
         if f"{prefix}weight" in state_dict and f"{prefix}weight_codes" not in state_dict:
             raise PackedError(
                 f"the state dict holds {prefix}weight, a plain weight, but this linear is packed. Load it into the "
                 "model before quantize_, or after dequantize_."
             )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        own = self._transform()
+        found = {key: local_metadata[key] for key in own if key in local_metadata}
+        if any(found[key] != own[key] for key in found):
+            raise PackedError(
+                f"the state dict holds {prefix[:-1]} with {_listed(found)}; this linear has {_listed(own)}, and its "
+                "codes would mean other weights. Load it into a model that was packed with the same recipe."
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
+    def _transform(self) -> dict[str, int]:
+        """Return what the codes mean and no tensor's shape tells."""
+        return {"in_features": self.in_features, "hadamard_block": self.hadamard_block}
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:
     """Return what goes over from a linear to the one in its place: hooks, mode, sizes; no parameters."""
     return {k: v for k, v in module.__dict__.items() if k != "_parameters" and not k.startswith("_tahf4_")}
+
+
+def _listed(values: dict[str, int]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attach import leave_as_they_are
 from ..errors import PackedError, RecipeError
 from ..module_plan import Transform, plan_modules, plan_transforms
-from ..packing import checksum
+from ..packing import checksum, warn_not_finite
 from .config import Method, TaHF4Config, describe
 from .convert import dequantize_, pack_modules, packed_linears
 from .linear import HiF4Linear
@@ -40,6 +40,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
         self._reasons: dict[str, str] = {}
         self._sums: dict[str, int] = {}
         self._keys: set[str] = set()
+        self._not_finite: list[str] = []
 
     @property
     def is_serializable(self) -> bool:
@@ -131,7 +132,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
             )
         linear._parameters["weight"] = nn.Parameter(value, requires_grad=False)
         with torch.no_grad():
-            pack_modules(model, {path: self._transforms[path]})
+            self._not_finite += pack_modules(model, {path: self._transforms[path]})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config, found = self.quantization_config, packed_linears(model)
@@ -146,6 +147,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
                 f"the checkpoint lacks tensors of {len(lacking)} packed linears ({', '.join(lacking[:3])}); it is not "
                 "complete"
             )
+        warn_not_finite(self._not_finite, config.expert or "")
         for linear in found.values():
             if linear.bias is not None:
                 linear.weight_dtype = linear.bias.dtype

@@ -145,6 +145,18 @@ def test_a_recipe_is_applied_while_loading_and_its_weights_are_checked(tmp_path)
         WanTransformer3DModel.from_pretrained(tmp_path / "plain", quantization_config=config)
 
 
+def test_weights_that_are_not_finite_are_told_while_loading_and_casts_are_refused(tmp_path, caplog):
+    model, _ = wan()
+    model.blocks[0].ffn.net[2].weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=tahf4.TaHF4Config())
+    (message,) = [r.getMessage() for r in caplog.records if "NaN" in r.getMessage()]
+    assert message.startswith("the weights of 1 linear hold NaN or infinities: blocks.0.ffn.net.2.")
+    for cast in (lambda: loaded.to(torch.bfloat16), loaded.half, loaded.float):
+        with pytest.raises(ValueError, match="quantized model"):
+            cast()
+
+
 def test_what_was_kept_stays_kept_when_a_loaded_model_is_compiled(tmp_path):
     from diffusers import WanTransformer3DModel
 

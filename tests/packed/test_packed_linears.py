@@ -21,7 +21,8 @@ from tahf4_compiler.graph import INPUT, PackedInput
 from tahf4_compiler.module_plan import plan_modules
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.graph import joined
-from tahf4_compiler.packing import store
+from tahf4_compiler.packed.linear import HiF4Linear
+from tahf4_compiler.packing import pack_weight, store
 from tahf4_compiler.recipe import Recipe
 
 GRAPH = {"inductor": False}
@@ -222,6 +223,45 @@ def test_state_copies_and_casts_leave_what_is_packed_as_it_is():
         model.load_state_dict(Stack().state_dict())
 
 
+def test_a_state_dict_of_another_transform_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    tahf4.quantize_(first)
+    wide = HiF4Linear.from_linear(
+        model[0], pack_weight(model[0].weight, first[0].multiplier, 128), first[0].multiplier, 128
+    )
+    tahf4.quantize_(second)
+    second[0] = wide
+    shapes = [{key: (v.shape, v.dtype) for key, v in m.state_dict().items()} for m in (first, second)]
+    assert shapes[0] == shapes[1], "no tensor tells them apart"
+    torch.save(second.state_dict(), tmp_path / "state")
+    before = first[0].weight_codes.clone()
+    for state in (second.state_dict(), torch.load(tmp_path / "state", weights_only=True)):
+        with pytest.raises(tahf4.PackedError, match=r"0 with in_.*hadamard_block=128; .*hadamard_block=64"):
+            first.load_state_dict(state)
+    assert torch.equal(first[0].weight_codes, before)
+    again = copy.deepcopy(second)
+    again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    again.load_state_dict(dict(second.state_dict()))  # without metadata
+    # 100 and 128 features have codes of one shape, too.
+    narrow, broad = (HiF4Linear(k, 64) for k in (100, 128))
+    with pytest.raises(tahf4.PackedError, match="in_features=100"):
+        broad.load_state_dict(narrow.state_dict())
+
+
+def test_weights_that_are_not_finite_are_told_once_a_model(caplog):
+    model = Stack(depth=5).eval()
+    for i, value in enumerate((float("nan"), float("inf"), -float("inf"), float("nan"))):
+        model.blocks[i].up.weight[3, 5] = value
+    tahf4.quantize_(model)
+    (message,) = [r.getMessage() for r in caplog.records if "NaN" in r.getMessage()]
+    assert message.startswith("the weights of 4 linears hold NaN or infinities")
+    assert "blocks.0.up, blocks.1.up, blocks.2.up and 1 more" in message
+    caplog.clear()
+    tahf4.quantize_(Stack().eval())
+    assert not caplog.records
+
+
 def test_keep_two_calls_and_back():
     model, x = Stack().eval(), torch.randn(5, 64)
     original = copy.deepcopy(model)
@@ -292,6 +332,11 @@ def test_modules_that_read_weights_themselves_stay_and_a_shared_linear_is_packed
     model = nn.Sequential(nn.Sequential(shared, nn.GELU()), nn.Sequential(shared, nn.GELU()))
     assert len(tahf4.quantize_(model)) == 1
     assert model[0][0] is model[1][0] and isinstance(model[0][0], tahf4.HiF4Linear)
+    twice = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(64, 64)})
+    tahf4.quantize_(twice)
+    assert twice["a"] is twice["b"] and isinstance(twice["b"], tahf4.HiF4Linear)
+    tahf4.dequantize_(twice)
+    assert twice["a"] is twice["b"] and type(twice["b"]) is nn.Linear
 
 
 def test_gradients_and_the_values_of_the_weight_are_refused():

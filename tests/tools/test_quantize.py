@@ -291,6 +291,116 @@ def test_keep_and_dtype(model, saved, tmp_path):
         quantize_checkpoint(saved, tmp_path / "c", keep=["nothing"])
 
 
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_finished_folder_that_was_damaged_is_not_called_complete(saved, tmp_path):
+    out = tmp_path / "out"
+    quantize_checkpoint(saved, out)
+    command = ["quantize", str(saved), "-o", str(out)]
+    for name, change, words in (
+        (NAME, damage, f"{NAME} has other contents"),
+        (NAME, Path.unlink, f"{NAME} is missing"),
+        ("config.json", lambda path: path.write_text("{}"), "config.json has 2 bytes"),
+        ("tahf4_manifest.json", lambda path: path.write_text(path.read_text()[:-9]), "tahf4_manifest.json is damaged"),
+        ("own.py", lambda path: path.write_text("x"), "own.py is not in the manifest"),
+    ):
+        old = (out / name).read_bytes() if (out / name).exists() else None
+        change(out / name)
+        result = runner.invoke(app, command)
+        assert result.exit_code == 2 and words in result.output and "nothing was written" in result.output
+        assert "Remove it or name another folder" in result.output and "complete already" not in result.output
+        (out / name).unlink(missing_ok=True)
+        if old is not None:
+            (out / name).write_bytes(old)
+    (out / ".tahf4_progress.json").write_text("{}")  # of a run that was killed in its last moment
+    assert verify(out) == 2
+    assert "complete already" in runner.invoke(app, command).output
+    with pytest.raises(tahf4.CheckpointError, match="other options"):
+        quantize_checkpoint(saved, out, keep=[r"blocks\.0\."])
+    # What verify advises mends it.
+    damage(out / NAME)
+    with pytest.raises(tahf4.CheckpointError, match="or remove it and run tahf4 quantize again"):
+        verify(out)
+    shutil.rmtree(out)
+    quantize_checkpoint(saved, out)
+    assert verify(out) == 2
+
+
+def test_every_change_of_the_manifest_and_every_other_file_is_seen(saved, tmp_path):
+    out = tmp_path / "out"
+    quantize_checkpoint(saved, out)
+    path = out / "tahf4_manifest.json"
+    text = path.read_bytes()
+    for i in range(len(text)):
+        path.write_bytes(text[:i] + bytes([text[i] ^ 1]) + text[i + 1 :])
+        with pytest.raises(tahf4.CheckpointError):
+            verify(out)
+    path.write_bytes(text)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").write_text("x")
+    (out / "linked").symlink_to(tmp_path / "elsewhere")
+    (out / "vae").mkdir()
+    (out / "vae" / "model.bin").write_text("x")
+    with pytest.raises(tahf4.CheckpointError, match=r"linked/code.py is not .*vae/model.bin is not .*Move away"):
+        verify(out)
+    (out / "linked").unlink()
+    (out / "vae" / "model.bin").rename(out / "model.safetensors.index.json")
+    with pytest.raises(tahf4.CheckpointError, match=r"in 1 files: model.safetensors.index.json is not in"):
+        verify(out)
+    (out / "model.safetensors.index.json").rename(out / "...")
+    (out / "vae" / "loop").symlink_to(out)
+    with pytest.raises(tahf4.CheckpointError, match=r"in 2 files: \.\.\. is not .*vae/loop is not in"):
+        verify(out)
+
+
+def test_what_cannot_be_renamed_at_the_end_is_kept(saved, tmp_path, monkeypatch):
+    from tahf4_compiler.checkpoint import convert
+
+    quantize_checkpoint(saved, tmp_path / "whole")
+    out, old = tmp_path / "out", convert.manifest_text
+
+    def somebody_takes_the_place(*arguments):
+        out.mkdir()
+        (out / "own").write_text("x")
+        return old(*arguments)
+
+    monkeypatch.setattr(convert, "manifest_text", somebody_takes_the_place)
+    with pytest.raises(tahf4.CheckpointError, match=r"cannot rename .*whole and waits there: make way"):
+        quantize_checkpoint(saved, out)
+    monkeypatch.undo()
+    assert verify(tmp_path / ".out.tahf4-partial") == 2
+    shutil.rmtree(out)
+    done = quantize_checkpoint(saved, out)
+    assert done.resumed == 3 and not done.bytes_written and contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_link_to_an_empty_folder_is_filled(saved, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    quantize_checkpoint(saved, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and verify(tmp_path / "disk") == 2
+    assert quantize_checkpoint(saved, tmp_path / "out").complete
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(tahf4.CheckpointError, match="is a link to .*nowhere, which is not there"):
+        quantize_checkpoint(saved, tmp_path / "broken")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "disk", "model", "out"]
+
+
+def test_weights_that_are_not_finite_are_told(saved, tmp_path, caplog):
+    for path in saved.glob("*.safetensors"):
+        values = load_file(path)
+        for name in values.keys() & {"blocks.0.ffn.net.2.weight", "blocks.1.attn1.to_q.weight"}:
+            values[name][1, 2] = float("nan") if "ffn" in name else float("inf")
+        save_file(values, path)
+    quantize_checkpoint(saved, tmp_path / "out")
+    (message,) = [r.getMessage() for r in caplog.records if "NaN" in r.getMessage()]
+    assert message.startswith("the weights of 2 linears") and "blocks.0.ffn.net.2, blocks.1.attn1.to_q." in message
+
+
 def test_two_runs_at_once_are_refused(saved, tmp_path):
     from tahf4_compiler.checkpoint.stage import Stage
 
