@@ -1,8 +1,8 @@
 """How far forms of one packed model agree: `python -m tahf4_compiler.tools.evaluation.packed_agreement`.
 
-Calls the first expert of the shipped pipeline, packed, in float32: eager, compiled with tahf4, and beside them a reference whose
-linears multiply the same codes in float64. Where no code of an activation moves, they differ by float32's last bits;
-where one does, by as much as the quantization itself.
+Calls the first expert of the shipped pipeline, packed, in float32: eager, compiled with tahf4, and beside them a
+reference whose linears multiply the same codes in float64. Where no code of an activation moves, they differ by
+float32's last bits; where one does, by as much as the quantization itself.
 """
 
 from __future__ import annotations
