@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from tqdm.auto import tqdm
 
-from .errors import OptionError
+from .errors import CaptureError, OptionError
 from .graph import DECISION, module_classes
 from .graph_capture import Capture, capture
 from .hybrid import Hybrid, Pair
@@ -172,6 +172,11 @@ def bisect(
         errors.append(math.inf if math.isnan(error) else error)
 
     history = lower_graph(captured, parsed, passes, each=keep).history
+    if history[0].error is not None:
+        raise CaptureError(
+            "the model's own output holds NaN or infinity for these inputs, in high precision: there is nothing to "
+            "compare with. Look at its weights and inputs."
+        )
     names = [record.name for record in history]
     steps = tuple(PassStep(names[i], errors[i], _difference(errors[i], errors[i - 1])) for i in range(1, len(names)))
     if blame is not None and blame not in names[1:]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ class Context:
 
         Args:
             node: of the graph at hand.
-            numbers: by name; a later one of a name takes the place of an earlier one.
+            numbers: by name; a later one of a name takes the place of an earlier one. NaN and infinities become
+                strings.
 
         Raises:
             PassError: a value is no ``float``, ``int`` or ``str`` (take ``.item()`` of a tensor).
@@ -122,6 +124,9 @@ class Context:
                     f"pass {self.current!r} attached {name}={value!r} ({type(value).__name__}) to node "
                     f"{node_words(node)}; expected a float, an int or a string"
                 )
+        # JSON has no numbers for these.
+        words = {n: str(v) for n, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)}
+        numbers = {**numbers, **words}
         node.meta[NUMBERS] = {**node.meta.get(NUMBERS, {}), **numbers}
         found = node.meta.get(DECISION, [])
         for decision in found if isinstance(found, list) else [found]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ class PassManager:
         """
         records = [self._record("captured", graph_module)]
         reference = previous = run_graph(graph_module, context) if context.options.verify else None
+        if reference is not None and not _finite(reference):
+            records[0].error = float("nan")  # nothing can be compared with it
         if each is not None:
             each(records[0], graph_module)
         for item in self.passes:
@@ -102,7 +105,12 @@ class PassManager:
             record.matches, record.modified = context.matches, result.modified
             record.seconds = time.perf_counter() - start
             if reference is not None:
-                outputs = run_graph(graph_module, context)
+                try:
+                    outputs = run_graph(graph_module, context)
+                except Exception as error:
+                    raise PassError(
+                        f"the graph does not run after pass {item.name!r}: {type(error).__name__}: {error}"
+                    ) from error
                 record.error = relative_error(previous, outputs)
                 record.total_error = relative_error(reference, outputs)
                 previous = outputs
@@ -133,9 +141,10 @@ class PassManager:
                 f"{_where(error, context)}: {type(error).__name__}: {error}. Leave it out with "
                 f"options={{'disable_passes': [{item.name!r}]}}."
             ) from error
-        if not isinstance(result, PassResult):
+        if not isinstance(result, PassResult) or not isinstance(result.graph_module, fx.GraphModule):
+            found = result.graph_module if isinstance(result, PassResult) else result
             raise PassError(
-                f"pass {item.name!r} returned {type(result).__name__}; expected PassResult(graph_module, modified)"
+                f"pass {item.name!r} returned {type(found).__name__}; expected PassResult(graph_module, modified)"
             )
         _conditions(item, "ensures", result.graph_module, context)
         return result
@@ -161,6 +170,17 @@ def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _
         raise PassError(f"pass {item.name!r} left a broken graph: {error}") from error
     if len(list(graph.find_nodes(op="output"))) != 1:
         raise PassError(f"pass {item.name!r} left a graph without its output")
+    for node in graph.nodes:
+        if node.op in ("call_module", "call_method"):
+            raise PassError(
+                f"pass {item.name!r} added the {node.op} {node_words(node)}; a graph holds calls of operators only "
+                "(torch.ops.aten...)"
+            )
+    if written := sorted(_written(graph) - before.written):
+        raise PassError(
+            f"pass {item.name!r} writes to the graph's inputs {', '.join(written)}, which nothing wrote to before it: "
+            "weights and callers' tensors would change. Compute a new tensor instead."
+        )
     propagate(graph_module, context, item.name, before.calls)
     after = _interface(graph_module)
     lost_inputs = sorted(before.inputs - after.inputs)
@@ -249,6 +269,7 @@ class _Interface:
     inputs: frozenset[str]
     outputs: tuple[Any, ...]
     nodes: tuple[fx.Node | None, ...]
+    written: frozenset[str]
     calls: Mapping[fx.Node, tuple[Any, ...]]
 
 
@@ -264,19 +285,23 @@ def _interface(graph_module: fx.GraphModule) -> _Interface:
     leaves = torch.utils._pytree.tree_leaves(output.args[0])
     values = (leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
     nodes = tuple(leaf if isinstance(leaf, fx.Node) else None for leaf in leaves)
-    calls = {n: (n.target, n.args, n.kwargs) for n in graph_module.graph.nodes if n.op == "call_function"}
-    return _Interface(inputs, tuple(tensor_meta(value) for value in values), nodes, calls)
+    calls = {
+        n: (n.target, n.args, n.kwargs, n.meta.get("val")) for n in graph_module.graph.nodes if n.op == "call_function"
+    }
+    return _Interface(inputs, tuple(tensor_meta(value) for value in values), nodes, _written(graph_module.graph), calls)
+
+
+def _written(graph: fx.Graph) -> frozenset[str]:
+    return frozenset(node.name for node in graph.find_nodes(op="placeholder") if is_written(node))
 
 
 def _same_call(node: fx.Node, before: tuple[Any, ...] | None) -> bool:
-    """Whether a node calls what it called before a pass, on values of the same shapes and dtypes."""
-    if before is None:
-        return True
-    if node.target is not before[0]:
+    """Whether a node calls what it called before a pass, on values of the same shapes and dtypes; no new one does."""
+    if before is None or node.target is not before[0] or node.meta.get("val") is not before[3]:
         return False
     if node.args is before[1] and node.kwargs is before[2]:
         return True
-    old, old_spec = torch.utils._pytree.tree_flatten(before[1:])
+    old, old_spec = torch.utils._pytree.tree_flatten(before[1:3])
     new, new_spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
     return old_spec == new_spec and all(map(_same_argument, old, new))
 
@@ -353,10 +378,14 @@ def propagate(
                     f"pass {pass_name!r} added the input {node.name!r}, whose shape cannot be found: "
                     f"{type(error).__name__}: {error}"
                 ) from error
+        elif node.op == "get_attr" and "val" not in node.meta:
+            held = operator.attrgetter(str(node.target))(graph_module)
+            if isinstance(held, torch.Tensor):
+                node.meta["val"] = context.fake_mode.from_tensor(held, static_shapes=True)
         elif node.op == "call_function" and (
             "val" not in node.meta
             or changed & set(node.all_input_nodes)
-            or not _same_call(node, (before or {}).get(node))
+            or (before is not None and not _same_call(node, before.get(node)))
         ):
             old = node.meta.get("val")
             new = _value(node, context, pass_name)
@@ -378,8 +407,6 @@ def _value(node: fx.Node, context: Context, pass_name: str) -> Any:
     def value(arg: fx.Node) -> Any:
         if "val" in arg.meta:
             return arg.meta["val"]
-        if arg.op == "get_attr":
-            return context.fake_mode.from_tensor(getattr(arg.graph.owning_module, str(arg.target)))
         return None
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
@@ -393,6 +420,10 @@ def _value(node: fx.Node, context: Context, pass_name: str) -> Any:
             f"pass {pass_name!r} left node {node_words(node)} that cannot be computed: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _finite(values: Sequence[torch.Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in values if value.is_floating_point())
 
 
 def relative_error(reference: Sequence[torch.Tensor] | None, value: Sequence[torch.Tensor]) -> float:

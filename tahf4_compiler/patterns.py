@@ -114,8 +114,9 @@ def replace_pattern(
         for node in match.replacements:
             if isinstance(node, fx.Node) and node not in inputs:
                 node.meta = {key: meta[key] for key in _KEPT if key in meta}
-                if context is not None and node is match.replacements[-1]:
-                    context.matched(node)
+        if context is not None:
+            last = match.replacements[-1] if match.replacements else None
+            context.matched(last if isinstance(last, fx.Node) else None)
     return len(replaced)
 
 

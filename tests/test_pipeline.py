@@ -173,9 +173,38 @@ def _dangling(graph_module, context):
     return tahf4.PassResult(graph_module, modified=True)
 
 
+def _copied_metadata(graph_module, context):
+    """Give a new node what the old one knew of itself, its value included."""
+    (output,) = graph_module.graph.find_nodes(op="output")
+    (value,) = output.args[0]
+    with graph_module.graph.inserting_before(output):
+        half = graph_module.graph.call_function(torch.ops.aten.to.dtype, (value, torch.bfloat16))
+    half.meta.update(value.meta)
+    output.args = ((half,),)
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+def _write_to_a_weight(graph_module, context):
+    node = next(iter(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)))
+    with graph_module.graph.inserting_before(node):
+        graph_module.graph.call_function(torch.ops.aten.mul_.Tensor, (node.args[1], 0.5))
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+def _call_a_method(graph_module, context):
+    node = next(iter(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)))
+    with graph_module.graph.inserting_after(node):
+        graph_module.graph.call_method("neg", (node,))
+    return tahf4.PassResult(graph_module, modified=True)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (_copied_metadata, r"pass 'bad' changed the graph's outputs: output 0: float32.* became bfloat16"),
+        (_write_to_a_weight, r"pass 'bad' writes to the graph's inputs .*first.*weight"),
+        (_call_a_method, r"pass 'bad' added the call_method 'neg"),
+        (lambda graph_module, context: tahf4.PassResult(None, True), r"pass 'bad' returned NoneType"),
         (_raise, r"pass 'bad' .* failed: KeyError: 'lost'"),
         (_drop_input, r"pass 'bad' removed the graph's inputs x"),
         (_change_dtype, r"pass 'bad' changed the graph's outputs: output 0: float32.* became float16"),
@@ -190,6 +219,31 @@ def _dangling(graph_module, context):
 def test_a_pass_that_breaks_the_graph_is_caught_at_its_own_step(call, message):
     with pytest.raises(tahf4.PassError, match=message):
         lowered(passes=[make("bad", after=("plan",), before=("quantize",), call=call)])
+
+
+def test_a_pass_may_hold_a_tensor_of_its_own():
+    def add(graph_module, context):
+        graph_module.register_buffer("mine", torch.full((64,), 0.5))
+        (output,) = graph_module.graph.find_nodes(op="output")
+        (value,) = output.args[0]
+        with graph_module.graph.inserting_before(output):
+            mine = graph_module.graph.get_attr("mine")
+            total = graph_module.graph.call_function(torch.ops.aten.add.Tensor, (value, mine))
+        output.args = ((total,),)
+        return tahf4.PassResult(graph_module, modified=True)
+
+    torch.manual_seed(0)
+    model, x = Stack().eval(), torch.randn(4, 64)
+    plain = tahf4.lower(tahf4.capture(model, (x,)))
+    changed = tahf4.lower(tahf4.capture(model, (x,)), options={"passes": [make("adds", after=("plan",), call=add)]})
+    assert torch.allclose(changed(x), plain(x) + 0.5, atol=1e-6)
+
+
+def test_bisect_refuses_a_model_that_is_not_finite():
+    model, x = Stack().eval(), torch.randn(4, 64)
+    model.first.weight.data[0, 0] = float("nan")
+    with pytest.raises(tahf4.CaptureError, match="NaN or infinity"):
+        tahf4.bisect(model, (x,))
 
 
 def test_an_error_of_ours_in_a_plug_in_pass_names_pass_node_and_module():
