@@ -56,6 +56,7 @@ def inspect(
     Weights are not needed, and not read without --profile: the structure of a 14B model takes seconds. For each
     graph DIR holds report.html, report.json, report.txt and the folder graphs (NN_pass.py and NN_pass.dot).
     """
+    from .inspection.explaining import chosen
     from .inspection.profile import milliseconds
     from .inspection.sources import reports
     from .staging import staged
@@ -82,8 +83,7 @@ def inspect(
             _write(report, folder)
             place = out / folder.relative_to(stage)
             size = (folder / "report.html").stat().st_size
-            chosen = sum(entry["decision"] == "hif4" for entry in report.plan)
-            typer.echo(f"{report.title}: {chosen} of {len(report.plan)} linears in HiF4")
+            typer.echo(f"{report.title}: {chosen(report.plan)}")
             typer.echo(f"  {place / 'report.html'} ({size:,} bytes)")
 
 

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...snapshot import NodeView
 from ..errors import CommandError
 from .report import Report
 
-__all__ = ["explanations", "overview", "what_would_change"]
+__all__ = ["chosen", "explanations", "overview", "what_would_change"]
+
+
+def chosen(plan: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many linears run in 4 bits and in which formats, such as ``"6 of 8 linears in HiF4"``."""
+    counts = Counter(str(entry["decision"]) for entry in plan if entry["decision"] != "high_precision")
+    first, *others = [(count, _NAMES.get(name, name)) for name, count in counts.items()] or [(0, "HiF4")]
+    more = "".join(f", {count} in {name}" for count, name in others)
+    return f"{first[0]} of {len(plan)} linears in {first[1]}{more}"
+
+
+_NAMES = {"hif4": "HiF4"}
+_DECISIONS = {"hif4": "HiF4 W4A4", "high_precision": "high precision"}
 
 
 def overview(report: Report) -> str:
@@ -52,13 +64,14 @@ def explanations(report: Report, pattern: str) -> Iterator[str]:
 def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]) -> Iterator[str]:
     yield f"{row['module']}  ({row['k']} -> {row['n']}, {report.title})"
     saved = f"{row['bytes_before']:,} -> {row['bytes_after']:,} bytes"
-    yield f"  decision    {'HiF4 W4A4' if row['decision'] == 'hif4' else 'high precision'}, {saved}"
+    yield f"  decision    {_DECISIONS.get(row['decision'], row['decision'])}, {saved}"
     yield f"  reason      {row['reason']}"
     yield f"  FLOPs       {row['flops']:,} a call"
     yield from (f"  {text}" for text in _statistics(report, row))
     node = views.get(row.get("node", ""))
-    if node is not None and row["decision"] == "hif4":
-        old = [n for n in report.ancestors(node.name) if n.op == "call_function"]
+    if node is not None and row["decision"] != "high_precision":
+        others = _linears_of_others(report, node)
+        old = [n for n in report.ancestors(node.name) if n.op == "call_function" and n.name not in others]
         counts = Counter(n.target.removeprefix("aten.") for n in old)
         words = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
         yield f"  runs as     {node.name} = {node.target}, in the place of {words}"
@@ -68,8 +81,10 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
             before = [n.target for n in report.ancestors(source.name) if n.op == "call_function"]
             names = ", ".join(dict.fromkeys(t.removeprefix("aten.") for t in before if t != "aten.linear"))
             yield f"  reads       {source.name} = {source.target}" + (f", in the place of {names}" if names else "")
-        yield f"  kernel      {row['kernel'] or 'none chosen: the pass lower did not run'}"
-    elif row["decision"] != "hif4":
+        ran = any(snapshot.stage == "lower" for snapshot in report.snapshots)
+        none = f"none registered for {node.target}" if ran else "none chosen: the pass lower did not run"
+        yield f"  kernel      {row['kernel'] or none}"
+    elif row["decision"] == "high_precision":
         yield "  runs as     aten.linear, by PyTorch"
     if "milliseconds" in row:
         yield f"  time        {row['milliseconds']} ms ({report.device})"
@@ -77,6 +92,16 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
         yield f"  {name:11} {value}"
     for text in what_would_change(row):
         yield f"  to change   {text}"
+
+
+def _linears_of_others(report: Report, node: NodeView) -> set[str]:
+    """Return the linears that a node does not compute, though it may quantize what they read."""
+    return {
+        n.name
+        for snapshot in report.snapshots
+        for n in snapshot.nodes
+        if n.target == "aten.linear" and n.linears and not set(n.linears) & set(node.linears)
+    }
 
 
 def _quantizations(node: NodeView, views: Mapping[str, NodeView]) -> list[NodeView]:
@@ -122,7 +147,7 @@ def _statistics(report: Report, row: Mapping[str, Any]) -> Iterator[str]:
 def what_would_change(row: Mapping[str, Any]) -> list[str]:
     """Return, for a linear of a report, what one would do for another decision."""
     pattern, reason = re.escape(row["module"]).replace("\\-", "-"), row["reason"]
-    if row["decision"] == "hif4":
+    if row["decision"] != "high_precision":
         found = [f'options={{"keep": [r"^{pattern}$"]}}, or tahf4.keep(model, [...]), keeps it in high precision']
         if row.get("effect") is not None:
             found.append("recipe.plan(max_high_precision_linears=n) protects it if its effect is among the n largest")

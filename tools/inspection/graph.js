@@ -84,7 +84,12 @@ function matches(name, from, to) {
 }
 
 const FLOATS = { bf16: "bf16", f16: "bf16", f32: "f32", f64: "f32" };
-const kindOf = (node) => (node.precision === "hif4" ? "hif4" : FLOATS[node.precision] || (node.precision ? "int" : "none"));
+// Number formats of plug-ins, by name.
+const FORMATS = [...new Set(data.linears.map((row) => row.decision))].filter((name) => name !== "hif4" && name !== "high_precision");
+const decisionKind = (row) => (row.decision === "hif4" ? "hif4" : row.decision === "high_precision" ? "bf16" : "other4");
+const inFour = (row) => row.decision !== "high_precision";
+const fourBits = (four) => [...new Set(four.map((row) => row.decision))].map((name) => (name === "hif4" ? "HiF4" : name)).join(", ") || "HiF4";
+const kindOf = (node) => (node.precision === "hif4" ? "hif4" : FORMATS.includes(node.precision) ? "other4" : FLOATS[node.precision] || (node.precision ? "int" : "none"));
 const colourOf = (node) => `var(--${kindOf(node)})`;
 
 // The module tree of a stage: {label, path, children: Map, items: [node or branch]}

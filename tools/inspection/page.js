@@ -5,11 +5,11 @@ const linears = new Map(data.linears.map((row) => [row.module, row]));
 const state = { panes: [], chosen: null, sort: ["", 1] };
 
 function tiles() {
-  const chosen = data.linears.filter((row) => row.decision === "hif4");
+  const chosen = data.linears.filter(inFour);
   const sum = (rows, key) => rows.reduce((total, row) => total + row[key], 0);
   const flops = sum(data.linears, "flops"), before = sum(data.linears, "bytes_before"), after = sum(data.linears, "bytes_after");
   const found = [
-    [`${chosen.length} of ${data.linears.length}`, "linears in HiF4 W4A4"],
+    [`${chosen.length} of ${data.linears.length}`, FORMATS.length ? `linears in ${fourBits(chosen)}` : "linears in HiF4 W4A4"],
     [flops ? `${((100 * sum(chosen, "flops")) / flops).toFixed(2)} %` : "none", `of ${short(flops)}FLOP of the linears a call`],
     [`${bytes(before)} → ${bytes(after)}`, after ? `weights of the linears, ${(before / after).toFixed(2)}x smaller` : "weights"],
     [`${stageOf(0).order.length} → ${stageOf(stageNames.length - 1).order.length}`, `nodes, ${stageNames.length - 1} passes`],
@@ -79,7 +79,7 @@ function draw(pane) {
 function mixBar(item) {
   const bar = element("span", { class: "mix", title: "FLOPs by precision" });
   if (!item.flops) return null;
-  for (const kind of ["hif4", "bf16", "f32"])
+  for (const kind of ["hif4", "other4", "bf16", "f32"])
     if (item.mix[kind]) bar.append(element("i", { style: `background:var(--${kind});width:${(100 * item.mix[kind]) / item.flops}%` }));
   return bar;
 }
@@ -190,7 +190,7 @@ function links(names, stage) {
 function linearFacts(row) {
   const mask = row.mask;
   return facts([
-    ["decision", element("span", { class: "tag", style: `background:var(--${row.decision === "hif4" ? "hif4" : "bf16"})` }, row.decision === "hif4" ? "HiF4 W4A4" : "high precision")],
+    ["decision", element("span", { class: "tag", style: `background:var(--${decisionKind(row)})` }, { hif4: "HiF4 W4A4", high_precision: "high precision" }[row.decision] || row.decision)],
     ["reason", row.reason], ["weight", `${row.n} × ${row.k}`], ["bytes", `${bytes(row.bytes_before)} → ${bytes(row.bytes_after)}`],
     ["FLOPs", short(row.flops)], ["kernel", row.kernel], ["SQNR", row.sqnr_db != null ? `${row.sqnr_db.toFixed(1)} dB` : ""],
     ["effect", row.effect != null ? row.effect.toExponential(2) : ""], ["percentile", row.percentile],
@@ -283,7 +283,7 @@ function searchKeys(event) {
 // -- linears ---------------------------------------------------------------------------------------------------------
 const COLUMNS = [
   ["module", "module", (r) => element("code", {}, r.module)],
-  ["decision", "decision", (r) => element("span", { class: "tag", style: `background:var(--${r.decision === "hif4" ? "hif4" : "bf16"})` }, r.decision === "hif4" ? "HiF4" : "high")],
+  ["decision", "decision", (r) => element("span", { class: "tag", style: `background:var(--${decisionKind(r)})` }, { hif4: "HiF4", high_precision: "high" }[r.decision] || r.decision)],
   ["k", "in"], ["n", "out"], ["bytes_before", "bytes", (r) => bytes(r.bytes_before)], ["bytes_after", "after", (r) => bytes(r.bytes_after)],
   ["flops", "FLOPs", (r) => short(r.flops)], ["sqnr_db", "SQNR dB", (r) => r.sqnr_db?.toFixed(1) ?? ""],
   ["effect", "effect", (r) => r.effect?.toExponential(1) ?? ""], ["percentile", "percentile"],
@@ -325,7 +325,7 @@ $("title").textContent = data.title;
 $("source").textContent = data.source;
 tiles();
 makeTabs();
-for (const [kind, text] of [["hif4", "HiF4"], ["bf16", "16-bit float"], ["f32", "32-bit float"], ["int", "integer"]])
+for (const [kind, text] of [["hif4", "HiF4"], ...(FORMATS.length ? [["other4", `other 4-bit format: ${FORMATS.join(", ")}`]] : []), ["bf16", "16-bit float"], ["f32", "32-bit float"], ["int", "integer"]])
   $("legend").append(element("span", {}, element("i", { class: "dot", style: `background:var(--${kind})` }), text));
 addPane(0);
 addPane(stageNames.length - 1);

@@ -105,6 +105,30 @@ class Report:
             wanted = {old for new in wanted for old in snapshot.origins.get(new, (new,))}
         return [node for node in self.snapshots[0].nodes if node.name in wanted] if self.snapshots else []
 
+    def _shown(self) -> list[Snapshot]:
+        """Return the graphs, where operators of a plug-in's number format have its name as their precision."""
+        core = ("hif4", "high_precision")
+        other = {str(d["module"]): str(d["decision"]) for d in self.plan if d["decision"] not in core}
+        libraries = {
+            library: other[path]
+            for snapshot in self.snapshots
+            for node in snapshot.nodes
+            for path in node.linears
+            if path in other and (library := node.target.partition(".")[0]) not in ("aten", "prims")
+        }
+        return [
+            dataclasses.replace(
+                snapshot,
+                nodes=tuple(
+                    dataclasses.replace(node, precision=libraries[library])
+                    if node.op == "call_function" and (library := node.target.partition(".")[0]) in libraries
+                    else node
+                    for node in snapshot.nodes
+                ),
+            )
+            for snapshot in self.snapshots
+        ]
+
     # -- texts -----------------------------------------------------------------------------------------------------
 
     def stage(self, name: str) -> str:
@@ -128,10 +152,13 @@ class Report:
 
     def dot(self, stage: str | None = None) -> str:
         """Return a graph for Graphviz: modules as clusters, 4-bit operators in colour."""
-        snapshot = self.snapshots[-1]
+        snapshots = self._shown()
+        snapshot = snapshots[-1]
         if stage is not None:
             self.stage(stage)
-            snapshot = next(s for s in self.snapshots if s.stage == stage)
+            snapshot = next(s for s in snapshots if s.stage == stage)
+        others = dict.fromkeys((str(entry["decision"]) for entry in self.plan), _OTHER)
+        colours = {**others, **_COLOURS}
         lines = [f"digraph {_quoted(self.title)} {{", "  rankdir=TB; node [shape=box, style=filled];"]
         clusters: dict[str, list[NodeView]] = {}
         for node in snapshot.nodes:
@@ -140,7 +167,7 @@ class Report:
             lines.append(f"  subgraph cluster_{i} {{ label={_quoted(module or self.title)};")
             for node in nodes:
                 label = f"{node.target}\\n{node.value}" if node.value else node.target
-                colour = _COLOURS.get(node.precision, "#eeeeee")
+                colour = colours.get(node.precision, "#eeeeee")
                 lines.append(f"    {_quoted(node.name)} [label={_quoted(label)}, fillcolor={_quoted(colour)}];")
             lines.append("  }")
         lines += [f"  {_quoted(source)} -> {_quoted(n.name)};" for n in snapshot.nodes for source in n.inputs]
@@ -162,7 +189,7 @@ class Report:
             },
             "milliseconds": {name: round(value, 4) for name, value in self.milliseconds.items()},
             "device": self.device,
-            "graph": fold(self.snapshots),
+            "graph": fold(self._shown()),
         }
 
     def html(self) -> str:
@@ -187,6 +214,7 @@ class Report:
 
 
 _COLOURS = {"hif4": "#7fd3b5", "bf16": "#a9c7f5", "f16": "#a9c7f5", "f32": "#f5d19a", "f64": "#f2b3a0"}
+_OTHER = "#cdb8f0"
 
 
 def _quoted(text: str) -> str:
