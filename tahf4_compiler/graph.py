@@ -172,7 +172,24 @@ def is_view(node: fx.Node) -> bool:
 
 def is_written(node: fx.Node) -> bool:
     """Whether the graph writes to a tensor, directly or through a view of it."""
-    return any(mutates(user) or (is_view(user) and is_written(user)) for user in node.users)
+    return any(_writes(user, node) or (is_view(user) and is_written(user)) for user in node.users)
+
+
+def _writes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node may write to one of the values that it reads; an operator's schema says to which ones."""
+    if not mutates(user) or not isinstance(user.target, torch._ops.OpOverload):
+        return mutates(user)
+    arguments = user.target._schema.arguments
+    given = [
+        *zip(arguments, user.args, strict=False),
+        *((a, user.kwargs[a.name]) for a in arguments if a.name in user.kwargs),
+    ]
+    return any(
+        argument.alias_info is not None
+        and argument.alias_info.is_write
+        and node in torch.utils._pytree.tree_leaves(value)
+        for argument, value in given
+    )
 
 
 def linears(graph: fx.Graph) -> Iterator[fx.Node]:

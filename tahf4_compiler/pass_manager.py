@@ -176,7 +176,7 @@ def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _
                 f"pass {item.name!r} added the {node.op} {node_words(node)}; a graph holds calls of operators only "
                 "(torch.ops.aten...)"
             )
-    if written := sorted(_written(graph) - before.written):
+    if written := sorted((_written(graph) & before.placeholders) - before.written):  # its own new inputs are its own
         raise PassError(
             f"pass {item.name!r} writes to the graph's inputs {', '.join(written)}, which nothing wrote to before it: "
             "weights and callers' tensors would change. Compute a new tensor instead."
@@ -267,6 +267,7 @@ class _Interface:
     """What a pass must keep, and what the graph's calls were before it."""
 
     inputs: frozenset[str]
+    placeholders: frozenset[str]
     outputs: tuple[Any, ...]
     nodes: tuple[fx.Node | None, ...]
     written: frozenset[str]
@@ -281,6 +282,7 @@ def _interface(graph_module: fx.GraphModule) -> _Interface:
         and isinstance(source := node.meta.get(INPUT), GraphInput)
         and source.kind != "parameter"
     )
+    placeholders = frozenset(node.name for node in graph_module.graph.find_nodes(op="placeholder"))
     (output,) = graph_module.graph.find_nodes(op="output")
     leaves = torch.utils._pytree.tree_leaves(output.args[0])
     values = (leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
@@ -288,7 +290,8 @@ def _interface(graph_module: fx.GraphModule) -> _Interface:
     calls = {
         n: (n.target, n.args, n.kwargs, n.meta.get("val")) for n in graph_module.graph.nodes if n.op == "call_function"
     }
-    return _Interface(inputs, tuple(tensor_meta(value) for value in values), nodes, _written(graph_module.graph), calls)
+    metas = tuple(tensor_meta(value) for value in values)
+    return _Interface(inputs, placeholders, metas, nodes, _written(graph_module.graph), calls)
 
 
 def _written(graph: fx.Graph) -> frozenset[str]:
