@@ -8,7 +8,6 @@ guidance branch.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import external_utils, trace_rules
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
 from .attach import linear_weights
 from .errors import CalibrationError, OptionError
-from .files import decode, encode, is_plain, load_tensors, save_tensors
+from .files import load_tensors, save_tensors
+from .kept_calls import Call, KeptCalls, Place
+from .observed import Listener, observed, observing_backend
 from .observing import Handles
 from .options import Options
 from .packed.linear import HiF4Linear
@@ -40,9 +40,7 @@ __all__ = ["Activation", "Calibration", "calibrate", "experts"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = "tahf4-calibration-2"
-KEPT_CALLS = 8
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+FORMAT = "tahf4-calibration-3"
 
 
 def experts(model: Any) -> dict[str, nn.Module]:
@@ -105,7 +103,7 @@ class Calibration:
         models: what is observed, by expert.
         activations: statistics by ``(expert, name)``.
         prompts: those that :meth:`run` has finished, in order.
-        calls: a few calls of each expert, with their arguments, for the sensitivity of the network's output.
+        kept: a few calls of each expert, with their arguments, for the error of the network's output.
     """
 
     def __init__(
@@ -137,13 +135,10 @@ class Calibration:
         self.rows = rows
         self.activations: dict[tuple[str, str], _Cells] = {}
         self.prompts: list[str] = []
-        self.calls: dict[str, list[Call]] = {}
-        self._call_branches: dict[str, list[str]] = {}  # of the calls that are kept
-        self._call_sources: dict[str, list[str]] = {}
-        self._candidates: list[tuple[str, str, Call | None]] | None = None  # of one prompt, while prompts are divided
+        self.kept = KeptCalls()
+        self._candidates: list[tuple[str, Place, Call | None]] | None = None  # of one prompt, while prompts are divided
         self._merged: list[str] = []
         self._part = _rank(sequence_group)
-        self._calls_seen: dict[tuple[str, str], tuple[int, int]] = {}  # count and stride
         self._pipe = None if isinstance(model, nn.Module) else model
         self.options = Options.parse(options)
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
@@ -168,12 +163,12 @@ class Calibration:
 
     def __enter__(self) -> Calibration:
         """Compile the model with observers, in place of how it was compiled before."""
-        backend = _observing_backend(self.options)
+        backend = observing_backend(self.options)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._counted_scheduler())
             stack.enter_context(Handles(self._observer))
             for expert, module in self.models.items():
-                stack.enter_context(_compiled(module, backend, _Calls(self, expert)))
+                stack.enter_context(observed(module, backend, Listener(self, expert)))
                 stack.enter_context(self._branches(module))
             self._stack = stack.pop_all()
         return self
@@ -312,12 +307,21 @@ class Calibration:
         finally:
             module.__dict__.pop("cache_context", None)
 
+    def _counter(self) -> StepCounter | None:
+        scheduler = getattr(self._pipe, "scheduler", None)
+        return StepCounter.of(scheduler) if scheduler is not None else None
+
     def _where(self) -> tuple[int, str]:
         if self._step is not None:
             return self._step, self._branch
-        scheduler = getattr(self._pipe, "scheduler", None)
-        counter = StepCounter.of(scheduler) if scheduler is not None else None
+        counter = self._counter()
         return (counter.group(self.step_groups) if counter is not None else 0), self._branch
+
+    def _place(self) -> Place:
+        if self._step is not None:
+            return Place(self._source, self._branch, self._step, self.step_groups)
+        counter = self._counter()
+        return Place(self._source, self._branch, *((counter.step, counter.steps) if counter is not None else (0, 1)))
 
     def _observer(self, weights: tuple[Tensor, ...]) -> Callable[[Tensor], None] | None:
         known = [self._paths.get(weight) for weight in weights]
@@ -400,14 +404,9 @@ class Calibration:
                 own_sketch, own_sample = mine.cell(where, sketch.counts.device)
                 own_sketch.merge(sketch)
                 own_sample.merge(sample)
-        for place, (count, stride) in other._calls_seen.items():
-            mine_count, mine_stride = self._calls_seen.get(place, (0, 1))
-            self._calls_seen[place] = mine_count + count, max(mine_stride, stride)
-        for expert, calls in other.calls.items():
-            self.calls.setdefault(expert, []).extend(calls)
-            self._call_branches.setdefault(expert, []).extend(other._call_branches[expert])
-            self._call_sources.setdefault(expert, []).extend(other._call_sources[expert])
-            self._thin_calls(expert)
+        self.kept.count(other.kept.counted())
+        for expert, calls in other.kept.calls.items():
+            self.kept.extend(expert, zip(other.kept.places[expert], calls, strict=True))
         self.prompts += [prompt for prompt in other.prompts if prompt not in self.prompts]
 
     def all_reduce(self, group: Any = None, *, over: str = "inputs") -> None:
@@ -436,29 +435,8 @@ class Calibration:
 
         all_reduce(self, group, over=over)
 
-    def _keep_call(self, expert: str, branch: str, source: str, call: Call | None) -> None:
-        """Count a call, and keep it if it is one of those that are evenly spread; None cannot be kept."""
-        count, stride = self._calls_seen.get((expert, branch), (0, 1))
-        self._calls_seen[(expert, branch)] = count + 1, stride
-        if count % stride == 0 and call is not None:
-            self.calls.setdefault(expert, []).append(call)
-            self._call_branches.setdefault(expert, []).append(branch)
-            self._call_sources.setdefault(expert, []).append(source)
-            self._thin_calls(expert)
-
     def _known_paths(self, expert: str) -> set[str]:
         return {path for path, _ in linear_weights(self.models[expert])}
-
-    def _thin_calls(self, expert: str) -> None:
-        """Drop every second kept call of the branch that has most, while there are too many."""
-        calls, branches, sources = self.calls[expert], self._call_branches[expert], self._call_sources[expert]
-        while len(calls) > KEPT_CALLS:
-            most = max(sorted(set(branches)), key=branches.count)
-            places = [i for i, branch in enumerate(branches) if branch == most]
-            count, stride = self._calls_seen[(expert, most)]
-            self._calls_seen[(expert, most)] = count, 2 * stride
-            for i in reversed(places[1::2]):
-                del calls[i], branches[i], sources[i]
 
     def recipe(self, **choices: Any) -> Recipe:
         """Turn the statistics into a recipe: see :func:`tahf4_compiler.recipe_making.make_recipe`."""
@@ -483,15 +461,8 @@ class Calibration:
                 index[-1]["cells"].append([group, branch])
                 for key, value in {**sketch.tensors(), **sample.tensors()}.items():
                     tensors[f"{i}.{j}.{key}"] = value
-        calls = {
-            expert: [encode(call, tensors, f"call.{expert}.{i}") for i, call in enumerate(kept)]
-            for expert, kept in self.calls.items()
-        }
         header = {
-            "calls": calls,
-            "call_branches": self._call_branches,
-            "call_sources": self._call_sources,
-            "calls_seen": sorted([*where, *numbers] for where, numbers in self._calls_seen.items()),
+            "calls": self.kept.header(tensors),
             "step_groups": self.step_groups,
             "rows": self.rows,
             "prompts": self.prompts,
@@ -509,8 +480,7 @@ class Calibration:
         """
         other = Calibration.__new__(Calibration)
         other.__dict__.update(self.__dict__)
-        other.activations, other.prompts, other.calls = {}, [], {}
-        other._calls_seen, other._call_branches, other._call_sources = {}, {}, {}
+        other.activations, other.prompts, other.kept = {}, [], KeptCalls()
         other._load(Path(path))
         self.merge(other)
 
@@ -536,12 +506,8 @@ class Calibration:
                 cells.cells[(group, branch)] = Sketch.from_tensors(part), sample
         self.prompts = list(header["prompts"])
         self._arguments = header["arguments"]
-        self._calls_seen = {(expert, side): (count, stride) for expert, side, count, stride in header["calls_seen"]}
-        self._call_branches = {expert: list(branches) for expert, branches in header["call_branches"].items()}
-        self._call_sources = {expert: list(sources) for expert, sources in header["call_sources"].items()}
-        device = {expert: next(model.parameters()).device for expert, model in self.models.items()}
-        for expert, kept in header["calls"].items():
-            self.calls[expert] = [decode(call, tensors, device[expert]) for call in kept]
+        devices = {expert: next(model.parameters()).device for expert, model in self.models.items()}
+        self.kept.load(header["calls"], tensors, devices)
 
     def _weight_sums(self) -> dict[str, int]:
         return {f"{expert}/{path}": int(checksum(w)) for (expert, path), w in self._all_weights()}
@@ -605,94 +571,3 @@ def merged(sketches: Sequence[Sketch]) -> Sketch:
     for sketch in sketches:
         whole.merge(sketch)
     return whole
-
-
-class _Calls:
-    """Keeps the arguments of a few of an expert's calls, spread over all that it sees.
-
-    Every call of a number that the stride divides is kept, counted for each guidance branch; when there are too many,
-    the stride doubles and every second one is dropped. So those that stay are evenly spread over steps and prompts.
-    """
-
-    def __init__(self, calibration: Calibration, expert: str) -> None:
-        self._calibration, self._expert = calibration, expert
-
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Keep the arguments; return a mark for :meth:`after`."""
-        self._calibration._own_calls |= not self._calibration._running
-        branch, all_kept = self._calibration._branch, self._calibration._candidates
-        count, stride = self._calibration._calls_seen.get((self._expert, branch), (0, 1))
-        call: Call | None = None
-        if (count % stride == 0 or all_kept is not None) and is_plain((args, kwargs)):
-            call = torch.utils._pytree.tree_map(_copy, (args, kwargs))
-        if all_kept is not None:
-            all_kept.append((self._expert, branch, call))
-        else:
-            self._calibration._keep_call(self._expert, branch, self._calibration._source, call)
-        return self._calibration._observed
-
-    def after(self, mark: int) -> None:
-        """Check that the call was observed.
-
-        Raises:
-            CalibrationError: it was not.
-        """
-        if self._calibration._observed == mark:
-            raise CalibrationError(
-                f"a call of {self._expert or 'the module'} was not observed: torch.compile ran it as it is. It may be "
-                "switched off (TORCHDYNAMO_DISABLE), not support this model, or be past its recompile limit, with too "
-                "many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
-            )
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-@functools.lru_cache(maxsize=16)
-def _observing_backend(options: Options) -> Any:
-    """Return one backend for all calibrations with the same options.
-
-    Dynamo keeps what a backend compiled with the model's code, up to a limit; a new backend for each calibration would
-    soon reach it.
-    """
-    from .backends.dynamo import compiler
-    from .passes import classify, normalize, observe, plan
-
-    return compiler(options, [normalize.Normalize(), classify.Classify(), plan.Plan(), observe.Observe()])
-
-
-@contextlib.contextmanager
-def _compiled(module: nn.Module, backend: Any, listen: _Calls) -> Iterator[None]:
-    """Compile a module whole, show its calls to a listener, and put it back as it was."""
-    inner = getattr(module, "_orig_mod", module)  # of what torch.compile(module) returned
-    old = {m: m._compiled_call_impl for m in module.modules() if m._compiled_call_impl is not None}
-    for part in old:
-        part._compiled_call_impl = None
-    forward = inner.forward
-    while isinstance(forward, functools.partial):  # hooks of diffusers wrap it so
-        forward = forward.func
-    if trace_rules.check(forward):  # PyTorch's own modules: Dynamo skips their files unless they are inlined
-        call: Any = torch.compile(external_utils.wrap_inline(inner._call_impl), backend=backend)
-    else:
-        inner.compile(backend=backend)
-        call = inner._compiled_call_impl
-
-    def heard(*args: Any, **kwargs: Any) -> Any:
-        mark = listen.before(args, kwargs)
-        result = call(*args, **kwargs)
-        listen.after(mark)
-        return result
-
-    inner._compiled_call_impl = heard
-    own_forward = module.__dict__.get("forward")
-    if inner is not module:
-        module.forward = inner.__call__
-    try:
-        yield
-    finally:
-        inner._compiled_call_impl = None
-        if inner is not module:
-            module.forward = own_forward  # type: ignore[assignment]
-        for part, compiled in old.items():
-            part._compiled_call_impl = compiled

@@ -298,7 +298,7 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices) ->
 
 
 def _network(calibration: Calibration, expert: str) -> Network | None:
-    calls = calibration.calls.get(expert)
+    calls = calibration.kept.calls.get(expert)
     return Network(calibration.models[expert], calls) if calls else None
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.calibration import KEPT_CALLS
+from tahf4_compiler.kept_calls import MOST
 from tahf4_compiler.recipe_making import channel_mask
 from tahf4_compiler.sketch import Sketch
 
@@ -208,8 +208,8 @@ def test_kept_calls_are_spread_over_everything():
             for branch in ("cond", "uncond"):
                 with calibration.at(branch=branch):
                     model(torch.full((1, 64), float(i)))
-    places = sorted(int(args[0][0, 0]) for args, _ in calibration.calls[""])
-    assert len(places) <= KEPT_CALLS
+    places = sorted(int(args[0][0, 0]) for args, _ in calibration.kept.calls[""])
+    assert len(places) <= MOST
     assert places[0] == 0 and max(places) >= 32
     assert max(b - a for a, b in zip(places, places[1:])) <= 16
 

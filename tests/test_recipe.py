@@ -216,7 +216,7 @@ def test_effects_are_those_of_one_quantized_linear_and_decide(tmp_path):
     for path in ("blocks.0.up", "blocks.1.down"):
         others = [f"^{other}$" for other in block_linears(model) if other != path]
         errors = []
-        for args, kwargs in calibration.calls[""]:
+        for args, kwargs in calibration.kept.calls[""]:
             torch._dynamo.reset()
             only = torch.compile(model, backend="tahf4", options={**QUICK, "keep": others})
             errors.append(relative(only(*args, **kwargs), model(*args, **kwargs)) ** 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..attach import linear_weights
 from ..errors import CalibrationError, OptionError
 from ..files import decode, digest, encode
+from ..kept_calls import KeptCalls, Place
 from ..sharded import part_of
 from ..sketch import RowSample, Sketch
 
@@ -139,11 +140,11 @@ def run_divided(calibration: Calibration, todo: list[str], group: Any, arguments
             mine = calibration._candidates
         finally:
             calibration._candidates = None
-        events = exchange.texts([[expert, branch, call is not None] for expert, branch, call in mine])
+        events = exchange.texts([[expert, astuple(place), call is not None] for expert, place, call in mine])
         for rank, calls in enumerate(events):
-            for j, (expert, branch, plain) in enumerate(calls):
+            for j, (expert, place, plain) in enumerate(calls):
                 call: Any = mine[j][2] if rank == exchange.rank else _Elsewhere(rank)
-                calibration._keep_call(expert, branch, todo[start + rank], call if plain else None)
+                calibration.kept.add(expert, Place(*place), call if plain else None)
     _fetch_calls(calibration, exchange)
     all_reduce(calibration, group, calls=False)
     calibration.prompts = list(todo)
@@ -163,10 +164,10 @@ def _fetch_calls(calibration: Calibration, exchange: Exchange) -> None:
             None if isinstance(call, _Elsewhere) else encode(call, mine, f"{expert}.{i}")
             for i, call in enumerate(calls)
         ]
-        for expert, calls in calibration.calls.items()
+        for expert, calls in calibration.kept.calls.items()
     }
     headers, tensors = exchange.texts(coded), exchange.tensors(mine)
-    for expert, calls in calibration.calls.items():
+    for expert, calls in calibration.kept.calls.items():
         device = next(calibration.models[expert].parameters()).device
         for i, held in enumerate(calls):
             if isinstance(held, _Elsewhere):
@@ -306,31 +307,17 @@ def _share_sample(
 def _merge_calls(calibration: Calibration, exchange: Exchange) -> None:
     """Give every rank the calls that all ranks kept, thinned as one process thins its own."""
     mine: dict[str, Tensor] = {}
-    kept = {
-        expert: [
-            [source, branch, encode(call, mine, f"{expert}.{i}")]
-            for i, (source, branch, call) in enumerate(
-                zip(calibration._call_sources[expert], calibration._call_branches[expert], calls, strict=True)
-            )
-        ]
-        for expert, calls in calibration.calls.items()
-    }
-    seen = sorted([*where, *numbers] for where, numbers in calibration._calls_seen.items())
-    headers = exchange.texts({"kept": kept, "seen": seen})
+    headers = exchange.texts(calibration.kept.header(mine))
     tensors = exchange.tensors(mine)
-    calibration._calls_seen = {}
-    for expert, branch, count, stride in (entry for header in headers for entry in header["seen"]):
-        before = calibration._calls_seen.get((expert, branch), (0, 1))
-        calibration._calls_seen[(expert, branch)] = before[0] + count, max(before[1], stride)
+    calibration.kept = KeptCalls()
+    for header in headers:
+        calibration.kept.count(header["seen"])
     for expert in sorted({expert for header in headers for expert in header["kept"]}):
         device = next(calibration.models[expert].parameters()).device
         entries = [
-            (source, branch, decode(call, tensors[rank], device))
+            (Place(*place), decode(call, tensors[rank], device))
             for rank, header in enumerate(headers)
-            for source, branch, call in header["kept"].get(expert, ())
+            for place, call in header["kept"].get(expert, ())
         ]
-        entries.sort(key=lambda entry: entry[0])  # stable: calls of one input stay in order
-        calibration.calls[expert] = [call for _, _, call in entries]
-        calibration._call_branches[expert] = [branch for _, branch, _ in entries]
-        calibration._call_sources[expert] = [source for source, _, _ in entries]
-        calibration._thin_calls(expert)
+        entries.sort(key=lambda entry: entry[0].source)  # stable: calls of one input stay in order
+        calibration.kept.extend(expert, entries)
