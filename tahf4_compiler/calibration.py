@@ -84,8 +84,9 @@ class Activation:
 class _Cells:
     """The statistics of one activation, by step group and branch."""
 
-    def __init__(self, activation: Activation, rows: int) -> None:
+    def __init__(self, activation: Activation, rows: int, groups: int) -> None:
         self.activation = activation
+        self.groups = groups
         self._rows = rows
         self.cells: dict[tuple[int, str], tuple[Sketch, RowSample]] = {}
 
@@ -321,7 +322,9 @@ class Calibration:
         if self._step is not None:
             return Place(self._source, self._branch, self._step, self.step_groups)
         counter = self._counter()
-        return Place(self._source, self._branch, *((counter.step, counter.steps) if counter is not None else (0, 1)))
+        if counter is None:
+            return Place(self._source, self._branch)
+        return Place(self._source, self._branch, min(counter.step, counter.steps - 1), counter.steps)
 
     def _observer(self, weights: tuple[Tensor, ...]) -> Callable[[Tensor], None] | None:
         known = [self._paths.get(weight) for weight in weights]
@@ -334,7 +337,7 @@ class Calibration:
         old = self.activations.get((expert, members[0]))
         if old is not None and len(old.activation.members) < len(members):
             old.activation = activation
-        cells = self.activations.setdefault((expert, members[0]), _Cells(activation, self.rows))
+        cells = self.activations.setdefault((expert, members[0]), _Cells(activation, self.rows, self.step_groups))
 
         def observe(x: Tensor) -> None:
             self._observed += 1
@@ -399,7 +402,7 @@ class Calibration:
                     f"{theirs.activation.channels} channels, which this model does not have"
                 )
         for key, theirs in other.activations.items():
-            mine = self.activations.setdefault(key, _Cells(theirs.activation, self.rows))
+            mine = self.activations.setdefault(key, _Cells(theirs.activation, self.rows, self.step_groups))
             for where, (sketch, sample) in theirs.cells.items():
                 own_sketch, own_sample = mine.cell(where, sketch.counts.device)
                 own_sketch.merge(sketch)
@@ -497,7 +500,7 @@ class Calibration:
         for i, entry in enumerate(header["activations"]):
             first = tensors[f"{i}.0.counts"]
             activation = Activation(entry["expert"], entry["name"], tuple(entry["members"]), len(first))
-            cells = self.activations[(entry["expert"], entry["name"])] = _Cells(activation, self.rows)
+            cells = self.activations[(entry["expert"], entry["name"])] = _Cells(activation, self.rows, self.step_groups)
             for j, (group, branch) in enumerate(entry["cells"]):
                 prefix = f"{i}.{j}."
                 part = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}

@@ -7,6 +7,7 @@ when these are packed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from .packing import checksum
 from .sensitivity import check_budget, choose
 from .steps import StepPrecision
 
-__all__ = ["LinearEntry", "Recipe", "RecipeEntry", "apply_recipe", "recipe_attachments", "recipe_experts"]
+__all__ = ["CallError", "LinearEntry", "Recipe", "RecipeEntry", "apply_recipe", "recipe_attachments", "recipe_experts"]
 
 FORMAT = "tahf4-recipe-1"
 
@@ -38,6 +39,8 @@ class LinearEntry:
         decision: ``"hif4"`` or ``"high_precision"``.
         reason: in words, for the report.
         sqnr_db: of its output on calibration rows when it is quantized, or None if it was not measured.
+        step_sqnr_db: the same on the rows of each part of the denoising schedule (``step_groups``), None where no row
+            was seen; empty if it was not measured.
         effect: relative squared error of the network's output when only it is quantized, or None.
         flops: of the calibration's calls.
     """
@@ -49,6 +52,25 @@ class LinearEntry:
     sqnr_db: float | None = None
     effect: float | None = None
     flops: int = 0
+    step_sqnr_db: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class CallError:
+    """The error of the network's output in a call that the calibration kept, with all that the recipe says in 4 bits.
+
+    Attributes:
+        step: index of the denoising step; for a bare module of the part of the schedule.
+        steps: of the generation.
+        branch: of guidance.
+        error: relative squared error against the original precision. Steps that run in high precision
+            (``high_precision_steps``) are measured as if they did not.
+    """
+
+    step: int
+    steps: int
+    branch: str
+    error: float
 
 
 @dataclass(frozen=True)
@@ -84,11 +106,14 @@ class Recipe:
         experts: ``expert -> name of an activation -> entry``; the expert of a bare module is ``""``.
         high_precision_steps: indices of denoising steps that run in high precision, negative from the end.
         provenance: how it was made.
+        errors: of the network's output by expert, in order of the steps; none if they were not measured, or linears
+            were planned otherwise since.
     """
 
     experts: Mapping[str, Mapping[str, RecipeEntry]]
     high_precision_steps: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, tuple[CallError, ...]] = field(default_factory=dict)
 
     def linears(self, expert: str) -> dict[str, LinearEntry]:
         """Return an expert's linears by module path."""
@@ -128,7 +153,8 @@ class Recipe:
                 )
                 for name, entry in entries.items()
             }
-        return dataclasses.replace(self, experts=planned, provenance={**self.provenance, "budget": dict(budget)})
+        made = {**self.provenance, "budget": dict(budget)}
+        return dataclasses.replace(self, experts=planned, provenance=made, errors={})
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a JSON header; the same recipe gives the same bytes.
@@ -151,6 +177,7 @@ class Recipe:
             "entries": entries,
             "high_precision_steps": list(self.high_precision_steps),
             "provenance": dict(self.provenance),
+            "errors": {expert: [dataclasses.asdict(e) for e in errors] for expert, errors in self.errors.items()},
         }
         save_tensors(Path(path), tensors, FORMAT, header, RecipeError)
 
@@ -166,19 +193,36 @@ class Recipe:
         try:
             for values in header["entries"]:
                 expert, name = values.pop("expert"), values.pop("name")
-                linears = {
-                    p: LinearEntry(**{**linear, "shape": tuple(linear["shape"])})
-                    for p, linear in values.pop("linears").items()
-                }
+                linears = {p: _linear(linear) for p, linear in values.pop("linears").items()}
                 parts: dict[str, Any] = {
                     part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")
                 }
                 entry = RecipeEntry(linears=linears, **values, **parts)
                 _check_entry(entry, f"{path}: {expert}/{name}")
                 found.setdefault(expert, {})[name] = entry
-            return cls(found, tuple(header["high_precision_steps"]), header["provenance"])
+            errors = {
+                expert: tuple(_call_error(entry, f"{path}: {expert}") for entry in listed)
+                for expert, listed in header.get("errors", {}).items()
+            }
+            return cls(found, tuple(header["high_precision_steps"]), header["provenance"], errors)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} is damaged: its header lacks or misspells {error}") from error
+
+
+def _linear(values: Mapping[str, Any]) -> LinearEntry:
+    along = tuple(values.get("step_sqnr_db", ()))
+    return LinearEntry(**{**values, "shape": tuple(values["shape"]), "step_sqnr_db": along})
+
+
+def _call_error(values: Mapping[str, Any], where: str) -> CallError:
+    found = CallError(**values)
+    if not (_is_number(found.error) and type(found.step) is type(found.steps) is int and 0 <= found.step < found.steps):
+        raise RecipeError(f"{where}: the error of a call is {dict(values)}; the file is damaged or was edited")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_entry(entry: RecipeEntry, where: str) -> None:
@@ -204,6 +248,9 @@ def _check_entry(entry: RecipeEntry, where: str) -> None:
     if entry.second_moment is not None and not bool(torch.isfinite(entry.second_moment).all()):
         raise RecipeError(damaged.format("the second moment is not finite"))
     for path, linear in entry.linears.items():
+        for value in (linear.sqnr_db, linear.effect, *linear.step_sqnr_db):
+            if value is not None and not _is_number(value):
+                raise RecipeError(damaged.format(f"an error of {path} is {value!r}, expected a number"))
         if linear.decision not in ("hif4", "high_precision"):
             raise RecipeError(damaged.format(f"the decision of {path} is {linear.decision!r}"))
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):

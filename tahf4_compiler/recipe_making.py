@@ -18,8 +18,8 @@ from .calibration import check_percentile, merged
 from .errors import CalibrationError, OptionError
 from .packing import checksum, moment_as_quantized
 from .pipeline import provenance
-from .recipe import LinearEntry, Recipe, RecipeEntry
-from .sensitivity import Network, QuantizedWeight, check_budget, output_error, sqnr_db
+from .recipe import CallError, LinearEntry, Recipe, RecipeEntry
+from .sensitivity import Network, QuantizedWeight, check_budget, output_error, sqnr_db, squares
 from .sharded import class_name
 from .sketch import LARGEST
 from .transforms import hadamard_block, seed_of
@@ -88,7 +88,8 @@ def make_recipe(
         rotate: whether to rotate by a block Hadamard.
         block: the widest Hadamard block.
         scale_search: ``""``, ``"squared"`` or ``"weighted"``.
-        sensitivity: measure each linear's output error on sample rows and its effect on the network's output.
+        sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
+            effect on the network's output, and the output's error with everything quantized in each kept call.
         high_precision_steps: denoising steps that run in high precision.
         budget: as for :meth:`Recipe.plan`.
 
@@ -135,7 +136,8 @@ def make_recipe(
         },
     }
     recipe = Recipe(found, tuple(high_precision_steps), made)
-    return recipe.plan(**budget) if budget else recipe
+    recipe = recipe.plan(**budget) if budget else recipe
+    return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe)) if sensitivity else recipe
 
 
 @dataclass(frozen=True)
@@ -233,16 +235,16 @@ def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity:
             if (value := error(candidate)) < best:
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
-    noise: list[float | None] = [None] * len(weights)
-    if sensitivity and len(rows):
-        noise = list(output_error(rows, weights, product(mask, choices.scale_search)))
+    noise = _noise(cells, weights, product(mask, choices.scale_search)) if sensitivity and len(rows) else None
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     linears = {}
-    for path, weight, squared in zip(activation.members, weights, noise, strict=True):
+    for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
         n = weight.shape[0]
-        db = None if squared is None else round(sqnr_db(squared), 3)
+        db, along = noise[i] if noise is not None else (None, ())
         reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
-        linears[path] = LinearEntry((n, k), int(checksum(weight)), reason=reason, sqnr_db=db, flops=2 * seen * n * k)
+        linears[path] = LinearEntry(
+            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, step_sqnr_db=along, flops=2 * seen * n * k
+        )
     return RecipeEntry(
         linears,
         block,
@@ -261,10 +263,30 @@ def _second_moment(cells: _Cells) -> Tensor:
     return (squares / max(1, seen)).to(torch.float32)
 
 
-def _rows(cells: _Cells) -> Tensor:
-    """Return the sample rows of all cells, as many of each."""
-    found = [sample.rows for _, sample in cells.cells.values() if sample.rows is not None]
+def _rows(cells: _Cells, group: int | None = None) -> Tensor:
+    """Return the sample rows of all cells, or of those of one part of the schedule, as many of each."""
+    found = [s.rows for (part, _), (_, s) in cells.cells.items() if s.rows is not None and group in (None, part)]
     return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
+
+
+def _noise(
+    cells: _Cells, weights: list[Tensor], product: QuantizedWeight
+) -> list[tuple[float, tuple[float | None, ...]]]:
+    """Return the SQNR of each linear's output in dB, on all sample rows and on those of each part of the schedule."""
+    found: list[list[tuple[float, float] | None]] = [[] for _ in weights]
+    for group in range(cells.groups):
+        rows = _rows(cells, group)
+        sums = squares(rows, weights, product) if len(rows) else [None] * len(weights)
+        for mine, value in zip(found, sums, strict=True):
+            mine.append(value)
+
+    def db(parts: Sequence[tuple[float, float]]) -> float:
+        return round(sqnr_db(sum(error for error, _ in parts) / max(sum(norm for _, norm in parts), 1e-30)), 3)
+
+    return [
+        (db([p for p in parts if p is not None]), tuple(None if p is None else db([p]) for p in parts))
+        for parts in found
+    ]
 
 
 def _search_network(calibration: Calibration, expert: str, choices: _Choices) -> _Choices:
@@ -297,6 +319,34 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices) ->
     return chosen
 
 
+def _call_errors(calibration: Calibration, recipe: Recipe) -> dict[str, tuple[CallError, ...]]:
+    """Return the error of the network's output in each kept call, in order of the steps, by expert."""
+    found: dict[str, tuple[CallError, ...]] = {}
+    for expert, entries in recipe.experts.items():
+        network = _network(calibration, expert)
+        if network is None:
+            continue
+        quantized = {
+            path: make()
+            for entry in entries.values()
+            for path, make in _products(entry, functools.partial(_weight, calibration, expert))
+            if entry.linears[path].decision == "hif4"
+        }
+        errors = network.errors(quantized)
+        if errors is not None:
+            places = calibration.kept.places[expert]
+            listed = [
+                CallError(p.step, p.steps, p.branch, float(f"{error:.6g}"))
+                for p, error in zip(places, errors, strict=True)
+            ]
+            found[expert] = tuple(sorted(listed, key=lambda e: (e.step / e.steps, e.branch)))
+    return found
+
+
+def _weight(calibration: Calibration, expert: str, path: str) -> Tensor:
+    return calibration.weights(expert, [path])[0]
+
+
 def _network(calibration: Calibration, expert: str) -> Network | None:
     calls = calibration.kept.calls.get(expert)
     return Network(calibration.models[expert], calls) if calls else None
@@ -324,9 +374,7 @@ def _with_effects(calibration: Calibration, expert: str, entries: Mapping[str, R
     if network is None:
         return dict(entries)
 
-    def weight_of(path: str) -> Tensor:
-        return calibration.weights(expert, [path])[0]
-
+    weight_of = functools.partial(_weight, calibration, expert)
     makers = {path: make for entry in entries.values() for path, make in _products(entry, weight_of)}
     effects = network.effects(makers)
 

@@ -18,7 +18,7 @@ from .packing import pack_weight
 from .sharded import Part, part_of, running_weights
 from .transforms import multipliers
 
-__all__ = ["Network", "QuantizedWeight", "check_budget", "choose", "output_error", "sqnr_db"]
+__all__ = ["Network", "QuantizedWeight", "check_budget", "choose", "output_error", "sqnr_db", "squares"]
 
 
 class QuantizedWeight:
@@ -39,7 +39,8 @@ class QuantizedWeight:
         self.block = block
         inverse = backward.to(weight.device) if backward is not None else None
         packed = pack_weight(weight, inverse, block, search=search, importance=importance)
-        self.weight = _whole(packed.codes, packed.scales)
+        # Its values have no more significant bits than bfloat16 holds: half the memory, nothing lost.
+        self.weight = _whole(packed.codes, packed.scales).to(torch.bfloat16)
 
     def part(self, part: Part | None) -> QuantizedWeight:
         """Return what a rank that holds a part of the weight computes, or this if it holds all.
@@ -66,7 +67,7 @@ class QuantizedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the W4A4 product of ``[..., K]``: float32 ``[..., N]``."""
-        return nn.functional.linear(self.quantize(x), self.weight)
+        return nn.functional.linear(self.quantize(x), self.weight.float())
 
 
 def _whole(codes: Tensor, scales: Tensor) -> Tensor:
@@ -81,13 +82,26 @@ def output_error(rows: Tensor, weights: Sequence[Tensor], product: Callable[[Ten
         weights: ``[N_i, K]`` each.
         product: of the weights' rows joined, as :class:`QuantizedWeight`.
     """
+    return [error / max(norm, 1e-30) for error, norm in squares(rows, weights, product)]
+
+
+def squares(
+    rows: Tensor, weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]
+) -> list[tuple[float, float]]:
+    """Return for each linear the sum of squares of its output's error and of the output itself.
+
+    Args:
+        rows: ``[R, K]``.
+        weights: ``[N_i, K]`` each.
+        product: of the weights' rows joined, as :class:`QuantizedWeight`.
+    """
     x = rows.to(torch.float32)
     found = product(rows).split([len(weight) for weight in weights], -1)
-    errors = []
+    sums = []
     for weight, value in zip(weights, found, strict=True):
         want = nn.functional.linear(x, weight.detach().to(torch.float32))
-        errors.append(float((value - want).square().sum() / want.square().sum().clamp(min=1e-30)))
-    return errors
+        sums.append((float((value - want).square().sum()), float(want.square().sum())))
+    return sums
 
 
 def sqnr_db(error: float) -> float:
@@ -135,6 +149,11 @@ class Network:
 
         None if no call read any of their weights as a linear: nothing was measured.
         """
+        errors = self.errors(quantized)
+        return sum(errors) / len(errors) if errors is not None else None
+
+    def errors(self, quantized: Mapping[str, QuantizedWeight]) -> list[float] | None:
+        """Return each call's relative squared error, with these linears quantized, by path; None as :meth:`error`."""
         products = {
             id(weight): product.part(part_of(weight))
             for path, product in quantized.items()
@@ -145,8 +164,7 @@ class Network:
         if quantized and not used:
             return None
         pairs = zip(found, self._wanted, strict=True)
-        errors = [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
-        return sum(errors) / len(errors)
+        return [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
 
     def effects(self, quantized: Mapping[str, Callable[[], QuantizedWeight]]) -> dict[str, float | None]:
         """Return the error when only one linear is quantized, for each: one pass a linear and call, no estimate.
@@ -174,7 +192,7 @@ def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
         if whole is not weight:  # some rows, as attention takes q, k and v out of one parameter
             first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
             rows = rows[first : first + len(weight)]
-        out = original(product.quantize(x), rows)
+        out = original(product.quantize(x), rows.float())
         return (out if bias is None else out + bias.float()).to(x.dtype)
 
     nn.functional.linear = linear  # type: ignore[assignment]

@@ -11,8 +11,10 @@ from models import Stack, output, wan
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler import hif4
 from tahf4_compiler.calibration import Calibration
-from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
+from tahf4_compiler.files import save_tensors
+from tahf4_compiler.recipe import FORMAT, LinearEntry, Recipe, RecipeEntry
 from tahf4_compiler.recipe_making import channel_mask
 from tahf4_compiler.sensitivity import choose
 
@@ -231,6 +233,52 @@ def test_effects_are_those_of_one_quantized_linear_and_decide(tmp_path):
             assert entry["decision"] == linears[entry["module"]].decision
             assert f"of 6), SQNR {linears[entry['module']].sqnr_db:.1f} dB" in entry["reason"]
             assert ("budget max_high_precision_linears=2" in entry["reason"]) == (entry["module"] in kept)
+
+
+def test_errors_are_kept_apart_along_the_steps(tmp_path):
+    model = outliers()
+    spiky = torch.randn(64, 64, generator=torch.Generator().manual_seed(9))
+    spiky[:, 7] *= 200
+    with tahf4.calibrate(model, options=QUICK, step_groups=3) as calibration:
+        for group, x in ((0, inputs()[0]), (2, spiky)):
+            with calibration.at(step_group=group, branch="cond"):
+                model(x)
+    recipe = calibration.recipe(mask=None, rotate=False, scale_search="")
+    for path, linear in recipe.linears("").items():
+        first, none, last = linear.step_sqnr_db
+        assert none is None
+        linears = dict(model.named_modules())
+        rows = [calibration.activations[("", path)].cells[(group, "cond")][1].rows for group in (0, 2)]
+        weight = linears[path].weight
+        for value, x in zip((first, last), rows, strict=True):
+            product = hif4.dequantize(hif4.quantize(x)) @ hif4.dequantize(hif4.quantize(weight)).T
+            wanted = -20 * torch.log10(torch.tensor(relative(product, x @ weight.T))).item()
+            assert value == pytest.approx(wanted, abs=0.01)
+        assert min(first, last) - 0.01 <= linear.sqnr_db <= max(first, last) + 0.01
+
+    compiled = torch.compile(model, backend="tahf4", options={**QUICK, "rotate.block": 0})
+    places = [(e.step, e.steps, e.branch) for e in recipe.errors[""]]
+    assert places == [(0, 3, "cond"), (2, 3, "cond")]
+    for found, x in zip(recipe.errors[""], (inputs()[0], spiky), strict=True):
+        assert found.error == pytest.approx(relative(compiled(x), model(x)) ** 2, rel=1e-3)
+
+    recipe.save(tmp_path / "recipe")
+    again = Recipe.load(tmp_path / "recipe")
+    assert again.errors == recipe.errors
+    assert again.linears("") == recipe.linears("")
+    assert recipe.plan(max_high_precision_linears=1).errors == {}, "they are those of another plan"
+    kept = calibration.recipe(mask=None, rotate=False, scale_search="", max_high_precision_linears=6)
+    assert [e.error for e in kept.errors[""]] == [0.0, 0.0]
+    assert calibration.recipe(mask=None, sensitivity=False).errors == {}
+
+
+@pytest.mark.parametrize("wrong", [{"error": "x"}, {"error": None}, {"step": 3}, {"steps": 0}, {"branch_": ""}])
+def test_damaged_errors_are_refused(tmp_path, wrong):
+    entry = {"step": 0, "steps": 2, "branch": "", "error": 0.1, **wrong}
+    header = {"entries": [], "high_precision_steps": [], "provenance": {}, "errors": {"": [entry]}}
+    save_tensors(tmp_path / "recipe", {}, FORMAT, header, tahf4.RecipeError)
+    with pytest.raises(tahf4.RecipeError, match="damaged"):
+        Recipe.load(tmp_path / "recipe")
 
 
 def test_budgets():

@@ -231,7 +231,8 @@ def _merge_cell(
         return
     members = max((tuple(cell[4]) for cell in there), key=lambda paths: (len(paths), paths))
     activation = Activation(expert, name, members, there[0][5])
-    held = calibration.activations.setdefault((expert, name), _Cells(activation, calibration.rows))
+    empty = _Cells(activation, calibration.rows, calibration.step_groups)
+    held = calibration.activations.setdefault((expert, name), empty)
     held.activation = activation
     if sum(cell[6] for cell in there) > _MOST_ROWS:
         raise CalibrationError(f"{name} would have more than 2**31 - 1 rows; merge fewer processes")

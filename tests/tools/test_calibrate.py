@@ -45,6 +45,13 @@ def test_calibrate_writes_a_recipe_that_applies(tmp_path, prompts):
         recipe.provenance["passes"]
     )
     assert {e.percentile for e in recipe.experts["transformer"].values()} == {99.9}
+    for expert, parts in (("transformer", {0, 1, 2}), ("transformer_2", {3})):  # each runs a part of the schedule
+        for linear in recipe.linears(expert).values():
+            assert {i for i, db in enumerate(linear.step_sqnr_db) if db is not None} == parts
+        seen = recipe.errors[expert]
+        assert {(e.step, e.steps) for e in seen} <= {(step, 4) for step in parts}
+        assert all(0 < e.error < 0.5 and e.branch in ("cond", "uncond") for e in seen)
+        assert [e.step for e in seen] == sorted(e.step for e in seen)
     tahf4.apply_recipe(pipeline(), recipe)
 
     before = out.read_bytes()

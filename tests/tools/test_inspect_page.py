@@ -50,7 +50,7 @@ def page_of_wan(tmp_path_factory):
         for group in range(2):
             with calibration.at(step_group=group), torch.no_grad():
                 model(**inputs)
-    recipe = calibration.recipe(mask="percentile", sensitivity=False)
+    recipe = calibration.recipe(mask="percentile")
     tahf4.apply_recipe(model, recipe)
     lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={"fuse.always": True})
     report = Report.of(lowered, Evidence.of(recipe, checkpoint))
@@ -126,11 +126,27 @@ def test_the_page_searches_sorts_and_draws(browser, page_of_wan):
     page.locator("#linears tbody tr").first.press("Enter")
     assert page.locator("#view-graph").is_visible()
     page.click("#tab-plots")
-    assert page.locator("#plots .plot").count() == 7
+    assert page.locator("#plots .plot").count() == 8
     assert page.locator("#plots rect").count() > 20
-    assert "Not measured" in page.locator("#plots .plot", has_text="Error along steps").inner_text()
+    assert page.locator("#plots .plot", has_text="Not measured").count() == 0
+    along = page.locator("#plots .plot", has_text="Error along steps")
+    assert along.locator("circle").count() == 2 * 10, "two parts, ten kinds of linears"
+    assert "blocks.*.ffn.net.2" in along.inner_text()
+    output = page.locator("#plots .plot", has_text="Error of the output along steps")
+    assert [title for title in output.locator("title").all_text_contents() if "step 1 of 2" in title]
     page.click("#tab-passes")
     assert "quantize" in page.locator("#passes").inner_text()
+    assert errors == []
+
+
+@needs_browser
+def test_what_was_not_measured_is_said(browser, tmp_path):
+    lowered = tahf4.lower(tahf4.capture(Stack(2).eval(), (torch.randn(4, 64),)))
+    Report.of(lowered, Evidence()).write_html(tmp_path / "page.html")
+    page, errors = opened(browser, tmp_path / "page.html")
+    page.click("#tab-plots")
+    for name in ("Error along depth", "Error along steps", "Error of the output along steps", "Activation distribution"):
+        assert "Not measured" in page.locator("#plots .plot", has_text=name).inner_text()
     assert errors == []
 
 

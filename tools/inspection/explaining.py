@@ -128,6 +128,9 @@ def _statistics(report: Report, row: Mapping[str, Any]) -> Iterator[str]:
         f"effect {row['effect']:.2e} on the output" if row.get("effect") is not None else "effect not measured",
     ]
     yield f"error       {', '.join(measured)}"
+    if len(along := row.get("step_sqnr_db") or ()) > 1:
+        words = ", ".join("none seen" if db is None else f"{db:.1f}" for db in along)
+        yield f"along steps SQNR {words} dB in the {len(along)} parts of the schedule"
     how = [f"shares the activation of {row['activation']}" if row["activation"] != row["module"] else "own activation"]
     if row.get("percentile") is not None:
         how.append(f"percentile {row['percentile']:g}, weight exponent {row['weight_exponent']:g}")

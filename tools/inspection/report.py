@@ -184,6 +184,7 @@ class Report:
             "evidence": {
                 "activations": dict(self.evidence.activations),
                 "steps": self.evidence.steps,
+                "errors": list(self.evidence.errors),
                 "provenance": dict(self.evidence.provenance),
                 "sources": list(self.evidence.sources),
             },

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Evidence:
         linears: by module path, what the recipe and the calibration say.
         activations: histograms and spreads by name of the activation, from the calibration.
         steps: how many parts of the schedule the calibration kept apart.
+        errors: of the network's output along the steps, from the recipe.
         provenance: how the recipe was made.
         sources: in words, where the numbers come from.
     """
@@ -33,6 +35,7 @@ class Evidence:
     linears: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     activations: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     steps: int = 0
+    errors: Sequence[Mapping[str, Any]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
@@ -50,6 +53,7 @@ class Evidence:
         """
         linears: dict[str, dict[str, Any]] = {}
         sources = []
+        errors: list[dict[str, Any]] = []
         percents: dict[str, float] = {}
         if recipe is not None:
             name = _choose(expert, list(recipe.experts))
@@ -57,7 +61,13 @@ class Evidence:
                 percents[activation] = entry.percentile or 99.9
                 shared = _entry(activation, entry)
                 for path, linear in entry.linears.items():
-                    linears[path] = {**shared, "sqnr_db": linear.sqnr_db, "effect": linear.effect}
+                    linears[path] = {
+                        **shared,
+                        "sqnr_db": linear.sqnr_db,
+                        "effect": linear.effect,
+                        "step_sqnr_db": list(linear.step_sqnr_db),
+                    }
+            errors = [dataclasses.asdict(error) for error in recipe.errors.get(name or "", ())]
             sources.append(f"recipe: {len(linears)} linears{f' of {name}' if name else ''}")
         activations: dict[str, dict[str, Any]] = {}
         steps = 0
@@ -67,7 +77,8 @@ class Evidence:
                 for path in found["members"]:
                     linears.setdefault(path, {})["activation"] = name
             sources.append(f"calibration: {len(activations)} activations, {steps} parts of the schedule")
-        return cls(linears, activations, steps, dict(recipe.provenance) if recipe else {}, tuple(sources))
+        made = dict(recipe.provenance) if recipe else {}
+        return cls(linears, activations, steps, errors, made, tuple(sources))
 
 
 def _choose(expert: str | None, names: list[str]) -> str | None:

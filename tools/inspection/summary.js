@@ -16,8 +16,7 @@ function drawPlots() {
       { name: "FLOPs", parts: [[fourBits(four), sum(four, "flops"), colour], ["linears high", sum(high, "flops"), "var(--bf16)"], ["attention", flops(attention), "var(--f32)"]] },
     ], [bytes, bytes, short])));
   depthPlot(box, rows);
-  box.append(plotCard("Error along steps", "Error of the linears at each part of the denoising schedule.",
-    empty("Not measured: a recipe holds one error a linear, over all steps together. How activations change along the steps is shown under Activations along steps.")));
+  stepPlots(box, rows);
   activationPlots(box);
   if (Object.keys(data.milliseconds).length) timePlot(box, last);
 }
@@ -40,6 +39,35 @@ function depthPlot(box, rows) {
     ...(noise.length ? lines(noise, { xName: "block", yName: "dB" }) : [empty(none)])));
   box.append(plotCard("Effect along depth", "Relative squared error of the network's output when only that linear is quantized.",
     ...(effect.length ? lines(effect, { xName: "block", yName: "effect", yText: (v) => `1e${+v.toFixed(1)}` }) : [empty(none)])));
+}
+
+// Errors that a recipe holds: of the linears by part of the schedule, and of the network's output by denoising step.
+function stepPlots(box, rows) {
+  const kinds = new Map();
+  for (const row of rows) {
+    if ((row.step_sqnr_db || []).length < 2) continue;
+    const name = row.module.replace(/(^|\.)\d+(?=\.|$)/, "$1*");
+    if (!kinds.has(name)) kinds.set(name, []);
+    kinds.get(name).push(row.step_sqnr_db);
+  }
+  const middle = (values) => { const sorted = values.sort((a, b) => a - b); return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2; };
+  const series = [...kinds].map(([name, found]) => ({ name, points: found[0].flatMap((_, step) => {
+    const values = found.map((along) => along[step]).filter((v) => v != null);
+    return values.length ? [[step, middle(values), `${name}, part ${step}: ${middle([...values]).toFixed(2)} dB in the middle, ${Math.min(...values).toFixed(2)} dB at least`]] : [];
+  }) })).filter((s) => s.points.length);
+  const none = "Not measured: give a recipe of a calibration that kept parts of the schedule apart (tahf4 calibrate keeps four; tahf4.calibrate(step_groups=4)), made with sensitivity.";
+  box.append(plotCard("Error along steps", "Signal-to-quantization-noise ratio of the linears' own outputs on rows of each part of the denoising schedule, in dB: the middle of the blocks.",
+    ...(series.length ? lines(series, { xName: "part of the schedule", yName: "dB" }) : [empty(none)])));
+  const branches = new Map();
+  for (const { step, steps, branch, error } of data.evidence.errors) {
+    const name = branch || "output";
+    if (!branches.has(name)) branches.set(name, []);
+    const noise = -10 * Math.log10(Math.max(error, 1e-30));
+    branches.get(name).push([step / steps, noise, `${name}, step ${step} of ${steps}: ${noise.toFixed(2)} dB, relative squared error ${error.toExponential(2)}`]);
+  }
+  box.append(plotCard("Error of the output along steps", "Signal-to-quantization-noise ratio of the network's output with everything in 4 bits that the recipe says, in the calls that the calibration kept, in dB.",
+    ...(branches.size ? lines([...branches].map(([name, points]) => ({ name, points })), { xName: "share of the denoising steps", yName: "dB" })
+      : [empty("Not measured: give a recipe that was made with sensitivity, and not planned again since.")])));
 }
 
 function activationPlots(box) {
