@@ -18,6 +18,7 @@ minimizes the mean squared error of a linear's output where the channels are unc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,16 +87,26 @@ def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: in
         return hif4.quantize(x)  # says what is wrong, or has nothing to convert
     with torch.no_grad():
         weights = _unit_weights(importance, x)
+        if _compiled().serves(x):
+            found: hif4.Packed = _compiled().search(x, None if weights is None else weights.t().flatten(), candidates)
+            return found
         count = hif4.units(x.shape[-1])
         codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8, device=x.device)
         scales = torch.empty((*x.shape[:-1], count), dtype=torch.int32, device=x.device)
         steps = _steps(x.device)
         for (values, to_codes, to_scales), first in _blocks(x.detach(), codes, scales):
             mine = _block_weights(weights, first, to_scales)
-            found = _search(values, mine, candidates, steps)
-            to_codes.copy_(found.codes)
-            to_scales.copy_(found.scales)
+            part = _search(values, mine, candidates, steps)
+            to_codes.copy_(part.codes)
+            to_scales.copy_(part.scales)
     return hif4.Packed(codes, scales, x.shape[-1])
+
+
+def _compiled() -> Any:
+    """Return the same in C++ for the CPU."""
+    from .backends.cpu import search
+
+    return search
 
 
 def search_error(x: Tensor, packed: hif4.Packed, importance: Tensor | None = None) -> Tensor:

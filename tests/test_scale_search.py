@@ -9,9 +9,18 @@ from fractions import Fraction
 import hif4_scalar as scalar
 import pytest
 import torch
+from tahf4_compiler.backends import cpu
 
 from tahf4_compiler import FormatError, hif4, scale_search
 from tahf4_compiler.scale_search import MAX_CANDIDATES, search_error, search_scales
+
+
+@pytest.fixture(autouse=True, params=["reference", "compiled"])
+def form(request, monkeypatch):
+    """Everything holds for the reference and for the C++ code."""
+    monkeypatch.setenv("TAHF4_NO_CPP", "1" if request.param == "reference" else "0")
+    if request.param == "compiled" and not cpu.available():
+        pytest.skip("there is no C++ compiler")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -270,6 +279,7 @@ def test_leading_axes_strides_chunks_and_repetition_change_nothing(monkeypatch, 
     x, importance = draw("heavy", 60, 200), skewed(200)
     whole = search_scales(x, importance)
     monkeypatch.setattr(scale_search, "_CHUNK", chunk)
+    monkeypatch.setattr(cpu.search, "_CHUNK", 200 * chunk)
     cut = x.reshape(3, 20, 200)
     for same in (cut, cut.transpose(0, 1).contiguous().transpose(0, 1), x.t().contiguous().t().requires_grad_()):
         found = search_scales(same, importance)

@@ -2,7 +2,9 @@
 
 ``python -m tahf4_compiler.tools.checkpoint_bench --blocks 8 --folder DIR`` writes the checkpoint, copies it and
 quantizes it, in turns and each in a process of its own, and removes everything. Each is timed until its files are on
-the disk (``os.sync``).
+the disk (``os.sync``). Of the copy one file stands at a time, so that the disk need not hold the model twice.
+
+``--recipe`` quantizes by a recipe with a mask for each linear, a rotation and the search of scales.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ _QUANTIZE = """
 import sys
 from pathlib import Path
 from tahf4_compiler.checkpoint.convert import quantize_checkpoint
+from tahf4_compiler import Recipe
 from tahf4_compiler.tools.checkpoint_bench import report
 quantize_checkpoint(sys.argv[1], sys.argv[2])  # small and first: imports and the compiler are not what is timed
-report(lambda: quantize_checkpoint(sys.argv[3], sys.argv[4]))
+recipe = Recipe.load(sys.argv[5]) if len(sys.argv) > 5 else None
+report(lambda: quantize_checkpoint(sys.argv[3], sys.argv[4], recipe, check_weights=False))
 """
 _COPYING = """
 import sys
@@ -54,13 +58,15 @@ def report(work: Any) -> None:
 
 
 def copy(source: str, target: str) -> None:
-    """Copy a folder with plain reads and writes, as ``cp`` does where files cannot be cloned."""
+    """Copy a folder with plain reads and writes, as ``cp`` does where files cannot be cloned; drop what is on disk."""
     Path(target).mkdir()
     buffer = bytearray(_COPY)
     for path in sorted(Path(source).iterdir()):
         with path.open("rb", buffering=0) as file, (Path(target) / path.name).open("wb", buffering=0) as out:
             while count := file.readinto(buffer):
                 out.write(memoryview(buffer)[:count])
+            os.fsync(out.fileno())
+        (Path(target) / path.name).unlink()
 
 
 def make(folder: Path, blocks: int, config: dict[str, Any] | None = None) -> int:
@@ -98,6 +104,7 @@ def bench(
     blocks: Annotated[int, typer.Option(min=2, help="Blocks of 40; each takes 0.7 GB, and as much for its copy.")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured.")] = 2,
     folder: Annotated[Path | None, typer.Option(help="On the disk that is measured.")] = None,
+    recipe: Annotated[bool, typer.Option("--recipe", help="With masks, rotation and the search of scales.")] = False,
     small: Annotated[bool, typer.Option("--small", help="A tiny model, to try the script.")] = False,
 ) -> None:
     """Measure seconds per GB and peak memory of quantizing beside those of copying."""
@@ -108,10 +115,11 @@ def bench(
         size = make(base / "model", blocks, tiny if small else None)
         typer.echo(f"{blocks} blocks, {size:,} bytes in bfloat16, {os.cpu_count()} cores")
         before = _linear_bytes(base / "model")
+        given = [_recipe(base / "model", base / "recipe.safetensors")] if recipe else []
         for i in range(rounds):
             copied = _child(_COPYING, base / "model", base / "copy")
             shutil.rmtree(base / "copy")
-            made = _child(_QUANTIZE, base / "tiny", base / f"warm{i}", base / "model", base / "out")
+            made = _child(_QUANTIZE, base / "tiny", base / f"warm{i}", base / "model", base / "out", *given)
             after = _packed_bytes(base / "out")
             shutil.rmtree(base / "out")
             for name, found in (("copy", copied), ("quantize", made)):
@@ -121,6 +129,25 @@ def bench(
         typer.echo(f"quantized linears: {after:,} of {before:,} bytes, {after / before:.4f}")
     finally:
         shutil.rmtree(base, ignore_errors=True)
+
+
+def _recipe(model: Path, path: Path) -> Path:
+    """Write a recipe with everything for each linear of the blocks, of random masks."""
+    import torch
+
+    from ..checkpoint.reading import read_header
+    from ..recipe import LinearEntry, Recipe, RecipeEntry
+
+    generator, entries = torch.Generator().manual_seed(1), {}
+    headers = [read_header(file).tensors for file in sorted(model.glob("*.safetensors"))]
+    for name, info in (item for tensors in headers for item in tensors.items()):
+        if name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name:
+            n, k = info.shape
+            linear = name.removesuffix(".weight")
+            mask = torch.rand(k, generator=generator) + 0.5
+            entries[linear] = RecipeEntry({linear: LinearEntry((n, k), 0)}, 64, 1, "squared", 99.9, 0.5, mask)
+    Recipe({"": entries}).save(path)
+    return path
 
 
 def _child(text: str, *arguments: Path) -> dict[str, float]:

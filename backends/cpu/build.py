@@ -20,8 +20,9 @@ __all__ = ["SOURCES", "library", "processor", "switch"]
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("sets.cpp", "kernels.cpp", "linear.cpp", "common.h", "units.inc", "programs.inc", "tile_avx2.inc")
-SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+_NAMES = ("sets.cpp", "kernels.cpp", "linear.cpp", "search.cpp")
+_INCLUDED = ("common.h", "units.inc", "programs.inc", "tile_avx2.inc")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES + _INCLUDED)
 
 # Behind Inductor's own flags, so that these have the last word: vectorize loops, and change no bit of a result.
 _FLAGS = ("-fno-unsafe-math-optimizations", "-fsigned-zeros", "-ffp-contract=off")
@@ -37,6 +38,7 @@ _SIGNATURES = {
     "tahf4_dequantize": (_pointer, _pointer, _int64, _int64, _pointer, _int),
     "tahf4_fused_quantize": (_pointer, _pointer, _int64, _int64, _pointer, _int, _int),
     "tahf4_linear": (_pointer, _pointer, _int, _int),
+    "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _pointer, _pointer, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
 }
 

@@ -145,7 +145,7 @@ def test_what_was_not_measured_is_said(browser, tmp_path):
     Report.of(lowered, Evidence()).write_html(tmp_path / "page.html")
     page, errors = opened(browser, tmp_path / "page.html")
     page.click("#tab-plots")
-    for name in ("Error along depth", "Error along steps", "Error of the output along steps", "Activation distribution"):
+    for name in ("Error along depth", "Error along steps", "Error of the output", "Activation distribution"):
         assert "Not measured" in page.locator("#plots .plot", has_text=name).inner_text()
     assert errors == []
 

@@ -58,15 +58,15 @@ function stepPlots(box, rows) {
   const none = "Not measured: give a recipe of a calibration that kept parts of the schedule apart (tahf4 calibrate keeps four; tahf4.calibrate(step_groups=4)), made with sensitivity.";
   box.append(plotCard("Error along steps", "Signal-to-quantization-noise ratio of the linears' own outputs on rows of each part of the denoising schedule, in dB: the middle of the blocks.",
     ...(series.length ? lines(series, { xName: "part of the schedule", yName: "dB" }) : [empty(none)])));
-  const branches = new Map();
+  const branches = new Map(), counts = new Set(data.evidence.errors.map((e) => e.steps));
   for (const { step, steps, branch, error } of data.evidence.errors) {
     const name = branch || "output";
     if (!branches.has(name)) branches.set(name, []);
     const noise = -10 * Math.log10(Math.max(error, 1e-30));
-    branches.get(name).push([step / steps, noise, `${name}, step ${step} of ${steps}: ${noise.toFixed(2)} dB, relative squared error ${error.toExponential(2)}`]);
+    branches.get(name).push([counts.size > 1 ? step / steps : step, noise, `${name}, step ${step} of ${steps}: ${noise.toFixed(2)} dB, relative squared error ${error.toExponential(2)}`]);
   }
   box.append(plotCard("Error of the output along steps", "Signal-to-quantization-noise ratio of the network's output with everything in 4 bits that the recipe says, in the calls that the calibration kept, in dB.",
-    ...(branches.size ? lines([...branches].map(([name, points]) => ({ name, points })), { xName: "share of the denoising steps", yName: "dB" })
+    ...(branches.size ? lines([...branches].map(([name, points]) => ({ name, points })), { xName: counts.size > 1 ? "share of the denoising steps" : `denoising step of ${[...counts][0]}`, yName: "dB" })
       : [empty("Not measured: give a recipe that was made with sensitivity, and not planned again since.")])));
 }
 

@@ -1,0 +1,78 @@
+"""The search of scales in C++ finds what the reference finds, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tahf4_compiler.backends import cpu
+from tahf4_compiler.backends.cpu import search
+
+from tahf4_compiler import scale_search
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")
+
+
+def draw(kind: str, rows: int = 37, k: int = 229) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, k, generator=generator)
+    if kind == "bits":
+        return torch.randint(-(2**31), 2**31, (rows, k), generator=generator).to(torch.int32).view(torch.float32)
+    if kind == "ties":  # halves of steps, and zeros of both signs
+        return torch.randint(-31, 32, (rows, k), generator=generator) * 0.15625 * x.sign()
+    if kind == "scales":  # every level-1 scale there is, to both ends
+        return x * 2.0 ** torch.linspace(-60, 127, rows)[:, None]
+    if kind == "sparse":
+        return x * (torch.rand(rows, k, generator=generator) < 0.1)
+    return x.to(getattr(torch, kind))
+
+
+def importance(kind: str, k: int) -> torch.Tensor | None:
+    generator = torch.Generator().manual_seed(1)
+    if kind == "none":
+        return None
+    found = (3 * torch.randn(k, generator=generator)).exp()
+    if kind == "dead":
+        found[torch.rand(k, generator=generator) < 0.7] = 0.0
+        found[64:128] = 0.0
+    return found.double() * 1e300 if kind == "huge" else found
+
+
+@pytest.mark.parametrize("weighted", ["none", "plain", "dead", "huge"])
+@pytest.mark.parametrize("candidates", [0, 1, 4, 8])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "float64", "bits", "ties", "scales", "sparse"])
+def test_the_same_as_the_reference(kind, candidates, weighted, monkeypatch):
+    x = draw(kind)
+    factors = importance(weighted, x.shape[-1])
+    found = scale_search.search_scales(x, factors, candidates=candidates)
+    monkeypatch.setattr(search, "serves", lambda x: False)
+    wanted = scale_search.search_scales(x, factors, candidates=candidates)
+    assert torch.equal(found.scales, wanted.scales)
+    assert torch.equal(found.codes, wanted.codes)
+
+
+def test_threads_and_rows_change_nothing(monkeypatch):
+    x = draw("float32", 512, 320)
+    whole = scale_search.search_scales(x)
+    alone = scale_search.search_scales(x[100:101])
+    assert torch.equal(alone.codes, whole.codes[100:101])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found = scale_search.search_scales(x)
+            assert torch.equal(found.codes, whole.codes)
+            assert torch.equal(found.scales, whole.scales)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_it_runs_where_it_should(monkeypatch):
+    calls = []
+    plain = search.search
+    monkeypatch.setattr(search, "search", lambda *args: calls.append(1) or plain(*args))
+    scale_search.search_scales(torch.randn(2, 64))
+    scale_search.search_scales(torch.nn.Parameter(torch.randn(2, 64)))
+    assert len(calls) == 2
+    monkeypatch.setenv("TAHF4_NO_CPP", "1")
+    scale_search.search_scales(torch.randn(2, 64))
+    assert len(calls) == 2
