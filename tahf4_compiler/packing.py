@@ -24,7 +24,6 @@ from . import hif4, kernels, sharded
 from .attach import Attachment, attached_recipe
 from .graph import PackedWeight
 from .hif4 import Packed
-from .ops import transform
 from .scale_search import search_scales
 from .transforms import multipliers
 from .weight_formats import pack_rows
@@ -83,7 +82,9 @@ def pack_weight(
     codes, scales = [], []
     for chunk in weight.detach().split(rows):
         if search:
-            moved = transform(chunk, multiplier, hadamard_block)
+            from .backends.cpu import search as cpp
+
+            moved = cpp.transform(chunk, multiplier, hadamard_block)
             packed = search_scales(moved, importance if search == "weighted" else None)
             parts = packed.codes, packed.scales
         else:

@@ -38,6 +38,10 @@ _SIGNATURES = {
     "tahf4_dequantize": (_pointer, _pointer, _int64, _int64, _pointer, _int),
     "tahf4_fused_quantize": (_pointer, _pointer, _int64, _int64, _pointer, _int, _int),
     "tahf4_linear": (_pointer, _pointer, _int, _int),
+    "tahf4_transform": (
+        *(_pointer, _int, _int64, _int64, _int64, _pointer, _int64),
+        *(ctypes.c_float, _pointer, _int),
+    ),
     "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _pointer, _pointer, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
 }

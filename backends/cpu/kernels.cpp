@@ -211,6 +211,21 @@ void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const flo
   }
 }
 
+template <class T>
+void transform(const T* x, int64_t rows, int64_t k, int64_t row_stride, const float* multiplier, int64_t block,
+               float norm, float* out, int threads) {
+  const int64_t columns = (k + kUnit - 1) / kUnit * kUnit, width = std::max<int64_t>(kUnit, block);
+  const int64_t pieces = columns / width;
+#pragma omp parallel for schedule(static) num_threads(team_of(rows * columns, threads))
+  for (int64_t piece = 0; piece < rows * pieces; ++piece) {
+    const int64_t row = piece / pieces, first = piece % pieces * width;
+    float* values = out + row * columns + first;
+    load(x + row * row_stride + first, std::max<int64_t>(0, std::min(width, k - first)), width,
+         multiplier ? multiplier + first : nullptr, values);
+    if (block) hadamard(values, width, block, norm);
+  }
+}
+
 // Rows in pieces of several units, by the code for a set of instructions.
 void in_pieces(const Functions& functions, const char* x, int dtype, int64_t rows, int64_t k, int64_t row_stride,
                const Target& target, int threads) {
@@ -321,6 +336,17 @@ void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t r
   }
   const auto run = [&](auto* typed) {
     quantize(typed, rows, k, row_stride, multiplier, hadamard_block, norm, codes, scales, threads);
+  };
+  if (dtype == kFloat32) run(static_cast<const float*>(x));
+  if (dtype == kBFloat16) run(static_cast<const BFloat16*>(x));
+  if (dtype == kFloat16) run(static_cast<const Float16*>(x));
+}
+
+// Transform rows of k values as tahf4_quantize does before it converts them. out: [rows, units * 64].
+void tahf4_transform(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const float* multiplier,
+                     int64_t hadamard_block, float norm, float* out, int threads) {
+  const auto run = [&](auto* typed) {
+    transform(typed, rows, k, row_stride, multiplier, hadamard_block, norm, out, threads);
   };
   if (dtype == kFloat32) run(static_cast<const float*>(x));
   if (dtype == kBFloat16) run(static_cast<const BFloat16*>(x));

@@ -1,14 +1,15 @@
-"""The search of scales in C++: :func:`tahf4_compiler.scale_search.search_scales`, bit for bit."""
+"""The search of scales in C++, and the transform of weights before it, bit for bit those of the reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ... import hif4
+from ... import hif4, ops
 from . import available, build, quantize
+from .programs import DTYPES
 
-__all__ = ["search", "serves"]
+__all__ = ["search", "serves", "transform"]
 
 _CHUNK = 1 << 20  # values that are in float32 at a time
 
@@ -16,6 +17,38 @@ _CHUNK = 1 << 20  # values that are in float32 at a time
 def serves(x: Tensor) -> bool:
     """Return whether :func:`search` takes a tensor: on the CPU, with memory of its own, and it is compiled."""
     return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and available()
+
+
+def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tensor:
+    """Return what is quantized: :func:`tahf4_compiler.ops.transform`.
+
+    Args:
+        x: ``[N, K]``; other than float32, bfloat16 or float16, or not on the CPU, the reference runs.
+        multiplier: float32 ``[K]``, or None.
+        hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
+
+    Returns:
+        As the reference: float32 ``[N, K]``, padded to whole units where there is a rotation.
+
+    Raises:
+        FormatError: the multiplier's shape or the block width does not fit K.
+    """
+    given = (x,) if multiplier is None else (x, multiplier)
+    mine = hadamard_block > 0 and x.dim() == 2 and x.numel() > 0 and all(map(serves, given))
+    if not mine or x.dtype not in DTYPES or (multiplier is not None and multiplier.dtype != torch.float32):
+        return ops.transform(x, multiplier, hadamard_block)
+    ops.check_transform(x.shape[-1], multiplier, hadamard_block)
+    library = build.library()
+    assert library is not None
+    x = x.detach().resolve_neg()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    factors = None if multiplier is None else multiplier.detach().resolve_neg().contiguous()
+    out = torch.empty((len(x), hif4.units(x.shape[1]) * hif4.UNIT), dtype=torch.float32)
+    library.tahf4_transform(
+        *(x.data_ptr(), DTYPES[x.dtype], *x.shape, x.stride(0), 0 if factors is None else factors.data_ptr()),
+        *(hadamard_block, hadamard_block**-0.5, out.data_ptr(), torch.get_num_threads()),
+    )
+    return out
 
 
 def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:

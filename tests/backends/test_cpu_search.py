@@ -7,7 +7,7 @@ import torch
 from tahf4_compiler.backends import cpu
 from tahf4_compiler.backends.cpu import search
 
-from tahf4_compiler import scale_search
+from tahf4_compiler import FormatError, ops, scale_search
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")
 
@@ -76,3 +76,23 @@ def test_it_runs_where_it_should(monkeypatch):
     monkeypatch.setenv("TAHF4_NO_CPP", "1")
     scale_search.search_scales(torch.randn(2, 64))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("block", [0, 1, 4, 64, 128, 256])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_transform_is_the_reference(dtype, masked, block):
+    x = draw("bits" if dtype == "float32" else dtype, 9, 213)  # 4 units
+    mask = torch.rand(213, generator=torch.Generator().manual_seed(2)) - 0.5 if masked else None
+    for given in (x, x.t().contiguous().t(), torch.cat([x, x])[::2], x[:, :1].expand(9, 213)):
+        found, wanted = search.transform(given, mask, block), ops.transform(given, mask, block)
+        assert found.shape == wanted.shape
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize(("mask", "block"), [(torch.ones(63), 64), (None, 3), (None, 512)])
+def test_a_transform_that_does_not_fit_is_refused(mask, block):
+    with pytest.raises(FormatError):
+        search.transform(torch.randn(4, 64), mask, block)
