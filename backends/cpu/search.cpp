@@ -64,13 +64,13 @@ inline double step_of(int code) {
 // The squared error of each group of 4, each lane under a step of its own. weights: of the values, or null.
 template <class T>
 inline void measure(const T* magnitude, T step, const T* weights, T* out) {
-  // What is added to the first is rounded to an integer, half to even.
-  const T round = fill<T>(0x1.8p52), seven = fill<T>(7.0), eight = fill<T>(8.0), inverse = fill<T>(1.0) / step;
+  // What is added to the first is rounded to an integer, half to even; what is too large for that stays above 7.
+  const T round = fill<T>(0x1.8p52), seven = fill<T>(7.0), inverse = fill<T>(1.0) / step;
   for (int g = 0; g < kGroups; ++g) {
     T squared[4];
     for (int j = 0; j < 4; ++j) {
       const T m = magnitude[4 * g + j];
-      const T nearest = least((least(m * inverse, eight) + round) - round, seven);
+      const T nearest = least((m * inverse + round) - round, seven);
       const T difference = nearest * step - m;
       squared[j] = difference * difference;
       if (weights) squared[j] = squared[j] * weights[4 * g + j];
@@ -86,26 +86,40 @@ struct Block {
   Lanes pairs[kMostOffsets][kGroups / 2];
 };
 
-inline double total(double* errors, int count) {
-  for (; count > 1; count /= 2)
-    for (int i = 0; i < count / 2; ++i) errors[i] = errors[i] + errors[i + count / 2];
+inline Lanes total(Lanes* errors, int count) {
+  for (int half = count / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) errors[i] = errors[i] + errors[i + half];
   return errors[0];
 }
 
-// The error of a unit as it is encoded.
-inline double encoded_error(const Lanes* magnitude, const Lanes* weights, int lane, const uint8_t* codes,
-                            uint32_t metadata) {
-  double groups[kGroups];
+struct Unit {
+  const float* x;
+  int64_t width;  // values before the padding
+  uint8_t* codes;
+  int32_t* scale;
+};
+
+// The error of units as they are encoded.
+inline Lanes encoded_errors(const Lanes* magnitude, const Lanes* weights, const Unit* units) {
+  Lanes elements[kUnit], steps[kGroups], groups[kGroups];
+  for (int l = 0; l < kLanes; ++l) {
+    const uint32_t metadata = uint32_t(*units[l].scale);
+    for (int g = 0; g < kGroups; ++g) {
+      const int exponent = (metadata >> (8 + g / 2) & 1) + (metadata >> (16 + g) & 1);
+      steps[g][l] = step_of(int(metadata & 0xFF) + kOctave * exponent);
+    }
+    for (int i = 0; i < kUnit / 2; ++i) {
+      elements[2 * i][l] = units[l].codes[i] & 7;
+      elements[2 * i + 1][l] = units[l].codes[i] >> 4 & 7;
+    }
+  }
   for (int g = 0; g < kGroups; ++g) {
-    const int exponent = (metadata >> (8 + g / 2) & 1) + (metadata >> (16 + g) & 1);
-    const double step = step_of(int(metadata & 0xFF) + kOctave * exponent);
-    double squared[4];
+    Lanes squared[4];
     for (int j = 0; j < 4; ++j) {
       const int i = 4 * g + j;
-      const int nibble = codes[i / 2] >> (4 * (i & 1)) & 7;
-      const double difference = nibble * step - magnitude[i][lane];  // signs are the same
+      const Lanes difference = elements[i] * steps[g] - magnitude[i];  // signs are the same
       squared[j] = difference * difference;
-      if (weights) squared[j] *= weights[i][lane];
+      if (weights) squared[j] = squared[j] * weights[i];
     }
     groups[g] = (squared[0] + squared[1]) + (squared[2] + squared[3]);
   }
@@ -163,21 +177,24 @@ inline Exponents best_exponents(const Block& block, bool weighted, int lane, int
   return exponents(errors[0], errors[1], errors[2], counts);
 }
 
-inline void encode(const Block& block, int lane, const float* x, int64_t count, int code, Exponents bits,
-                   uint8_t* codes, int32_t* scale) {
-  for (int i = 0; i < kUnit; i += 2) {
-    const int exponent = int(bits.e8 >> (i / 8) & 1) + int(bits.e16 >> (i / 4) & 1);
-    const double step = step_of(code + kOctave * exponent);
-    int pair = 0;
-    for (int j = 0; j < 2; ++j) {
-      // Not negative: the conversion cuts as floor does.
-      const int rounded = int(std::min(block.magnitude[i + j][lane] / step + 0.5, 7.0));
-      const int sign = i + j < count && bits_as<int32_t>(x[i + j]) < 0;
-      pair |= (rounded | sign << 3) << (4 * j);
-    }
-    codes[i / 2] = uint8_t(pair);
+// Encode those units that `wanted` names.
+inline void encode(const Lanes* magnitude, const int* code, const Exponents* bits, const bool* wanted,
+                   const Unit* units) {
+  Lanes rounded[kUnit];
+  for (int g = 0; g < kGroups; ++g) {
+    Lanes step;
+    for (int l = 0; l < kLanes; ++l)
+      step[l] = step_of(code[l] + kOctave * int((bits[l].e8 >> (g / 2) & 1) + (bits[l].e16 >> g & 1)));
+    for (int i = 4 * g; i < 4 * g + 4; ++i) rounded[i] = least(magnitude[i] / step + fill<Lanes>(0.5), fill<Lanes>(7.0));
   }
-  *scale = int32_t(uint32_t(code) | bits.e8 << 8 | bits.e16 << 16);
+  for (int l = 0; l < kLanes; ++l) {
+    if (!wanted[l]) continue;
+    int32_t nibbles[kUnit];
+    for (int i = 0; i < kUnit; ++i) nibbles[i] = int32_t(rounded[i][l]);  // not negative: it is cut as floor does
+    for (int64_t i = 0; i < units[l].width; ++i) nibbles[i] |= int32_t(bits_as<uint32_t>(units[l].x[i]) >> 28 & 8);
+    for (int i = 0; i < kUnit / 2; ++i) units[l].codes[i] = uint8_t(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
+    *units[l].scale = int32_t(uint32_t(code[l]) | bits[l].e8 << 8 | bits[l].e16 << 16);
+  }
 }
 
 struct Search {
@@ -191,17 +208,18 @@ struct Search {
   // Search up to four units from a number on.
   void operator()(int64_t first, int count, Block& block) const {
     int code[kLanes], found[kLanes];
+    Unit mine[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const int64_t unit = first + std::min(l, count - 1), place = unit % units;
       const float* values = x + unit / units * row_stride + place * kUnit;
       const int64_t width = std::min<int64_t>(kUnit, k - place * kUnit);
+      mine[l] = Unit{values, width, codes + unit * (kUnit / 2), scales + unit};
       code[l] = scales[unit] & 0xFF;
       const bool finite = code[l] != kNanScale;
       if (!finite) code[l] = 0;
-      for (int i = 0; i < kUnit; ++i) {
-        block.magnitude[i][l] = finite && i < width ? std::abs(double(values[i])) : 0.0;
-        if (weights) block.weights[i][l] = weights[place * kUnit + i];
-      }
+      for (int i = 0; i < kUnit; ++i) block.magnitude[i][l] = finite && i < width ? std::abs(double(values[i])) : 0.0;
+      if (weights)
+        for (int i = 0; i < kUnit; ++i) block.weights[i][l] = weights[place * kUnit + i];
       found[l] = 0;
     }
     const Lanes* factors = weights ? block.weights : nullptr;
@@ -220,9 +238,7 @@ struct Search {
       const Lanes *fine = block.pairs[candidates + offset], *coarse = block.pairs[candidates + offset + kOctave];
       Lanes sums[kGroups / 2];
       for (int p = 0; p < kGroups / 2; ++p) sums[p] = least(fine[p], coarse[p]);
-      for (int half = kGroups / 4; half; half /= 2)
-        for (int p = 0; p < half; ++p) sums[p] = sums[p] + sums[p + half];
-      return sums[0];
+      return total(sums, kGroups / 2);
     };
     Lanes best = cost(0);
     for (int near = 1; near <= candidates; ++near) {  // from the default outwards: of equal scales the nearest is taken
@@ -235,16 +251,15 @@ struct Search {
         }
       }
     }
-    for (int l = 0; l < count; ++l) {
-      const int64_t unit = first + l, place = unit % units;
-      if ((scales[unit] & 0xFF) == kNanScale) continue;
-      uint8_t* out = codes + unit * (kUnit / 2);
-      if (!(best[l] < encoded_error(block.magnitude, factors, l, out, uint32_t(scales[unit])) * kBetter)) continue;
-      const int chosen = code[l] + found[l];
-      const Exponents bits = best_exponents(block, weights != nullptr, l, chosen, candidates + found[l]);
-      encode(block, l, x + unit / units * row_stride + place * kUnit, k - place * kUnit, chosen, bits, out,
-             scales + unit);
+    const Lanes before = encoded_errors(block.magnitude, factors, mine);
+    bool better[kLanes];
+    Exponents bits[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      better[l] = l < count && (*mine[l].scale & 0xFF) != kNanScale && best[l] < before[l] * kBetter;
+      code[l] += found[l];
+      if (better[l]) bits[l] = best_exponents(block, weights != nullptr, l, code[l], candidates + found[l]);
     }
+    encode(block.magnitude, code, bits, better, mine);
   }
 };
 
