@@ -133,8 +133,9 @@ def _several(wanted: Request) -> bool:
 def _write(report: Report, folder: Path) -> None:
     from .inspection.explaining import overview
 
-    report.write_html(folder / "report.html")
-    (folder / "report.json").write_text(json.dumps(report.data(), indent=None) + "\n", encoding="utf-8")
+    data = report.data()
+    report.write_html(folder / "report.html", data)
+    (folder / "report.json").write_text(json.dumps(data, indent=None) + "\n", encoding="utf-8")
     (folder / "report.txt").write_text(overview(report), encoding="utf-8")
     graphs = folder / "graphs"
     graphs.mkdir()

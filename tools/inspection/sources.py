@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -130,9 +131,21 @@ def _component(
         evidence = Evidence.of(recipe, calibration, expert)
     else:
         evidence = Evidence.of(None, calibration, name)
-    lowered = lower(capture(model, (), arguments), options=request.options)
+    with _rare_collections():
+        lowered = lower(capture(model, (), arguments), options=request.options)
     title = f"{name} ({cls.__name__})" if name else cls.__name__
     return Report.of(lowered, evidence, title=title, source=str(folder)), lowered, arguments
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Collect garbage rarely: tracing makes many objects that stay, and each collection looks through them."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _expert(name: str, folder: Path, recipe: Recipe | None) -> str | None:
