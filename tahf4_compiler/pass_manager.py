@@ -87,7 +87,8 @@ class PassManager:
 
         Raises:
             PassError: a pass raised, broke a condition of its own, or left a graph that breaks the contract
-                (dangling use, lost input, outputs of another shape or dtype). The message names the pass.
+                (dangling use, lost input, outputs of another shape or dtype), or changed results although it claims
+                not to (``verify_tolerance``). The message names the pass.
         """
         text = readable(graph_module) if self.keep_text else ""
         records = [self._record("captured", graph_module, text)]
@@ -118,6 +119,8 @@ class PassManager:
                     ) from error
                 record.error = relative_error(previous, outputs)
                 record.total_error = relative_error(reference, outputs)
+                if records[0].error is None:
+                    _check_error(item, record, context.options.verify_tolerance)
                 previous = outputs
             records.append(record)
             if each is not None:
@@ -200,6 +203,17 @@ def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _
             if old != new
         ] or [f"{len(before.outputs)} outputs became {len(after.outputs)}"]
         raise PassError(f"pass {item.name!r} changed the graph's outputs: {'; '.join(changed)}")
+
+
+def _check_error(item: Pass, record: PassRecord, tolerance: float | None) -> None:
+    """Raise :class:`PassError` if a pass that claims to keep results changed them."""
+    if tolerance is None or (record.modified and not item.exact) or (record.error or 0.0) <= tolerance:
+        return
+    claim = "only how something is computed (exact)" if record.modified else "nothing (modified=False)"
+    raise PassError(
+        f"pass {item.name!r} says that it changed {claim}, but the outputs' relative error grew by {record.error:.3e}; "
+        f"verify_tolerance is {tolerance:g}. Look for swapped operands, or for results of one shape in another order."
+    )
 
 
 def _dangling(graph: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
