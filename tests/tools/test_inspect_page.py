@@ -58,7 +58,9 @@ def page_of_wan(tmp_path_factory):
     lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={"fuse.always": True})
     report = Report.of(lowered, Evidence.of(recipe, checkpoint))
     times = {node.name: 0.5 for node in lowered.snapshots[-1].nodes if node.op == "call_function"}
-    Report(**{**report.__dict__, "milliseconds": times, "device": "test"}).write_html(folder / "page.html")
+    Report(**{**report.__dict__, "milliseconds": times, "device": "test", "compiled": 12.5}).write_html(
+        folder / "page.html"
+    )
     return folder / "page.html"
 
 
@@ -132,6 +134,12 @@ def test_the_page_searches_sorts_and_draws(browser, page_of_wan):
     assert page.locator("#plots .plot").count() == 7
     assert page.locator("#plots rect").count() > 20
     assert "Not measured" in page.locator("#plots .plot", has_text="Error along steps").inner_text()
+    time = page.locator("#plots .plot", has_text="Time by operator").inner_text()
+    assert "run one by one, not compiled" in time
+    assert "which takes 12.50 ms as a whole" in time
+    tiles = page.locator("#tiles").inner_text()
+    assert "not compiled (test)" in tiles
+    assert "a whole call, compiled (test)" in tiles
     page.click("#tab-passes")
     assert "quantize" in page.locator("#passes").inner_text()
     assert errors == []

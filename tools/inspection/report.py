@@ -35,7 +35,8 @@ class Report:
         snapshots: the graph after each pass.
         texts: the readable graph after each pass.
         evidence: of a recipe and its calibration.
-        milliseconds: by node of the last graph, if it was run.
+        milliseconds: by node of the last graph, if it was run, node by node and not compiled.
+        compiled: milliseconds of a whole call of the compiled graph, or None.
         device: that it was run on.
     """
 
@@ -49,6 +50,7 @@ class Report:
     evidence: Evidence = field(default_factory=Evidence)
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
+    compiled: float | None = None
 
     @classmethod
     def of(cls, lowered: Lowered, evidence: Evidence, *, title: str = "", source: str = "") -> Report:
@@ -191,6 +193,7 @@ class Report:
             },
             "milliseconds": {name: round(value, 4) for name, value in self.milliseconds.items()},
             "device": self.device,
+            "compiled": None if self.compiled is None else round(self.compiled, 4),
             "graph": fold(self._shown()),
         }
 

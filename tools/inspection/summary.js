@@ -68,7 +68,7 @@ function timePlot(box, nodes) {
     if (time != null) by.set(node.target, (by.get(node.target) || 0) + time);
   }
   const top = [...by].sort((a, b) => b[1] - a[1]).slice(0, 10), most = top.length ? top[0][1] : 1;
-  box.append(plotCard("Time by operator", `Measured milliseconds of one call, node by node (${data.device}).`,
+  box.append(plotCard("Time by operator", `Milliseconds of the nodes of one call, run one by one, not compiled: what Inductor would fuse is measured apart, so shares are no shares of a compiled call${data.compiled == null ? "" : `, which takes ${data.compiled.toFixed(2)} ms as a whole`} (${data.device}).`,
     stacked(top.map(([name, time]) => ({ name, whole: most, parts: [[name, time, name.startsWith("tahf4") ? "var(--hif4)" : "var(--bf16)"]], text: `${time.toFixed(3)} ms` })), top.map(() => (v) => `${v.toFixed(3)} ms`))));
 }
 
