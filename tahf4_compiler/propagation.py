@@ -61,7 +61,7 @@ def propagate(
                         w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w, static_shapes=True)
                         for w in weights
                     ]
-                    node.meta["val"] = packed_fake(source, fakes)
+                    node.meta["val"] = _packed(source, fakes, results)
             except Exception as error:
                 raise PassError(
                     f"pass {pass_name!r} added the input {node.name!r}, whose shape cannot be found: "
@@ -79,9 +79,7 @@ def propagate(
             old = node.meta.get("val")
             new = _value(node, context, pass_name, results)
             node.meta["val"] = new
-            if [_full(v) for v in torch.utils._pytree.tree_leaves(old)] != [
-                _full(v) for v in torch.utils._pytree.tree_leaves(new)
-            ]:
+            if old is None or _leaves(old) != _leaves(new):
                 changed.add(node)
 
 
@@ -103,6 +101,23 @@ def _same_argument(old: Any, new: Any) -> bool:
         return str(_full(old.meta.get("val"))) == str(_full(new.meta.get("val")))
     plain = (bool, int, float, str, torch.dtype, torch.device)
     return type(old) is type(new) and isinstance(old, plain) and old == new
+
+
+def _packed(source: PackedInput, weights: list[Any], results: dict[Any, Any]) -> torch.Tensor:
+    """Return the value of a packed input, whose shape depends on those of its weights, and not on which they are."""
+    how, sizes = source.weight, tuple(map(_Size.of, weights))
+    key = (source.part, how.format, how.hadamard_block, bool(how.scales), sizes)
+    if key in results:
+        size: _Size = results[key]
+        return size.empty()
+    value = packed_fake(source, weights)
+    if None not in sizes and (made := _Size.of(value)) is not None:
+        results[key] = made
+    return value
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [_full(leaf) for leaf in torch.utils._pytree.tree_leaves(value)]
 
 
 def _full(value: Any) -> Any:

@@ -6,6 +6,7 @@ each new node knows which nodes it came in the place of, or drew in.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections import defaultdict
@@ -275,6 +276,7 @@ def _flops(node: fx.Node, tensors: Sequence[torch.Tensor], decisions: Sequence[A
     return 0
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def block_path(module: str) -> str:
     """Return the path of the outermost numbered member around a module: ``blocks.3`` of ``blocks.3.ffn.net.0``."""
     match = re.match(r"(?:[^.]*[^\d.][^.]*\.)*?\d+(?=\.|$)", module)
