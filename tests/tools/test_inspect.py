@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from helpers import GRAPH
 from models import Stack, wan
 from tahf4_compiler.tools.cli import app
-from tahf4_compiler.tools.inspection import profile
+from tahf4_compiler.tools.inspection import profile, sources
 from tahf4_compiler.tools.inspection.report import read_dump
 from tahf4_compiler.tools.inspection.sources import Request, reports
 from torch import nn
@@ -166,6 +167,16 @@ def test_inspect_needs_no_weights(folder, tmp_path):
     assert len(data["linears"]) == 26
     assert data["linears"][-1]["reason"].startswith("boundary")
     assert "blocks.1.ffn.net.2" in (tmp_path / "out" / "report.txt").read_text()
+
+
+def test_the_collector_is_left_as_it_was(folder, monkeypatch):
+    during = []
+    monkeypatch.setattr(sources, "lower", lambda *args, **options: during.append(gc.get_threshold()) or 1 / 0)
+    before = gc.get_threshold()
+    with pytest.raises(ZeroDivisionError):
+        list(reports(Request(folder, shape="2x8x8")))
+    assert during[0][0] > before[0]
+    assert gc.get_threshold() == before
 
 
 def test_the_difference_of_two_passes_is_a_unified_diff(folder):

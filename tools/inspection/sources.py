@@ -106,6 +106,18 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Collect garbage rarely: imports and tracing make many objects that stay, and each collection looks at them."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rare_collections()
 def _component(
     name: str, folder: Path, recipe: Recipe | None, calibration: Path | None, request: Request
 ) -> tuple[Report, Lowered, Mapping[str, Any]]:
@@ -125,21 +137,9 @@ def _component(
         evidence = Evidence.of(recipe, calibration, expert)
     else:
         evidence = Evidence.of(None, calibration, name)
-    with _rare_collections():
-        lowered = lower(capture(model, (), arguments), options=request.options)
+    lowered = lower(capture(model, (), arguments), options=request.options)
     title = f"{name} ({cls.__name__})" if name else cls.__name__
     return Report.of(lowered, evidence, title=title, source=str(folder)), lowered, arguments
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Collect garbage rarely: tracing makes many objects that stay, and each collection looks through them."""
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def loaded(folder: Path, dtype: torch.dtype, shape: str | None) -> tuple[nn.Module, dict[str, Any]]:
