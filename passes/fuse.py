@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,14 +63,15 @@ class Fuse(Pass):
             context.note("nothing: reference kernels are asked for")
             return PassResult(graph_module, False)
         graph = graph_module.graph
+        places = _Places(graph)
         counts = {"products": 0, "quantizations": 0, "products with their quantization": 0, "split products": 0}
         for node in graph.find_nodes(op="call_function", target=LINEAR):
-            kind = self._product(_Region(graph), node)
+            kind = self._product(_Region(places), node)
             if kind is not None:
                 counts[kind] += 1
                 context.matched(node)
         for node in graph.find_nodes(op="call_function", target=QUANTIZE):
-            if self._quantization(_Region(graph), node):
+            if self._quantization(_Region(places), node):
                 counts["quantizations"] += 1
                 context.matched(node)
         context.note(", ".join(f"{count} {kind}" for kind, count in counts.items()))
@@ -78,7 +80,7 @@ class Fuse(Pass):
     def _product(self, region: _Region, product: fx.Node) -> str | None:
         sizes = _split(product)
         if sizes is not None:
-            return self._split_product(product, sizes)
+            return self._split_product(region, product, sizes)
         program = region.following(product)
         end = region.end
         users = _readers(end)
@@ -86,7 +88,7 @@ class Fuse(Pass):
         if len(users) == 1 and users[0].target is QUANTIZE and users[0].args[0] is end and region.reaches(users[0]):
             quantization = users[0]
             args = (*product.args, region.leaves, str(program), *quantization.args[1:])
-            fused = self._replace(product, quantization, torch.ops.tahf4.linear_quantize.default, args)
+            fused = self._replace(region, product, quantization, torch.ops.tahf4.linear_quantize.default, args)
             if fused is not None:
                 region.absorbed.append(quantization)
                 region.drop()
@@ -97,18 +99,18 @@ class Fuse(Pass):
         n = size_hint(product.meta["val"].shape[-1])
         dtype = region.end.meta["val"].dtype
         args = (*product.args, [n], region.leaves, str(program), dtype)
-        fused = self._replace(product, region.end, torch.ops.tahf4.fused_linear.default, args, first=True)
+        fused = self._replace(region, product, region.end, torch.ops.tahf4.fused_linear.default, args, first=True)
         if fused is None:
             return None
         region.drop()
         return "products"
 
-    def _split_product(self, product: fx.Node, sizes: list[int]) -> str | None:
+    def _split_product(self, region: _Region, product: fx.Node, sizes: list[int]) -> str | None:
         graph = product.graph
         (split,) = _readers(product)
         dtype = product.meta["val"].dtype
         args = (*product.args, sizes, [], "", dtype)
-        fused = self._replace(product, split, torch.ops.tahf4.fused_linear.default, args)
+        fused = self._replace(region, product, split, torch.ops.tahf4.fused_linear.default, args)
         if fused is None:
             return None
         for part in list(fused.users):  # they are contiguous now
@@ -126,7 +128,7 @@ class Fuse(Pass):
         if not program.statements or len(region.leaves) > MAX_INPUTS:
             return False
         args = (region.leaves, str(program), *quantization.args[1:])
-        fused = self._replace(quantization, quantization, torch.ops.tahf4.fused_quantize.default, args)
+        fused = self._replace(region, quantization, quantization, torch.ops.tahf4.fused_quantize.default, args)
         if fused is None:
             return False
         region.absorbed.append(quantization)
@@ -134,7 +136,7 @@ class Fuse(Pass):
         return True
 
     def _replace(
-        self, like: fx.Node, end: fx.Node, target: Any, args: tuple[Any, ...], first: bool = False
+        self, region: _Region, like: fx.Node, end: fx.Node, target: Any, args: tuple[Any, ...], first: bool = False
     ) -> fx.Node | None:
         """Put a fused operator in the place of ``end`` if a kernel can run it; ``first``: its first result."""
         graph = end.graph
@@ -149,20 +151,34 @@ class Fuse(Pass):
             if first:
                 result = call(end, operator.getitem, (node, 0))
                 result.meta["val"] = end.meta["val"]
+        region.places.insert([node] if result is node else [node, result], end)
         end.replace_all_uses_with(result)
         return node
 
 
-class _Region:
-    """Nodes around a quantization or product that become its program."""
+class _Places:
+    """Where nodes stand: numbers that grow along the graph, and which stretch between writes to memory."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.order = {node: index for index, node in enumerate(graph.nodes)}
+        self.order: dict[fx.Node, float] = {node: index for index, node in enumerate(graph.nodes)}
         # Nothing moves across a node that writes to memory.
         segment, self.segment = 0, {}
         for node in graph.nodes:
             segment += mutates(node) and node.target is not _ASSERT
             self.segment[node] = segment
+
+    def insert(self, nodes: list[fx.Node], end: fx.Node) -> None:
+        """Take in new nodes that stand right before another one, which they are going to replace."""
+        for index, node in enumerate(nodes):
+            self.order[node] = self.order[end] - 0.5 ** (index + 1)
+            self.segment[node] = self.segment[end]
+
+
+class _Region:
+    """Nodes around a quantization or product that become its program."""
+
+    def __init__(self, places: _Places) -> None:
+        self.places, self.order, self.segment = places, places.order, places.segment
         self.absorbed: list[fx.Node] = []
         self.leaves: list[fx.Node] = []
         self.names: dict[fx.Node, str] = {}
@@ -218,10 +234,11 @@ class _Region:
         x = node_arg(quantization, 0)
         self.chain = [quantization]
         inside: set[fx.Node] = {quantization}
-        wanted = {x}
+        wanted, waiting = {x}, [(-self.order[x], x)]
         reductions = 0
-        for node in sorted(self.order, key=self.order.__getitem__, reverse=True):
-            if node not in wanted or not self.reaches(node):
+        while waiting:  # the last one first
+            _, node = heapq.heappop(waiting)
+            if not self.reaches(node):
                 continue
             found = call_of(node)
             alone = set(_readers(node)) <= inside
@@ -235,8 +252,10 @@ class _Region:
                     continue
                 reductions += 1
             inside.add(node)
-            if alone:
-                wanted |= set(operands)
+            for operand in operands if alone else ():
+                if operand not in wanted:
+                    wanted.add(operand)
+                    heapq.heappush(waiting, (-self.order[operand], operand))
         inside.discard(quantization)
         if x not in inside:
             return Program()

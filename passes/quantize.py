@@ -60,9 +60,8 @@ class Quantize(Pass):
 def packed_input(graph: fx.Graph, beside: fx.Node, weight: PackedWeight, part: Any) -> fx.Node:
     """Return the placeholder of a part of a packed weight, added next to ``beside`` if it is new."""
     wanted = PackedInput(part, weight)
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.meta.get(INPUT) == wanted:
-            return node
+    if (known := _placeholder(graph, wanted)) is not None:
+        return known
     base = beside.name.removesuffix("_codes")
     merged = "_merged" if len(weight.weights) > 1 and not base.endswith("_merged") else ""
     with graph.inserting_before(beside):
@@ -70,6 +69,16 @@ def packed_input(graph: fx.Graph, beside: fx.Node, weight: PackedWeight, part: A
     node.target = node.name  # the graph has made the name unique, but not the target
     node.meta[INPUT] = wanted
     return node
+
+
+def _placeholder(graph: fx.Graph, wanted: PackedInput) -> fx.Node | None:
+    """Return the input that stands for a part of a packed weight, if the graph has it."""
+    part, weight = wanted.part, wanted.weight
+    for node in graph.find_nodes(op="placeholder", sort=False):
+        source = node.meta.get(INPUT)
+        if isinstance(source, PackedInput) and source.part == part and source.weight == weight:
+            return node
+    return None
 
 
 @dataclass(frozen=True)
@@ -105,14 +114,15 @@ class Activation:
             for position, part in ((2, "codes"), (3, "scales")):
                 old = node_arg(product, position)
                 wanted = PackedInput(part, replace(old.meta[INPUT].weight, **values))
-                same = [n for n in graph.find_nodes(op="placeholder") if n.meta.get(INPUT) == wanted]
-                if same:
-                    product.update_arg(position, same[0])
+                same = _placeholder(graph, wanted)
+                if same is not None:
+                    product.update_arg(position, same)
                 elif len(old.users) == 1:
                     old.meta[INPUT] = wanted  # keeps its name
                 else:
                     product.update_arg(position, packed_input(graph, old, wanted.weight, part))
-        drop_unused_weights(graph)
+                if not old.users:
+                    graph.erase_node(old)
 
     def weight(self) -> PackedWeight:
         """Return how the weights are transformed, as positions of all of them."""
@@ -130,21 +140,25 @@ class Activation:
 
 def activations(graph: fx.Graph) -> list[Activation]:
     """Return the quantized activations of a graph that products in 4 bits read."""
-    found = []
-    for node in graph.find_nodes(op="call_function", target=torch.ops.tahf4.quantize.default):
-        products = [
-            user
-            for part in node.users
-            if part.target is operator.getitem and part.args[1] == 0
-            for user in part.users
-            if user.target is torch.ops.tahf4.linear.default and user.args[0] is part
-            # What the model holds in HiF4 was transformed when it was packed.
-            and not node_arg(user, 2).meta[INPUT].weight.scales
-        ]
-        if products:
-            weights = dict.fromkeys(i for product in products for i in node_arg(product, 2).meta[INPUT].weights)
-            found.append(Activation(node, products, tuple(weights)))
-    return found
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.tahf4.quantize.default)
+    return [found for node in nodes if (found := activation_of(node)) is not None]
+
+
+def activation_of(node: fx.Node) -> Activation | None:
+    """Return the activation that a ``tahf4.quantize`` node quantizes, if products in 4 bits read it."""
+    products = [
+        user
+        for part in node.users
+        if part.target is operator.getitem and part.args[1] == 0
+        for user in part.users
+        if user.target is torch.ops.tahf4.linear.default and user.args[0] is part
+        # What the model holds in HiF4 was transformed when it was packed.
+        and not node_arg(user, 2).meta[INPUT].weight.scales
+    ]
+    if not products:
+        return None
+    weights = dict.fromkeys(i for product in products for i in node_arg(product, 2).meta[INPUT].weights)
+    return Activation(node, products, tuple(weights))
 
 
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:

@@ -13,7 +13,7 @@ from torch import fx
 from ..graph import INPUT, GraphInput, is_view, is_written, mutates, node_arg, size_hint
 from ..pass_base import Context, Pass, PassResult
 from .plan import DECISION
-from .quantize import activations, call, drop_unused_weights, packed_input
+from .quantize import activation_of, call, drop_unused_weights, packed_input
 
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default
@@ -110,7 +110,8 @@ def _arguments(node: fx.Node, context: Context) -> tuple[Any, ...]:
 
 def activation_name(node: fx.Node, context: Context) -> str | None:
     """Return the name that a recipe gives the activation of a quantization with one product."""
-    recipe = next((a.attached(context) for a in activations(node.graph) if a.node is node), None)
+    found = activation_of(node)
+    recipe = found.attached(context) if found is not None else None
     return recipe.activation if recipe is not None else None
 
 

@@ -86,7 +86,8 @@ def _row(
     text = node.arguments
     # Names of nodes differ from block to block: the text has their place among the inputs.
     for i, name in sorted(enumerate(node.inputs), key=lambda pair: -len(pair[1])):
-        text = _substitute(text, name, f"\x01{i}\x02")
+        if name in text:
+            text = _substitute(text, name, f"\x01{i}\x02")
     origins = [_origin(name, outer) for name in snapshot.origins.get(node.name, ())]
 
     def relative(value: str) -> str:

@@ -7,6 +7,7 @@ graph says by itself what it must be called with.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -197,6 +198,7 @@ def linears(graph: fx.Graph) -> Iterator[fx.Node]:
     yield from (node for node in graph.nodes if node.op == "call_function" and node.target is LINEAR)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def module_path(expression: str) -> str:
     """Return the dotted path below the root module for a Dynamo source or an ``nn_module_stack`` path.
 

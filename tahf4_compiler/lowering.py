@@ -220,6 +220,11 @@ class Lowered:
         return self._lowered.snapshots
 
     @property
+    def options(self) -> Options:
+        """The validated options that it was lowered with."""
+        return self._options
+
+    @property
     def name(self) -> str:
         """Class name of the captured model."""
         return self._lowered.name

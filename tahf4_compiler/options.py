@@ -31,6 +31,8 @@ class Options:
         inductor: True (compile the lowered graph with Inductor), False (run it as it is), or a mapping of
             Inductor's own options.
         verify: run the graph before and after each pass on the example inputs and report the error.
+        verify_tolerance: with it ``verify`` is on, and a pass raises that adds a larger relative error although it says
+            that it changed nothing (``modified=False``) or only how something is computed (:attr:`Pass.exact`).
         weight_check: how a changed weight is noticed at each call: ``"content"`` (a checksum of its bytes; also
             sees writes through ``.data``, as merging a LoRA does) or ``"version"`` (the tensor's version
             counter and address: no reading, misses such writes).
@@ -45,6 +47,7 @@ class Options:
     dump_dir: str | None = None
     inductor: bool | tuple[tuple[str, Any], ...] = True
     verify: bool = False
+    verify_tolerance: float | None = None
     weight_check: str = "content"
     kernels: str = "best"
     pass_options: tuple[tuple[str, str, Any], ...] = field(default=())
@@ -79,6 +82,10 @@ class Options:
                 )
             else:
                 values[name] = _CONVERT[name](name, value)
+        if values.get("verify_tolerance") is not None:
+            if values.get("verify") is False:
+                raise OptionError("option 'verify_tolerance' is set and 'verify' is False; leave one of them out")
+            values["verify"] = True
         values.setdefault("dump_dir", os.environ.get("TAHF4_DUMP_DIR") or None)
         values.setdefault("kernels", "reference" if reference_forced() else "best")
         if mode is not None and mode != "default":
@@ -134,6 +141,14 @@ def _bool(name: str, value: Any) -> bool:
     return value
 
 
+def _tolerance(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise OptionError(f"option {name!r} is {value!r}; expected a number that is not negative, such as 1e-3")
+    return float(value)
+
+
 def _path(name: str, value: Any) -> str | None:
     if value is None:
         return None
@@ -186,6 +201,7 @@ _CONVERT = {
     "dump_dir": _path,
     "inductor": _inductor,
     "verify": _bool,
+    "verify_tolerance": _tolerance,
     "weight_check": _weight_check,
     "kernels": _kernels,
 }

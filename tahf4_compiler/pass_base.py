@@ -159,6 +159,7 @@ class Pass:
         replaces: name of a pass that this one stands in for, or None.
         requires: checks ``(graph_module, context) -> str | None`` that run before; a string is what is wrong.
         ensures: the same, after.
+        exact: whether results stay what they were, up to rounding; held to the option ``verify_tolerance``.
     """
 
     name: ClassVar[str] = ""
@@ -167,6 +168,7 @@ class Pass:
     replaces: ClassVar[str | None] = None
     requires: ClassVar[tuple[Callable[..., str | None], ...]] = ()
     ensures: ClassVar[tuple[Callable[..., str | None], ...]] = ()
+    exact: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Name the pass after its class."""

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .binding import Binding, packed_fake
+from .binding import Binding
 from .errors import PassError, Tahf4Error
-from .graph import INPUT, GraphInput, PackedInput, is_written, mutates, node_words, tensor_meta
+from .graph import INPUT, GraphInput, is_written, node_words, tensor_meta
 from .packing import store
 from .pass_base import Context, Pass, PassResult
+from .propagation import propagate
 
 __all__ = ["PassManager", "PassRecord", "graph_arguments", "run_graph"]
 
@@ -86,9 +87,11 @@ class PassManager:
 
         Raises:
             PassError: a pass raised, broke a condition of its own, or left a graph that breaks the contract
-                (dangling use, lost input, outputs of another shape or dtype). The message names the pass.
+                (dangling use, lost input, outputs of another shape or dtype), or changed results although it claims
+                not to (``verify_tolerance``). The message names the pass.
         """
-        records = [self._record("captured", graph_module)]
+        text = readable(graph_module) if self.keep_text else ""
+        records = [self._record("captured", graph_module, text)]
         reference = previous = run_graph(graph_module, context) if context.options.verify else None
         if reference is not None and not _finite(reference):
             records[0].error = float("nan")  # nothing can be compared with it
@@ -97,11 +100,14 @@ class PassManager:
         for item in self.passes:
             start = time.perf_counter()
             context.matches, context.current, context.last = 0, item.name, None
+            shown = _shown(graph_module) if self.keep_text else []
             before = _interface(graph_module)
             result = self._call(item, graph_module, context)
             graph_module = result.graph_module
             _check(item, graph_module, context, before)
-            record = self._record(item.name, graph_module)
+            if self.keep_text and not _same(shown, _shown(graph_module)):
+                text = readable(graph_module)
+            record = self._record(item.name, graph_module, text)
             record.matches, record.modified = context.matches, result.modified
             record.seconds = time.perf_counter() - start
             if reference is not None:
@@ -113,6 +119,8 @@ class PassManager:
                     ) from error
                 record.error = relative_error(previous, outputs)
                 record.total_error = relative_error(reference, outputs)
+                if records[0].error is None:
+                    _check_error(item, record, context.options.verify_tolerance)
                 previous = outputs
             records.append(record)
             if each is not None:
@@ -123,8 +131,7 @@ class PassManager:
         graph_module.recompile()
         return graph_module, records
 
-    def _record(self, name: str, graph_module: fx.GraphModule) -> PassRecord:
-        text = readable(graph_module) if self.keep_text else ""
+    def _record(self, name: str, graph_module: fx.GraphModule, text: str) -> PassRecord:
         return PassRecord(name, nodes=len(graph_module.graph.nodes), readable=text)
 
     def _call(self, item: Pass, graph_module: fx.GraphModule, context: Context) -> PassResult:
@@ -196,6 +203,17 @@ def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _
             if old != new
         ] or [f"{len(before.outputs)} outputs became {len(after.outputs)}"]
         raise PassError(f"pass {item.name!r} changed the graph's outputs: {'; '.join(changed)}")
+
+
+def _check_error(item: Pass, record: PassRecord, tolerance: float | None) -> None:
+    """Raise :class:`PassError` if a pass that claims to keep results changed them."""
+    if tolerance is None or (record.modified and not item.exact) or (record.error or 0.0) <= tolerance:
+        return
+    claim = "only how something is computed (exact)" if record.modified else "nothing (modified=False)"
+    raise PassError(
+        f"pass {item.name!r} says that it changed {claim}, but the outputs' relative error grew by {record.error:.3e}; "
+        f"verify_tolerance is {tolerance:g}. Look for swapped operands, or for results of one shape in another order."
+    )
 
 
 def _dangling(graph: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
@@ -298,26 +316,6 @@ def _written(graph: fx.Graph) -> frozenset[str]:
     return frozenset(node.name for node in graph.find_nodes(op="placeholder") if is_written(node))
 
 
-def _same_call(node: fx.Node, before: tuple[Any, ...] | None) -> bool:
-    """Whether a node calls what it called before a pass, on values of the same shapes and dtypes; no new one does."""
-    if before is None or node.target is not before[0] or node.meta.get("val") is not before[3]:
-        return False
-    if node.args is before[1] and node.kwargs is before[2]:
-        return True
-    old, old_spec = torch.utils._pytree.tree_flatten(before[1:3])
-    new, new_spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-    return old_spec == new_spec and all(map(_same_argument, old, new))
-
-
-def _same_argument(old: Any, new: Any) -> bool:
-    if old is new:
-        return True
-    if isinstance(old, fx.Node) and isinstance(new, fx.Node):
-        return str(_full(old.meta.get("val"))) == str(_full(new.meta.get("val")))
-    plain = (bool, int, float, str, torch.dtype, torch.device)
-    return type(old) is type(new) and isinstance(old, plain) and old == new
-
-
 def _words(meta: Any) -> str:
     if meta is None:
         return "no tensor"
@@ -337,94 +335,6 @@ def _conditions(item: Pass, which: str, graph_module: fx.GraphModule, context: C
             raise PassError(f"pass {item.name!r} {verb} {getattr(condition, '__name__', 'a condition')}: {wrong}")
 
 
-def propagate(
-    graph_module: fx.GraphModule,
-    context: Context,
-    pass_name: str,
-    before: Mapping[fx.Node, tuple[Any, ...]] | None = None,
-) -> None:
-    """Fill in ``meta["val"]`` for new nodes, for nodes that call something else, and for what changes with them.
-
-    Args:
-        graph_module: whose placeholders all have a value, except new packed inputs.
-        context: has the fake mode.
-        pass_name: for the error message.
-        before: target, arguments and keyword arguments of each node before the pass.
-
-    Raises:
-        PassError: a node cannot be computed from its inputs' shapes.
-    """
-    by_index = {
-        node.meta[INPUT].index: node.meta.get("val")
-        for node in graph_module.graph.nodes
-        if node.op == "placeholder" and isinstance(node.meta.get(INPUT), GraphInput)
-    }
-    changed: set[fx.Node] = set()
-    for node in graph_module.graph.nodes:
-        if node.op == "placeholder" and "val" not in node.meta:
-            source = node.meta.get(INPUT)
-            if not isinstance(source, PackedInput):
-                raise PassError(
-                    f"pass {pass_name!r} added the input {node.name!r} without a PackedInput in node.meta[{INPUT!r}]"
-                )
-            weights = [by_index.get(i, context.inputs[i]) for i in source.positions]
-            try:
-                with context.fake_mode:
-                    # A weight's sizes are not symbolic.
-                    fakes = [
-                        w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w, static_shapes=True)
-                        for w in weights
-                    ]
-                    node.meta["val"] = packed_fake(source, fakes)
-            except Exception as error:
-                raise PassError(
-                    f"pass {pass_name!r} added the input {node.name!r}, whose shape cannot be found: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-        elif node.op == "get_attr" and "val" not in node.meta:
-            held = operator.attrgetter(str(node.target))(graph_module)
-            if isinstance(held, torch.Tensor):
-                node.meta["val"] = context.fake_mode.from_tensor(held, static_shapes=True)
-        elif node.op == "call_function" and (
-            "val" not in node.meta
-            or changed & set(node.all_input_nodes)
-            or (before is not None and not _same_call(node, before.get(node)))
-        ):
-            old = node.meta.get("val")
-            new = _value(node, context, pass_name)
-            node.meta["val"] = new
-            if [_full(v) for v in torch.utils._pytree.tree_leaves(old)] != [
-                _full(v) for v in torch.utils._pytree.tree_leaves(new)
-            ]:
-                changed.add(node)
-
-
-def _full(value: Any) -> Any:
-    meta = tensor_meta(value)
-    if meta is None or value.layout != torch.strided:
-        return meta if meta is not None else str(value)
-    return (*meta, tuple(str(s) for s in value.stride()))
-
-
-def _value(node: fx.Node, context: Context, pass_name: str) -> Any:
-    def value(arg: fx.Node) -> Any:
-        if "val" in arg.meta:
-            return arg.meta["val"]
-        return None
-
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    if mutates(node) and "val" in node.meta:
-        return node.meta["val"]  # running it again would change its inputs' fake tensors
-    try:
-        with context.fake_mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-    except Exception as error:
-        raise PassError(
-            f"pass {pass_name!r} left node {node_words(node)} that cannot be computed: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
 def _finite(values: Sequence[torch.Tensor]) -> bool:
     return all(bool(value.isfinite().all()) for value in values if value.is_floating_point())
 
@@ -439,6 +349,22 @@ def relative_error(reference: Sequence[torch.Tensor] | None, value: Sequence[tor
         elif not torch.equal(old, new):
             return float("inf")
     return (difference / norm) ** 0.5 if norm else float(difference > 0)
+
+
+def _shown(graph_module: fx.GraphModule) -> list[Any]:
+    """Return what the readable text of a graph is made from: objects that are replaced when they change."""
+    return [
+        part
+        for n in graph_module.graph.nodes
+        for part in (n, n.name, n.target, n.args, n.kwargs, n.type, *map(n.meta.get, _SHOWN))
+    ]
+
+
+_SHOWN = ("val", "tensor_meta", "example_value", "stack_trace", "custom", "recompute", "ac_graph_id")
+
+
+def _same(old: Sequence[Any], new: Sequence[Any]) -> bool:
+    return len(old) == len(new) and all(map(operator.is_, old, new))
 
 
 def readable(graph_module: fx.GraphModule) -> str:

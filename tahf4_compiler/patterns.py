@@ -60,15 +60,14 @@ def find_pattern(
         any_constants: take numbers and other constants of the pattern for any.
 
     Returns:
-        Matches that do not overlap. A node inside a match has no reader outside of it, unless the pattern returns it.
+        Matches that do not overlap. A node inside a match has no reader outside of it, unless the pattern returns it;
+        a reader whose own result nobody reads (an assertion, a part of a chunk) does not count.
 
     Raises:
-        PassError: the function cannot be traced, or ignores an argument.
+        PassError: the function cannot be traced, ignores an argument, computes nothing, writes to memory, or holds a
+            tensor that is no argument.
     """
-    graph = graph_module.graph
-    matcher = SubgraphMatcher(_trace(pattern, example), ignore_literals=any_constants)
-    found = (_match(m, graph) for m in matcher.match(graph))
-    return [m for m in found if _one_moment(m, graph) and (where is None or where(m))]
+    return _find(graph_module.graph, _pattern(pattern, example), where, any_constants)
 
 
 def replace_pattern(
@@ -97,7 +96,8 @@ def replace_pattern(
         that they stand for; shapes are filled in by the pass manager.
 
     Raises:
-        PassError: a function cannot be traced, or ignores an argument.
+        PassError: the pattern is none (see :func:`find_pattern`), the replacement cannot be traced or holds a tensor of
+            more than one number that is no argument, or they return different numbers of results.
     """
     graph = graph_module.graph
 
@@ -105,7 +105,17 @@ def replace_pattern(
         match = _match(found, graph)
         return _one_moment(match, graph) and (where is None or where(match))
 
-    old, new = _trace(pattern, example), _trace(replacement, example, all_used=False)
+    old, new = _pattern(pattern, example), _replacement(replacement, example)
+    wanted, given = len(_results(old)), len(_results(new))
+    if wanted != given:
+        raise PassError(
+            f"the pattern {_name(pattern)!r} returns {wanted} tensors and its replacement returns {given}; they must "
+            "be as many, in the same order"
+        )
+    for found in _find(graph, old, where, any_constants):
+        for node in set(found.nodes) - set(found.outputs):
+            for user in [user for user in node.users if _idle(user)]:
+                graph.erase_node(user)  # nothing is left to read
     metas: dict[fx.Node, dict[str, Any]] = {node: dict(node.meta) for node in graph.nodes}
     replaced = replace_pattern_with_filters(graph_module, old, new, [accept], ignore_literals=any_constants)
     for match in replaced:
@@ -120,21 +130,113 @@ def replace_pattern(
     return len(replaced)
 
 
-def _trace(function: Callable[..., Any], example: Sequence[Any], *, all_used: bool = True) -> fx.Graph:
+class _Matcher(SubgraphMatcher):
+    """The matcher of ``torch.fx``, for which a reader whose own result nobody reads is none."""
+
+    def _is_contained(self, nodes_map: dict[fx.Node, fx.Node]) -> bool:
+        inside = {found: node for node, found in nodes_map.items() if node.op != "placeholder"}
+        hidden = [found for found, node in inside.items() if node not in self.pattern_returning_nodes]
+        return all(user in inside or _idle(user) for found in hidden for user in found.users)
+
+
+def _idle(node: fx.Node) -> bool:
+    """Whether nothing would be different without a node."""
+    return node.op == "call_function" and not node.users and not mutates(node)
+
+
+def _find(
+    graph: fx.Graph, pattern: fx.Graph, where: Callable[[Match], bool] | None, any_constants: bool
+) -> list[Match]:
+    found = (_match(m, graph) for m in _Matcher(pattern, ignore_literals=any_constants).match(graph))
+    return [m for m in found if _one_moment(m, graph) and (where is None or where(m))]
+
+
+def _pattern(function: Callable[..., Any], example: Sequence[Any]) -> fx.Graph:
+    """Return the graph of a pattern, without what its results do not need."""
+    graph, name = _trace(function, example).graph, _name(function)
+    if constants := list(graph.find_nodes(op="get_attr")):
+        raise PassError(
+            f"the pattern {name!r} holds a tensor of its own ({_used_in(constants[0])}), which is an input in every "
+            "graph: write the number itself, or make it an argument"
+        )
+    if writing := [node for node in graph.nodes if mutates(node)]:
+        raise PassError(
+            f"the pattern {name!r} writes to memory ({writing[0].target}), and nothing matches across a write; use the "
+            "operator that returns a new tensor"
+        )
+    for unread in reversed(graph.nodes):
+        if _idle(unread):
+            graph.erase_node(unread)
+    if unused := [node.name for node in graph.nodes if node.op == "placeholder" and not node.users]:
+        raise PassError(f"the pattern {name!r} does not use its arguments {', '.join(unused)}; leave them out")
+    if any(node.op == "placeholder" for node in _results(graph)):
+        raise PassError(f"the pattern {name!r} returns an argument as it is; return only what it computes")
+    return graph
+
+
+def _replacement(function: Callable[..., Any], example: Sequence[Any]) -> fx.Graph:
+    """Return the graph of a replacement. Tensors of one number that it holds are made in the graph."""
+    traced = _trace(function, example, "replacement")
+    graph = traced.graph
+    for constant in graph.find_nodes(op="get_attr"):
+        held = getattr(traced, str(constant.target))
+        if held.dim():
+            raise PassError(
+                f"the replacement {_name(function)!r} holds a tensor of shape {tuple(held.shape)} "
+                f"({_used_in(constant)}); the tensors of a graph are its inputs. Make it an argument of the pattern, "
+                "or compute it (torch.full, torch.arange); one number is fine."
+            )
+        with graph.inserting_before(constant):
+            number = graph.call_function(torch.ops.aten.full.default, ([], held.item()), {"dtype": held.dtype})
+        last = _copied(constant)
+        last.replace_all_uses_with(number)
+        while last is not constant:
+            (before,) = last.all_input_nodes
+            graph.erase_node(last)
+            last = before
+        graph.erase_node(constant)
+    return graph
+
+
+_FRESH, _DETACH = torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach_.default
+
+
+def _copied(constant: fx.Node) -> fx.Node:
+    """Return the last of the copies that tracing makes of a constant before it is read."""
+    while [user.target for user in constant.users] in ([_FRESH], [_DETACH]):
+        constant = next(iter(constant.users))
+    return constant
+
+
+def _used_in(constant: fx.Node) -> str:
+    return "read by " + (", ".join(str(user.target) for user in _copied(constant).users) or "nothing")
+
+
+def _results(graph: fx.Graph) -> list[fx.Node]:
+    (output,) = graph.find_nodes(op="output")
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", repr(function)))
+
+
+def _trace(function: Callable[..., Any], example: Sequence[Any], word: str = "pattern") -> fx.GraphModule:
     """Return the ATen graph of a function, without values."""
-    name = getattr(function, "__name__", repr(function))
     try:
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
             # Under a fake mode of its own; the mode of a compilation around it plays no part.
-            graph = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*example).graph
+            traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*example)
     except Exception as error:
-        raise PassError(f"the pattern {name!r} cannot be traced: {type(error).__name__}: {error}") from error
-    unused = [node.name for node in graph.nodes if node.op == "placeholder" and not node.users]
-    if unused and all_used:
-        raise PassError(f"the pattern {name!r} does not use its arguments {', '.join(unused)}; leave them out")
-    for node in graph.nodes:
+        if "convert all Tensors to FakeTensors" in str(error):
+            raise PassError(
+                f"the {word} {_name(function)!r} reads a tensor that is none of its arguments; make it one, or write a "
+                "number"
+            ) from error
+        raise PassError(f"the {word} {_name(function)!r} cannot be traced: {type(error).__name__}: {error}") from error
+    for node in traced.graph.nodes:
         node.meta.clear()
-    return graph
+    return traced
 
 
 def _match(found: InternalMatch, graph: fx.Graph) -> Match:

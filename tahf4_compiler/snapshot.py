@@ -6,6 +6,8 @@ each new node knows which nodes it came in the place of, or drew in.
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -85,11 +87,12 @@ class Recorder:
     def __init__(self) -> None:
         """Start empty."""
         self.snapshots: list[Snapshot] = []
+        self._views: dict[fx.Node, tuple[_Seen, NodeView]] = {}
         self._replaced: dict[str, list[str]] = defaultdict(list)
 
     def __call__(self, stage: str, graph_module: fx.GraphModule) -> None:
         """Take the graph after a pass."""
-        nodes = tuple(_view(node) for node in graph_module.graph.nodes)
+        nodes = tuple(self._viewed(node) for node in graph_module.graph.nodes)
         before = self.snapshots[-1] if self.snapshots else None
         origins = _origins(before.nodes, nodes, self._replaced) if before is not None else {}
         self.snapshots.append(Snapshot(stage, nodes, origins))
@@ -97,9 +100,39 @@ class Recorder:
         if self._listen not in graph_module._replace_hooks:
             graph_module._register_replace_node_hook(self._listen)
 
+    def _viewed(self, node: fx.Node) -> NodeView:
+        """Return a node as plain data: as before, unless something of it changed."""
+        seen, known = _Seen.of(node), self._views.get(node)
+        if known is None or not known[0].same(seen):
+            known = self._views[node] = (seen, _view(node))
+        return known[1]
+
     def _listen(self, old: fx.Node, new: str, user: fx.Node) -> None:
         if new not in self._replaced[old.name]:
             self._replaced[old.name].append(new)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the view of a node is made from: objects that are replaced when they change, and values."""
+
+    objects: tuple[Any, ...]
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Seen:
+        meta = node.meta
+        source, decisions = meta.get(INPUT), _decisions(node)
+        values = (
+            node.name, tuple(n.name for n in node.all_input_nodes), meta.get(KERNEL), dict(meta.get(_NUMBERS, ())),
+            [(d.module, d.k, d.n) for d in decisions], _module(node) if isinstance(source, PackedInput) else "",
+        )  # fmt: skip
+        objects = (node.target, node.args, node.kwargs, meta.get("val"), source, meta.get("nn_module_stack"))
+        return cls(objects, values)
+
+    def same(self, other: _Seen) -> bool:
+        """Whether it is made from the same."""
+        return all(map(operator.is_, self.objects, other.objects)) and self.values == other.values
 
 
 def _origins(
@@ -156,8 +189,7 @@ _SHORT = {
 def _view(node: fx.Node) -> NodeView:
     leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
-    found = node.meta.get(_DECISION, [])
-    decisions = found if isinstance(found, list) else [found]
+    decisions = _decisions(node)
     target = _target(node)
     dtype = next((t.dtype for t in tensors), None)
     precision = "hif4" if target.startswith("tahf4") or isinstance(node.meta.get(INPUT), PackedInput) else ""
@@ -176,6 +208,11 @@ def _view(node: fx.Node) -> NodeView:
         linears=tuple(dict.fromkeys(d.module for d in decisions)),
         numbers=dict(node.meta.get(_NUMBERS, {})),
     )
+
+
+def _decisions(node: fx.Node) -> list[Any]:
+    found = node.meta.get(_DECISION, [])
+    return found if isinstance(found, list) else [found]
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -239,6 +276,7 @@ def _flops(node: fx.Node, tensors: Sequence[torch.Tensor], decisions: Sequence[A
     return 0
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def block_path(module: str) -> str:
     """Return the path of the outermost numbered member around a module: ``blocks.3`` of ``blocks.3.ffn.net.0``."""
     match = re.match(r"(?:[^.]*[^\d.][^.]*\.)*?\d+(?=\.|$)", module)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -209,3 +212,21 @@ def test_a_kernel_of_a_plug_in_takes_the_place_of_the_reference():
         assert relative(lowered(x), expected(model, block_linears(model))(x)) < 1e-5
     finally:
         unregister_kernel(kernel)
+
+
+@pytest.mark.parametrize("dump_dir", [None, "dump"])
+def test_a_dump_lies_beside_inductors_files_unless_it_has_a_folder_of_its_own(dump_dir, tmp_path):
+    options = {} if dump_dir is None else {"dump_dir": dump_dir}
+    code = (
+        "import torch, tahf4_compiler\n"
+        "model = torch.nn.Linear(64, 64).eval()\n"
+        f"with torch.no_grad(): torch.compile(model, backend='tahf4', options={options!r})(torch.randn(2, 64))\n"
+    )
+    environment = {**os.environ, "TORCH_COMPILE_DEBUG": "1"}
+    environment.pop("TAHF4_DUMP_DIR", None)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    (run,) = (tmp_path / "torch_compile_debug").glob("run_*")
+    assert (run / "torchinductor").is_dir()
+    folder = run / "tahf4" if dump_dir is None else tmp_path / dump_dir
+    assert (folder / "graph_000_Linear" / "report.txt").is_file()
+    assert (run / "tahf4").exists() == (dump_dir is None)

@@ -61,3 +61,94 @@ def test_a_write_inside_a_match_is_no_match():
 
     traced = torch.fx.experimental.proxy_tensor.make_fx(Writes())(torch.randn(4, 64))
     assert tahf4.find_pattern(traced, pattern, EXAMPLE) == []
+
+
+class Chunked(nn.Module):
+    """Half of a chunk is not read; the cast asserts what it reads."""
+
+    def forward(self, x):
+        half, _ = x.chunk(2, -1)
+        torch.relu(x)
+        return gelu(half).to(torch.float64) + 1.0
+
+
+def replaced(model, pattern, replacement, x, **options):
+    """Replace between plan and quantize; return the record of the pass and the lowered model."""
+
+    class Replace(tahf4.Pass):
+        """Replace a pattern."""
+
+        after, before = ("plan",), ("quantize",)
+
+        def __call__(self, graph_module, context):
+            found = tahf4.find_pattern(graph_module, pattern, (x,))
+            count = tahf4.replace_pattern(graph_module, pattern, replacement, (x,), context)
+            assert len(found) == count
+            return tahf4.PassResult(graph_module, count > 0)
+
+    options = {"passes": [Replace()], "verify": True, **options}
+    lowered = tahf4.lower(tahf4.capture(model.eval(), (x,)), options=options)
+    return next(r for r in lowered.history if r.name == "replace"), lowered
+
+
+def test_what_nobody_reads_is_no_part_of_a_pattern_and_no_reader():
+    def pattern(a):
+        half, rest = a.chunk(2, -1)
+        torch.sigmoid(rest)
+        return gelu(half).to(torch.float64)
+
+    def replacement(a):
+        half, _ = a.chunk(2, -1)
+        return gelu(half.to(torch.float64)) * 2
+
+    x = torch.randn(4, 64)
+    record, lowered = replaced(Chunked(), pattern, replacement, x)
+    assert record.matches == 1
+    want = gelu(x[:, :32].double()) * 2 + 1
+    assert torch.allclose(lowered(x), want, atol=1e-6)
+
+    class Both(Chunked):
+        """The other half is read."""
+
+        def forward(self, x):
+            half, rest = x.chunk(2, -1)
+            return gelu(half).to(torch.float64) + rest
+
+    assert replaced(Both(), pattern, replacement, x)[0].matches == 0
+
+
+@pytest.mark.parametrize("constant", [2.5, 3, True])
+def test_a_number_as_a_tensor_in_a_replacement_is_made_in_the_graph(constant):
+    x = torch.randn(4, 64)
+
+    class Gelu(nn.Module):
+        def forward(self, x):
+            return gelu(x) + 1
+
+    _, lowered = replaced(Gelu(), lambda a: gelu(a), lambda a: gelu(a) * torch.tensor(constant), x)
+    assert torch.allclose(lowered(x), gelu(x) * constant + 1)
+    assert not lowered.graph_module.graph.find_nodes(op="get_attr")
+
+
+TABLE = torch.ones(64)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "message"),
+    [
+        (lambda a: gelu(a), lambda a: gelu(a) * torch.tensor([1.0] * 64), r"holds a tensor of shape \(64,\).*aten.mul"),
+        (lambda a: gelu(a) * torch.tensor(2.0), lambda a: a * 2, "holds a tensor of its own.*write the number itself"),
+        (lambda a: gelu(a) * TABLE, lambda a: a * 2, "the pattern .* reads a tensor that is none of its arguments"),
+        (lambda a: gelu(a), lambda a: gelu(a) * TABLE, "the replacement .* reads a tensor that is none of its"),
+        (lambda a: gelu(a).mul_(2), lambda a: a * 2, "writes to memory .aten.mul_.Tensor., and nothing matches across"),
+        (lambda a: a, lambda a: gelu(a), "returns an argument as it is"),
+        (lambda a: gelu(a), lambda a: (gelu(a), a), "returns 1 tensors and its replacement returns 2"),
+        (lambda a: gelu(a), lambda a: a.missing(), "the replacement '<lambda>' cannot be traced"),
+    ],
+)
+def test_what_cannot_be_matched_or_put_in_is_refused_in_our_words(pattern, replacement, message):
+    with pytest.raises(tahf4.PassError, match=message) as caught:
+        replaced(Stack(), pattern, replacement, torch.randn(4, 64))
+    # No node of the pattern is taken for one of the graph.
+    assert "at node" not in str(caught.value)
+    assert "AssertionError" not in str(caught.value)

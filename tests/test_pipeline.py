@@ -316,12 +316,45 @@ def test_verify_names_the_pass_that_adds_error():
 
 
 @pytest.mark.parametrize(
+    ("modified", "exact", "message"),
+    [
+        (False, False, r"pass 'wrong' says that it changed nothing \(modified=False\), but the outputs' .* 1.000e\+00"),
+        (True, True, "only how something is computed"),
+        (True, False, None),
+    ],
+)
+def test_a_pass_that_claims_to_keep_results_is_held_to_it(modified, exact, message):
+    def scale(graph_module, context):
+        for node in graph_module.graph.find_nodes(op="output"):
+            with graph_module.graph.inserting_before(node):
+                twice = graph_module.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0][0], 2.0))
+            node.args = ((twice,),)
+        return tahf4.PassResult(graph_module, modified=modified)
+
+    wrong = make("wrong", after=("share",), before=("lower",), call=scale)
+    type(wrong).exact = exact
+    options = {"verify_tolerance": 1e-3, "passes": [wrong]}
+    if message is None:
+        assert lowered(**options).history[-1].total_error == pytest.approx(1.0, rel=0.1)  # quantizing is free to
+    else:
+        with pytest.raises(tahf4.PassError, match=message):
+            lowered(**options)
+    assert lowered(verify=True, passes=[wrong]).history[-1].total_error > 0.5  # without a tolerance it is a figure
+    found = tahf4.bisect(Stack().eval(), (torch.randn(4, 64),), options=options, rounds=1)
+    assert found.blamed == "wrong"  # the search raises for no error
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"kepp": ["x"]}, r"unknown option 'kepp'.*Did you mean 'keep'"),
         ({"keep": "blocks"}, "expected a list of strings"),
         ({"inductor": "yes"}, "expected True, False or a mapping"),
         ({"verify": 1}, "expected True or False"),
+        ({"verify_tolerance": -1.0}, "expected a number that is not negative"),
+        ({"verify_tolerance": True}, "expected a number that is not negative"),
+        ({"verify_tolerance": float("nan")}, "expected a number that is not negative"),
+        ({"verify_tolerance": 0.1, "verify": False}, "leave one of them out"),
         ({"dump_dir": 3}, "expected a path"),
         ({"weight_check": "never"}, "expected one of 'content', 'version'"),
         ({"passes": "share"}, "expected a list of passes"),

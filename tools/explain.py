@@ -14,7 +14,9 @@ __all__ = ["explain"]
 
 def explain(
     model: Model,
-    pattern: Annotated[str, typer.Argument(help="Regular expression, searched in module paths.")],
+    pattern: Annotated[
+        str | None, typer.Argument(metavar="PATTERN", help="Regular expression, searched in module paths.")
+    ] = None,
     recipe: RecipeFile = None,
     calibration: CalibrationFile = None,
     shape: Shape = None,
@@ -30,6 +32,12 @@ def explain(
     from .inspection.explaining import explanations
     from .inspection.sources import reports
 
+    if pattern is None:
+        missing, path, example = ("PATTERN", model, "blocks.3.ffn") if model.exists() else ("MODEL", "MODEL", model)
+        raise CommandError(
+            f"{missing} is missing: a model comes first and then a pattern, such as "
+            f'tahf4 explain {path} "{example}". MODEL is a folder of diffusers, a dump or a .pt2 file.'
+        )
     found, known = 0, []
     for report, _, _ in reports(request(model, recipe, calibration, shape, keep, settings, dtype)):
         known += [str(entry["module"]) for entry in report.plan]

@@ -45,7 +45,12 @@ def inspect(
         typer.Option(help="Print a unified diff of the graphs after two passes, such as quantize fuse, and stop."),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Run the lowered graph and measure each node; needs the weights.")
+        bool,
+        typer.Option(
+            "--profile",
+            help="Run the lowered graph node by node, not compiled, and measure each; time a whole compiled call "
+            "beside it. Needs the weights.",
+        ),
     ] = False,
     keep: Keep = None,
     settings: Set = None,
@@ -57,7 +62,7 @@ def inspect(
     graph DIR holds report.html, report.json, report.txt and the folder graphs (NN_pass.py and NN_pass.dot).
     """
     from .inspection.explaining import chosen
-    from .inspection.profile import milliseconds
+    from .inspection.profile import compiled_milliseconds, milliseconds
     from .inspection.sources import reports
     from .staging import staged
 
@@ -79,12 +84,16 @@ def inspect(
 
                     raise CommandError("a dump holds no weights to run: --profile needs a model folder or a .pt2 file")
                 times, device = milliseconds(lowered, arguments, folder / "trace.json")
-                report = dataclasses.replace(report, milliseconds=times, device=device)
+                compiled, why = compiled_milliseconds(lowered, arguments)
+                report = dataclasses.replace(report, milliseconds=times, device=device, compiled=compiled)
             _write(report, folder)
             place = out / folder.relative_to(stage)
             size = (folder / "report.html").stat().st_size
             typer.echo(f"{report.title}: {chosen(report.plan)}")
             typer.echo(f"  {place / 'report.html'} ({size:,} bytes)")
+            if profile:
+                whole = f"{compiled:.3f} ms compiled, as a whole" if compiled is not None else f"not compiled: {why}"
+                typer.echo(f"  a call: {sum(times.values()):.3f} ms node by node, {whole} ({device})")
 
 
 def request(
@@ -133,8 +142,9 @@ def _several(wanted: Request) -> bool:
 def _write(report: Report, folder: Path) -> None:
     from .inspection.explaining import overview
 
-    report.write_html(folder / "report.html")
-    (folder / "report.json").write_text(json.dumps(report.data(), indent=None) + "\n", encoding="utf-8")
+    data = report.data()
+    report.write_html(folder / "report.html", data)
+    (folder / "report.json").write_text(json.dumps(data, indent=None) + "\n", encoding="utf-8")
     (folder / "report.txt").write_text(overview(report), encoding="utf-8")
     graphs = folder / "graphs"
     graphs.mkdir()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from models import Stack
+from models import Stack, wan
+from tahf4_compiler.tools.bisect_model import captures
+from tahf4_compiler.tools.tiny_wan import settings
+from tahf4_compiler.tools.tiny_wan.model import load_pipeline
 from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.packing import checksum
+from tahf4_compiler.recipe import LinearEntry, RecipeEntry
 
 
 class WrongScale(tahf4.Pass):
@@ -85,3 +92,79 @@ def test_the_command_takes_an_exported_program(tmp_path):
     assert (tmp_path / "out" / "stack.py").is_file()
     assert (tmp_path / "out" / "stack.safetensors").is_file()
     assert CliRunner().invoke(app, ["bisect", str(tmp_path)]).exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    """A folder of one transformer, and a recipe in which one linear of it stays in high precision."""
+    folder = tmp_path_factory.mktemp("bisect")
+    model, _ = wan()
+    model.save_pretrained(folder / "transformer")
+    path = "blocks.0.ffn.net.2"
+    weight = model.get_submodule(path).weight
+    linear = LinearEntry(tuple(weight.shape), int(checksum(weight)), "high_precision", "by hand")
+    recipe = tahf4.Recipe({"transformer": {path: RecipeEntry({path: linear})}})
+    recipe.save(folder / "recipe.safetensors")
+    tahf4.Recipe({**recipe.experts, "other": recipe.experts["transformer"]}).save(folder / "two.safetensors")
+    return folder
+
+
+def bisected(*arguments):
+    from tahf4_compiler.tools.cli import app
+
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bisect", *map(str, arguments)])
+
+
+def test_the_command_takes_a_transformer_alone_with_a_recipe(transformer, tmp_path):
+    folder = transformer / "transformer"
+    common = ("--shape", "2x8x8", "--rounds", "1", "-o", tmp_path / "out")
+    plain = bisected(folder, *common)
+    assert plain.exit_code == 0, plain.output
+    assert "transformer\npass" in plain.output
+    assert "pass 'quantize' adds most" in plain.output
+    assert (tmp_path / "out" / "transformer.py").is_file()
+    with_recipe = bisected(folder, *common, "--recipe", transformer / "recipe.safetensors")
+    assert with_recipe.exit_code == 0, with_recipe.output
+    errors = [re.search(r"adds most: (?:\S+) -> (\S+)", r.output).group(1) for r in (plain, with_recipe)]
+    assert errors[0] != errors[1]
+    again = bisected(folder, *common)
+    assert again.stdout == plain.stdout  # the noise is seeded
+
+
+def test_a_recipe_decides_what_is_bisected(transformer):
+    for recipe, expert in (("recipe.safetensors", None), ("two.safetensors", None), ("two.safetensors", "other")):
+        found = captures(transformer / "transformer", "", 0, {}, transformer / recipe, expert, "2x8x8")
+        plan = {d.module: d for d in tahf4.lower(found["transformer"]).plan}
+        assert plan["blocks.0.ffn.net.2"].decision == "high_precision"
+        assert plan["blocks.1.ffn.net.2"].decision == "hif4"
+
+
+def test_a_recipe_decides_what_of_a_pipeline_is_bisected(tmp_path):
+    model, path = load_pipeline(settings.PIPELINE_DIR).transformer_2.float(), "blocks.0.ffn.net.2"
+    weight = model.get_submodule(path).weight
+    linear = LinearEntry(tuple(weight.shape), int(checksum(weight)), "high_precision", "by hand")
+    tahf4.Recipe({"transformer_2": {path: RecipeEntry({path: linear})}}).save(tmp_path / "recipe.safetensors")
+    overrides = {"num_inference_steps": 4, "num_frames": 5}
+    found = captures(settings.PIPELINE_DIR, "a", 0, overrides, tmp_path / "recipe.safetensors", "transformer_2")
+    assert list(found) == ["transformer_2"]
+    plan = {d.module: d.decision for d in tahf4.lower(found["transformer_2"]).plan}
+    assert plan[path] == "high_precision"
+    assert plan["blocks.1.ffn.net.2"] == "hif4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}"], "has no model_index.json and no config.json"),
+        (["{folder}/transformer", "--expert", "transformer_2"], "--expert says which part of a --recipe"),
+        (["{folder}/renamed", "--recipe", "{folder}/two.safetensors"], "has parts for other, transformer"),
+        (["{folder}/transformer", "--shape", "2x7x8"], "multiple of the patch"),
+        (["{folder}/none.pt2", "--shape", "2x8x8"], "--shape is for the folder of a transformer"),
+    ],
+)
+def test_what_does_not_fit_a_transformer_alone_is_said(transformer, arguments, message):
+    shutil.copytree(transformer / "transformer", transformer / "renamed", dirs_exist_ok=True)
+    filled = [a.format(folder=transformer) for a in arguments]
+    result = bisected(*filled)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())

@@ -78,6 +78,17 @@ def test_what_matches_nothing_or_is_no_pattern_is_an_error(folder):
     assert "is no regular expression" in wrong.output
 
 
+def test_a_missing_model_or_pattern_is_said_with_the_right_form(folder):
+    model = run("blocks.3.ffn")
+    assert model.exit_code == 2
+    assert "MODEL is missing: a model comes first" in model.output
+    assert 'tahf4 explain MODEL "blocks.3.ffn"' in model.output
+    pattern = run(folder)
+    assert pattern.exit_code == 2
+    assert "PATTERN is missing" in pattern.output
+    assert f'tahf4 explain {folder} "blocks.3.ffn"' in pattern.output
+
+
 @pytest.mark.parametrize(
     "reason, words",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from helpers import GRAPH
 from models import Stack, wan
 from tahf4_compiler.tools.cli import app
+from tahf4_compiler.tools.inspection import profile, sources
 from tahf4_compiler.tools.inspection.report import read_dump
 from tahf4_compiler.tools.inspection.sources import Request, reports
 from torch import nn
@@ -167,6 +169,16 @@ def test_inspect_needs_no_weights(folder, tmp_path):
     assert "blocks.1.ffn.net.2" in (tmp_path / "out" / "report.txt").read_text()
 
 
+def test_the_collector_is_left_as_it_was(folder, monkeypatch):
+    during = []
+    monkeypatch.setattr(sources, "lower", lambda *args, **options: during.append(gc.get_threshold()) or 1 / 0)
+    before = gc.get_threshold()
+    with pytest.raises(ZeroDivisionError):
+        list(reports(Request(folder, shape="2x8x8")))
+    assert during[0][0] > before[0]
+    assert gc.get_threshold() == before
+
+
 def test_the_difference_of_two_passes_is_a_unified_diff(folder):
     result = runner.invoke(app, ["inspect", str(folder), "--diff", "plan", "quantize"])
     assert result.exit_code == 0, result.output
@@ -210,6 +222,30 @@ def test_an_exported_program_is_read_and_profiled(tmp_path):
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
     names = {event.get("name", "") for event in trace["traceEvents"]}
     assert {f"tahf4::{name}" for name in data["milliseconds"]} <= names
+    assert data["compiled"] > 0
+    assert re.search(r"a call: [\d.]+ ms node by node, [\d.]+ ms compiled, as a whole \(CPU", result.output)
+    lean = runner.invoke(
+        app,
+        ["inspect", str(tmp_path / "stack.pt2"), "--profile", "--set", "inductor=false", "-o", str(tmp_path / "two")],
+    )
+    assert "not compiled: the option inductor is False" in lean.output
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["compiled"] is None
+
+
+def test_a_compiled_call_is_timed_whole_and_a_failure_is_said(monkeypatch):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    lowered = tahf4.lower(tahf4.capture(model, (x,)))
+    text = str(lowered.graph_module.graph)
+    time, why = profile.compiled_milliseconds(lowered, {"*": (x,)}, runs=2)
+    assert time > 0
+    assert why == ""
+    assert str(lowered.graph_module.graph) == text  # Inductor got a copy
+
+    def fails(*args):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(profile, "make_runner", fails)
+    assert profile.compiled_milliseconds(lowered, {"*": (x,)}) == (None, "RuntimeError: no compiler")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tahf4_compiler.tools.inspection.statistics import Evidence
 
 import tahf4_compiler as tahf4
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
@@ -55,7 +58,9 @@ def page_of_wan(tmp_path_factory):
     lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={"fuse.always": True})
     report = Report.of(lowered, Evidence.of(recipe, checkpoint))
     times = {node.name: 0.5 for node in lowered.snapshots[-1].nodes if node.op == "call_function"}
-    Report(**{**report.__dict__, "milliseconds": times, "device": "test"}).write_html(folder / "page.html")
+    Report(**{**report.__dict__, "milliseconds": times, "device": "test", "compiled": 12.5}).write_html(
+        folder / "page.html"
+    )
     return folder / "page.html"
 
 
@@ -134,8 +139,63 @@ def test_the_page_searches_sorts_and_draws(browser, page_of_wan):
     assert "blocks.*.ffn.net.2" in along.inner_text()
     output = page.locator("#plots .plot", has_text="Error of the output along steps")
     assert [title for title in output.locator("title").all_text_contents() if "step 1 of 2" in title]
+    time = page.locator("#plots .plot", has_text="Time by operator").inner_text()
+    assert "run one by one, not compiled" in time
+    assert "which takes 12.50 ms as a whole" in time
+    tiles = page.locator("#tiles").inner_text()
+    assert "not compiled (test)" in tiles
+    assert "a whole call, compiled (test)" in tiles
     page.click("#tab-passes")
     assert "quantize" in page.locator("#passes").inner_text()
+    assert errors == []
+
+
+def parts_of(page, row):
+    """Return the parts of a row in the plot of memory and FLOPs, by name: value as text, width and colour."""
+    found = page.locator("#plots .plot", has_text="Memory and FLOPs by precision").locator("svg rect").all()
+    height = 46 * row + 18
+    bars = [bar for bar in found if float(bar.get_attribute("y")) == height]
+    titles = [bar.locator("title").text_content() for bar in bars]
+    return {
+        title.partition(":")[0]: (
+            title.partition(": ")[2],
+            float(bar.get_attribute("width")),
+            bar.get_attribute("fill"),
+        )
+        for bar, title in zip(bars, titles, strict=True)
+    }
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["HiF4", "nvfp4", "HiF4, nvfp4, mxfp8", "none"])
+def test_memory_and_flops_have_a_part_for_each_format(browser, tmp_path, name):
+    from tahf4_nvfp4.quantize import Nvfp4Quantize
+
+    options = {"HiF4": {}, "nvfp4": {"passes": [Nvfp4Quantize()]}, "none": {"disable_passes": ["quantize"]}}
+    lowered = tahf4.lower(tahf4.capture(Stack().eval(), (torch.randn(4, 64),)), options=options.get(name, {}))
+    report = Report.of(lowered, Evidence())
+    four = [entry for entry in report.plan if entry["decision"] != "high_precision"]
+    if "," in name:  # as plug-ins would say that take some linears each
+        for entry, decision in zip(four, ["hif4", "nvfp4", "mxfp8"] * 2, strict=True):
+            entry["decision"] = decision
+    report.write_html(tmp_path / "page.html")
+    page, errors = opened(browser, tmp_path / "page.html")
+    page.click("#tab-plots")
+    formats = ["HiF4"] if name == "none" else name.split(", ")
+    for row, key, others in ((1, "bytes_after", ["high precision"]), (2, "flops", ["linears high", "attention"])):
+        parts = parts_of(page, row)
+        assert list(parts) == [*formats, *others]
+        for form in formats:
+            size = sum(entry[key] for entry in four if entry["decision"] == form.replace("HiF4", "hif4"))
+            text, width, _ = parts[form]
+            assert (width > 0) == (size > 0)
+            if key == "flops":
+                assert text.startswith(page.evaluate("(value) => short(value)", size))
+            else:
+                assert text.startswith(page.evaluate("(value) => bytes(value)", size))
+        assert len({colour for _, _, colour in parts.values()}) == len(parts)
+    legend = page.locator("#plots .plot", has_text="Memory and FLOPs by precision").locator(".legend").inner_text()
+    assert all(form in legend for form in formats)
     assert errors == []
 
 

@@ -88,7 +88,13 @@ const FLOATS = { bf16: "bf16", f16: "bf16", f32: "f32", f64: "f32" };
 const FORMATS = [...new Set(data.linears.map((row) => row.decision))].filter((name) => name !== "hif4" && name !== "high_precision");
 const decisionKind = (row) => (row.decision === "hif4" ? "hif4" : row.decision === "high_precision" ? "bf16" : "other4");
 const inFour = (row) => row.decision !== "high_precision";
-const fourBits = (four) => [...new Set(four.map((row) => row.decision))].map((name) => (name === "hif4" ? "HiF4" : name)).join(", ") || "HiF4";
+const fourBits = (four) => [...new Set(four.map((row) => row.decision))].map(formatName).join(", ") || "HiF4";
+// HiF4 and each format of a plug-in: [name, its linears, colour].
+const FORMAT_COLOURS = ["var(--other4)", "#c7559f", "#7d8f3c", "#a5673f"];
+const formatName = (decision) => (decision === "hif4" ? "HiF4" : decision);
+const byFormat = (rows) => ["hif4", ...FORMATS].map((decision) => [formatName(decision), rows.filter((row) => row.decision === decision),
+  decision === "hif4" ? "var(--hif4)" : FORMAT_COLOURS[FORMATS.indexOf(decision) % FORMAT_COLOURS.length]])
+  .filter(([name, list]) => list.length || (name === "HiF4" && !FORMATS.length));
 const kindOf = (node) => (node.precision === "hif4" ? "hif4" : FORMATS.includes(node.precision) ? "other4" : FLOATS[node.precision] || (node.precision ? "int" : "none"));
 const colourOf = (node) => `var(--${kindOf(node)})`;
 

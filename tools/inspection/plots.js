@@ -109,7 +109,7 @@ function stacked(rows, text) {
       at += width;
     }
     made.append(svg("text", { x: 560, y: i * 46 + 13, "text-anchor": "end" },
-      row.text || row.parts.filter((p) => p[1]).map((p) => `${p[0]} ${text[i](p[1])}`).join("   ")));
+      row.text || row.parts.filter((p) => p[1]).map((p) => `${p[0]} ${text[i](p[1])}`).join(" · ")));
   });
   return made;
 }

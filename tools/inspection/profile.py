@@ -1,7 +1,10 @@
-"""Where the time of a lowered graph goes: milliseconds of each node, and a trace for Chrome."""
+"""Where the time of a lowered graph goes: milliseconds of each node, a trace for Chrome, and a whole call compiled."""
 
 from __future__ import annotations
 
+import copy
+import statistics
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +14,11 @@ import torch
 from torch import fx
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ...backends.run import make_runner
 from ...lowering import Lowered
 from ..errors import CommandError
 
-__all__ = ["milliseconds"]
+__all__ = ["compiled_milliseconds", "milliseconds"]
 
 PREFIX = "tahf4::"
 
@@ -73,3 +77,35 @@ def milliseconds(
         except OSError as error:
             raise CommandError(f"cannot write {trace}: {error}") from error
     return dict(total), "GPU" if gpu else f"CPU, {torch.get_num_threads()} threads"
+
+
+def compiled_milliseconds(lowered: Lowered, arguments: Mapping[str, Any], runs: int = 5) -> tuple[float | None, str]:
+    """Time a call of the graph as a whole, compiled as the backend does: through Inductor, weights packed already.
+
+    Args:
+        lowered: on weights that it can run with.
+        arguments: as of :func:`milliseconds`.
+        runs: that the median is taken of, after one that is not counted.
+
+    Returns:
+        Median milliseconds and ``""``, or None and why it was not compiled.
+    """
+    if lowered.options.inductor is False:
+        return None, "the option inductor is False"
+    args, kwargs = arguments.get("*", ()), {k: v for k, v in arguments.items() if k != "*"}
+    flat = lowered.bound(*args, **kwargs)
+    gpu = any(isinstance(v, torch.Tensor) and v.is_cuda for v in flat)
+    took = []
+    try:
+        with torch.no_grad():
+            graph_module = fx.GraphModule(lowered.graph_module, copy.deepcopy(lowered.graph_module.graph))
+            run = make_runner(graph_module, lowered.options, flat)
+            for _ in range(runs + 1):
+                start = time.perf_counter()
+                run(*flat)
+                if gpu:
+                    torch.cuda.synchronize()
+                took.append(1000 * (time.perf_counter() - start))
+    except Exception as error:  # of Inductor and of the compilers that it calls
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return statistics.median(took[1:]), ""

@@ -35,7 +35,8 @@ class Report:
         snapshots: the graph after each pass.
         texts: the readable graph after each pass.
         evidence: of a recipe and its calibration.
-        milliseconds: by node of the last graph, if it was run.
+        milliseconds: by node of the last graph, if it was run, node by node and not compiled.
+        compiled: milliseconds of a whole call of the compiled graph, or None.
         device: that it was run on.
     """
 
@@ -49,6 +50,7 @@ class Report:
     evidence: Evidence = field(default_factory=Evidence)
     milliseconds: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
+    compiled: float | None = None
 
     @classmethod
     def of(cls, lowered: Lowered, evidence: Evidence, *, title: str = "", source: str = "") -> Report:
@@ -109,6 +111,8 @@ class Report:
         """Return the graphs, where operators of a plug-in's number format have its name as their precision."""
         core = ("hif4", "high_precision")
         other = {str(d["module"]): str(d["decision"]) for d in self.plan if d["decision"] not in core}
+        if not other:
+            return list(self.snapshots)
         libraries = {
             library: other[path]
             for snapshot in self.snapshots
@@ -190,14 +194,15 @@ class Report:
             },
             "milliseconds": {name: round(value, 4) for name, value in self.milliseconds.items()},
             "device": self.device,
+            "compiled": None if self.compiled is None else round(self.compiled, 4),
             "graph": fold(self._shown()),
         }
 
-    def html(self) -> str:
-        """Return one page that holds everything: styles, code and data."""
+    def html(self, data: Mapping[str, Any] | None = None) -> str:
+        """Return one page that holds everything: styles, code and data (of :meth:`data`, if they are at hand)."""
         here = importlib.resources.files(__package__)
         page = (here / "page.html").read_text(encoding="utf-8")
-        text = json.dumps(self.data(), separators=(",", ":"), allow_nan=False, default=str)
+        text = json.dumps(data or self.data(), separators=(",", ":"), allow_nan=False, default=str)
         # Inside <script> only "</" and "<!--" end or change the text; both need a "<".
         text = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
         parts = {"title": _escaped(self.title), "data": text}
@@ -205,13 +210,13 @@ class Report:
             parts[part] = (here / part).read_text(encoding="utf-8")
         return re.sub(r"\{\{ ([\w.]+) \}\}", lambda match: parts[match.group(1)], page)
 
-    def write_html(self, path: Path) -> None:
-        """Write the page.
+    def write_html(self, path: Path, data: Mapping[str, Any] | None = None) -> None:
+        """Write the page; ``data`` as in :meth:`html`.
 
         Raises:
             CommandError: it cannot be written.
         """
-        write_text(path, self.html())
+        write_text(path, self.html(data))
 
 
 _COLOURS = {"hif4": "#7fd3b5", "bf16": "#a9c7f5", "f16": "#a9c7f5", "f32": "#f5d19a", "f64": "#f2b3a0"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .examples import example_arguments, parse_shape
 from .report import Report, read_dump
 from .statistics import Evidence
 
-__all__ = ["Request", "reports"]
+__all__ = ["Request", "loaded", "recipe_part", "reports"]
 
 EXPERTS = ("transformer", "transformer_2", "transformer_3", "unet")
 
@@ -105,24 +106,30 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Collect garbage rarely: imports and tracing make many objects that stay, and each collection looks at them."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rare_collections()
 def _component(
     name: str, folder: Path, recipe: Recipe | None, calibration: Path | None, request: Request
 ) -> tuple[Report, Lowered, Mapping[str, Any]]:
-    config = _json(folder / "config.json")
-    cls = _class(config, folder)
-    shape = parse_shape(request.shape)
     if request.weights:
-        model = _loaded(cls, folder, request.dtype)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device)
-        with torch.device(device):
-            arguments = example_arguments(model, shape, request.dtype)
-        scope: Any = contextlib.nullcontext()
+        model, arguments = loaded(folder, request.dtype, request.shape)
     else:
-        model, scope = _structure(cls, config, folder, request.dtype)
+        config = _json(folder / "config.json")
+        model, scope = _structure(_class(config, folder), config, folder, request.dtype)
         with scope, torch.device("cpu"):
-            arguments = example_arguments(model, shape, request.dtype)
-    expert = _expert(name, folder, recipe)
+            arguments = example_arguments(model, parse_shape(request.shape), request.dtype)
+    cls = type(model)
+    expert = recipe_part(name, folder, recipe)
     if recipe is not None and (expert is not None or not name):
         # Which steps run in high precision is no property of the graph.
         part = dataclasses.replace(recipe, high_precision_steps=())
@@ -135,7 +142,24 @@ def _component(
     return Report.of(lowered, evidence, title=title, source=str(folder)), lowered, arguments
 
 
-def _expert(name: str, folder: Path, recipe: Recipe | None) -> str | None:
+def loaded(folder: Path, dtype: torch.dtype, shape: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model of diffusers on the GPU, if there is one, with example arguments of random numbers.
+
+    Args:
+        folder: with ``config.json`` and weights.
+        dtype: of the weights.
+        shape: as :func:`parse_shape` takes it.
+
+    Raises:
+        CommandError: it does not load, or no arguments are known for its class.
+    """
+    model = _loaded(_class(_json(folder / "config.json"), folder), folder, dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        return model.to(device), example_arguments(model, parse_shape(shape), dtype)
+
+
+def recipe_part(name: str, folder: Path, recipe: Recipe | None) -> str | None:
     """Return which part of a recipe belongs to a component of a pipeline, or to a folder of one model; or None."""
     experts = list(recipe.experts) if recipe is not None else []
     if name:

@@ -5,16 +5,17 @@ function drawPlots() {
   if (drawn) return;
   drawn = true;
   const box = $("plots"), rows = data.linears, sum = (list, key) => list.reduce((total, row) => total + row[key], 0);
-  const four = rows.filter(inFour), high = rows.filter((r) => !inFour(r));
-  const colour = four.some((r) => r.decision === "hif4") || !four.length ? "var(--hif4)" : "var(--other4)";
+  const formats = byFormat(rows), high = rows.filter((r) => !inFour(r));
+  const parts = (key) => formats.map(([name, list, colour]) => [name, sum(list, key), colour]);
   const last = [...stageOf(stageNames.length - 1).nodes.values()], attention = last.filter((n) => n.target.includes("scaled_dot_product"));
   const flops = (list) => list.reduce((total, n) => total + n.flops, 0);
   box.append(plotCard("Memory and FLOPs by precision", "Weights of the linears as they are and as the plan leaves them; products and attention cores of one call.",
     stacked([
       { name: "weights before", parts: [["as they are", sum(rows, "bytes_before"), "var(--bf16)"]] },
-      { name: "weights after", whole: sum(rows, "bytes_before"), parts: [[fourBits(four), sum(four, "bytes_after"), colour], ["high precision", sum(high, "bytes_after"), "var(--bf16)"]] },
-      { name: "FLOPs", parts: [[fourBits(four), sum(four, "flops"), colour], ["linears high", sum(high, "flops"), "var(--bf16)"], ["attention", flops(attention), "var(--f32)"]] },
-    ], [bytes, bytes, short])));
+      { name: "weights after", whole: sum(rows, "bytes_before"), parts: [...parts("bytes_after"), ["high precision", sum(high, "bytes_after"), "var(--bf16)"]] },
+      { name: "FLOPs", parts: [...parts("flops"), ["linears high", sum(high, "flops"), "var(--bf16)"], ["attention", flops(attention), "var(--f32)"]] },
+    ], [bytes, bytes, short]),
+    legend([...formats.map(([name, , colour]) => [name, colour]), ["high precision", "var(--bf16)"], ["attention", "var(--f32)"]])));
   depthPlot(box, rows);
   stepPlots(box, rows);
   activationPlots(box);
@@ -95,7 +96,7 @@ function timePlot(box, nodes) {
     if (time != null) by.set(node.target, (by.get(node.target) || 0) + time);
   }
   const top = [...by].sort((a, b) => b[1] - a[1]).slice(0, 10), most = top.length ? top[0][1] : 1;
-  box.append(plotCard("Time by operator", `Measured milliseconds of one call, node by node (${data.device}).`,
+  box.append(plotCard("Time by operator", `Milliseconds of the nodes of one call, run one by one, not compiled: what Inductor would fuse is measured apart, so shares are no shares of a compiled call${data.compiled == null ? "" : `, which takes ${data.compiled.toFixed(2)} ms as a whole`} (${data.device}).`,
     stacked(top.map(([name, time]) => ({ name, whole: most, parts: [[name, time, name.startsWith("tahf4") ? "var(--hif4)" : "var(--bf16)"]], text: `${time.toFixed(3)} ms` })), top.map(() => (v) => `${v.toFixed(3)} ms`))));
 }
 

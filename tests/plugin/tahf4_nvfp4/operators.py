@@ -3,6 +3,17 @@
 A value is ``e2m1 * e4m3 * scale``: 4 bits each, one E4M3 byte for 16 values along K, one float32 for each row.
 (NVIDIA has one float32 for a whole tensor. Here a token's result must not depend on other tokens, so each
 row has its own.) Source: "Pretraining Large Language Models with NVFP4", arXiv 2509.25149.
+
+The rule, for a row in float32 (other dtypes are rounded to it first):
+
+1. The row's scale is the float32 nearest to ``amax(row) / (448 * 6)``, and at least 2**-126.
+2. A block's scale is the E4M3 value nearest to ``amax(block) / (6 * scale)``, and at most 448.
+3. A code is the E2M1 value nearest to ``x / (e4m3 * scale)``, and at most 6.
+
+Nearest is meant exactly, with the scales as they are stored; a tie goes to the even code. Quotients in float64 decide
+that without an error, since an operand has 24 bits and a divisor 30. Rounding in another order (in float32, or with a
+scale that is not yet rounded when it divides) gives the neighbouring value where two are as good as equally near. With
+bfloat16 inputs that is common, and as much as a fifth of the maximum.
 """
 
 import torch
@@ -21,15 +32,21 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK))
     amax = blocks.abs().amax(-1)
-    row = amax.amax(-1, keepdim=True) / (448.0 * 6.0)
-    scales = (amax / 6.0 / torch.where(row > 0, row, 1.0)).to(torch.float8_e4m3fn)
-    step = (scales.to(torch.float32) * row)[..., None]
-    scaled = torch.where(step > 0, blocks / torch.where(step > 0, step, 1.0), 0.0).flatten(-2)
-    edges = torch.tensor(EDGES, device=x.device)  # made here: it must be fake where x is
+    row = (amax.amax(-1, keepdim=True) / (448.0 * 6.0)).clamp_min(2.0**-126)
+    scales = e4m3(amax.to(torch.float64) / (6.0 * row.to(torch.float64)))
+    step = scales.to(torch.float64) * row
+    scaled = (blocks / torch.where(step > 0, step, torch.inf)[..., None]).flatten(-2)
+    edges = torch.tensor(EDGES, device=x.device, dtype=torch.float64)  # made here: it must be fake where x is
     above, at_or_above = (scaled.abs()[..., None] > edges).sum(-1), (scaled.abs()[..., None] >= edges).sum(-1)
     magnitude = torch.where(at_or_above % 2 == 0, at_or_above, above)
     code = (magnitude + 8 * (scaled < 0)).to(torch.uint8)
     return code[..., 0::2] | (code[..., 1::2] << 4), scales.view(torch.uint8), row
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """Round float64 that is not negative to E4M3, ties to even; PyTorch's own cast goes through float32."""
+    unit = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 1).clamp_min(-6) - 3)
+    return (torch.round(x / unit) * unit).clamp_max(448.0).to(torch.float8_e4m3fn)
 
 
 def unpack(codes: Tensor, scales: Tensor, row: Tensor) -> Tensor:
