@@ -58,7 +58,7 @@ def inspect(
 ) -> None:
     """Write a page (HTML), texts, Graphviz and JSON that show the graph after every pass and every linear.
 
-    Weights are not needed, and not read without --profile: the structure of a 14B model takes seconds. For each
+    Weights are not needed, and not read without --profile: the structure of a 14B model takes half a minute. For each
     graph DIR holds report.html, report.json, report.txt and the folder graphs (NN_pass.py and NN_pass.dot).
     """
     from .inspection.explaining import chosen
