@@ -21,6 +21,7 @@ constexpr int kFiniteEnd = 0x7F800000;  // bits of infinity: magnitudes below ar
 
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4 };
+constexpr const char* kSetNames[] = {"none", "avx2", "avx_vnni", "avx512_vnni", "amx"};
 
 template <class To, class From>
 inline To bits_as(From value) {
@@ -80,7 +81,8 @@ struct Buffer {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Programs: what is computed before a quantization or after a product (programs.py writes them). Laid out for ctypes.
+// Programs: what is computed before a quantization or after a product (programs.py writes them). Program and
+// Instruction are laid out for ctypes.
 
 enum Op : int32_t {
   kLoad,     // input a
@@ -170,7 +172,7 @@ struct Functions {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Products. Laid out for ctypes.
+// Products.
 
 struct Operands {
   const uint8_t* codes;  // [m, units * 32]
@@ -202,3 +204,14 @@ inline int team_of(int64_t values, int threads, int64_t least = kValuesPerThread
 }
 
 }  // namespace tahf4
+
+// What other files call, Python too. They say what it does where they define it.
+extern "C" {
+int tahf4_instruction_sets();
+void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const tahf4::Target* target,
+                    int isa, int threads);
+void tahf4_fused_quantize(const tahf4::Program* program, const tahf4::Inputs* inputs, int64_t rows, int64_t columns,
+                          const tahf4::Target* target, int isa, int threads);
+void tahf4_dequantize(const uint8_t* codes, const int32_t* scales, int64_t rows, int64_t units, float* out, int threads);
+void tahf4_linear(const tahf4::Operands* operands, const tahf4::Result* result, int isa, int threads);
+}
