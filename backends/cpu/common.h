@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && \
     defined(__BMI2__) && (defined(__clang__) || __GNUC__ >= 11)
@@ -197,7 +198,7 @@ struct Result {
 const Functions* functions_of(int isa);
 
 // Fewer values than this are not worth a thread: a few microseconds.
-constexpr int64_t kValuesPerThread = 1 << 14, kProgramPerThread = 1 << 12;
+constexpr int64_t kValuesPerThread = 1 << 14, kQuantizedPerThread = 1 << 12;
 
 inline int team_of(int64_t values, int threads, int64_t least = kValuesPerThread) {
   return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / least)));

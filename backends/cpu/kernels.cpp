@@ -178,7 +178,7 @@ void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const Tar
   const int64_t units = (k + kUnit - 1) / kUnit;
   const int64_t width = std::max<int64_t>(kUnit, block);  // values that one piece of work transforms
   const int64_t pieces = units * kUnit / width;
-#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     std::vector<float> wide(width > kUnit ? width : 0);
     alignas(64) float narrow[kUnit];
@@ -217,7 +217,7 @@ void in_pieces(const Functions& functions, const char* x, int dtype, int64_t row
   const int64_t units = (k + kUnit - 1) / kUnit, size = dtype == kFloat32 ? 4 : 2;
   const int64_t width = std::max<int64_t>(4096, target.block);
   const int64_t pieces = (k + width - 1) / width;
-#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     const Buffer wide(target.block > kUnit ? target.block * 4 : kUnit);
 #pragma omp for schedule(static)
@@ -329,7 +329,7 @@ void tahf4_fused_quantize(const Program* program, const Inputs* inputs, int64_t 
                           const Target* target, int isa, int threads) {
   const Functions* functions = functions_of(isa);
   const int64_t units = (columns + kUnit - 1) / kUnit;
-#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kProgramPerThread))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     const Slots slots(program);
     const Buffer kept(std::max<int64_t>(units * kUnit, kUnit) * 4);
