@@ -131,8 +131,10 @@ def _torchao(module: nn.Module) -> nn.Module | None:
 
 
 def _w4a4(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-    codes, scales = cpu.quantize(x, None, 64)
-    return cpu.linear(codes, scales, weight[0], weight[1], bias)
+    # As lowered graphs call them.
+    codes, scales = torch.ops.tahf4_cpu.quantize.default(x, None, 64)
+    out: Tensor = torch.ops.tahf4_cpu.linear.default(codes, scales, weight[0], weight[1], bias, torch.float32)
+    return out
 
 
 def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:

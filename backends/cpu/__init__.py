@@ -6,19 +6,18 @@ here raise, and everything else of this project runs the reference.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import math
-import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import fused_ops, hif4, ops
-from ...errors import FormatError, OptionError
-from . import build
-from .programs import DTYPES, Encoded, encode, inputs_of
+from ... import hif4
+from ...errors import FormatError
+from . import build, checks, operators
+from .build import instruction_set
+from .programs import DTYPES
 
 __all__ = [
     "BUCKETS",
@@ -39,14 +38,6 @@ __all__ = [
 
 BUCKETS = 98
 """Of a channel's histogram: below 2**-10, four an octave from there to 2**14, and from 2**14 on."""
-
-_SETS = {"none": 0, "avx2": 1, "avx_vnni": 2, "avx512_vnni": 3, "amx": 4}  # best last, by their bit in the library
-
-
-# Structures of common.h as bytes: what ctypes makes of them takes longer than a small product.
-_TARGET = struct.Struct("PqfPP")  # multiplier, block, norm, codes, scales
-_OPERANDS = struct.Struct("PPPPPqqqi")  # codes, scales, weight codes, weight scales, bias, m, n, units, dtype
-_RESULT = struct.Struct("PPPiPqfPP")  # program, inputs, out, dtype, and a target
 
 
 def available() -> bool:
@@ -76,43 +67,7 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
     Raises:
         FormatError: dtype, device, the multiplier's shape or the block width do not fit.
     """
-    rows, dtype = _rows("quantize", x)
-    k = x.shape[-1]
-    units = _Units("quantize", x.shape, multiplier, hadamard_block)
-    if units.codes.numel():
-        library, isa = _ready()
-        library.tahf4_quantize(
-            *(rows.data_ptr(), dtype, rows.shape[0], k, rows.stride(0), *units.target, isa, torch.get_num_threads())
-        )
-    return units.codes, units.scales
-
-
-class _Units:
-    """Where a quantization of ``[..., K]`` goes: ``codes`` and ``scales``, and ``target`` for the C++ code."""
-
-    __slots__ = ("codes", "multiplier", "scales", "target")
-
-    def __init__(self, what: str, shape: Sequence[int], multiplier: Tensor | None, hadamard_block: int) -> None:
-        k = shape[-1]
-        if multiplier is not None:
-            ops.check_transform(k, multiplier, hadamard_block)
-            if multiplier.dtype not in DTYPES:
-                raise FormatError(f"{what} got a multiplier of {multiplier.dtype}; expected float32")
-            _on_cpu(what, multiplier)
-        count, norm = _transform(k, hadamard_block)
-        self.multiplier = _plain(multiplier)
-        leading = tuple(shape[:-1])
-        self.codes = torch.empty((*leading, count * (hif4.UNIT // 2)), dtype=torch.uint8)
-        self.scales = torch.empty((*leading, count), dtype=torch.int32)
-        pointers = self.codes.data_ptr(), self.scales.data_ptr()
-        self.target = (_pointer(self.multiplier), hadamard_block, norm, *pointers)
-
-
-@functools.lru_cache(1024)
-def _transform(k: int, block: int) -> tuple[int, float]:
-    """Return the units of a row and the normalization of a rotation that fits."""
-    ops.check_transform(k, None, block)
-    return hif4.units(k), block**-0.5 if block else 1.0
+    return _call("quantize", [x], x, multiplier, hadamard_block)
 
 
 def fused_quantize(
@@ -135,16 +90,7 @@ def fused_quantize(
     Raises:
         FormatError: dtypes, devices or shapes do not fit.
     """
-    encoded, shape = _encoded(program, "x0"), _broadcast(inputs)
-    _check_inputs("fused_quantize", inputs, program, shape)
-    units = _Units("fused_quantize", shape, multiplier, hadamard_block)
-    if units.codes.numel():
-        given = inputs_of(inputs, shape)
-        _library().tahf4_fused_quantize(
-            *(ctypes.addressof(encoded.struct), ctypes.addressof(given.struct), math.prod(shape[:-1]), shape[-1]),
-            *(_TARGET.pack(*units.target), _ready()[1], torch.get_num_threads()),
-        )
-    return units.codes, units.scales
+    return _call("fused_quantize", inputs, inputs, program, multiplier, hadamard_block)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
@@ -162,46 +108,15 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """
     count = scales.shape[-1] if scales.dim() else 0
     hif4.check_packed(hif4.Packed(codes, scales, count * hif4.UNIT))
-    _on_cpu("dequantize", codes, scales)
+    checks.on_cpu("dequantize", codes, scales)
     codes, scales = codes.contiguous(), scales.contiguous()
     out = torch.empty((*scales.shape[:-1], count * hif4.UNIT), dtype=torch.float32)
     if out.numel():
-        _library().tahf4_dequantize(
+        build.loaded().tahf4_dequantize(
             *(codes.data_ptr(), scales.data_ptr(), scales.numel() // count, count, out.data_ptr()),
             torch.get_num_threads(),
         )
     return out
-
-
-def instruction_set() -> str:
-    """Return what the integer product runs on: ``"amx"``, ``"avx512_vnni"``, ``"avx_vnni"``, ``"avx2"``, or ``"none"``.
-
-    The best that the processor has, or what ``TAHF4_CPU_ISA`` in the environment names. With ``"none"`` (another
-    processor) :func:`linear` dequantizes and multiplies in float32.
-
-    Raises:
-        OptionError: ``TAHF4_CPU_ISA`` names nothing known, or what this processor lacks.
-    """
-    found = _ready()[1]
-    return next(name for name, number in _SETS.items() if number == found)
-
-
-def _ready() -> tuple[ctypes.CDLL, int]:
-    """Return the library and the number of :func:`instruction_set`."""
-    return _library(), _number(build.switch("TAHF4_CPU_ISA"))
-
-
-@functools.cache
-def _number(wanted: str) -> int:
-    usable = _usable(_library().tahf4_instruction_sets())
-    if wanted and wanted not in usable:
-        raise OptionError(f"TAHF4_CPU_ISA is {wanted!r}; expected one of {', '.join(usable)}, which this processor has")
-    return _SETS[wanted or usable[-1]]
-
-
-@functools.cache
-def _usable(found: int) -> tuple[str, ...]:
-    return tuple(name for name, bit in _SETS.items() if bit == 0 or found >> bit & 1)
 
 
 def linear(
@@ -232,16 +147,7 @@ def linear(
         FormatError: shapes, dtypes or devices do not fit.
         OptionError: as :func:`instruction_set`.
     """
-    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    given = codes, scales, weight_codes, weight_scales, bias
-    _on_cpu("linear", *given)
-    if not _ready()[1] or not scales.shape[-1]:
-        product = torch.nn.functional.linear(dequantize(codes, scales), dequantize(weight_codes, weight_scales))
-        return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
-    written = out_dtype if out_dtype in DTYPES else torch.float32
-    out = torch.empty((*scales.shape[:-1], len(weight_codes)), dtype=written)
-    _product(given, out.dtype, "", (), out=out)
-    return out if out_dtype == written else out.to(out_dtype)
+    return _call("linear", [codes], codes, scales, weight_codes, weight_scales, bias, out_dtype)
 
 
 def fused_linear(
@@ -277,20 +183,8 @@ def fused_linear(
         FormatError: dtypes, devices, shapes or sizes do not fit.
         OptionError: as :func:`instruction_set`.
     """
-    shape = _check_product("fused_linear", codes, scales, weight_codes, weight_scales, bias, inputs, program)
-    fused_ops.check_sizes(sizes, shape[-1], program)
-    found = _encoded(program, "y").dtype or out_dtype
-    if found != result_dtype:
-        raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")
-    results, first = [], 0
-    for size in sizes:
-        part = slice(first, first + size)
-        given = codes, scales, weight_codes[part], weight_scales[part], None if bias is None else bias[part]
-        out = torch.empty((*shape[:-1], size), dtype=result_dtype)
-        _product(given, out_dtype, program, inputs, out=out)
-        results.append(out)
-        first += size
-    return results
+    product = codes, scales, weight_codes, weight_scales, bias, out_dtype
+    return _call("fused_linear", [codes], *product, sizes, inputs, program, result_dtype)
 
 
 def linear_quantize(
@@ -326,98 +220,15 @@ def linear_quantize(
         FormatError: dtypes, devices or shapes do not fit.
         OptionError: as :func:`instruction_set`.
     """
-    shape = _check_product("linear_quantize", codes, scales, weight_codes, weight_scales, bias, inputs, program)
-    units = _Units("linear_quantize", shape, multiplier, hadamard_block)
-    _product((codes, scales, weight_codes, weight_scales, bias), out_dtype, program, inputs, units=units)
-    return units.codes, units.scales
+    product = codes, scales, weight_codes, weight_scales, bias, out_dtype
+    return _call("linear_quantize", [codes], *product, inputs, program, multiplier, hadamard_block)
 
 
-def _product(
-    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    dtype: torch.dtype,
-    program: str,
-    inputs: Sequence[Tensor],
-    out: Tensor | None = None,
-    units: _Units | None = None,
-) -> None:
-    """Fill ``out`` or ``units`` with a product, bias included, rounded to ``dtype``, that goes through a program."""
-    tensors = [t.contiguous() for t in given[:4]]
-    _, scales, _, weight_scales = tensors
-    n, count = weight_scales.shape
-    bias = _plain(given[4])
-    shape = (*scales.shape[:-1], n)
-    if not math.prod(shape):
-        return
-    # Rounded once: writing does it.
-    rounded = torch.float32 if out is not None and not program else dtype
-    described = inputs_of(inputs, shape)
-    operands = _OPERANDS.pack(
-        *(t.data_ptr() for t in tensors), _pointer(bias), math.prod(shape[:-1]), n, count, DTYPES[rounded]
-    )
-    result = _RESULT.pack(
-        ctypes.addressof(_encoded(program, "y").struct) if program else 0,
-        *(ctypes.addressof(described.struct), 0 if out is None else out.data_ptr()),
-        *(0 if out is None else DTYPES[out.dtype], *(_NO_TARGET if units is None else units.target)),
-    )
-    library, isa = _ready()
-    library.tahf4_linear(operands, result, isa, torch.get_num_threads())
-
-
-_NO_TARGET = (0, 0, 0.0, 0, 0)
-
-
-def _check_product(
-    what: str,
-    codes: Tensor,
-    scales: Tensor,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    inputs: Sequence[Tensor],
-    program: str,
-) -> tuple[int, ...]:
-    """Return the shape of a product, checked with the inputs of its program."""
-    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    _on_cpu(what, codes, scales, weight_codes, weight_scales, bias)
-    shape = (*scales.shape[:-1], len(weight_codes))
-    _check_inputs(what, inputs, program, shape)
-    return shape
-
-
-def _broadcast(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return what shapes broadcast to if they do; :func:`_check_inputs` says whether. PyTorch's own takes long."""
-    axes = max((x.dim() for x in inputs), default=0)
-    padded = [(1,) * (axes - x.dim()) + tuple(x.shape) for x in inputs]
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
-
-
-def _check_inputs(what: str, inputs: Sequence[Tensor], program: str, shape: Sequence[int]) -> None:
-    _on_cpu(what, *inputs)
-    for x in inputs:
-        if x.dtype not in DTYPES:
-            raise FormatError(f"{what} got a tensor of {x.dtype}; expected float32, bfloat16 or float16")
-        fits = x.dim() <= len(shape) and all(a in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False))
-        if not fits:
-            raise FormatError(f"{what} got a tensor of shape {tuple(x.shape)}; expected one that broadcasts to {shape}")
-    if instruction_set() == "none":
-        raise OptionError(f"{what} has code for AVX2 and above only; use torch.ops.tahf4.{what}")
-
-
-def _encoded(program: str, default: str) -> Encoded:
-    encoded = encode(program, default)
-    if encoded is None:
-        raise FormatError("the program has more than one reduction or more than 16 inputs; use the reference")
-    return encoded
-
-
-def _plain(values: Tensor | None) -> Tensor | None:
-    if values is None or (values.dtype is torch.float32 and values.is_contiguous() and not values.is_neg()):
-        return values
-    return values.detach().to(torch.float32).resolve_neg().contiguous()
-
-
-def _pointer(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
+def _call(name: str, first: Sequence[Tensor], *given: Any) -> Any:
+    """Call one of :mod:`.operators`, where the kernels can run."""
+    build.loaded()
+    checks.on_cpu(name, *first)  # a meta tensor would give one
+    return operators.OPERATORS[name](*given)
 
 
 def checksum(words: Tensor, factors: Tensor) -> int:
@@ -433,11 +244,11 @@ def checksum(words: Tensor, factors: Tensor) -> int:
     Raises:
         FormatError: another size or device.
     """
-    _on_cpu("checksum", words, factors)
+    checks.on_cpu("checksum", words, factors)
     size = words.numel() * words.element_size()
     if size % 4 or not words.is_contiguous() or factors.shape != (4096,) or factors.dtype != torch.int64:
         raise FormatError(f"checksum got {size} bytes; expected contiguous whole words, and 4096 factors in int64")
-    found: int = _library().tahf4_checksum(words.data_ptr(), size // 4, factors.data_ptr(), torch.get_num_threads())
+    found: int = build.loaded().tahf4_checksum(words.data_ptr(), size // 4, factors.data_ptr(), torch.get_num_threads())
     return found - (found >> 63 << 64)
 
 
@@ -469,9 +280,9 @@ def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfin
                 f"histogram got {name} of {tensor.dtype} and shape {tuple(tensor.shape)}; expected a contiguous "
                 f"tensor of {kind} and shape {shape}"
             )
-        _on_cpu("histogram", tensor)
+        checks.on_cpu("histogram", tensor)
     if rows.numel():
-        _library().tahf4_histogram(
+        build.loaded().tahf4_histogram(
             *(rows.data_ptr(), dtype, len(rows), channels, rows.stride(0)),
             *(tensor.data_ptr() for _, tensor, _, _ in wanted),
             torch.get_num_threads(),
@@ -480,23 +291,13 @@ def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfin
 
 def _rows(what: str, x: Tensor) -> tuple[Tensor, int]:
     """Return ``x`` as ``[rows, K]`` with a contiguous last axis, and the number of its dtype."""
-    if x.dtype not in DTYPES:
-        raise FormatError(f"{what} got a tensor of {x.dtype}; expected float32, bfloat16 or float16")
-    if x.dim() == 0:
-        raise FormatError(f"{what} got a tensor without axes; expected at least one: channels lie along the last")
-    _on_cpu(what, x)
+    checks.rows(what, x)
     if x.dim() == 2 and x.is_contiguous() and x.numel() and not x.is_neg():
         return x, DTYPES[x.dtype]
     # A lazily conjugated or negated tensor would be read as it is stored.
     x = x.detach().resolve_neg()
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
     return (rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()), DTYPES[x.dtype]
-
-
-def _on_cpu(what: str, *tensors: Tensor | None) -> None:
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_cpu:
-            raise FormatError(f"{what} got a tensor on {tensor.device}; expected one on the CPU")
 
 
 @functools.cache
@@ -507,15 +308,6 @@ def slow_dtype(dtype: torch.dtype) -> bool:
     return "sse2" in flags and dtype in units and not units[dtype] & flags
 
 
-def _library() -> ctypes.CDLL:
-    library = build.library()
-    if library is None:
-        raise RuntimeError("there are no C++ kernels here (no compiler, or TAHF4_NO_CPP is set); ask available() first")
-    return library
-
-
 def register() -> None:
     """Register the kernels under the name "cpu" (:func:`tahf4_compiler.kernels.register_kernel`)."""
-    from . import operators
-
     operators.register()

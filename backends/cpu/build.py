@@ -16,13 +16,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["SOURCES", "library", "processor", "switch"]
+from ...errors import OptionError
+
+__all__ = ["SETS", "SOURCES", "instruction_set", "library", "loaded", "processor", "switch"]
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("sets.cpp", "kernels.cpp", "linear.cpp", "search.cpp")
-_INCLUDED = ("common.h", "units.inc", "programs.inc", "tile_avx2.inc")
-SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES + _INCLUDED)
+_NAMES = (
+    *("sets.cpp", "kernels.cpp", "linear.cpp", "search.cpp", "operators.cpp"),
+    *("common.h", "units.inc", "programs.inc", "tile_avx2.inc"),
+)
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+
+SETS = ("none", "avx2", "avx_vnni", "avx512_vnni", "amx")
+"""Sets of instructions, best last, at the place of their bit in the library: ``kSetNames`` of common.h."""
 
 # Behind Inductor's own flags, so that these have the last word: vectorize loops, and change no bit of a result.
 _FLAGS = ("-fno-unsafe-math-optimizations", "-fsigned-zeros", "-ffp-contract=off")
@@ -31,19 +38,15 @@ _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 
 _pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
-    "tahf4_quantize": (
-        *(_pointer, _int, _int64, _int64, _int64, _pointer),
-        *(_int64, ctypes.c_float, _pointer, _pointer, _int, _int),
-    ),
     "tahf4_dequantize": (_pointer, _pointer, _int64, _int64, _pointer, _int),
-    "tahf4_fused_quantize": (_pointer, _pointer, _int64, _int64, _pointer, _int, _int),
-    "tahf4_linear": (_pointer, _pointer, _int, _int),
     "tahf4_transform": (
         *(_pointer, _int, _int64, _int64, _int64, _pointer, _int64),
         *(ctypes.c_float, _pointer, _int),
     ),
     "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _pointer, _pointer, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
+    "tahf4_add_program": (ctypes.c_char_p, _int, _pointer, _int),
+    "tahf4_register": (),
 }
 
 _lock = threading.Lock()
@@ -62,8 +65,43 @@ def library() -> ctypes.CDLL | None:
         return _loaded[0]
     with _lock:
         found = _library()
+        if found is not None:
+            found.tahf4_register()
         _loaded[:] = [found]
     return found
+
+
+def loaded() -> ctypes.CDLL:
+    """Return the compiled kernels.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    found = library()
+    if found is None:
+        raise RuntimeError("there are no C++ kernels here (no compiler, or TAHF4_NO_CPP is set); ask available() first")
+    return found
+
+
+def instruction_set() -> str:
+    """Return what the integer product runs on: ``"amx"``, ``"avx512_vnni"``, ``"avx_vnni"``, ``"avx2"``, or ``"none"``.
+
+    The best that the processor has, or what ``TAHF4_CPU_ISA`` in the environment names. With ``"none"`` (another
+    processor) a linear dequantizes and multiplies in float32, and fused operators are the reference's.
+
+    Raises:
+        OptionError: ``TAHF4_CPU_ISA`` names nothing known, or what this processor lacks.
+    """
+    usable = _usable(loaded().tahf4_instruction_sets())
+    wanted = switch("TAHF4_CPU_ISA")
+    if wanted and wanted not in usable:
+        raise OptionError(f"TAHF4_CPU_ISA is {wanted!r}; expected one of {', '.join(usable)}, which this processor has")
+    return wanted or usable[-1]
+
+
+@functools.cache
+def _usable(found: int) -> tuple[str, ...]:
+    return tuple(name for bit, name in enumerate(SETS) if bit == 0 or found >> bit & 1)
 
 
 def switch(name: str) -> str:
@@ -121,16 +159,17 @@ def _build() -> Path:
     flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ()) + _machine_flags()
     if os.environ.get("TAHF4_CPP_SANITIZE", "") not in ("", "0"):  # for `make sanitize`
         flags += _SANITIZERS
-    options = CppTorchOptions(include_pytorch=False, warning_all=False, extra_flags=flags)
+    options = CppTorchOptions(include_pytorch=True, warning_all=False, extra_flags=flags)
 
     def builder(sources: Sequence[Path], folder: Path) -> CppBuilder:
         paths = [str(source) for source in sources if source.suffix == ".cpp"]
         return CppBuilder(name="tahf4_cpu", sources=paths, BuildOption=options, output_dir=str(folder))
 
     texts = [source.read_bytes() for source in SOURCES]
-    # Code made for one processor may not run on another that shares the cache.
+    # Code made for one processor or PyTorch may not run with another that shares the cache.
     command = builder([Path(source.name) for source in SOURCES], Path("out")).get_command_line()
-    key = hashlib.sha256(b"\0".join((*texts, command.encode(), processor().encode()))).hexdigest()[:32]
+    names = (command, processor(), torch.__version__)
+    key = hashlib.sha256(b"\0".join((*texts, *(name.encode() for name in names)))).hexdigest()[:32]
     folder = Path(cache_dir()) / "tahf4"
     folder.mkdir(parents=True, exist_ok=True)
     suffix = Path(builder(SOURCES, folder).get_target_file_path()).suffix

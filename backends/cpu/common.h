@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && \
     defined(__BMI2__) && (defined(__clang__) || __GNUC__ >= 11)
@@ -21,6 +22,7 @@ constexpr int kFiniteEnd = 0x7F800000;  // bits of infinity: magnitudes below ar
 
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Isa { kNone = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512Vnni = 3, kAmx = 4 };
+constexpr const char* kSetNames[] = {"none", "avx2", "avx_vnni", "avx512_vnni", "amx"};
 
 template <class To, class From>
 inline To bits_as(From value) {
@@ -80,7 +82,8 @@ struct Buffer {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Programs: what is computed before a quantization or after a product (programs.py writes them). Laid out for ctypes.
+// Programs: what is computed before a quantization or after a product (programs.py writes them). Program and
+// Instruction are laid out for ctypes.
 
 enum Op : int32_t {
   kLoad,     // input a
@@ -170,7 +173,7 @@ struct Functions {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Products. Laid out for ctypes.
+// Products.
 
 struct Operands {
   const uint8_t* codes;  // [m, units * 32]
@@ -195,10 +198,21 @@ struct Result {
 const Functions* functions_of(int isa);
 
 // Fewer values than this are not worth a thread: a few microseconds.
-constexpr int64_t kValuesPerThread = 1 << 14, kProgramPerThread = 1 << 12;
+constexpr int64_t kValuesPerThread = 1 << 14, kQuantizedPerThread = 1 << 12;
 
 inline int team_of(int64_t values, int threads, int64_t least = kValuesPerThread) {
   return int(std::max<int64_t>(1, std::min<int64_t>(threads, values / least)));
 }
 
 }  // namespace tahf4
+
+// What other files call, Python too. They say what it does where they define it.
+extern "C" {
+int tahf4_instruction_sets();
+void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const tahf4::Target* target,
+                    int isa, int threads);
+void tahf4_fused_quantize(const tahf4::Program* program, const tahf4::Inputs* inputs, int64_t rows, int64_t columns,
+                          const tahf4::Target* target, int isa, int threads);
+void tahf4_dequantize(const uint8_t* codes, const int32_t* scales, int64_t rows, int64_t units, float* out, int threads);
+void tahf4_linear(const tahf4::Operands* operands, const tahf4::Result* result, int isa, int threads);
+}

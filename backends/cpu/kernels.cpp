@@ -173,12 +173,12 @@ inline void load(const T* x, int64_t count, int64_t padded, const float* multipl
 }
 
 template <class T>
-void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const float* multiplier, int64_t block,
-              float norm, uint8_t* codes, int32_t* scales, int threads) {
+void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const Target& target, int threads) {
+  const auto [multiplier, block, norm, codes, scales] = target;
   const int64_t units = (k + kUnit - 1) / kUnit;
   const int64_t width = std::max<int64_t>(kUnit, block);  // values that one piece of work transforms
   const int64_t pieces = units * kUnit / width;
-#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     std::vector<float> wide(width > kUnit ? width : 0);
     alignas(64) float narrow[kUnit];
@@ -232,7 +232,7 @@ void in_pieces(const Functions& functions, const char* x, int dtype, int64_t row
   const int64_t units = (k + kUnit - 1) / kUnit, size = dtype == kFloat32 ? 4 : 2;
   const int64_t width = std::max<int64_t>(4096, target.block);
   const int64_t pieces = (k + width - 1) / width;
-#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     const Buffer wide(target.block > kUnit ? target.block * 4 : kUnit);
 #pragma omp for schedule(static)
@@ -324,19 +324,16 @@ extern "C" {
 
 // Transform and convert rows of k values to HiF4, as tahf4_compiler.ops.quantize does.
 //
-// x: [rows, k], rows `row_stride` values apart; dtype 0 float32, 1 bfloat16, 2 float16. multiplier: [k] or null.
-// hadamard_block: a power of two that divides k rounded up to a multiple of 64, or 0; norm: hadamard_block ** -0.5.
-// codes: [rows, units * 32]; scales: [rows, units]. isa: a set of instructions that tahf4_instruction_sets allows, or 0.
-void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const float* multiplier,
-                    int64_t hadamard_block, float norm, uint8_t* codes, int32_t* scales, int isa, int threads) {
+// x: [rows, k], rows `row_stride` values apart; dtype 0 float32, 1 bfloat16, 2 float16. target: multiplier [k] or null;
+// block: a power of two that divides k rounded up to a multiple of 64, or 0; norm: block ** -0.5; codes [rows, units * 32];
+// scales [rows, units]. isa: a set of instructions that tahf4_instruction_sets allows, or 0.
+void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const Target* target, int isa,
+                    int threads) {
   if (const Functions* functions = functions_of(isa)) {
-    in_pieces(*functions, static_cast<const char*>(x), dtype, rows, k, row_stride,
-              Target{multiplier, hadamard_block, norm, codes, scales}, threads);
+    in_pieces(*functions, static_cast<const char*>(x), dtype, rows, k, row_stride, *target, threads);
     return;
   }
-  const auto run = [&](auto* typed) {
-    quantize(typed, rows, k, row_stride, multiplier, hadamard_block, norm, codes, scales, threads);
-  };
+  const auto run = [&](auto* typed) { quantize(typed, rows, k, row_stride, *target, threads); };
   if (dtype == kFloat32) run(static_cast<const float*>(x));
   if (dtype == kBFloat16) run(static_cast<const BFloat16*>(x));
   if (dtype == kFloat16) run(static_cast<const Float16*>(x));
@@ -358,7 +355,7 @@ void tahf4_fused_quantize(const Program* program, const Inputs* inputs, int64_t 
                           const Target* target, int isa, int threads) {
   const Functions* functions = functions_of(isa);
   const int64_t units = (columns + kUnit - 1) / kUnit;
-#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kProgramPerThread))
+#pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     const Slots slots(program);
     const Buffer kept(std::max<int64_t>(units * kUnit, kUnit) * 4);

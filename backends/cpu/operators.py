@@ -1,7 +1,12 @@
-"""``torch.ops.tahf4_cpu``: the operators that lowered graphs call, and which nodes they can take."""
+"""``torch.ops.tahf4_cpu``: the operators that lowered graphs call, and which nodes they can take.
+
+``operators.cpp`` runs them once it is compiled. What it does not take comes to the general function here: the first
+call, which compiles; a program's first call; arguments that do not fit; and everything where there is no compiler.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,49 +15,68 @@ import torch
 from torch import Tensor, fx
 
 from ... import fused_ops, ops  # noqa: F401  (they define torch.ops.tahf4)
-from ...kernels import register_kernel
-from . import available, fused_linear, fused_quantize, instruction_set, linear, linear_quantize, quantize
+from . import build, checks
+from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, encode
 
-__all__ = ["register"]
+__all__ = ["OPERATORS", "register"]
 
 _LIBRARY = torch.library.Library("tahf4_cpu", "FRAGMENT")
 _READ = {*DTYPES, torch.uint8, torch.int32}
-_RUN: dict[str, Callable[..., Any]] = {
-    "quantize": quantize,
-    "linear": linear,
-    "fused_quantize": fused_quantize,
-    "fused_linear": fused_linear,
-    "linear_quantize": linear_quantize,
-}
+_taught: set[tuple[str, str]] = set()
 
 
-@functools.cache
-def register() -> None:
-    """Register the kernels, once."""
-    for name, run in _RUN.items():
-        register_kernel("cpu", getattr(torch.ops.tahf4, name).default, _operator(name, run), _serves)
-
-
-def _operator(name: str, run: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Define ``tahf4_cpu::name``; the reference stands in where a graph was lowered for another processor."""
+def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
+    """Define ``tahf4_cpu::name``. ``check`` takes its arguments and raises an error if they do not fit."""
     reference = getattr(torch.ops.tahf4, name)
     text = str(reference.default._schema).removeprefix(f"tahf4::{name}")
-    fused = "program" in text
+    names = [argument.name for argument in reference.default._schema.arguments]
+    place = names.index("program") if "program" in names else None
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        here = available() and not (fused and instruction_set() == "none")
-        return (run if here else reference)(*args, **kwargs)
+    def general(*args: Any, **kwargs: Any) -> Any:
+        if build.library() is not None and (instruction_set() != "none" or place is None):
+            if _teach(name, "" if place is None else args[place]):
+                return found(*args, **kwargs)
+            check(*args, **kwargs)
+        return reference(*args, **kwargs)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         return reference.default(*args, **kwargs)
 
     # Not custom_op: the layers that it puts around a call take longer than a small product.
     _LIBRARY.define(name + text)
-    _LIBRARY.impl(name, call, "CPU")
+    _LIBRARY.impl(name, general, "CompositeExplicitAutograd")  # a function for the CPU alone comes before it
     torch.library.register_fake(f"tahf4_cpu::{name}", fake, lib=_LIBRARY)
     found: torch._ops.OpOverload = getattr(torch.ops.tahf4_cpu, name).default
     return found
+
+
+def _teach(name: str, program: str) -> bool:
+    """Make a program known to the C++ code; return whether this was the first time for this operator."""
+    if (name, program) in _taught:
+        return False
+    product = name != "fused_quantize"
+    if program and (encoded := encode(program, "y" if product else "x0")) is not None:
+        dtype = -1 if encoded.dtype is None else DTYPES[encoded.dtype]
+        build.loaded().tahf4_add_program(program.encode(), product, ctypes.addressof(encoded.struct), dtype)
+    _taught.add((name, program))
+    return True
+
+
+OPERATORS = {
+    name: _operator(name, getattr(checks, name))
+    for name in ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize")
+}
+"""By name: each takes and gives what the operator of ``torch.ops.tahf4`` does."""
+
+
+@functools.cache
+def register() -> None:
+    """Register the kernels, once."""
+    from ...kernels import register_kernel
+
+    for name, operator in OPERATORS.items():
+        register_kernel("cpu", getattr(torch.ops.tahf4, name).default, operator, _serves)
 
 
 def _serves(node: fx.Node) -> bool:
@@ -61,7 +85,7 @@ def _serves(node: fx.Node) -> bool:
     if not tensors or not all(t.device.type == "cpu" and t.dtype in _READ for t in tensors):
         return False
     arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-    if any(isinstance(a, torch.dtype) and a not in DTYPES for a in arguments.values()) or not available():
+    if any(isinstance(a, torch.dtype) and a not in DTYPES for a in arguments.values()) or build.library() is None:
         return False
     program = arguments.get("program")
     if not isinstance(program, str):

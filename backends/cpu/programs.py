@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...program import REDUCTIONS, Argument, Program, Statement
 
-__all__ = ["DTYPES", "Encoded", "Inputs", "encode", "inputs_of"]
+__all__ = ["DTYPES", "MOST_INPUTS", "Encoded", "encode"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Number of each dtype in the C++ files."""
 
 MOST_INPUTS = 16
-_MOST_AXES = 16
 
 # In the order of `enum Op` of common.h.
 _LOAD, _PRODUCT, _REDUCED, _NORMALIZE, _MEAN = 0, 1, 2, 19, 20
@@ -47,28 +44,6 @@ class CProgram(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("before_count", "after_count", "constant_count", "slots")),
         *((name, ctypes.c_int32) for name in ("reduced", "result", "reduction")),
         ("epsilon", ctypes.c_float),
-    ]
-
-
-class CInput(ctypes.Structure):
-    """``struct Input`` of common.h."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("column_stride", ctypes.c_int32),
-        ("strides", ctypes.c_void_p),
-    ]
-
-
-class CInputs(ctypes.Structure):
-    """``struct Inputs`` of common.h."""
-
-    _fields_ = [
-        ("list", ctypes.c_void_p),
-        ("sizes", ctypes.c_void_p),
-        ("count", ctypes.c_int32),
-        ("axes", ctypes.c_int32),
     ]
 
 
@@ -192,64 +167,3 @@ def _instruction(statement: Statement, to: int, slot: Any) -> Instruction:
         return (_NORMALIZE, dtype, to, slot(x), slot(weight), slot(bias))
     a, b = (*map(slot, statement.arguments), -1)[:2]
     return (_OPS[statement.function], dtype, to, a, b, -1)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors that broadcast to one shape, for the C++ code.
-
-    Attributes:
-        struct: what is passed.
-        held: tensors and arrays that it points into.
-    """
-
-    struct: CInputs
-    held: tuple[Any, ...]
-
-
-@functools.cache
-def _no_inputs() -> Inputs:
-    return Inputs(CInputs(None, None, 0, 0), ())
-
-
-def inputs_of(tensors: Sequence[Tensor], shape: Sequence[int]) -> Inputs:
-    """Describe tensors that broadcast to ``shape``; float32, bfloat16 or float16, on the CPU.
-
-    Leading axes that lie behind each other in every tensor become one.
-    """
-    if not tensors:
-        return _no_inputs()
-    columns = shape[-1]
-    plain, steps = [], []
-    for value in tensors:
-        # A lazily negated tensor would be read as it is stored.
-        if value.is_neg():
-            value = value.detach().resolve_neg()
-        if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
-            value = value.contiguous()
-        plain.append(value)
-        missing = (0,) * (len(shape) - value.dim())
-        own = zip(value.shape, value.stride(), strict=True)
-        steps.append(missing + tuple(0 if n == 1 else step for n, step in own))
-    axes: list[tuple[int, list[int]]] = []
-    for axis, size in enumerate(shape[:-1]):
-        if size == 1:
-            continue
-        strides = [step[axis] for step in steps]
-        if axes and all(outer == inner * size for outer, inner in zip(axes[-1][1], strides, strict=True)):
-            axes[-1] = (axes[-1][0] * size, strides)
-        else:
-            axes.append((size, strides))
-    axes = axes or [(math.prod(shape[:-1]), [0] * len(plain))]
-    if len(axes) > _MOST_AXES or len(plain) > MOST_INPUTS:
-        raise NotImplementedError(f"{len(axes)} leading axes, {len(plain)} inputs")  # fused operators have fewer
-    sizes = (ctypes.c_int64 * len(axes))(*(size for size, _ in axes))
-    table = (CInput * max(1, len(plain)))()
-    arrays = []
-    for i, value in enumerate(plain):
-        strides_of = (ctypes.c_int64 * len(axes))(*(strides[i] for _, strides in axes))
-        arrays.append(strides_of)
-        column_stride = steps[i][-1] if columns > 1 else 0
-        table[i] = CInput(value.data_ptr(), DTYPES[value.dtype], column_stride, ctypes.addressof(strides_of))
-    struct = CInputs(ctypes.addressof(table), ctypes.addressof(sizes), len(plain), len(axes))
-    return Inputs(struct, (plain, sizes, table, *arrays))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import GRAPH, relative
 from tahf4_compiler.backends import cpu
+from tahf4_compiler.backends.cpu import build
 from tahf4_compiler.backends.cpu.programs import encode
 
 import tahf4_compiler as tahf4
@@ -21,8 +22,8 @@ reference = torch.ops.tahf4
 def sets():
     if not cpu.available():
         return []
-    found = cpu._library().tahf4_instruction_sets()
-    return [name for name, bit in cpu._SETS.items() if bit and found >> bit & 1]
+    found = build.loaded().tahf4_instruction_sets()
+    return [name for bit, name in enumerate(build.SETS) if bit and found >> bit & 1]
 
 
 @pytest.fixture(params=sets(), autouse=True)

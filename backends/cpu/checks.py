@@ -1,0 +1,142 @@
+"""What the operators of this folder refuse: each function takes an operator's arguments and says what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import fused_ops, ops
+from ...errors import FormatError
+from .programs import DTYPES, encode
+
+__all__ = ["fused_linear", "fused_quantize", "linear", "linear_quantize", "on_cpu", "quantize", "rows"]
+
+
+def on_cpu(what: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors that lie elsewhere."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cpu:
+            raise FormatError(f"{what} got a tensor on {tensor.device}; expected one on the CPU")
+
+
+def rows(what: str, x: Tensor) -> None:
+    """Refuse what has no rows of float32, bfloat16 or float16 on the CPU."""
+    if x.dtype not in DTYPES:
+        raise FormatError(f"{what} got a tensor of {x.dtype}; expected float32, bfloat16 or float16")
+    if x.dim() == 0:
+        raise FormatError(f"{what} got a tensor without axes; expected at least one: channels lie along the last")
+    on_cpu(what, x)
+
+
+def _target(what: str, k: int, multiplier: Tensor | None, hadamard_block: int) -> None:
+    ops.check_transform(k, multiplier, hadamard_block)
+    if multiplier is not None and multiplier.dtype not in DTYPES:
+        raise FormatError(f"{what} got a multiplier of {multiplier.dtype}; expected float32")
+    on_cpu(what, multiplier)
+
+
+def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> None:
+    """See ``tahf4::quantize``."""
+    rows("quantize", x)
+    _target("quantize", x.shape[-1], multiplier, hadamard_block)
+
+
+def linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    """See ``tahf4::linear``."""
+    ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
+    on_cpu("linear", codes, scales, weight_codes, weight_scales, bias)
+
+
+def fused_quantize(
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+) -> None:
+    """See ``tahf4::fused_quantize``."""
+    _program(program, "x0")
+    shape = _broadcast(inputs)
+    _inputs("fused_quantize", inputs, shape)
+    _target("fused_quantize", shape[-1], multiplier, hadamard_block)
+
+
+def fused_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sizes: Sequence[int],
+    inputs: Sequence[Tensor],
+    program: str,
+    result_dtype: torch.dtype,
+) -> None:
+    """See ``tahf4::fused_linear``."""
+    shape = _product("fused_linear", (codes, scales, weight_codes, weight_scales, bias), inputs)
+    fused_ops.check_sizes(sizes, shape[-1], program)
+    found = _program(program, "y") or out_dtype
+    if found != result_dtype:
+        raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")
+
+
+def linear_quantize(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+) -> None:
+    """See ``tahf4::linear_quantize``."""
+    shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs)
+    _program(program, "y")
+    _target("linear_quantize", shape[-1], multiplier, hadamard_block)
+
+
+def _product(
+    what: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], inputs: Sequence[Tensor]
+) -> tuple[int, ...]:
+    """Return the shape of a product, checked with the inputs of its program."""
+    ops.check_linear(*given)
+    on_cpu(what, *given)
+    shape = (*given[1].shape[:-1], len(given[2]))
+    _inputs(what, inputs, shape)
+    return shape
+
+
+def _broadcast(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return what shapes broadcast to if they do; :func:`_inputs` says whether."""
+    axes = max((x.dim() for x in inputs), default=0)
+    if not axes:
+        raise FormatError("fused_quantize got no tensor with axes; expected at least one: channels lie along the last")
+    padded = [(1,) * (axes - x.dim()) + tuple(x.shape) for x in inputs]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
+
+
+def _inputs(what: str, inputs: Sequence[Tensor], shape: Sequence[int]) -> None:
+    on_cpu(what, *inputs)
+    for x in inputs:
+        if x.dtype not in DTYPES:
+            raise FormatError(f"{what} got a tensor of {x.dtype}; expected float32, bfloat16 or float16")
+        fits = x.dim() <= len(shape) and all(a in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False))
+        if not fits:
+            raise FormatError(f"{what} got a tensor of shape {tuple(x.shape)}; expected one that broadcasts to {shape}")
+
+
+def _program(text: str, default: str) -> torch.dtype | None:
+    """Return the dtype of a program's result; None for an empty program."""
+    encoded = encode(text, default)
+    if encoded is None:
+        raise FormatError("the program has more than one reduction or more than 16 inputs; use the reference")
+    return encoded.dtype

@@ -1,0 +1,358 @@
+// torch.ops.tahf4_cpu on tensors of the CPU: shapes, memory and parameter blocks for the kernels.
+//
+// What these functions do not take (dtypes, shapes, devices, a program or a set of instructions that is not known here)
+// goes to the general function in operators.py, which says what is wrong or runs the reference.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+
+#include "common.h"
+
+using namespace tahf4;
+
+namespace {
+
+using at::IntArrayRef;
+using at::ScalarType;
+using at::Tensor;
+using at::TensorList;
+using Optional = std::optional<Tensor>;
+using Packed = std::tuple<Tensor, Tensor>;
+using Text = std::string_view;
+
+int number_of(ScalarType dtype) {
+  return dtype == at::kFloat ? kFloat32 : dtype == at::kBFloat16 ? kBFloat16 : dtype == at::kHalf ? kFloat16 : -1;
+}
+
+int threads() { return at::get_num_threads(); }
+
+// What is not taken here. The empty set of keys leads past the CPU's own function, this one, to the general one.
+template <class Function, class... Given>
+auto general(Function*, const char* name, const Given&... given) {
+  const auto found = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  return found.template typed<Function>().redispatch(c10::DispatchKeySet(), given...);
+}
+
+constexpr int kRefused = -1;
+
+// The set of instructions that the environment allows now, or kRefused: switched off, or named wrongly.
+int instructions() {
+  const char* off = std::getenv("TAHF4_NO_CPP");
+  if (off && *off && std::strcmp(off, "0")) return kRefused;
+  const char* wanted = std::getenv("TAHF4_CPU_ISA");
+  const int found = tahf4_instruction_sets() | 1 << kNone;
+  for (int isa = kAmx; isa >= kNone; --isa)
+    if ((found >> isa & 1) && (!wanted || !*wanted || !std::strcmp(wanted, kSetNames[isa]))) return isa;
+  return kRefused;
+}
+
+// As rows with a contiguous last axis.
+Tensor rows_of(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  const Tensor rows = x.reshape({-1, x.size(-1)});
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+}
+
+// float32 without holes, for what is read as it lies.
+Optional plain(const Optional& values) {
+  return values ? Optional(values->to(at::kFloat).contiguous()) : values;
+}
+
+const float* pointer(const Optional& values) { return values ? values->const_data_ptr<float>() : nullptr; }
+
+bool readable(const Tensor& x) { return x.is_cpu() && number_of(x.scalar_type()) >= 0 && !x.is_neg(); }
+
+// Where a quantization goes.
+struct Units {
+  static bool fit(int64_t k, const Optional& multiplier, int64_t block) {
+    const int64_t padded = (k + kUnit - 1) / kUnit * kUnit;
+    return (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
+           (block == 0 || (block > 0 && !(block & (block - 1)) && padded % block == 0));
+  }
+  Units(IntArrayRef shape, const Optional& given, int64_t block) : multiplier(plain(given)) {
+    at::DimVector sizes(shape);
+    const int64_t units = (shape.back() + kUnit - 1) / kUnit;
+    sizes.back() = units * (kUnit / 2);
+    codes = at::empty(sizes, at::kByte);
+    sizes.back() = units;
+    scales = at::empty(sizes, at::kInt);
+    target = {pointer(multiplier), block, block ? float(1.0 / std::sqrt(double(block))) : 1.0f,
+              codes.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr<int32_t>()};
+  }
+  bool empty() const { return codes.numel() == 0; }
+  Optional multiplier;
+  Tensor codes, scales;
+  Target target;
+};
+
+// Programs that Python has encoded; they stay.
+struct Known {
+  const Program* program;  // or null: there is none
+  int dtype;               // of its result, -1 if it is that of what it reads
+};
+
+std::shared_mutex programs_lock;
+
+std::unordered_map<std::string, Known>& programs() {
+  static std::unordered_map<std::string, Known> all;
+  return all;
+}
+
+// Their key: whether it follows a product, and the text.
+std::string key_of(Text text, bool product) { return (product ? "y" : "x") + std::string(text); }
+
+bool find(Text text, bool product, Known* found) {
+  if (product && text.empty()) {
+    *found = {nullptr, -1};
+    return true;
+  }
+  const std::shared_lock<std::shared_mutex> lock(programs_lock);
+  const auto place = programs().find(key_of(text, product));
+  if (place == programs().end()) return false;
+  *found = place->second;
+  return true;
+}
+
+// Tensors that broadcast to a shape, as the kernels read them. Leading axes that lie behind each other in every tensor
+// become one.
+class Broadcast {
+ public:
+  // Returns whether they do, and can be described.
+  bool describe(TensorList tensors, IntArrayRef shape) {
+    if (int64_t(tensors.size()) > kMostInputs) return false;
+    const int64_t axes = int64_t(shape.size());
+    std::vector<at::DimVector> steps;
+    for (const Tensor& given : tensors) {
+      const int64_t missing = axes - given.dim();
+      if (!readable(given) || missing < 0) return false;
+      held_.push_back(given.dim() && given.size(-1) > 1 && given.stride(-1) != 1 ? given.contiguous() : given);
+      steps.emplace_back(axes, 0);
+      for (int64_t axis = 0; axis < given.dim(); ++axis) {
+        const int64_t size = given.size(axis);
+        if (size != 1 && size != shape[missing + axis]) return false;
+        steps.back()[missing + axis] = size == 1 ? 0 : held_.back().stride(axis);
+      }
+    }
+    const int count = int(tensors.size());
+    int merged = 0;
+    for (int64_t axis = 0; axis + 1 < axes; ++axis) {
+      if (shape[axis] == 1) continue;
+      bool behind = merged > 0;
+      for (int i = 0; i < count && behind; ++i) behind = strides_[i][merged - 1] == steps[i][axis] * shape[axis];
+      if (!behind && merged == kMostAxes) return false;
+      if (!behind) sizes_[merged++] = 1;
+      sizes_[merged - 1] *= shape[axis];
+      for (int i = 0; i < count; ++i) strides_[i][merged - 1] = steps[i][axis];
+    }
+    if (!merged) {
+      sizes_[merged++] = 1;
+      for (int i = 0; i < count; ++i) strides_[i][0] = 0;
+    }
+    for (int i = 0; i < count; ++i) {
+      const Tensor& x = held_[i];
+      list_[i] = {x.const_data_ptr(), number_of(x.scalar_type()), shape.back() > 1 ? int32_t(steps[i].back()) : 0,
+                  strides_[i]};
+    }
+    inputs = {list_, sizes_, count, merged};
+    return true;
+  }
+  Inputs inputs = {};
+
+ private:
+  std::vector<Tensor> held_;
+  Input list_[kMostInputs];
+  int64_t sizes_[kMostAxes], strides_[kMostInputs][kMostAxes];
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Quantization.
+
+Packed quantize(const Tensor& x, const Optional& multiplier, int64_t block) {
+  const int isa = instructions();
+  if (isa == kRefused || !readable(x) || !x.dim() || !Units::fit(x.size(-1), multiplier, block))
+    return general(quantize, "tahf4_cpu::quantize", x, multiplier, block);
+  const Units units(x.sizes(), multiplier, block);
+  if (!units.empty()) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor rows = rows_of(x);
+    const int64_t k = x.size(-1);
+    tahf4_quantize(rows.const_data_ptr(), number_of(x.scalar_type()), x.numel() / k, k,
+                   rows.is_contiguous() ? k : rows.stride(0), &units.target, isa, threads());
+  }
+  return {units.codes, units.scales};
+}
+
+Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, int64_t block) {
+  const int isa = instructions();
+  int64_t axes = 0;
+  for (const Tensor& x : given) axes = std::max(axes, x.dim());
+  at::DimVector shape(axes, 1);
+  for (const Tensor& x : given)
+    for (int64_t axis = 0; axis < x.dim(); ++axis)
+      if (x.size(axis) != 1) shape[axes - x.dim() + axis] = x.size(axis);
+  Known known;
+  Broadcast described;
+  if (isa <= kNone || !axes || !find(text, false, &known) || !described.describe(given, shape) ||
+      !Units::fit(shape.back(), multiplier, block))
+    return general(fused_quantize, "tahf4_cpu::fused_quantize", given, text, multiplier, block);
+  const Units units(shape, multiplier, block);
+  if (!units.empty())
+    tahf4_fused_quantize(known.program, &described.inputs, units.scales.numel() / units.scales.size(-1), shape.back(),
+                         &units.target, isa, threads());
+  return {units.codes, units.scales};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products.
+
+struct Product {
+  Product(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes, const Tensor& weight_scales,
+          const Optional& bias)
+      : tensors{codes, scales, weight_codes, weight_scales}, bias(bias) {}
+  // Whether shapes, dtypes and devices fit each other.
+  bool fits() const {
+    for (int i = 0; i < 4; ++i) {
+      const Tensor& x = tensors[i];
+      if (!x.is_cpu() || x.scalar_type() != (i & 1 ? at::kInt : at::kByte) || !x.dim()) return false;
+    }
+    const auto& [codes, scales, weight_codes, weight_scales] = tensors;
+    const int64_t units = scales.size(-1), axes = scales.dim();
+    if (codes.dim() != axes || weight_codes.dim() != 2 || weight_scales.dim() != 2) return false;
+    for (int64_t axis = 0; axis + 1 < axes; ++axis)
+      if (codes.size(axis) != scales.size(axis)) return false;
+    return codes.size(-1) == units * (kUnit / 2) && weight_scales.size(1) == units &&
+           weight_codes.size(1) == units * (kUnit / 2) && weight_codes.size(0) == weight_scales.size(0) &&
+           (!bias || (bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight_codes.size(0)));
+  }
+  at::DimVector shape() const {
+    at::DimVector found(tensors[1].sizes());
+    found.back() = tensors[2].size(0);
+    return found;
+  }
+  // `columns` from `first` on, rounded to `dtype`, to where `result` says.
+  void run(int64_t first, int64_t columns, int dtype, const Result& result, int isa) {
+    const int64_t units = tensors[1].size(-1), m = units ? tensors[1].numel() / units : 0;
+    if (!m || !columns) return;
+    for (Tensor& x : tensors) x = x.contiguous();
+    bias = plain(bias);
+    const Operands operands = {tensors[0].const_data_ptr<uint8_t>(),
+                               tensors[1].const_data_ptr<int32_t>(),
+                               tensors[2].const_data_ptr<uint8_t>() + first * units * (kUnit / 2),
+                               tensors[3].const_data_ptr<int32_t>() + first * units,
+                               bias ? pointer(bias) + first : nullptr,
+                               m, columns, units, dtype};
+    tahf4_linear(&operands, &result, isa, threads());
+  }
+  std::array<Tensor, 4> tensors;
+  Optional bias;
+};
+
+Tensor dequantized(const Tensor& codes, const Tensor& scales) {
+  at::DimVector shape(scales.sizes());
+  shape.back() *= kUnit;
+  const Tensor out = at::empty(shape, at::kFloat), packed = codes.contiguous(), metadata = scales.contiguous();
+  if (out.numel())
+    tahf4_dequantize(packed.const_data_ptr<uint8_t>(), metadata.const_data_ptr<int32_t>(),
+                     scales.numel() / scales.size(-1), scales.size(-1), out.mutable_data_ptr<float>(), threads());
+  return out;
+}
+
+Tensor linear(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes, const Tensor& weight_scales,
+              const Optional& bias, ScalarType dtype) {
+  const int isa = instructions();
+  Product product(codes, scales, weight_codes, weight_scales, bias);
+  if (isa == kRefused || !product.fits())
+    return general(linear, "tahf4_cpu::linear", codes, scales, weight_codes, weight_scales, bias, dtype);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  if (isa == kNone || !scales.size(-1)) {
+    const Tensor y = at::linear(dequantized(codes, scales), dequantized(weight_codes, weight_scales));
+    return (bias ? y.add(bias->to(at::kFloat)) : y).to(dtype);
+  }
+  const int written = number_of(dtype) < 0 ? kFloat32 : number_of(dtype);
+  const Tensor out = at::empty(product.shape(), number_of(dtype) < 0 ? at::kFloat : dtype);
+  const Inputs none = {};
+  // Rounded once: writing does it.
+  product.run(0, weight_codes.size(0), kFloat32, {nullptr, &none, out.mutable_data_ptr(), written, {}}, isa);
+  return out.to(dtype);
+}
+
+std::vector<Tensor> fused_linear(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes,
+                                 const Tensor& weight_scales, const Optional& bias, ScalarType dtype, IntArrayRef sizes,
+                                 TensorList given, Text text, ScalarType result_dtype) {
+  const int isa = instructions(), rounded = number_of(dtype), written = number_of(result_dtype);
+  Product product(codes, scales, weight_codes, weight_scales, bias);
+  Known known;
+  Broadcast described;
+  int64_t columns = 0;
+  for (const int64_t size : sizes) columns = size < 0 ? -1 : columns + size;
+  if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || columns != weight_codes.size(0) ||
+      (sizes.size() != 1 && !text.empty()) || !find(text, true, &known) ||
+      written != (known.dtype < 0 ? rounded : known.dtype) || !described.describe(given, product.shape()))
+    return general(fused_linear, "tahf4_cpu::fused_linear", codes, scales, weight_codes, weight_scales, bias, dtype,
+                   sizes, given, text, result_dtype);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  std::vector<Tensor> results;
+  int64_t first = 0;
+  for (const int64_t size : sizes) {
+    at::DimVector shape = product.shape();
+    shape.back() = size;
+    results.push_back(at::empty(shape, result_dtype));
+    product.run(first, size, known.program ? rounded : kFloat32,
+                {known.program, &described.inputs, results.back().mutable_data_ptr(), written, {}}, isa);
+    first += size;
+  }
+  return results;
+}
+
+Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes, const Tensor& weight_scales,
+                       const Optional& bias, ScalarType dtype, TensorList given, Text text, const Optional& multiplier,
+                       int64_t block) {
+  const int isa = instructions(), rounded = number_of(dtype);
+  Product product(codes, scales, weight_codes, weight_scales, bias);
+  Known known;
+  Broadcast described;
+  if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || !find(text, true, &known) ||
+      !described.describe(given, product.shape()) || !Units::fit(weight_codes.size(0), multiplier, block))
+    return general(linear_quantize, "tahf4_cpu::linear_quantize", codes, scales, weight_codes, weight_scales, bias,
+                   dtype, given, text, multiplier, block);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const Units units(product.shape(), multiplier, block);
+  product.run(0, weight_codes.size(0), rounded, {known.program, &described.inputs, nullptr, 0, units.target}, isa);
+  return {units.codes, units.scales};
+}
+
+}  // namespace
+
+extern "C" {
+
+// Put the functions into the operators that operators.py defines.
+void tahf4_register() {
+  static torch::Library library(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  static std::once_flag once;
+  std::call_once(once, [] {
+    library.impl("quantize", TORCH_FN(quantize));
+    library.impl("linear", TORCH_FN(linear));
+    library.impl("fused_quantize", TORCH_FN(fused_quantize));
+    library.impl("fused_linear", TORCH_FN(fused_linear));
+    library.impl("linear_quantize", TORCH_FN(linear_quantize));
+  });
+}
+
+// Make a program known, which stays where it is. product: whether it follows one. dtype: of its result, or -1.
+void tahf4_add_program(const char* text, int product, const Program* program, int dtype) {
+  const std::unique_lock<std::shared_mutex> lock(programs_lock);
+  programs()[key_of(text, product)] = {program, dtype};
+}
+
+}  // extern "C"
