@@ -8,6 +8,7 @@ guidance branch.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from tqdm.auto import tqdm
 
 from .attach import linear_weights
 from .errors import CalibrationError, OptionError
-from .files import load_tensors, save_tensors
+from .files import digest, load_tensors, save_tensors
 from .kept_calls import Call, KeptCalls, Place
+from .measured import Measured
 from .observed import Listener, observed, observing_backend
 from .observing import Handles
 from .options import Options
@@ -437,6 +439,31 @@ class Calibration:
         from .distributed.gather import all_reduce
 
         all_reduce(self, group, over=over)
+
+    def measured(self) -> Measured:
+        """Return where numbers are kept that take long to measure: beside the checkpoint, if there is one.
+
+        Several processes measure together and must not differ in what they know: then nothing is kept.
+        """
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        path = self._checkpoint
+        return Measured(path.with_name(f"{path.name}.measured") if path and not together else None, self._identity)
+
+    def _identity(self) -> str:
+        """Return a digest of what was seen, of the calls that were kept, and of the weights."""
+        tensors: dict[str, Tensor] = {}
+        header = {
+            "tahf4": importlib.metadata.version("tahf4-compiler"),
+            "torch": torch.__version__,
+            "calls": self.kept.header(tensors),
+            "weights": self._weight_sums(),
+            "percentile": self.percentile,
+        }
+        for i, (_, cells) in enumerate(sorted(self.activations.items())):
+            for j, (_, (sketch, sample)) in enumerate(sorted(cells.cells.items())):
+                parts = {"maxima": sketch.maxima, "squares": sketch.squares, "priorities": sample.priorities}
+                tensors |= {f"{i}.{j}.{name}": part.detach().cpu() for name, part in parts.items()}
+        return digest(header, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
     def _known_paths(self, expert: str) -> set[str]:
         return {path for path, _ in linear_weights(self.models[expert])}

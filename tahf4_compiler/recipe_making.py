@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .calibration import check_percentile, merged
 from .errors import CalibrationError, OptionError
+from .measured import Measured
 from .packing import checksum, moment_as_quantized
 from .pipeline import provenance
 from .recipe import CallError, LinearEntry, Recipe, RecipeEntry
@@ -108,17 +109,19 @@ def make_recipe(
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
     choices = _Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
+    measured = calibration.measured()
     found: dict[str, dict[str, RecipeEntry]] = {}
     searched: dict[str, _Choices] = {}
     if mask == "network_search":
-        searched = {expert: _search_network(calibration, expert, choices) for expert in calibration.models}
+        searched = {expert: _search_network(calibration, expert, choices, measured) for expert in calibration.models}
     bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
     for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
         found.setdefault(expert, {})[name] = _entry(cells, weights, searched.get(expert, choices), sensitivity)
     if sensitivity:
         for expert, entries in found.items():
-            found[expert] = _with_effects(calibration, expert, entries)
+            kind = f"effect in {expert!r} under {searched.get(expert, choices)}:"
+            found[expert] = _with_effects(calibration, expert, entries, measured, kind)
     made = {
         "tahf4": importlib.metadata.version("tahf4-compiler"),
         "torch": torch.__version__,
@@ -289,7 +292,7 @@ def _noise(
     ]
 
 
-def _search_network(calibration: Calibration, expert: str, choices: _Choices) -> _Choices:
+def _search_network(calibration: Calibration, expert: str, choices: _Choices, measured: Measured) -> _Choices:
     """Return the choices with the mask of least error of the network's output, everything quantized."""
     network = _network(calibration, expert)
     if network is None:
@@ -304,15 +307,19 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices) ->
     ]
     activations = [(key, cells) for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
     best, chosen = float("inf"), choices
-    for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
-        quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
+
+    def measure(quick: _Choices) -> float | None:
         quantized: dict[str, QuantizedWeight] = {}
         for _, cells in activations:
             weights = calibration.weights(expert, cells.activation.members)
             entry = _entry(cells, weights, quick, False)
             makers = _products(entry, dict(zip(entry.linears, weights, strict=True)).__getitem__)
             quantized |= {path: make() for path, make in makers}
-        error = network.error(quantized)
+        return network.error(quantized)
+
+    for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
+        quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
+        error = measured.value(f"error of {expert!r} under {quick}", functools.partial(measure, quick))
         if error is not None and error < best:
             best, chosen = error, candidate
     log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
@@ -369,14 +376,16 @@ def _products(
         yield path, functools.partial(make, path)
 
 
-def _with_effects(calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry]) -> dict[str, RecipeEntry]:
+def _with_effects(
+    calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry], measured: Measured, kind: str
+) -> dict[str, RecipeEntry]:
     network = _network(calibration, expert)
     if network is None:
         return dict(entries)
 
     weight_of = functools.partial(_weight, calibration, expert)
     makers = {path: make for entry in entries.values() for path, make in _products(entry, weight_of)}
-    effects = network.effects(makers)
+    effects = network.effects(makers, measured, kind)
 
     def named(linear: LinearEntry, path: str) -> LinearEntry:
         effect = effects.get(path)

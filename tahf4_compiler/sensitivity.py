@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from . import hif4, kernels
 from .errors import CalibrationError, OptionError
+from .measured import Measured
 from .packing import pack_weight
 from .sharded import Part, part_of, running_weights
 from .transforms import multipliers
@@ -166,13 +167,23 @@ class Network:
         pairs = zip(found, self._wanted, strict=True)
         return [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
 
-    def effects(self, quantized: Mapping[str, Callable[[], QuantizedWeight]]) -> dict[str, float | None]:
+    def effects(
+        self, quantized: Mapping[str, Callable[[], QuantizedWeight]], measured: Measured, kind: str
+    ) -> dict[str, float | None]:
         """Return the error when only one linear is quantized, for each: one pass a linear and call, no estimate.
 
         None for a weight that no linear reads in the calls.
+
+        Args:
+            quantized: what makes each linear's product, by path.
+            measured: where the errors are kept.
+            kind: under which name.
         """
         bar = tqdm(quantized.items(), desc="sensitivity", unit="linear", delay=1.0)
-        return {path: self.error({path: make()}) for path, make in bar}
+        return {
+            path: measured.value(f"{kind} {path}", lambda path=path, make=make: self.error({path: make()}))  # type: ignore[misc]
+            for path, make in bar
+        }
 
 
 @contextlib.contextmanager

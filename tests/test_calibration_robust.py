@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.calibration import Calibration
 from tahf4_compiler.kept_calls import MOST
 from tahf4_compiler.recipe_making import channel_mask
+from tahf4_compiler.sensitivity import Network
 from tahf4_compiler.sketch import Sketch
 
 GRAPH = {"inductor": False}
@@ -298,3 +300,66 @@ def test_choices_of_the_wrong_type_and_places_that_cannot_be_written(recipe_file
     (tmp_path / "file").write_text("")
     with pytest.raises(tahf4.RecipeError, match="cannot write"):
         tahf4.Recipe.load(recipe_file).save(tmp_path / "file" / "r.safetensors")
+
+
+def test_a_recipe_that_was_stopped_takes_up_its_measurements(tmp_path, monkeypatch, caplog):
+    model = Stack(2).eval()
+
+    def calibrated():
+        with tahf4.calibrate(model, checkpoint=tmp_path / "c", options=GRAPH) as calibration:
+            for seed in range(3):
+                model(torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)))
+        return calibration
+
+    class Stop(Exception):
+        pass
+
+    counted, errors = [], Network.errors
+
+    def watched(self, quantized):
+        counted.append(set(quantized))
+        if len(counted) == stop_at:
+            raise Stop
+        return errors(self, quantized)
+
+    monkeypatch.setattr(Network, "errors", watched)
+    stop_at = 19  # 16 masks, then linears one by one
+    with pytest.raises(Stop):
+        calibrated().recipe()
+    kept = tmp_path / "c.measured"
+    assert len(json.loads(kept.read_text())["values"]) == 18
+    stop_at, before = 0, len(counted)
+    taken_up = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
+    assert [len(paths) for paths in counted[before:]] == [1, 1, 4], "two linears were left, then all together"
+    kept.unlink()
+    whole = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
+    assert len(counted) == before + 3 + 16 + 4 + 1
+    for recipe, name in ((taken_up, "a"), (whole, "b")):
+        recipe.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    # other statistics, other choices, a damaged file: nothing is taken from it
+    before = len(counted)
+    Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe(mask="max")
+    assert len(counted) == before + 4 + 1
+    before = len(counted)
+    kept.write_text(kept.read_text()[:-20])
+    Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe(mask="max")
+    assert len(counted) == before + 4 + 1
+    assert "measured again" in caplog.text
+    model.blocks[0].up.weight.data[0, 0] += 1
+    before = len(counted)
+    with tahf4.calibrate(model, checkpoint=tmp_path / "d", options=GRAPH) as other:
+        model(torch.randn(16, 64))
+    (tmp_path / "d.measured").write_text(kept.read_text())
+    other.recipe(mask="max")
+    assert len(counted) == before + 4 + 1
+
+
+def test_measurements_are_kept_nowhere_without_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = Stack(2).eval()
+    with tahf4.calibrate(model, options=GRAPH) as calibration:
+        model(torch.randn(16, 64))
+    calibration.recipe(mask="max")
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -53,8 +54,8 @@ def page_of_wan(tmp_path_factory):
         for group in range(2):
             with calibration.at(step_group=group), torch.no_grad():
                 model(**inputs)
-    recipe = calibration.recipe(mask="percentile")
-    tahf4.apply_recipe(model, recipe)
+    recipe = calibration.recipe(mask="percentile", high_precision_steps=(-1,))
+    tahf4.apply_recipe(model, dataclasses.replace(recipe, high_precision_steps=()))
     lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={"fuse.always": True})
     report = Report.of(lowered, Evidence.of(recipe, checkpoint))
     times = {node.name: 0.5 for node in lowered.snapshots[-1].nodes if node.op == "call_function"}
@@ -138,7 +139,10 @@ def test_the_page_searches_sorts_and_draws(browser, page_of_wan):
     assert along.locator("circle").count() == 2 * 10, "two parts, ten kinds of linears"
     assert "blocks.*.ffn.net.2" in along.inner_text()
     output = page.locator("#plots .plot", has_text="Error of the output along steps")
-    assert [title for title in output.locator("title").all_text_contents() if "step 1 of 2" in title]
+    titles = output.locator("title").all_text_contents()
+    assert ["it runs in high precision" in title for title in titles] == [False, True], titles
+    assert output.locator('circle[fill="none"]').count() == 1
+    assert "runs the steps -1 (negative ones from the end) in high precision" in output.inner_text()
     time = page.locator("#plots .plot", has_text="Time by operator").inner_text()
     assert "run one by one, not compiled" in time
     assert "which takes 12.50 ms as a whole" in time
@@ -147,6 +151,7 @@ def test_the_page_searches_sorts_and_draws(browser, page_of_wan):
     assert "a whole call, compiled (test)" in tiles
     page.click("#tab-passes")
     assert "quantize" in page.locator("#passes").inner_text()
+    assert "Denoising steps in high precision: -1" in page.locator("#passes").inner_text()
     assert errors == []
 
 
@@ -207,6 +212,18 @@ def test_what_was_not_measured_is_said(browser, tmp_path):
     page.click("#tab-plots")
     for name in ("Error along depth", "Error along steps", "Error of the output", "Activation distribution"):
         assert "Not measured" in page.locator("#plots .plot", has_text=name).inner_text()
+    assert errors == []
+
+
+@needs_browser
+def test_figures_that_are_no_numbers_are_shown(browser, tmp_path):
+    model = Stack(2).eval()
+    model.blocks[1].up.weight.data[0, 0] = float("nan")
+    lowered = tahf4.lower(tahf4.capture(model, (torch.randn(4, 64),)), options={"verify": True})
+    lowered.report(tmp_path / "page.html")
+    page, errors = opened(browser, tmp_path / "page.html")
+    page.click("#tab-passes")
+    assert "nan" in page.locator("#passes tr", has_text="quantize").first.inner_text()
     assert errors == []
 
 

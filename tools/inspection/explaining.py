@@ -140,11 +140,17 @@ def _statistics(report: Report, row: Mapping[str, Any]) -> Iterator[str]:
     if row.get("search"):
         how.append(f"scales by {row['search']} error")
     yield f"transform   {', '.join(how)}"
+    if report.evidence.high_precision_steps:
+        yield f"steps       {_numbers(report.evidence.high_precision_steps)} in high precision, by the recipe"
     if (seen := report.evidence.activations.get(row["activation"])) is not None:
         yield (
             f"activation  |x| up to {seen['max']:g}; percentile {seen['percent']:g} of the largest channel "
             f"{seen['percentile']:g}, of the median channel {seen['median']:g}; {seen['rows']:,} rows"
         )
+
+
+def _numbers(steps: Sequence[int]) -> str:
+    return ", ".join(f"{step}" if step >= 0 else f"{step} (from the end)" for step in steps)
 
 
 def what_would_change(row: Mapping[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ function axes({ x0, x1, y0, y1, xName, yName, xTicks, xText = short, yText = sho
   return { made, x, y, top, bottom: height - bottom };
 }
 
-// series: [{name, points: [[x, y, label]]}]
+// series: [{name, points: [[x, y, label, whether it is hollow]]}]
 function lines(series, options) {
   const points = series.flatMap((s) => s.points);
   const xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
@@ -89,7 +89,7 @@ function lines(series, options) {
     const path = s.points.map((p, j) => `${j ? "L" : "M"}${frame.x(p[0]).toFixed(1)} ${frame.y(p[1]).toFixed(1)}`).join("");
     frame.made.append(svg("path", { d: path, fill: "none", stroke: colour, "stroke-width": 1.6 }));
     for (const p of s.points)
-      frame.made.append(svg("circle", { cx: frame.x(p[0]), cy: frame.y(p[1]), r: 2.6, fill: colour },
+      frame.made.append(svg("circle", { cx: frame.x(p[0]), cy: frame.y(p[1]), r: p[3] ? 3.6 : 2.6, fill: p[3] ? "none" : colour, stroke: colour },
         svg("title", {}, p[2] || `${s.name}: ${short(p[1])}`)));
   });
   return [frame.made, legend(series.map((s, i) => [s.name, LINES[i % LINES.length]]))];

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,8 +179,8 @@ class Report:
         return "\n".join([*lines, "}"]) + "\n"
 
     def data(self) -> dict[str, Any]:
-        """Return everything as plain data, as the page has it."""
-        return {
+        """Return everything as plain data, as the page has it; what is no number in JSON (NaN) as a text."""
+        data = {
             "title": self.title,
             "source": self.source,
             "passes": list(self.passes),
@@ -189,14 +190,15 @@ class Report:
                 "activations": dict(self.evidence.activations),
                 "steps": self.evidence.steps,
                 "errors": list(self.evidence.errors),
+                "high_precision_steps": list(self.evidence.high_precision_steps),
                 "provenance": dict(self.evidence.provenance),
                 "sources": list(self.evidence.sources),
             },
             "milliseconds": {name: round(value, 4) for name, value in self.milliseconds.items()},
             "device": self.device,
             "compiled": None if self.compiled is None else round(self.compiled, 4),
-            "graph": fold(self._shown()),
         }
+        return {**_finite(data), "graph": fold(self._shown())}
 
     def html(self, data: Mapping[str, Any] | None = None) -> str:
         """Return one page that holds everything: styles, code and data (of :meth:`data`, if they are at hand)."""
@@ -217,6 +219,17 @@ class Report:
             CommandError: it cannot be written.
         """
         write_text(path, self.html(data))
+
+
+def _finite(value: Any) -> Any:
+    """Return plain data without the floats that JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
 
 
 _COLOURS = {"hif4": "#7fd3b5", "bf16": "#a9c7f5", "f16": "#a9c7f5", "f32": "#f5d19a", "f64": "#f2b3a0"}

@@ -28,6 +28,7 @@ class Evidence:
         activations: histograms and spreads by name of the activation, from the calibration.
         steps: how many parts of the schedule the calibration kept apart.
         errors: of the network's output along the steps, from the recipe.
+        high_precision_steps: of the recipe.
         provenance: how the recipe was made.
         sources: in words, where the numbers come from.
     """
@@ -36,6 +37,7 @@ class Evidence:
     activations: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     steps: int = 0
     errors: Sequence[Mapping[str, Any]] = ()
+    high_precision_steps: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
@@ -78,7 +80,8 @@ class Evidence:
                     linears.setdefault(path, {})["activation"] = name
             sources.append(f"calibration: {len(activations)} activations, {steps} parts of the schedule")
         made = dict(recipe.provenance) if recipe else {}
-        return cls(linears, activations, steps, errors, made, tuple(sources))
+        high = recipe.high_precision_steps if recipe is not None else ()
+        return cls(linears, activations, steps, errors, high, made, tuple(sources))
 
 
 def _choose(expert: str | None, names: list[str]) -> str | None:

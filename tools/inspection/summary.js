@@ -59,14 +59,16 @@ function stepPlots(box, rows) {
   const none = "Not measured: give a recipe of a calibration that kept parts of the schedule apart (tahf4 calibrate keeps four; tahf4.calibrate(step_groups=4)), made with sensitivity.";
   box.append(plotCard("Error along steps", "Signal-to-quantization-noise ratio of the linears' own outputs on rows of each part of the denoising schedule, in dB: the middle of the blocks.",
     ...(series.length ? lines(series, { xName: "part of the schedule", yName: "dB" }) : [empty(none)])));
+  const high = data.evidence.high_precision_steps, inHigh = (step, steps) => high.some((s) => (s < 0 ? steps + s : s) === step);
   const branches = new Map(), counts = new Set(data.evidence.errors.map((e) => e.steps));
   for (const { step, steps, branch, error } of data.evidence.errors) {
     const name = branch || "output";
     if (!branches.has(name)) branches.set(name, []);
     const noise = -10 * Math.log10(Math.max(error, 1e-30));
-    branches.get(name).push([counts.size > 1 ? step / steps : step, noise, `${name}, step ${step} of ${steps}: ${noise.toFixed(2)} dB, relative squared error ${error.toExponential(2)}`]);
+    branches.get(name).push([counts.size > 1 ? step / steps : step, noise, `${name}, step ${step} of ${steps}: ${noise.toFixed(2)} dB, relative squared error ${error.toExponential(2)}${inHigh(step, steps) ? "; it runs in high precision: this is what that saves" : ""}`, inHigh(step, steps)]);
   }
-  box.append(plotCard("Error of the output along steps", "Signal-to-quantization-noise ratio of the network's output with everything in 4 bits that the recipe says, in the calls that the calibration kept, in dB.",
+  box.append(plotCard("Error of the output along steps", "Signal-to-quantization-noise ratio of the network's output with everything in 4 bits that the recipe says, in the calls that the calibration kept, in dB."
+    + (high.length ? ` The recipe runs the steps ${high.join(", ")}${high.some((s) => s < 0) ? " (negative ones from the end)" : ""} in high precision; hollow points are what they would lose in 4 bits.` : ""),
     ...(branches.size ? lines([...branches].map(([name, points]) => ({ name, points })), { xName: counts.size > 1 ? "share of the denoising steps" : `denoising step of ${[...counts][0]}`, yName: "dB" })
       : [empty("Not measured: give a recipe that was made with sensitivity, and not planned again since.")])));
 }
@@ -103,10 +105,12 @@ function timePlot(box, nodes) {
 function passes() {
   const head = element("tr", {}, ...["pass", "matches", "nodes", "seconds", "added error", "what it says"].map((text, i) => element("th", { class: i && i < 5 ? "num" : "" }, text)));
   const body = data.passes.map((pass) => element("tr", {}, element("td", {}, pass.name), ...["matches", "nodes", "seconds", "error"].map((key) =>
-    element("td", { class: "num" }, pass[key] == null ? "" : key === "error" ? pass[key].toExponential(2) : `${pass[key]}`)),
+    element("td", { class: "num" }, pass[key] == null ? "" : key === "error" && pass[key].toExponential ? pass[key].toExponential(2) : `${pass[key]}`)),
     element("td", { class: "reason" }, (data.notes[pass.name] || []).join("; "))));
   $("passes").append(element("div", { class: "card" }, element("h2", {}, "What each pass did"), element("table", {}, element("thead", {}, head), element("tbody", {}, ...body))));
   const sources = data.evidence.sources;
+  const high = data.evidence.high_precision_steps;
   $("passes").append(element("div", { class: "card" }, element("h2", {}, "Recipe"), element("p", {}, sources.length ? sources.join("; ") : "No recipe was given."),
+    high.length ? element("p", {}, `Denoising steps in high precision: ${high.join(", ")}`) : null,
     Object.keys(data.evidence.provenance).length ? element("pre", {}, JSON.stringify(data.evidence.provenance, null, 2)) : null));
 }
