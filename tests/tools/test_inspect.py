@@ -13,8 +13,10 @@ from helpers import GRAPH
 from models import Stack, wan
 from tahf4_compiler.tools.cli import app
 from tahf4_compiler.tools.inspection import profile, sources
-from tahf4_compiler.tools.inspection.report import read_dump
+from tahf4_compiler.tools.inspection.explaining import explanations
+from tahf4_compiler.tools.inspection.report import Report, read_dump
 from tahf4_compiler.tools.inspection.sources import Request, reports
+from tahf4_compiler.tools.inspection.statistics import Evidence
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 import tahf4_compiler as tahf4
 from tahf4_compiler.folding import fold, unfold
 from tahf4_compiler.packing import store
+from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
 from tahf4_compiler.snapshot import block_path
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
@@ -326,3 +329,12 @@ def test_each_expert_gets_its_own_part_of_a_recipe(tmp_path):
     rows = [{row["module"]: row for row in report.linears()}[path] for report, _, _ in (first, second)]
     assert [row["decision"] for row in rows] == ["hif4", "high_precision"]
     assert [row.get("sqnr_db") for row in rows] == [None, 12.0]
+
+
+def test_explain_tells_errors_along_the_steps():
+    linear = LinearEntry((128, 64), 0, sqnr_db=21.0, step_sqnr_db=(20.0, None, 22.5))
+    recipe = Recipe({"": {"blocks.0.up": RecipeEntry({"blocks.0.up": linear})}}, high_precision_steps=(0, -1))
+    lowered = tahf4.lower(tahf4.capture(Stack(1).eval(), (torch.randn(4, 64),)))
+    (text,) = explanations(Report.of(lowered, Evidence.of(recipe)), "0.up")
+    assert "along steps SQNR 20.0, none seen, 22.5 dB in the 3 parts of the schedule" in text
+    assert "steps       0, -1 (from the end) in high precision, by the recipe" in text
