@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
-from .ops import linear, quantize
+from .ops import check_memory, linear, quantize
 from .program import Program
 
 __all__ = ["check_sizes", "fused_linear", "fused_quantize", "linear_quantize"]
@@ -25,6 +25,14 @@ def _named(inputs: list[Tensor]) -> dict[str, Tensor]:
 
 def _shape(inputs: list[Tensor]) -> torch.Size:
     return torch.broadcast_shapes(*(value.shape for value in inputs))
+
+
+def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
+    """Return a program's result on a product."""
+    found = Program.parse(program).run({"y": y, **_named(inputs)}, "y")
+    if found.shape != y.shape:
+        raise FormatError(f"the program's result is {tuple(found.shape)}; expected {tuple(y.shape)}, as the product's")
+    return found
 
 
 @torch.library.custom_op("tahf4::fused_quantize", mutates_args=())
@@ -56,6 +64,7 @@ def fused_quantize(
 def _(
     inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
 ) -> tuple[Tensor, Tensor]:
+    check_memory("fused_quantize", *inputs, multiplier)
     shape = _shape(inputs)
     count = (shape[-1] + 63) // 64
     first = inputs[0]
@@ -96,11 +105,12 @@ def fused_linear(
         ``[..., size]`` for each of the sizes.
 
     Raises:
-        FormatError: as ``tahf4::linear``; a program that cannot be read; sizes that do not fit.
+        FormatError: as ``tahf4::linear``; a program that cannot be read, or whose result is not of the product's shape;
+            sizes that do not fit.
     """
     y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
     check_sizes(sizes, y.shape[-1], program)
-    y = Program.parse(program).run({"y": y, **_named(inputs)}, "y")
+    y = _after(y, program, inputs)
     if y.dtype != result_dtype:
         raise FormatError(f"the program's result is {y.dtype}; result_dtype says {result_dtype}")
     if len(sizes) == 1:
@@ -122,12 +132,13 @@ def _(
     result_dtype: torch.dtype,
 ) -> list[Tensor]:
     check_sizes(sizes, weight_codes.shape[0], program)
+    check_memory("fused_linear", codes, scales, weight_codes, weight_scales, bias, *inputs)
     return [codes.new_empty((*codes.shape[:-1], size), dtype=result_dtype) for size in sizes]
 
 
 def check_sizes(sizes: Sequence[int], n: int, program: str) -> None:
     """Refuse sizes of results that do not fit a product of ``n`` columns."""
-    if sum(sizes) != n or (len(sizes) != 1 and program):
+    if sum(sizes) != n or min(sizes, default=0) < 0 or (len(sizes) != 1 and program):
         raise FormatError(
             f"sizes {list(sizes)} with {n} columns; expected their sum, and one size where there is a program"
         )
@@ -164,10 +175,11 @@ def linear_quantize(
         Codes uint8 ``[..., ceil(N / 64) * 32]`` and scales int32 ``[..., ceil(N / 64)]``.
 
     Raises:
-        FormatError: as ``tahf4::linear`` and ``tahf4::quantize``; a program that cannot be read.
+        FormatError: as ``tahf4::linear`` and ``tahf4::quantize``; a program that cannot be read, or whose result is not
+            of the product's shape.
     """
     y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
-    y = Program.parse(program).run({"y": y, **_named(inputs)}, "y")
+    y = _after(y, program, inputs)
     found, metadata = quantize(y, multiplier, hadamard_block)
     return found, metadata
 
@@ -185,6 +197,7 @@ def _(
     multiplier: Tensor | None,
     hadamard_block: int,
 ) -> tuple[Tensor, Tensor]:
+    check_memory("linear_quantize", codes, scales, weight_codes, weight_scales, bias, *inputs, multiplier)
     count = (weight_codes.shape[0] + 63) // 64
     return (
         codes.new_empty((*codes.shape[:-1], count * 32)),

@@ -101,6 +101,7 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
 
 @quantize.register_fake
 def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
+    check_memory("quantize", x, multiplier)
     count = hif4.units(x.shape[-1])
     codes = x.new_empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
     return codes, x.new_empty((*x.shape[:-1], count), dtype=torch.int32)
@@ -164,7 +165,8 @@ def linear(
     k = scales.shape[-1] * hif4.UNIT
     left = hif4.dequantize(hif4.Packed(codes, scales, k))
     right = hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k))
-    out = torch.nn.functional.linear(left, right)
+    with torch.autocast(codes.device.type, enabled=False):  # its cast would lose what is exact
+        out = torch.nn.functional.linear(left, right)
     if bias is not None:
         out = out + bias.to(torch.float32)
     return out.to(out_dtype)
@@ -180,7 +182,19 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:
     check_linear(codes, scales, weight_codes, weight_scales, bias)
+    check_memory("linear", codes, scales, weight_codes, weight_scales, bias)
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
+
+
+def check_memory(what: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors of which some have memory and some are on the meta device: the result would be made up."""
+    devices = {t.device.type: t.device for t in tensors if t is not None}
+    if "meta" in devices and len(devices) > 1:
+        others = ", ".join(str(device) for kind, device in devices.items() if kind != "meta")
+        raise FormatError(
+            f"{what} got tensors on the meta device beside others on {others}; load the weights first, or move the "
+            "model to one device"
+        )
 
 
 _PACKED_DTYPES = (torch.uint8, torch.int32, torch.uint8, torch.int32)

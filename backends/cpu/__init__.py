@@ -109,8 +109,10 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     count = scales.shape[-1] if scales.dim() else 0
     hif4.check_packed(hif4.Packed(codes, scales, count * hif4.UNIT))
     checks.on_cpu("dequantize", codes, scales)
+    if not checks.real():
+        return hif4.dequantize(hif4.Packed(codes, scales, count * hif4.UNIT))
     codes, scales = codes.contiguous(), scales.contiguous()
-    out = torch.empty((*scales.shape[:-1], count * hif4.UNIT), dtype=torch.float32)
+    out = torch.empty((*scales.shape[:-1], count * hif4.UNIT), dtype=torch.float32, device="cpu")
     if out.numel():
         build.loaded().tahf4_dequantize(
             *(codes.data_ptr(), scales.data_ptr(), scales.numel() // count, count, out.data_ptr()),

@@ -11,7 +11,12 @@ from ... import fused_ops, ops
 from ...errors import FormatError
 from .programs import DTYPES, encode
 
-__all__ = ["fused_linear", "fused_quantize", "linear", "linear_quantize", "on_cpu", "quantize", "rows"]
+__all__ = ["fused_linear", "fused_quantize", "linear", "linear_quantize", "on_cpu", "quantize", "real", "rows"]
+
+
+def real() -> bool:
+    """Return whether tensors have memory: not inside a mode that makes fake ones."""
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def on_cpu(what: str, *tensors: Tensor | None) -> None:
@@ -138,5 +143,8 @@ def _program(text: str, default: str) -> torch.dtype | None:
     """Return the dtype of a program's result; None for an empty program."""
     encoded = encode(text, default)
     if encoded is None:
-        raise FormatError("the program has more than one reduction or more than 16 inputs; use the reference")
+        raise FormatError(
+            "the program has more than one reduction, one of a product, a product where there is none, or more than 16 "
+            "inputs; use torch.ops.tahf4"
+        )
     return encoded.dtype

@@ -8,8 +8,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <climits>
 #include <cmath>
 #include <cstdlib>
 #include <mutex>
@@ -96,10 +98,26 @@ struct Units {
   Target target;
 };
 
-// Programs that Python has encoded; they stay.
+// Programs that Python has encoded; it keeps them.
 struct Known {
   const Program* program;  // or null: there is none
   int dtype;               // of its result, -1 if it is that of what it reads
+  int inputs;              // that it needs
+  int used;                // those whose shapes its result has, a bit each; -1 if it has the product's
+  // Whether there are as many tensors, and the result is of the whole shape.
+  bool fits(TensorList given, IntArrayRef shape) const {
+    if (int64_t(given.size()) < inputs) return false;
+    if (!program || used < 0) return true;
+    for (int64_t axis = 0; axis < int64_t(shape.size()); ++axis) {
+      bool covered = shape[axis] == 1;
+      for (size_t i = 0; i < given.size() && !covered; ++i) {
+        const int64_t mine = axis - int64_t(shape.size()) + given[i].dim();
+        covered = (used >> i & 1) && mine >= 0 && given[i].size(mine) == shape[axis];
+      }
+      if (!covered) return false;
+    }
+    return true;
+  }
 };
 
 std::shared_mutex programs_lock;
@@ -114,7 +132,7 @@ std::string key_of(Text text, bool product) { return (product ? "y" : "x") + std
 
 bool find(Text text, bool product, Known* found) {
   if (product && text.empty()) {
-    *found = {nullptr, -1};
+    *found = {nullptr, -1, 0, -1};
     return true;
   }
   const std::shared_lock<std::shared_mutex> lock(programs_lock);
@@ -203,7 +221,8 @@ Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, i
       if (x.size(axis) != 1) shape[axes - x.dim() + axis] = x.size(axis);
   Known known;
   Broadcast described;
-  if (isa <= kNone || !axes || !find(text, false, &known) || !described.describe(given, shape) ||
+  if (isa <= kNone || !axes || !find(text, false, &known) || !known.fits(given, shape) ||
+      !described.describe(given, shape) ||
       !Units::fit(shape.back(), multiplier, block))
     return general(fused_quantize, "tahf4_cpu::fused_quantize", given, text, multiplier, block);
   const Units units(shape, multiplier, block);
@@ -275,6 +294,7 @@ Tensor linear(const Tensor& codes, const Tensor& scales, const Tensor& weight_co
   if (isa == kRefused || !product.fits())
     return general(linear, "tahf4_cpu::linear", codes, scales, weight_codes, weight_scales, bias, dtype);
   const at::AutoDispatchBelowADInplaceOrView guard;
+  const c10::impl::ExcludeDispatchKeyGuard exact(c10::autocast_dispatch_keyset);
   if (isa == kNone || !scales.size(-1)) {
     const Tensor y = at::linear(dequantized(codes, scales), dequantized(weight_codes, weight_scales));
     return (bias ? y.add(bias->to(at::kFloat)) : y).to(dtype);
@@ -295,10 +315,12 @@ std::vector<Tensor> fused_linear(const Tensor& codes, const Tensor& scales, cons
   Known known;
   Broadcast described;
   int64_t columns = 0;
-  for (const int64_t size : sizes) columns = size < 0 ? -1 : columns + size;
+  for (const int64_t size : sizes)
+    columns = size < 0 || size > INT_MAX || columns < 0 || columns > INT_MAX ? -1 : columns + size;
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || columns != weight_codes.size(0) ||
       (sizes.size() != 1 && !text.empty()) || !find(text, true, &known) ||
-      written != (known.dtype < 0 ? rounded : known.dtype) || !described.describe(given, product.shape()))
+      written != (known.dtype < 0 ? rounded : known.dtype) || !known.fits(given, product.shape()) ||
+      !described.describe(given, product.shape()))
     return general(fused_linear, "tahf4_cpu::fused_linear", codes, scales, weight_codes, weight_scales, bias, dtype,
                    sizes, given, text, result_dtype);
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -323,7 +345,7 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
   Known known;
   Broadcast described;
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || !find(text, true, &known) ||
-      !described.describe(given, product.shape()) || !Units::fit(weight_codes.size(0), multiplier, block))
+      !known.fits(given, product.shape()) || !described.describe(given, product.shape()) || !Units::fit(weight_codes.size(0), multiplier, block))
     return general(linear_quantize, "tahf4_cpu::linear_quantize", codes, scales, weight_codes, weight_scales, bias,
                    dtype, given, text, multiplier, block);
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -339,8 +361,12 @@ extern "C" {
 // Put the functions into the operators that operators.py defines.
 void tahf4_register() {
   static torch::Library library(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  // Who asks for a gradient is told that there is none.
+  static torch::Library autograd(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::Autograd, __FILE__, __LINE__);
   static std::once_flag once;
   std::call_once(once, [] {
+    for (const char* name : {"quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize"})
+      autograd.impl(name, torch::autograd::autogradNotImplementedFallback());
     library.impl("quantize", TORCH_FN(quantize));
     library.impl("linear", TORCH_FN(linear));
     library.impl("fused_quantize", TORCH_FN(fused_quantize));
@@ -349,10 +375,11 @@ void tahf4_register() {
   });
 }
 
-// Make a program known, which stays where it is. product: whether it follows one. dtype: of its result, or -1.
-void tahf4_add_program(const char* text, int product, const Program* program, int dtype) {
+// Make a program known, which stays where it is. product: whether it follows one. dtype: of its result, or -1. inputs,
+// used: see Known. The first of a text stays.
+void tahf4_add_program(const char* text, int product, const Program* program, int dtype, int inputs, int used) {
   const std::unique_lock<std::shared_mutex> lock(programs_lock);
-  programs()[key_of(text, product)] = {program, dtype};
+  programs().try_emplace(key_of(text, product), Known{program, dtype, inputs, used});
 }
 
 }  // extern "C"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +18,15 @@ from torch import Tensor, fx
 from ... import fused_ops, ops  # noqa: F401  (they define torch.ops.tahf4)
 from . import build, checks
 from .build import instruction_set
-from .programs import DTYPES, MOST_INPUTS, encode
+from .programs import DTYPES, MOST_INPUTS, Encoded, encode
 
 __all__ = ["OPERATORS", "register"]
 
 _LIBRARY = torch.library.Library("tahf4_cpu", "FRAGMENT")
 _READ = {*DTYPES, torch.uint8, torch.int32}
-_taught: set[tuple[str, str]] = set()
+_taught: dict[tuple[bool, str], Encoded | None] = {}  # whether it follows a product, and its text
+_lock = threading.Lock()
+_local = threading.local()
 
 
 def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
@@ -35,8 +38,13 @@ def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
 
     def general(*args: Any, **kwargs: Any) -> Any:
         if build.library() is not None and (instruction_set() != "none" or place is None):
-            if _teach(name, "" if place is None else args[place]):
-                return found(*args, **kwargs)
+            if not getattr(_local, "again", False):  # compiled or taught meanwhile, perhaps by another thread
+                _teach(name, "" if place is None else args[place])
+                _local.again = True
+                try:
+                    return found(*args, **kwargs)
+                finally:
+                    _local.again = False
             check(*args, **kwargs)
         return reference(*args, **kwargs)
 
@@ -51,16 +59,18 @@ def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
     return found
 
 
-def _teach(name: str, program: str) -> bool:
-    """Make a program known to the C++ code; return whether this was the first time for this operator."""
-    if (name, program) in _taught:
-        return False
+def _teach(name: str, program: str) -> None:
+    """Make a program known to the C++ code, which keeps a pointer to it."""
     product = name != "fused_quantize"
-    if program and (encoded := encode(program, "y" if product else "x0")) is not None:
-        dtype = -1 if encoded.dtype is None else DTYPES[encoded.dtype]
-        build.loaded().tahf4_add_program(program.encode(), product, ctypes.addressof(encoded.struct), dtype)
-    _taught.add((name, program))
-    return True
+    with _lock:
+        if (product, program) in _taught:
+            return
+        encoded = encode(program, "y" if product else "x0") if program or not product else None
+        if encoded is not None:
+            dtype = -1 if encoded.dtype is None else DTYPES[encoded.dtype]
+            about = ctypes.addressof(encoded.struct), dtype, encoded.inputs, encoded.used
+            build.loaded().tahf4_add_program(program.encode(), product, *about)
+        _taught[(product, program)] = encoded
 
 
 OPERATORS = {

@@ -55,11 +55,15 @@ class Encoded:
         struct: what is passed.
         dtype: of the result; None for an empty program, which gives back its input.
         arrays: that the struct points into.
+        inputs: how many tensors it must be given.
+        used: those whose shapes its result has, a bit each; -1 if it has the product's.
     """
 
     struct: CProgram
     dtype: torch.dtype | None
     arrays: tuple[Any, ...]
+    inputs: int
+    used: int
 
 
 @functools.cache
@@ -71,18 +75,20 @@ def encode(text: str, default: str) -> Encoded | None:
         default: name of what an empty program returns, ``"x0"`` or ``"y"``.
 
     Returns:
-        None if the C++ code cannot run it: more than one reduction, or more than 16 inputs.
+        None if the C++ code cannot run it: more than one reduction or one of a product, a product where there is none,
+        or more than 16 inputs.
     """
     program = Program.parse(text)
     by_name = {s.name: s for s in program.statements}
     reductions = [s for s in program.statements if s.function in REDUCTIONS]
-    if len(by_name) != len(program.statements) or len(reductions) > 1:
+    if len(by_name) != len(program.statements) or len(reductions) > 1 or (reductions and default == "y"):
         return None
     reduction = reductions[0] if reductions else None
     if reduction is not None and not isinstance(reduction.arguments[0], str):
         return None
     names = {a for s in program.statements for a in s.names()} | {program.result(default)}
-    if any(n[0] == "x" and n[1:].isdigit() and int(n[1:]) >= MOST_INPUTS for n in names - set(by_name)):
+    numbers = [int(n[1:]) for n in names - set(by_name) if n[0] == "x" and n[1:].isdigit()]
+    if any(number >= MOST_INPUTS for number in numbers) or ("y" in names and default != "y"):
         return None
     constants: dict[float, int] = {}
     for statement in program.statements:
@@ -102,7 +108,26 @@ def encode(text: str, default: str) -> Encoded | None:
     kind = _REDUCTIONS[reduction.function] if reduction is not None else 0
     counts = (len(before), len(after), len(constants), max(slots, more))
     struct = CProgram(*pointers, *counts, reduced, result, kind, epsilon)
-    return Encoded(struct, program.statements[-1].dtype if program.statements else None, arrays)
+    used = _used(by_name, program.result(default))
+    bits = -1 if "y" in used else sum(1 << int(name[1:]) for name in used)
+    dtype = program.statements[-1].dtype if program.statements else None
+    return Encoded(struct, dtype, arrays, max(numbers, default=-1) + 1, bits)
+
+
+def _used(by_name: dict[str, Statement], result: str) -> set[str]:
+    """Return the inputs that a result reads with their own shapes: not those of a mean, which has one column."""
+    found: set[str] = set()
+    todo, seen = [result], set()
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name not in by_name:
+            found.add(name)
+        elif by_name[name].function != "mean":
+            todo += by_name[name].names()
+    return found
 
 
 def _flat(code: Sequence[Instruction]) -> ctypes.Array[ctypes.c_int32]:

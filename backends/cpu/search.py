@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 from ... import hif4, ops
-from . import available, build, quantize
+from . import available, build, checks, quantize
 from .programs import DTYPES
 
 __all__ = ["search", "serves", "transform"]
 
 _CHUNK = 1 << 20  # values that are in float32 at a time
+_DTYPES = {*DTYPES, torch.float64}
 
 
 def serves(x: Tensor) -> bool:
     """Return whether :func:`search` takes a tensor: on the CPU, with memory of its own, and it is compiled."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and available()
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in _DTYPES
+    return plain and checks.real() and available()
 
 
 def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tensor:
@@ -43,7 +45,7 @@ def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tens
     x = x.detach().resolve_neg()
     x = x if x.stride(1) == 1 else x.contiguous()
     factors = None if multiplier is None else multiplier.detach().resolve_neg().contiguous()
-    out = torch.empty((len(x), hif4.units(x.shape[1]) * hif4.UNIT), dtype=torch.float32)
+    out = torch.empty((len(x), hif4.units(x.shape[1]) * hif4.UNIT), dtype=torch.float32, device="cpu")
     library.tahf4_transform(
         *(x.data_ptr(), DTYPES[x.dtype], *x.shape, x.stride(0), 0 if factors is None else factors.data_ptr()),
         *(hadamard_block, hadamard_block**-0.5, out.data_ptr(), torch.get_num_threads()),
@@ -66,8 +68,8 @@ def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:
     assert library is not None
     k = x.shape[-1]
     count = hif4.units(k)
-    codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
-    scales = torch.empty((*x.shape[:-1], count), dtype=torch.int32)
+    codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8, device="cpu")
+    scales = torch.empty((*x.shape[:-1], count), dtype=torch.int32, device="cpu")
     rows = x.detach().resolve_neg().reshape(-1, k)
     to_codes, to_scales = codes.view(len(rows), -1), scales.view(len(rows), -1)
     factors = None if weights is None else weights.contiguous()
