@@ -86,6 +86,7 @@ class Report:
         for node in last.nodes if last is not None else ():
             for path in node.linears:
                 nodes.setdefault(path, node)
+        own: dict[str, Mapping[str, Any]] = {str(entry["module"]): entry.get("numbers", {}) for entry in self.plan}
         found = []
         for entry in self.plan:
             path = str(entry["module"])
@@ -93,7 +94,10 @@ class Report:
             if path in nodes:
                 view = nodes[path]
                 row["node"] = view.name
-                row["numbers"] = {**entry.get("numbers", {}), **view.numbers}
+                # A merged product has the numbers of one of its linears, which say nothing about the others.
+                others = {name for other in view.linears for name in own.get(other, {})}
+                shared = {name: value for name, value in view.numbers.items() if name not in others}
+                row["numbers"] = {**shared, **entry.get("numbers", {})}
                 row["with"] = [other for other in view.linears if other != path]
                 if view.name in self.milliseconds:
                     row["milliseconds"] = round(self.milliseconds[view.name], 4)
