@@ -20,7 +20,7 @@ __all__ = ["GraphDump", "dump_folder", "trace_artifacts"]
 
 
 class GraphDump:
-    """One compiled graph's folder: ``00_captured.py``, one file a pass, ``plan.json``, ``passes.json``, ``report.txt``."""
+    """One compiled graph's folder: a file a pass, ``plan.json``, ``passes.json``, ``graph.json``, ``report.txt``."""
 
     def __init__(self, folder: Path) -> None:
         """Take a folder that exists."""

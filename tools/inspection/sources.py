@@ -94,7 +94,7 @@ def _refuse(request: Request, why: str) -> None:
     if names := [name for name, is_given in given.items() if is_given]:
         verb = "does" if len(names) == 1 else "do"
         raise CommandError(
-            f"{', '.join(names)} {verb} not apply: {why}. Leave out the option, or give the model's folder or .pt2 file."
+            f"{', '.join(names)} {verb} not apply: {why}. Leave that out, or give the model's folder or .pt2 file."
         )
 
 
