@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +20,7 @@ __all__ = ["GraphDump", "dump_folder", "trace_artifacts"]
 
 
 class GraphDump:
-    """One compiled graph's folder: ``00_captured.py``, one file a pass, ``plan.json``, ``report.txt``."""
+    """One compiled graph's folder: a file a pass, ``plan.json``, ``passes.json``, ``graph.json``, ``report.txt``."""
 
     def __init__(self, folder: Path) -> None:
         """Take a folder that exists."""
@@ -34,6 +37,18 @@ class GraphDump:
         """Write the readable graph after each pass."""
         for index, record in enumerate(history):
             self.write(f"{index:02d}_{record.name}.py", record.readable)
+
+    def write_passes(self, history: Sequence[PassRecord], notes: Mapping[str, Sequence[str]]) -> None:
+        """Write what each pass did and said: ``passes.json``. An error that is no finite number is written as text."""
+        fields = ("name", "matches", "nodes", "seconds", "error", "total_error")
+        passes = [{name: _plain(getattr(record, name)) for name in fields} for record in history]
+        found = {"passes": passes, "notes": {name: list(texts) for name, texts in notes.items()}}
+        self.write("passes.json", json.dumps(found, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, which has no NaN and no infinities."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def dump_folder(dump_dir: str | None) -> Path | None:

@@ -124,6 +124,7 @@ def lower_graph(
         lowered.dump = new_graph_dump(folder, captured.name)
         lowered.dump.write_graphs(history)
         lowered.dump.write("plan.json", plan_json(context.plan))
+        lowered.dump.write_passes(history, context.notes)
         lowered.dump.write("graph.json", graph_json(recorder.snapshots))
         for name, (text, nodes) in generated_sources(graph_module.graph).items():
             lowered.dump.write(name, "".join(f"# Runs {node}.\n" for node in nodes) + text)

@@ -1,6 +1,6 @@
 """What a pass is, and how passes written by somebody else join the pipeline.
 
-A pass is a frozen dataclass. Its fields are its options; its class says where it stands::
+A pass is a frozen dataclass (the decorator makes it one). Its fields are its options; its class says where it stands::
 
     @tahf4.register_pass(after="plan", before="quantize")
     class CountGelus(tahf4.Pass):
@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -193,6 +194,11 @@ class Pass:
         known = self.options()
         for option, value in values.items():
             if option not in known:
+                if (cls := _undecorated(type(self), option)) is not None:
+                    raise OptionError(
+                        f"{option!r} is no option of pass {self.name!r}, because {cls.__qualname__} is no dataclass: "
+                        "write @dataclass(frozen=True) above the class (register_pass does it by itself)"
+                    )
                 raise OptionError(
                     f"pass {self.name!r} has no option {option!r}; it has {', '.join(sorted(known)) or 'none'}"
                 )
@@ -204,6 +210,15 @@ class Pass:
                     f"as its default {known[option]!r}"
                 )
         return dataclasses.replace(self, **values)
+
+
+def _undecorated(cls: type[Pass], option: str) -> type[Pass] | None:
+    """Return the class that annotates an option and is no dataclass itself."""
+    for base in cls.__mro__[: cls.__mro__.index(Pass)]:
+        kind = inspect.get_annotations(base).get(option)
+        if kind is not None and "ClassVar" not in str(kind) and "__dataclass_params__" not in base.__dict__:
+            return base
+    return None
 
 
 _registry: dict[str, type[Pass]] = {}

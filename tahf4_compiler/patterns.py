@@ -54,8 +54,8 @@ def find_pattern(
     Args:
         graph_module: as a pass gets it.
         pattern: a function of PyTorch operators; its arguments stand for any node.
-        example: one value for each argument: tensors whose number of axes and dtypes lead to the operators that the
-            graph has. They are never computed with.
+        example: one tensor for each argument, whose number of axes and dtype lead to the operators that the graph
+            has; one tensor may stand for several. They are never computed with.
         where: further condition.
         any_constants: take numbers and other constants of the pattern for any.
 
@@ -64,8 +64,8 @@ def find_pattern(
         a reader whose own result nobody reads (an assertion, a part of a chunk) does not count.
 
     Raises:
-        PassError: the function cannot be traced, ignores an argument, computes nothing, writes to memory, or holds a
-            tensor that is no argument.
+        PassError: the function cannot be traced, ignores an argument, computes nothing, writes to memory, holds a
+            tensor that is no argument, or returns anything but a tensor or a tuple of tensors; an example is no tensor.
     """
     return _find(graph_module.graph, _pattern(pattern, example), where, any_constants)
 
@@ -212,6 +212,31 @@ def _used_in(constant: fx.Node) -> str:
     return "read by " + (", ".join(str(user.target) for user in _copied(constant).users) or "nothing")
 
 
+def _check_example(example: Sequence[Any], name: str) -> None:
+    for i, value in enumerate(example):
+        for leaf in torch.utils._pytree.tree_leaves(value):
+            if not isinstance(leaf, torch.Tensor):
+                raise PassError(
+                    f"the example of argument {i} of the pattern {name!r} is {leaf!r} ({type(leaf).__name__}); only "
+                    "tensors can be arguments. Write a number into the pattern itself: it matches one that is equal, "
+                    "or any with any_constants=True."
+                )
+
+
+def _check_results(result: Any, name: str, word: str) -> None:
+    """Check that a function returned a tensor or several in a row."""
+    several = isinstance(result, tuple | list)
+    wrong = [value for value in (result if several else [result]) if not isinstance(value, fx.Node)]
+    if wrong:
+        kind = type(wrong[0]).__name__.removeprefix("immutable_")
+        found = f"{kind!r} among its results" if several else repr(kind)
+    elif several and not result:
+        found = "nothing"
+    else:
+        return
+    raise PassError(f"the {word} {name!r} returns {found}; return a tensor or a tuple of tensors")
+
+
 def _results(graph: fx.Graph) -> list[fx.Node]:
     (output,) = graph.find_nodes(op="output")
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
@@ -223,10 +248,13 @@ def _name(function: Callable[..., Any]) -> str:
 
 def _trace(function: Callable[..., Any], example: Sequence[Any], word: str = "pattern") -> fx.GraphModule:
     """Return the ATen graph of a function, without values."""
+    _check_example(example, _name(function))
     try:
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
             # Under a fake mode of its own; the mode of a compilation around it plays no part.
-            traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*example)
+            # A tensor that is given twice would be traced as one argument.
+            apart = [torch.utils._pytree.tree_map(torch.Tensor.detach, value) for value in example]
+            traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*apart)
     except Exception as error:
         if "convert all Tensors to FakeTensors" in str(error):
             raise PassError(
@@ -234,8 +262,10 @@ def _trace(function: Callable[..., Any], example: Sequence[Any], word: str = "pa
                 "number"
             ) from error
         raise PassError(f"the {word} {_name(function)!r} cannot be traced: {type(error).__name__}: {error}") from error
-    for node in traced.graph.nodes:
-        node.meta.clear()
+    for traced_node in traced.graph.nodes:  # not "node": an error would be said to be at that node of the graph
+        traced_node.meta.clear()
+    (output,) = traced.graph.find_nodes(op="output")
+    _check_results(output.args[0], _name(function), word)
     return traced
 
 

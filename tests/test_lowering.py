@@ -150,7 +150,7 @@ def test_a_dump_holds_every_graph_the_plan_and_the_report(tmp_path, monkeypatch)
     assert (first.name, second.name) == ("graph_000_Stack", "graph_001_Stack")
     stages = ["captured", *(p.name for p in tahf4.default_passes())]
     files = [f"{i:02d}_{stage}.py" for i, stage in enumerate(stages)]
-    assert sorted(p.name for p in first.iterdir()) == [*files, "graph.json", "plan.json", "report.txt"]
+    assert sorted(p.name for p in first.iterdir()) == [*files, "graph.json", "passes.json", "plan.json", "report.txt"]
     assert "torch.ops.aten.linear.default" in (first / files[0]).read_text()
     assert "p_blocks_0_up_weight_codes" in (first / files[-1]).read_text()
     compile((first / files[-1]).read_text(), files[-1], "exec")

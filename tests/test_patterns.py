@@ -130,6 +130,47 @@ def test_a_number_as_a_tensor_in_a_replacement_is_made_in_the_graph(constant):
     assert not lowered.graph_module.graph.find_nodes(op="get_attr")
 
 
+class Products(nn.Module):
+    def forward(self, x):
+        return x.sin() * x.cos() + (x * 2) * (x * 3.5)
+
+
+def test_one_example_may_stand_for_several_arguments():
+    x = torch.randn(4, 64)
+    graph_module = tahf4.capture(Products(), (x,)).graph_module
+    names = [[n.target.__name__ for n in m.inputs] for m in _pairs(graph_module, x)]
+    assert ["sin.default", "cos.default"] in names
+    assert len(names) == 2
+    count = tahf4.replace_pattern(graph_module, lambda a, b: a.sin() * b, lambda a, b: a.cos() * b, (x, x))
+    assert count == 1
+    assert torch.allclose(graph_module(x)[0], x.cos() ** 2 + x * x * 7, atol=1e-6)
+
+
+def _pairs(graph_module, x):
+    return tahf4.find_pattern(
+        graph_module, lambda a, b: a * b, (x, x), where=lambda m: all(isinstance(n, torch.fx.Node) for n in m.inputs)
+    )
+
+
+def test_a_number_is_no_example_but_part_of_a_pattern():
+    x = torch.randn(4, 64)
+    graph_module = tahf4.capture(Products(), (x,)).graph_module
+    with pytest.raises(tahf4.PassError, match=r"example of argument 1 .* is 2.0 \(float\).*any_constants=True"):
+        tahf4.find_pattern(graph_module, lambda a, s: a * s, (x, 2.0))
+    assert len(tahf4.find_pattern(graph_module, lambda a: a * 3.5, (x,))) == 1
+    assert len(tahf4.find_pattern(graph_module, lambda a: a * 3.5, (x,), any_constants=True)) >= 2
+
+
+def test_several_results_of_one_operator_are_a_pattern():
+    class Largest(nn.Module):
+        def forward(self, x):
+            return x.max(-1)
+
+    x = torch.randn(4, 64)
+    graph_module = tahf4.capture(Largest(), (x,)).graph_module
+    assert len(tahf4.find_pattern(graph_module, lambda a: a.max(-1), (x,))) == 1
+
+
 TABLE = torch.ones(64)
 
 
@@ -144,6 +185,11 @@ TABLE = torch.ones(64)
         (lambda a: a, lambda a: gelu(a), "returns an argument as it is"),
         (lambda a: gelu(a), lambda a: (gelu(a), a), "returns 1 tensors and its replacement returns 2"),
         (lambda a: gelu(a), lambda a: a.missing(), "the replacement '<lambda>' cannot be traced"),
+        (lambda a: {"x": gelu(a)}, lambda a: a * 2, "the pattern .* returns 'dict'; return a tensor or a tuple"),
+        (lambda a: gelu(a), lambda a: {"x": a * 2}, "the replacement .* returns 'dict'; return a tensor or a tuple"),
+        (lambda a: (gelu(a), 3), lambda a: (a * 2, 3), "returns 'int' among its results; return a tensor or a tuple"),
+        (lambda a: (), lambda a: a * 2, "the pattern .* returns nothing"),
+        (lambda a: None, lambda a: a * 2, "the pattern .* returns 'NoneType'"),
     ],
 )
 def test_what_cannot_be_matched_or_put_in_is_refused_in_our_words(pattern, replacement, message):

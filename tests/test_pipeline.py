@@ -365,6 +365,20 @@ def test_options_are_validated(options, message):
         Options.parse(options)
 
 
+def test_fields_of_a_class_that_is_no_dataclass_are_said_to_be_no_options():
+    class Plain(Nothing):
+        """Do nothing."""
+
+        how: str = "so"
+
+    for given in (Plain, Plain()):
+        with pytest.raises(tahf4.OptionError, match=r"'how' is no option .*Plain is no dataclass: write @dataclass"):
+            lowered(passes=[given], **{"plain.how": "else"})
+    with pytest.raises(tahf4.OptionError, match="has no option 'other'; it has none"):
+        lowered(passes=[Plain], **{"plain.other": 1})
+    lowered(passes=[dataclass(frozen=True)(Plain)], **{"plain.how": "else"})
+
+
 def test_options_are_frozen_and_comparable():
     first = Options.parse({"keep": ["a"], "inductor": {"max_autotune": True}, "plan.min_features": 128})
     assert first == Options.parse({"plan.min_features": 128, "inductor": {"max_autotune": True}, "keep": ("a",)})

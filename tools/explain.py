@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from .calibrate import Dtype
 from .inspect_model import CalibrationFile, Keep, Model, Precision, RecipeFile, Set, Shape, request
 
 __all__ = ["explain"]
@@ -22,7 +21,7 @@ def explain(
     shape: Shape = None,
     keep: Keep = None,
     settings: Set = None,
-    dtype: Precision = Dtype.bfloat16,
+    dtype: Precision = None,
 ) -> None:
     """Print for linears that match: decision, reason, statistics, what was fused, the kernel, and how to change it.
 

@@ -31,7 +31,7 @@ Keep = Annotated[list[str] | None, typer.Option(help="Pattern of linears to keep
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Option of the backend, NAME=VALUE, such as share.merge=false.")
 ]
-Precision = Annotated[Dtype, typer.Option(help="Of the weights.")]
+Precision = Annotated[Dtype | None, typer.Option(help="Of the weights of a folder; bfloat16 if not given.")]
 
 
 def inspect(
@@ -54,7 +54,7 @@ def inspect(
     ] = False,
     keep: Keep = None,
     settings: Set = None,
-    dtype: Precision = Dtype.bfloat16,
+    dtype: Precision = None,
 ) -> None:
     """Write a page (HTML), texts, Graphviz and JSON that show the graph after every pass and every linear.
 
@@ -103,7 +103,7 @@ def request(
     shape: str | None,
     keep: list[str] | None,
     settings: list[str] | None,
-    dtype: Dtype,
+    dtype: Dtype | None,
     *,
     weights: bool = False,
 ) -> Request:
@@ -115,7 +115,8 @@ def request(
     options: dict[str, Any] = dict(map(_option, settings or []))
     if keep:
         options["keep"] = list(keep)
-    return Request(model, recipe, calibration, shape, getattr(torch, dtype.value), weights, options)
+    precision = None if dtype is None else getattr(torch, dtype.value)
+    return Request(model, recipe, calibration, shape, precision, weights, options)
 
 
 def _option(text: str) -> tuple[str, Any]:

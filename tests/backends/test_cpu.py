@@ -353,7 +353,7 @@ def test_a_program_is_made_known_in_several_threads_at_once(monkeypatch):
     inputs = [torch.randn(50, 192) for _ in range(8)]
     programs = [f"v0: float32 = mul(x0, {1 + i % 3}.5)" for i in range(8)]
     right = [torch.ops.tahf4.fused_quantize([x], p) for x, p in zip(inputs, programs, strict=True)]
-    monkeypatch.setattr(operators, "_taught", set())
+    monkeypatch.setattr(operators, "_taught", {})
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             found = pool.map(lambda x, p: torch.ops.tahf4_cpu.fused_quantize([x], p), inputs, programs)

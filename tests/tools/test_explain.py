@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from models import wan
+import torch
+from models import Stack, wan
 from tahf4_compiler.tools.cli import app
-from tahf4_compiler.tools.inspection.explaining import what_would_change
+from tahf4_compiler.tools.inspection.explaining import explanations, what_would_change
+from tahf4_compiler.tools.inspection.report import Report
+from tahf4_compiler.tools.inspection.statistics import Evidence
 from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
@@ -87,6 +90,36 @@ def test_a_missing_model_or_pattern_is_said_with_the_right_form(folder):
     assert pattern.exit_code == 2
     assert "PATTERN is missing" in pattern.output
     assert f'tahf4 explain {folder} "blocks.3.ffn"' in pattern.output
+
+
+def test_a_linear_of_high_precision_is_named_as_what_it_became():
+    class Other(tahf4.Pass):
+        """Let another operator compute a linear, and have another one say nothing about what it is."""
+
+        after, before = ("plan",), ("quantize",)
+
+        def __call__(self, graph_module, context):
+            for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+                if node.meta["tahf4_decision"].module == "first":
+                    node.target = own
+                elif node.meta["tahf4_decision"].module == "blocks.1.up":
+                    del node.meta["tahf4_decision"]
+            return tahf4.PassResult(graph_module, True)
+
+    with torch.library._scoped_library("test_explain", "FRAGMENT") as library:
+        library.define("product(Tensor x, Tensor w, Tensor b) -> Tensor")
+        library.impl("product", torch.nn.functional.linear, "CompositeExplicitAutograd")
+        own = torch.ops.test_explain.product.default
+        captured = tahf4.capture(Stack().eval(), (torch.randn(4, 64),))
+        lowered = tahf4.lower(captured, options={"passes": [Other], "keep": [r"blocks\.1\.up"]})
+        report = Report.of(lowered, Evidence())
+    first, last, silent = (
+        next(line for line in next(explanations(report, f"^{name}$")).splitlines() if "runs as" in line)
+        for name in ("first", "last", "blocks.1.up")
+    )
+    assert first.endswith(" = test_explain.product")
+    assert last.endswith(" = aten.linear, by PyTorch")
+    assert "no node of the last graph says that it computes" in silent
 
 
 @pytest.mark.parametrize(

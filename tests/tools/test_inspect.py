@@ -118,6 +118,42 @@ def test_numbers_that_a_pass_attached_are_kept():
     assert all(n.numbers == {} for n in found.snapshots[0].nodes)
 
 
+def test_a_merged_product_leaves_each_linear_its_own_numbers(tmp_path):
+    class Rank(tahf4.Pass):
+        """Attach a number to two of three linears, and one to what they became."""
+
+        after, before = ("plan",), ("quantize",)
+
+        def __call__(self, graph_module, context):
+            for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+                name = node.meta["tahf4_decision"].module
+                if name.endswith(("to_q", "to_k")):
+                    context.attach(node, rank=name[-1])
+            return tahf4.PassResult(graph_module, False)
+
+    class Depth(tahf4.Pass):
+        """Attach a number to merged products."""
+
+        after = ("lower",)
+
+        def __call__(self, graph_module, context):
+            for node in graph_module.graph.nodes:
+                if isinstance(node.meta.get("tahf4_decision"), list):
+                    node.meta["tahf4_numbers"] = {**node.meta["tahf4_numbers"], "depth": 2}
+            return tahf4.PassResult(graph_module, False)
+
+    model, inputs = wan(num_layers=1)
+    options = {"passes": [Rank, Depth], "dump_dir": str(tmp_path)}
+    found = tahf4.lower(tahf4.capture(model, (), inputs), options=options)
+    ((dumped, _, _),) = reports(Request(tmp_path))
+    for report in (Report.of(found, Evidence()), dumped):
+        rows = {row["module"]: row for row in report.linears()}
+        q, k, v = (rows[f"blocks.0.attn1.to_{x}"] for x in "qkv")
+        assert q["node"] == k["node"] == v["node"]
+        ranks = [(row["numbers"].get("rank"), row["numbers"]["depth"]) for row in (q, k, v)]
+        assert ranks == [("q", 2), ("k", 2), (None, 2)]
+
+
 class Reused(nn.Module):
     """One linear called twice, and a graph without repeated blocks."""
 
@@ -224,7 +260,7 @@ def test_an_exported_program_is_read_and_profiled(tmp_path):
     assert rows["first"]["decision"] == "high_precision"
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
     names = {event.get("name", "") for event in trace["traceEvents"]}
-    assert {f"tahf4::{name}" for name in data["milliseconds"]} <= names
+    assert {f"tahf4::node {name}" for name in data["milliseconds"]} <= names
     assert data["compiled"] > 0
     assert re.search(r"a call: [\d.]+ ms node by node, [\d.]+ ms compiled, as a whole \(CPU", result.output)
     lean = runner.invoke(
@@ -233,6 +269,20 @@ def test_an_exported_program_is_read_and_profiled(tmp_path):
     )
     assert "not compiled: the option inductor is False" in lean.output
     assert json.loads((tmp_path / "two" / "report.json").read_text())["compiled"] is None
+
+
+def test_operators_are_not_taken_for_nodes(tmp_path):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    lowered = tahf4.lower(tahf4.capture(model, (x,)), options={"kernels": "reference"})
+    took, _ = profile.milliseconds(lowered, {"*": (x,)}, tmp_path / "trace.json", runs=1)
+    calls = [n for n in lowered.graph_module.graph.nodes if n.op == "call_function"]
+    assert set(took) == {n.name for n in calls}
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    # Operators of the namespace are in the trace, with names that nodes have too.
+    operators = {e["name"] for e in events if e.get("name", "").startswith("tahf4::")}
+    assert operators & {f"tahf4::{name}" for name in took}
+    ranges = {e["name"]: e["dur"] / 1000 for e in events if e.get("name", "").startswith("tahf4::node ")}
+    assert {f"tahf4::node {name}": ms for name, ms in took.items()} == pytest.approx(ranges, rel=0.01, abs=2e-3)
 
 
 def test_a_compiled_call_is_timed_whole_and_a_failure_is_said(monkeypatch):

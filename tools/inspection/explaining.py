@@ -85,13 +85,23 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
         none = f"none registered for {node.target}" if ran else "none chosen: the pass lower did not run"
         yield f"  kernel      {row['kernel'] or none}"
     elif row["decision"] == "high_precision":
-        yield "  runs as     aten.linear, by PyTorch"
+        if node is not None:
+            yield f"  runs as     {node.name} = {node.target}" + (", by PyTorch" if _is_torchs(node) else "")
+            yield from (f"  merged with {other}" for other in row.get("with", ()))
+            if row["kernel"]:
+                yield f"  kernel      {row['kernel']}"
+        elif views:
+            yield "  runs as     no node of the last graph says that it computes this linear"
     if "milliseconds" in row:
         yield f"  time        {row['milliseconds']} ms ({report.device})"
     for name, value in row.get("numbers", {}).items():
         yield f"  {name:11} {value}"
     for text in what_would_change(row):
         yield f"  to change   {text}"
+
+
+def _is_torchs(node: NodeView) -> bool:
+    return node.target.partition(".")[0] in ("aten", "prims")
 
 
 def _linears_of_others(report: Report, node: NodeView) -> set[str]:

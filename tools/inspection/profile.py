@@ -20,7 +20,8 @@ from ..errors import CommandError
 
 __all__ = ["compiled_milliseconds", "milliseconds"]
 
-PREFIX = "tahf4::"
+PREFIX = "tahf4::node "
+"""Of the ranges. The profiler has operators as ``tahf4::NAME`` too, and no name of an operator has a space."""
 
 
 class _Ranges(fx.Interpreter):
@@ -42,7 +43,7 @@ def milliseconds(
     Args:
         lowered: on weights that it can run with.
         arguments: of the model, positional ones under ``"*"``.
-        trace: file for Chrome's tracing (``chrome://tracing``, Perfetto), with a range ``tahf4::NODE`` a node.
+        trace: file for Chrome's tracing (``chrome://tracing``, Perfetto), with a range ``tahf4::node NAME`` a node.
         runs: that are averaged, after one that is not counted.
 
     Returns:

@@ -87,6 +87,7 @@ class Report:
         for node in last.nodes if last is not None else ():
             for path in node.linears:
                 nodes.setdefault(path, node)
+        own: dict[str, Mapping[str, Any]] = {str(entry["module"]): entry.get("numbers", {}) for entry in self.plan}
         found = []
         for entry in self.plan:
             path = str(entry["module"])
@@ -94,7 +95,10 @@ class Report:
             if path in nodes:
                 view = nodes[path]
                 row["node"] = view.name
-                row["numbers"] = {**entry.get("numbers", {}), **view.numbers}
+                # A merged product has the numbers of one of its linears, which say nothing about the others.
+                others = {name for other in view.linears for name in own.get(other, {})}
+                shared = {name: value for name, value in view.numbers.items() if name not in others}
+                row["numbers"] = {**shared, **entry.get("numbers", {})}
                 row["with"] = [other for other in view.linears if other != path]
                 if view.name in self.milliseconds:
                     row["milliseconds"] = round(self.milliseconds[view.name], 4)
@@ -261,11 +265,37 @@ def read_dump(folder: Path) -> Report:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         if not isinstance(plan, list) or not all(isinstance(d, dict) and "module" in d for d in plan):
             raise ValueError("plan.json is no list of linears")
+        recorded, notes = _passes(folder)
         texts = {}
         for path in sorted(folder.glob("[0-9][0-9]_*.py")):
             texts[path.stem[3:]] = path.read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise CommandError(f"{folder} is damaged: {type(error).__name__}: {error}. Compile again.") from error
-    passes = [{"name": s.stage, "nodes": len(s.nodes)} for s in snapshots]
+    passes = [{"name": s.stage, "nodes": len(s.nodes), **recorded.get(s.stage, {})} for s in snapshots]
     title = folder.name.partition("_")[2].partition("_")[2] or folder.name
-    return Report(title, str(folder), plan, passes, {}, snapshots, texts)
+    return Report(title, str(folder), plan, passes, notes, snapshots, texts)
+
+
+def _passes(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
+    """Return what ``passes.json`` of a dump says about each pass, and the passes' notes.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: it cannot be read.
+    """
+    path = folder / "passes.json"
+    if not path.is_file():
+        missing = "the dump has no passes.json: matches, seconds, added errors and notes of its compilation are unknown"
+        return {}, {"captured": [missing]}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    passes = {}
+    notes = {str(name): [str(text) for text in texts] for name, texts in found["notes"].items()}
+    for entry in found["passes"]:
+        name, error = str(entry["name"]), entry["error"]
+        if isinstance(error, str):  # no finite number
+            notes.setdefault(name, []).append(f"added error: {error}")
+        passes[name] = {
+            "matches": int(entry["matches"]),
+            "seconds": round(float(entry["seconds"]), 4),
+            "error": None if error is None or isinstance(error, str) else float(error),
+        }
+    return passes, notes

@@ -37,7 +37,7 @@ class Request:
         recipe: file, or None.
         calibration: file, or None.
         shape: of the latent, as text.
-        dtype: in which the weights are, if they are not loaded.
+        dtype: of the weights of a folder; None for bfloat16.
         weights: load them, so that the model can run.
         options: of the backend.
     """
@@ -46,7 +46,7 @@ class Request:
     recipe: Path | None = None
     calibration: Path | None = None
     shape: str | None = None
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
     weights: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -73,12 +73,29 @@ def reports(request: Request) -> Iterator[tuple[Report, Lowered | None, Mapping[
         raise CommandError(f"there is no folder or .pt2 file {path}; {_EXPECTED}")
     dumps = sorted([*path.glob("graph_*/plan.json"), *path.glob("plan.json")])
     if dumps:
+        _refuse(request, f"{path} is a dump: what it shows was compiled already")
         for plan in dumps:
             report = read_dump(plan.parent)
             yield report.with_evidence(Evidence.of(recipe, calibration)), None, {}
         return
     for name, folder in _components(path):
         yield _component(name, folder, recipe, calibration, request)
+
+
+def _refuse(request: Request, why: str) -> None:
+    """Refuse the options that decide how a model is compiled."""
+    settings = set(request.options)
+    given = {
+        "--shape": request.shape is not None,
+        "--dtype": request.dtype is not None,
+        "--keep": "keep" in settings,
+        "--set": bool(settings - {"keep"}),
+    }
+    if names := [name for name, is_given in given.items() if is_given]:
+        verb = "does" if len(names) == 1 else "do"
+        raise CommandError(
+            f"{', '.join(names)} {verb} not apply: {why}. Leave that out, or give the model's folder or .pt2 file."
+        )
 
 
 _EXPECTED = "expected a folder of a diffusers model or pipeline, a dump (dump_dir), or a program of torch.export"
@@ -121,13 +138,14 @@ def _rare_collections() -> Iterator[None]:
 def _component(
     name: str, folder: Path, recipe: Recipe | None, calibration: Path | None, request: Request
 ) -> tuple[Report, Lowered, Mapping[str, Any]]:
+    dtype = request.dtype or torch.bfloat16
     if request.weights:
-        model, arguments = loaded(folder, request.dtype, request.shape)
+        model, arguments = loaded(folder, dtype, request.shape)
     else:
         config = _json(folder / "config.json")
-        model, scope = _structure(_class(config, folder), config, folder, request.dtype)
+        model, scope = _structure(_class(config, folder), config, folder, dtype)
         with scope, torch.device("cpu"):
-            arguments = example_arguments(model, parse_shape(request.shape), request.dtype)
+            arguments = example_arguments(model, parse_shape(request.shape), dtype)
     cls = type(model)
     expert = recipe_part(name, folder, recipe)
     if recipe is not None and (expert is not None or not name):
@@ -214,6 +232,8 @@ def _exported(
 ) -> tuple[Report, Lowered, Mapping[str, Any]]:
     if request.shape is not None:
         raise CommandError("--shape does not apply to an exported program: its shapes are in the file")
+    if request.dtype is not None:
+        raise CommandError("--dtype does not apply to an exported program: its weights are in the file")
     program = load_program(path)
     args, kwargs = program.example_inputs
     model = program.module()
