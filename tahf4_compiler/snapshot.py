@@ -100,6 +100,10 @@ class Recorder:
         if self._listen not in graph_module._replace_hooks:
             graph_module._register_replace_node_hook(self._listen)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """Return the same: a copy of a graph that it listens to goes on to be listened to."""
+        return self
+
     def _viewed(self, node: fx.Node) -> NodeView:
         """Return a node as plain data: as before, unless something of it changed."""
         seen, known = _Seen.of(node), self._views.get(node)
