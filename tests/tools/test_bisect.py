@@ -79,17 +79,6 @@ class Held(tahf4.Pass):
         return tahf4.PassResult(graph_module, modified=True)
 
 
-class Replaced(tahf4.Pass):
-    """Put another function in the place of one GELU."""
-
-    after, before = ("plan",), ("quantize",)
-
-    def __call__(self, graph_module, context):
-        node = list(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default))[1]
-        node.target = torch.ops.aten.exp.default
-        return tahf4.PassResult(graph_module, modified=True)
-
-
 class Swapped(tahf4.Pass):
     """Swap the weights of two linears."""
 
@@ -108,7 +97,6 @@ class Swapped(tahf4.Pass):
     ("wrong", "nodes", "modules"),
     [
         (Held(), {"mul_tensor"}, {"blocks.1"}),
-        (Replaced(), {"gelu_1"}, {"blocks.1"}),
         (Swapped(), None, {"blocks.0.up", "blocks.2.up"}),
     ],
 )
@@ -117,9 +105,9 @@ def test_suspects_are_what_the_blamed_pass_changed_alone(wrong, nodes, modules, 
     torch.manual_seed(0)
     model = Stack().eval()
     for block in model.blocks:
-        block.down.weight.data.mul_(8)
-    found = tahf4.bisect(model, (torch.randn(64, 64),), options={"passes": [wrong]})
-    assert found.blamed == wrong.name
+        block.norm = torch.nn.Identity()
+    found = tahf4.bisect(model, (torch.randn(256, 64),), options={"passes": [wrong]})
+    assert found.blamed == wrong.name != found.until
     assert {s.module for s in found.suspects} == modules
     assert nodes is None or {s.node for s in found.suspects} == nodes
     script = found.write_reproducer(tmp_path / "reproducer.py")
