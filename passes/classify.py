@@ -11,13 +11,10 @@ import networkx as nx
 import torch
 from torch import fx
 
-from ..graph import INPUT, LINEAR, PackedInput, module_classes, node_arg, weight_input
+from ..graph import INPUT, LINEAR, ROLE, PackedInput, module_classes, node_arg, weight_input
 from ..pass_base import Context, Pass, PassResult
 
 PACKED_LINEAR = torch.ops.tahf4.linear.default
-
-ROLE = "tahf4_role"
-"""Key in ``node.meta`` of a linear: its :class:`Role`."""
 
 
 @dataclass(frozen=True)

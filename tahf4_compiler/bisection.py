@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Bisection:
         until: the last pass whose graph was compared: ``blamed``, or one after it that lowers the error.
         error_before: of the outputs before the pass, against the captured graph.
         error_after: after ``until``.
-        suspects: the worst first.
+        suspects: values that ``blamed`` computes in another way, the worst first.
     """
 
     passes: tuple[PassStep, ...]
@@ -189,8 +189,16 @@ def bisect(
     until = _mended(errors, at)
     context = context_of(captured, parsed)
     reference = run_graph(graphs[0], context)
-    hybrid = Hybrid(graphs[at - 1], graphs[until], *(graph_arguments(graphs[i], context) for i in (at - 1, until)))
-    found = _greedy(hybrid, reference, rounds)
+    given = {i: graph_arguments(graphs[i], context) for i in {at - 1, at, until}}
+    hybrid = own = Hybrid(graphs[at - 1], graphs[at], given[at - 1], given[at])
+    if until != at:
+        known = {pair.after.name: pair.before.name for pair in own.pairs}
+        hybrid = Hybrid(graphs[at - 1], graphs[until], given[at - 1], given[until], known)
+    changed = {pair.before for pair in own.pairs if _finite(own.local_error(pair)) > _NOTHING}
+    found = _greedy(hybrid, reference, rounds, changed)
+    if not found and until != at:  # later passes left none of its values
+        until, hybrid = at, own
+        found = _greedy(hybrid, reference, rounds, changed)
     plugs = (type(item).__module__ for item in build_pipeline(parsed, passes))
     modules = tuple(dict.fromkeys(m for m in plugs if not m.startswith("tahf4_compiler.") and m != "__main__"))
     return Bisection(
@@ -214,10 +222,12 @@ def _mended(errors: Sequence[float], at: int) -> int:
     return best
 
 
-def _greedy(hybrid: Hybrid, reference: list[torch.Tensor], rounds: int) -> list[tuple[Pair, Suspect]]:
-    """Take back one value after the other, each time the one that lowers the error most."""
+def _greedy(
+    hybrid: Hybrid, reference: list[torch.Tensor], rounds: int, changed: Container[fx.Node]
+) -> list[tuple[Pair, Suspect]]:
+    """Take back one value after the other of those that the pass changed, each time what lowers the error most."""
     local = {pair: _finite(hybrid.local_error(pair)) for pair in hybrid.pairs}
-    waiting = [pair for pair in hybrid.pairs if local[pair] > _NOTHING]
+    waiting = [pair for pair in hybrid.pairs if pair.before in changed and local[pair] > _NOTHING]
     taken: list[Pair] = []
     found: list[tuple[Pair, Suspect]] = []
     for _ in range(min(rounds, len(waiting))):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +20,12 @@ __all__ = [
     "DECISION",
     "INPUT",
     "NUMBERS",
+    "ROLE",
     "GraphInput",
     "PackedInput",
     "PackedWeight",
+    "input_roots",
+    "is_product",
     "is_view",
     "is_written",
     "linear_path",
@@ -32,6 +35,7 @@ __all__ = [
     "mutates",
     "node_arg",
     "node_words",
+    "product_weights",
     "size_hint",
     "tensor_meta",
     "weight_input",
@@ -44,10 +48,21 @@ DECISION = "tahf4_decision"
 """Key in ``node.meta`` of a planned linear, and of what stands for it later: its
 :class:`~tahf4_compiler.Decision`, or a list of them where several were merged."""
 
+ROLE = "tahf4_role"
+"""Key in ``node.meta`` of a linear: what ``classify`` found out about its place in the model."""
+
 NUMBERS = "tahf4_numbers"
 """Key in ``node.meta``: numbers that passes attached to the node, by name."""
 
 LINEAR = torch.ops.aten.linear.default
+
+_MATMULS = (
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+)
 
 _CASTS = (
     torch.ops.aten.to.dtype,
@@ -169,6 +184,54 @@ def is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and any(
         result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns
     )
+
+
+def input_roots(node: fx.Node, *, views: bool = True) -> set[fx.Node]:
+    """Return what a node's arguments are casts of, or (``views``) views of; an argument that is neither is its own."""
+    return {_root(source, views) for source in node.all_input_nodes}
+
+
+def _root(node: fx.Node, views: bool) -> fx.Node:
+    while node.op == "call_function" and (node.target in _CASTS or (views and is_view(node))):
+        node = node_arg(node, 0)
+    return node
+
+
+def product_weights(node: fx.Node) -> set[fx.Node]:
+    """Return what holds the weights of a linear, or of what took the place of one: inputs, packed or not."""
+    if node.target is LINEAR:
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        return {_root(weight, False)} if isinstance(weight, fx.Node) else set()
+    decisions = node.meta.get(DECISION, [])
+    wanted = {d.weight_index for d in (decisions if isinstance(decisions, list) else [decisions])}
+    found = set()
+    for root in input_roots(node):
+        source = root.meta.get(INPUT)
+        if isinstance(source, PackedInput):
+            held = source.part not in ("multiplier", "observer") and not wanted.isdisjoint(source.weights)
+        else:
+            held = isinstance(source, GraphInput) and source.index in wanted
+        if held:
+            found.add(root)
+    return found
+
+
+def is_product(node: fx.Node, weights: Container[fx.Node]) -> bool:
+    """Whether a node computes the product with one of some weights.
+
+    Args:
+        node: any node.
+        weights: nodes that hold the weights, packed or not.
+
+    Returns:
+        True for ``aten.linear`` and matrix products of ATen that read such a weight, and for operators of this
+        compiler and of plug-ins that do.
+    """
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target.namespace == "aten" and node.target is not LINEAR and node.target not in _MATMULS:
+        return False
+    return any(root in weights for root in input_roots(node, views=node.target is not LINEAR))
 
 
 def is_written(node: fx.Node) -> bool:

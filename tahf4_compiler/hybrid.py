@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from .graph import INPUT, tensor_meta
 from .pass_manager import relative_error, running
 
 __all__ = ["Hybrid", "Pair"]
+
+_HELD = ("placeholder", "get_attr")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,12 @@ class Hybrid:
     """
 
     def __init__(
-        self, before: fx.GraphModule, after: fx.GraphModule, before_args: Sequence[Any], after_args: Sequence[Any]
+        self,
+        before: fx.GraphModule,
+        after: fx.GraphModule,
+        before_args: Sequence[Any],
+        after_args: Sequence[Any],
+        known: Mapping[str, str] | None = None,
     ) -> None:
         """Find the values that correspond: by name, and by what reads them.
 
@@ -47,6 +55,7 @@ class Hybrid:
             after: the later one, whose nodes kept their names where they were not replaced.
             before_args: what the earlier one is called with.
             after_args: what the later one is called with.
+            known: for names of the later graph, those of the earlier one in whose place they are known to stand.
         """
         self.before, self.after = before, after
         self._names = {node.name: node for node in before.graph.nodes}
@@ -55,7 +64,7 @@ class Hybrid:
             for g, args in ((before, before_args), (after, after_args))
         ]
         self._twin: dict[fx.Node, fx.Node] = {}
-        self.pairs = self._correspond()
+        self.pairs = self._correspond(known or {})
         self._of = {pair.before: pair for pair in self.pairs}
         self._replaced = {pair.after: pair for pair in self.pairs}
         self._base, _ = self._evaluate([])
@@ -65,8 +74,8 @@ class Hybrid:
         return self._twin.get(node)
 
     def inputs(self, node: fx.Node) -> Any:
-        """Return the value of a placeholder that only the later graph has."""
-        return self._inputs[1][node.name]
+        """Return the value of a placeholder, or of a tensor that a pass holds, that only the later graph has."""
+        return self._call(self.after, node, {}, 1)
 
     def value(self, node: fx.Node) -> Any:
         """Return the value of a node of the earlier graph."""
@@ -128,42 +137,50 @@ class Hybrid:
         if node.op == "placeholder":
             return self._inputs[which][node.name]
         if node.op == "get_attr":
-            value: Any = owner
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            return value
+            return operator.attrgetter(str(node.target))(owner)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _correspond(self) -> list[Pair]:
+    def _correspond(self, known: Mapping[str, str]) -> list[Pair]:
         same: dict[fx.Node, fx.Node] = {}  # one name and the same kind of value
         for node in self.after.graph.nodes:
             old = self._names.get(node.name)
             if old is not None and old.op == node.op and (node.op == "output" or _meta(node) == _meta(old)):
                 same[node] = old
         pairs: dict[fx.Node, fx.Node] = {}
+        for node in self.after.graph.nodes:
+            old = self._names.get(known.get(node.name, ""))
+            if old is not None and node not in same and _is_float(node) and _meta(node) == _meta(old):
+                pairs[node] = old
         dirty: set[fx.Node] = set()
         for node in self.after.graph.nodes:
             old = same.get(node)
-            repacked = node.op == "placeholder" and old is not None and node.meta.get(INPUT) != old.meta.get(INPUT)
+            repacked = old is not None and node.op in _HELD and self._held(node, old)
             if old is None or repacked or node.target != old.target or self._differs(node, old, same, pairs):
                 dirty.add(node)
             for source in node.all_input_nodes:
-                if source in dirty and not (_is_float(source) and (source in pairs or source in same)):
+                paired = _is_float(source) and (source in pairs or (source in same and source.op not in _HELD))
+                if source in dirty and not paired:
                     dirty.add(node)
         for node in self.after.graph.nodes:
-            if _is_float(node) and node.op != "output" and node in same and node in dirty:
+            if _is_float(node) and node.op not in ("output", *_HELD) and node in same and node in dirty:
                 pairs.setdefault(node, same[node])
         for node, old in same.items():
-            # A placeholder may hold other numbers under its name: packed weights.
-            if _is_float(node) and not (node.op == "placeholder" and node in dirty):
+            # It may hold other numbers under its name: packed weights.
+            if _is_float(node) and not (node.op in _HELD and node in dirty):
                 self._twin[node] = old
         self._twin.update(pairs)
-        pairs = {new: old for new, old in pairs.items() if new.op != "placeholder"}
+        pairs = {new: old for new, old in pairs.items() if new.op not in _HELD}
         unique: dict[fx.Node, Pair] = {}
         for new, old in pairs.items():
             unique.setdefault(old, Pair(new, old))
         return [unique[node] for node in self.before.graph.nodes if node in unique]
+
+    def _held(self, node: fx.Node, old: fx.Node) -> bool:
+        """Whether an input, or a tensor that a pass holds, is another one under its name."""
+        if node.op == "placeholder":
+            return bool(node.meta.get(INPUT) != old.meta.get(INPUT))
+        return self._call(self.after, node, {}, 1) is not self._call(self.before, old, {}, 0)
 
     def _differs(
         self, node: fx.Node, old: fx.Node, same: dict[fx.Node, fx.Node], pairs: dict[fx.Node, fx.Node]
@@ -178,8 +195,8 @@ class Hybrid:
                 if type(a) is not type(b) or repr(a) != repr(b):
                     return True
             elif same.get(a) is not b:
-                if not (_is_float(a) and _meta(a) == _meta(b)):
-                    return True
+                if a.op in _HELD or not (_is_float(a) and _meta(a) == _meta(b)):
+                    return True  # another weight is another call
                 found[a] = b
         for a, b in found.items():
             pairs.setdefault(a, b)

@@ -196,6 +196,12 @@ def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _
             f"pass {item.name!r} removed the graph's inputs {', '.join(lost_inputs)}. Inputs other than parameters "
             "must stay, used or not."
         )
+    for name, source in after.sources.items():
+        if (old := before.sources.get(name, source)) != source:
+            raise PassError(
+                f"pass {item.name!r} made the input {name!r} stand for {source.path!r}; before it, it stood for "
+                f"{old.path!r}. Leave node.meta[{INPUT!r}] as it is, and change what reads the inputs."
+            )
     if before.outputs != after.outputs:
         changed = [
             f"output {i}: {_words(old)} became {_words(new)}" + (f" at node {node_words(n)}" if n is not None else "")
@@ -289,6 +295,7 @@ class _Interface:
     outputs: tuple[Any, ...]
     nodes: tuple[fx.Node | None, ...]
     written: frozenset[str]
+    sources: Mapping[str, GraphInput]
     calls: Mapping[fx.Node, tuple[Any, ...]]
 
 
@@ -300,7 +307,9 @@ def _interface(graph_module: fx.GraphModule) -> _Interface:
         and isinstance(source := node.meta.get(INPUT), GraphInput)
         and source.kind != "parameter"
     )
-    placeholders = frozenset(node.name for node in graph_module.graph.find_nodes(op="placeholder"))
+    found = list(graph_module.graph.find_nodes(op="placeholder"))
+    placeholders = frozenset(node.name for node in found)
+    sources = {node.name: source for node in found if isinstance(source := node.meta.get(INPUT), GraphInput)}
     (output,) = graph_module.graph.find_nodes(op="output")
     leaves = torch.utils._pytree.tree_leaves(output.args[0])
     values = (leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
@@ -309,7 +318,7 @@ def _interface(graph_module: fx.GraphModule) -> _Interface:
         n: (n.target, n.args, n.kwargs, n.meta.get("val")) for n in graph_module.graph.nodes if n.op == "call_function"
     }
     metas = tuple(tensor_meta(value) for value in values)
-    return _Interface(inputs, placeholders, metas, nodes, _written(graph_module.graph), calls)
+    return _Interface(inputs, placeholders, metas, nodes, _written(graph_module.graph), sources, calls)
 
 
 def _written(graph: fx.Graph) -> frozenset[str]:

@@ -18,12 +18,13 @@ from torch.fx.passes.utils.matcher_utils import InternalMatch, SubgraphMatcher
 from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 
 from .errors import PassError
-from .graph import DECISION, NUMBERS, mutates
+from .graph import DECISION, LINEAR, NUMBERS, ROLE, is_product, mutates, product_weights
 from .pass_base import Context
 
 __all__ = ["Match", "find_pattern", "replace_pattern"]
 
-_KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node", DECISION, NUMBERS)
+_PLACE = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node")
+_KEPT = (*_PLACE, ROLE, DECISION, NUMBERS)
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def replace_pattern(
         any_constants: take numbers of the pattern for any.
 
     Returns:
-        How many were replaced. New nodes carry the module path, stack trace, decision and numbers of the first result
-        that they stand for; shapes are filled in by the pass manager.
+        How many were replaced. New nodes carry the module path, stack trace and numbers of the first result that they
+        stand for; a product with the weight of a matched linear carries that linear's, and its decision. Shapes are
+        filled in by the pass manager.
 
     Raises:
         PassError: the pattern is none (see :func:`find_pattern`), the replacement cannot be traced or holds a tensor of
@@ -117,17 +119,39 @@ def replace_pattern(
             for user in [user for user in node.users if _idle(user)]:
                 graph.erase_node(user)  # nothing is left to read
     metas: dict[fx.Node, dict[str, Any]] = {node: dict(node.meta) for node in graph.nodes}
+    weights = {node: product_weights(node) for node in graph.nodes if node.target is LINEAR or DECISION in node.meta}
     replaced = replace_pattern_with_filters(graph_module, old, new, [accept], ignore_literals=any_constants)
     for match in replaced:
         inputs = {n for p, n in match.nodes_map.items() if p.op == "placeholder"}
-        meta = metas.get(match.nodes_map[match.anchor], {})
-        for node in match.replacements:
-            if isinstance(node, fx.Node) and node not in inputs:
-                node.meta = {key: meta[key] for key in _KEPT if key in meta}
+        anchor = match.nodes_map[match.anchor]
+        linears = [node for node in match.nodes_map.values() if node in weights]
+        fresh = [node for node in match.replacements if isinstance(node, fx.Node) and node not in inputs]
+        _carry(fresh, anchor, {node: weights[node] for node in linears}, metas)
         if context is not None:
             last = match.replacements[-1] if match.replacements else None
             context.matched(last if isinstance(last, fx.Node) else None)
     return len(replaced)
+
+
+def _carry(
+    fresh: Sequence[fx.Node],
+    anchor: fx.Node,
+    linears: dict[fx.Node, set[fx.Node]],
+    metas: dict[fx.Node, dict[str, Any]],
+) -> None:
+    """Give new nodes the metadata of what they stand for: a product that of the linear whose weight it reads."""
+    meta = metas.get(anchor, {})
+    placed = False
+    for node in fresh:
+        product = next((old for old, weights in linears.items() if is_product(node, weights)), None)
+        if product is not None:
+            node.meta = {key: metas[product][key] for key in _KEPT if key in metas[product]}
+        else:
+            kept = _PLACE if anchor in linears else (*_PLACE, NUMBERS)
+            node.meta = {key: meta[key] for key in kept if key in meta}
+        placed |= product is not None or node.target is LINEAR
+    if fresh and not placed and anchor in linears:  # written out in operators of which none is the product
+        fresh[-1].meta.update({key: meta[key] for key in (DECISION, NUMBERS) if key in meta})
 
 
 class _Matcher(SubgraphMatcher):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .binding import packed_fake
 from .errors import PassError
-from .graph import INPUT, GraphInput, PackedInput, mutates, node_words, tensor_meta
+from .graph import INPUT, LINEAR, GraphInput, PackedInput, mutates, node_words, tensor_meta
 from .pass_base import Context
 
 __all__ = ["propagate"]
@@ -136,6 +136,8 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
     if mutates(node) and "val" in node.meta:
         return node.meta["val"]  # running it again would change its inputs' fake tensors
+    if node.target is LINEAR:
+        _check_dtypes(node, [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)], pass_name)
     key = _call_key(node, args, kwargs)
     try:
         with context.fake_mode, torch.no_grad():  # as a lowered graph runs
@@ -150,6 +152,17 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
     if key is not None and (sizes := _sizes(value)) is not None:
         results[key] = sizes
     return value
+
+
+def _check_dtypes(node: fx.Node, operands: list[torch.Tensor], pass_name: str) -> None:
+    """Raise :class:`PassError` if a linear cannot run: without values, nothing looks at its operands' dtypes."""
+    dtypes = [str(value.dtype).removeprefix("torch.") for value in operands]
+    if len(set(dtypes)) < 2 or any("autocast" in str(other.target) for other in node.graph.nodes):
+        return
+    raise PassError(
+        f"pass {pass_name!r} left node {node_words(node)} that cannot be computed: its operands are "
+        f"{', '.join(dtypes)}; expected one dtype. Cast what the pass added to the dtype of what it stands for."
+    )
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _extract(
         return end.graph, [end], end
     while waiting:
         for source in waiting.pop().all_input_nodes:
-            if source.op == "placeholder" or is_leaf(source):
+            if source.op in ("placeholder", "get_attr") or is_leaf(source):
                 inputs.add(source)
             elif source not in needed:
                 needed.add(source)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import INPUT, LINEAR, PackedInput, module_classes, size_hint
+from .graph import INPUT, LINEAR, PackedInput, is_product, module_classes, product_weights, size_hint
 from .kernels import KERNEL
 
 __all__ = ["NodeView", "Recorder", "Snapshot", "block_path"]
@@ -99,6 +99,10 @@ class Recorder:
         self._replaced.clear()
         if self._listen not in graph_module._replace_hooks:
             graph_module._register_replace_node_hook(self._listen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """Return the same: a copy of a graph that it listens to goes on to be listened to."""
+        return self
 
     def _viewed(self, node: fx.Node) -> NodeView:
         """Return a node as plain data: as before, unless something of it changed."""
@@ -260,20 +264,36 @@ def _text(value: Any) -> str:
 
 
 def _flops(node: fx.Node, tensors: Sequence[torch.Tensor], decisions: Sequence[Any]) -> int:
-    if node.op != "call_function":
+    if node.op != "call_function" or not tensors:
         return 0
-    first = next((n.meta.get("val") for n in node.all_input_nodes), None)
-    if decisions and node.target is not LINEAR and isinstance(first, torch.Tensor):
-        rows = 1
-        for size in first.shape[:-1]:
-            rows *= size_hint(size)
-        return sum(2 * rows * d.k * d.n for d in {id(d): d for d in decisions}.values())
-    if node.target is LINEAR and isinstance(first, torch.Tensor) and tensors:
-        return 2 * _count(first) * size_hint(tensors[0].shape[-1])
-    if _SDPA in str(node.target) and tensors and isinstance(first, torch.Tensor):
-        keys = node.all_input_nodes[1].meta["val"]
-        return 4 * _count(first) * size_hint(keys.shape[-2])
-    return 0
+    if node.target is LINEAR:
+        x = _value(node, 0, "input")
+        return 2 * _count(x) * size_hint(tensors[0].shape[-1]) if x is not None else 0
+    if _SDPA in str(node.target):
+        query, key, value = (_value(node, i, name) for i, name in enumerate(("query", "key", "value")))
+        if query is None or key is None or value is None:
+            return 0
+        width = size_hint(query.shape[-1])
+        pairs = _count(query) // max(width, 1) * size_hint(key.shape[-2])
+        return 2 * pairs * (width + size_hint(value.shape[-1]))
+    weights = product_weights(node)
+    if not decisions or not is_product(node, weights):
+        return 0
+    values = (n.meta.get("val") for n in node.all_input_nodes if n not in weights)
+    first = next((value for value in values if isinstance(value, torch.Tensor)), None)
+    if first is None:
+        return 0
+    rows = 1
+    for size in first.shape[:-1]:
+        rows *= size_hint(size)
+    return sum(2 * rows * d.k * d.n for d in {id(d): d for d in decisions}.values())
+
+
+def _value(node: fx.Node, index: int, name: str) -> torch.Tensor | None:
+    """Return the value of an argument that is a tensor."""
+    argument = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+    value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -198,3 +198,41 @@ def test_what_cannot_be_matched_or_put_in_is_refused_in_our_words(pattern, repla
     # No node of the pattern is taken for one of the graph.
     assert "at node" not in str(caught.value)
     assert "AssertionError" not in str(caught.value)
+
+
+LINEAR = (torch.empty(4, 64), torch.empty(128, 64), torch.empty(128))
+linear = nn.functional.linear
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement"),
+    [
+        (linear, lambda a, w, b: torch.relu(linear(a, w, b))),
+        (linear, lambda a, w, b: torch.relu(a @ w.t() + b)),
+        (
+            lambda a, w, b: gelu(linear(a, w, b)),
+            lambda a, w, b: gelu(linear(a, w, b), approximate="tanh"),
+        ),
+    ],
+)
+def test_a_replaced_linear_keeps_its_decision_and_counts_once(pattern, replacement):
+    class Replace(tahf4.Pass):
+        """Replace a pattern that holds a linear."""
+
+        after, before = ("plan",), ("quantize",)
+
+        def __call__(self, graph_module, context):
+            count = tahf4.replace_pattern(graph_module, pattern, replacement, LINEAR, context)
+            return tahf4.PassResult(graph_module, count > 0)
+
+    lowered = tahf4.lower(tahf4.capture(Stack().eval(), (torch.randn(4, 64),)), options={"passes": [Replace()]})
+    flops = {s.stage: sum(n.flops for n in s.nodes) for s in lowered.snapshots}
+    assert set(flops.values()) == {2 * 4 * (2 * 64 * 64 + 6 * 64 * 128)}
+    written_out = any(n.target == "aten.matmul" for n in lowered.snapshots[-1].nodes)
+    assert {d.module: d.decision == "hif4" for d in lowered.plan} == {
+        d.module: "blocks" in d.module and not written_out for d in lowered.plan
+    }
+    after = next(s for s in lowered.snapshots if s.stage == "replace")
+    products = [n for n in after.nodes if n.linears]
+    assert [n.linears[0] for n in products] == [d.module for d in lowered.plan]
+    assert all(n.flops and n.module == n.linears[0] for n in products if pattern is not linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import dataclass
@@ -198,9 +199,27 @@ def _call_a_method(graph_module, context):
     return tahf4.PassResult(graph_module, modified=True)
 
 
+def _swap_inputs(graph_module, context):
+    one, other = (p for p in graph_module.graph.find_nodes(op="placeholder") if "last" in p.name or "first" in p.name
+                  if p.meta["val"].dim() == 2)  # fmt: skip
+    one.meta["tahf4_input"], other.meta["tahf4_input"] = other.meta["tahf4_input"], one.meta["tahf4_input"]
+    return tahf4.PassResult(graph_module, modified=True)
+
+
+def _mix_dtypes(graph_module, context):
+    (output,) = graph_module.graph.find_nodes(op="output")
+    last = output.args[0][0]
+    with graph_module.graph.inserting_before(last):
+        half = graph_module.graph.call_function(torch.ops.aten.to.dtype, (last.args[0], torch.bfloat16))
+    last.update_arg(0, half)
+    return tahf4.PassResult(graph_module, modified=True)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (_swap_inputs, r"pass 'bad' made the input 'p_first_weight' stand for 'last.weight'; before it, it stood for"),
+        (_mix_dtypes, r"pass 'bad' left node .*in last.* operands are bfloat16, float32, float32; expected one dtype"),
         (_copied_metadata, r"pass 'bad' changed the graph's outputs: output 0: float32.* became bfloat16"),
         (_write_to_a_weight, r"pass 'bad' writes to the graph's inputs .*first.*weight"),
         (_call_a_method, r"pass 'bad' added the call_method 'neg"),
@@ -219,6 +238,20 @@ def _call_a_method(graph_module, context):
 def test_a_pass_that_breaks_the_graph_is_caught_at_its_own_step(call, message):
     with pytest.raises(tahf4.PassError, match=message):
         lowered(passes=[make("bad", after=("plan",), before=("quantize",), call=call)])
+
+
+def test_a_pass_may_return_a_deep_copy_of_the_graph():
+    def copied(graph_module, context):
+        return tahf4.PassResult(copy.deepcopy(graph_module), modified=True)
+
+    torch.manual_seed(0)
+    model, x = Stack().eval(), torch.randn(4, 64)
+    passes = [make("copies", after=("plan",), before=("quantize",), call=copied)]
+    plain = tahf4.lower(tahf4.capture(model, (x,)))
+    changed = tahf4.lower(tahf4.capture(model, (x,)), options={"passes": passes})
+    assert torch.equal(changed(x), plain(x))
+    stages = [(s.stage, s.origins) for s in changed.snapshots if s.stage != "copies"]
+    assert stages == [(s.stage, s.origins) for s in plain.snapshots]
 
 
 def test_a_pass_may_hold_a_tensor_of_its_own():

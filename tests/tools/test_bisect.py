@@ -64,6 +64,58 @@ def test_a_broken_plug_in_is_named_with_its_linear_and_the_script_shows_it(wrong
     assert printed == pytest.approx(found.suspects[0].local_error, rel=1e-4) and printed > 0.1
 
 
+class Held(tahf4.Pass):
+    """Multiply one GELU by a tensor that the pass holds."""
+
+    after, before = ("plan",), ("quantize",)
+
+    def __call__(self, graph_module, context):
+        node = list(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default))[1]
+        graph_module.register_buffer("three", torch.full((128,), 3.0))
+        with graph_module.graph.inserting_before(node.next):
+            three = graph_module.graph.get_attr("three")
+            wrong = graph_module.graph.call_function(torch.ops.aten.mul.Tensor, (node, three))
+        node.replace_all_uses_with(wrong, delete_user_cb=lambda user: user is not wrong)
+        return tahf4.PassResult(graph_module, modified=True)
+
+
+class Swapped(tahf4.Pass):
+    """Swap the weights of two linears."""
+
+    after, before = ("plan",), ("quantize",)
+
+    def __call__(self, graph_module, context):
+        found = graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+        first, _, second = (n for n in found if n.args[1].meta["val"].shape == (128, 64))
+        one, other = first.args[1], second.args[1]
+        first.update_arg(1, other)
+        second.update_arg(1, one)
+        return tahf4.PassResult(graph_module, modified=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nodes", "modules"),
+    [
+        (Held(), {"mul_tensor"}, {"blocks.1"}),
+        (Swapped(), None, {"blocks.0.up", "blocks.2.up"}),
+    ],
+)
+def test_suspects_are_what_the_blamed_pass_changed_alone(wrong, nodes, modules, tmp_path):
+    """The next passes quantize every linear, which counts for them."""
+    torch.manual_seed(0)
+    model = Stack().eval()
+    for block in model.blocks:
+        block.norm = torch.nn.Identity()
+    found = tahf4.bisect(model, (torch.randn(256, 64),), options={"passes": [wrong]})
+    assert found.blamed == wrong.name != found.until
+    assert {s.module for s in found.suspects} == modules
+    assert nodes is None or {s.node for s in found.suspects} == nodes
+    script = found.write_reproducer(tmp_path / "reproducer.py")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.split()[2]) == pytest.approx(found.suspects[0].local_error, rel=1e-4)
+
+
 def test_without_a_wrong_pass_quantization_and_its_worst_linear_are_named():
     found = tahf4.bisect(Stack().eval(), (torch.randn(4, 64),), rounds=2)
     assert found.blamed == "quantize"
