@@ -450,13 +450,17 @@ class Calibration:
         return Measured(path.with_name(f"{path.name}.measured") if path and not together else None, self._identity)
 
     def _identity(self) -> str:
-        """Return a digest of what was seen, of the calls that were kept, and of the weights."""
+        """Return a digest of what was seen, of the calls that were kept, and of all that the models hold."""
         tensors: dict[str, Tensor] = {}
         header = {
             "tahf4": importlib.metadata.version("tahf4-compiler"),
             "torch": torch.__version__,
             "calls": self.kept.header(tensors),
-            "weights": self._weight_sums(),
+            "tensors": {
+                f"{expert}/{name}": int(checksum(value))
+                for expert, module in self.models.items()
+                for name, value in [*module.named_parameters(), *module.named_buffers()]
+            },
             "percentile": self.percentile,
         }
         for i, (_, cells) in enumerate(sorted(self.activations.items())):

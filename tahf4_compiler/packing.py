@@ -78,12 +78,12 @@ def pack_weight(
     Raises:
         FormatError: the weight is not floating point, or the transform does not fit K.
     """
+    from .backends.cpu import search as cpp
+
     rows = max(1, _ROW_CHUNK // max(1, weight.shape[1]))
     codes, scales = [], []
     for chunk in weight.detach().split(rows):
         if search:
-            from .backends.cpu import search as cpp
-
             moved = cpp.transform(chunk, multiplier, hadamard_block)
             packed = search_scales(moved, importance if search == "weighted" else None)
             parts = packed.codes, packed.scales

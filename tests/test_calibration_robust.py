@@ -347,6 +347,12 @@ def test_a_recipe_that_was_stopped_takes_up_its_measurements(tmp_path, monkeypat
     Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe(mask="max")
     assert len(counted) == before + 4 + 1
     assert "measured again" in caplog.text
+    kept.unlink()
+    Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe(mask="max")
+    model.blocks[0].norm.weight.data[3] += 1  # of no linear, but the output depends on it
+    before = len(counted)
+    Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe(mask="max")
+    assert len(counted) == before + 4 + 1
     model.blocks[0].up.weight.data[0, 0] += 1
     before = len(counted)
     with tahf4.calibrate(model, checkpoint=tmp_path / "d", options=GRAPH) as other:

@@ -12,6 +12,7 @@ import torch
 from models import Stack
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.graph import is_written
 from tahf4_compiler.options import Options
 from tahf4_compiler.pipeline import build_pipeline, order, provenance
 
@@ -190,6 +191,16 @@ def _write_to_a_weight(graph_module, context):
     with graph_module.graph.inserting_before(node):
         graph_module.graph.call_function(torch.ops.aten.mul_.Tensor, (node.args[1], 0.5))
     return tahf4.PassResult(graph_module, modified=True)
+
+
+def test_an_operator_writes_to_what_its_schema_says_alone():
+    graph = torch.fx.Graph()
+    a, b, out, seen, handle = map(graph.placeholder, ("a", "b", "out", "seen", "handle"))
+    graph.call_function(torch.ops.aten._foreach_add_.List, ([a], [b]))
+    graph.call_function(torch.ops.aten.add.out, (b, b), {"out": out})
+    graph.call_function(torch.ops.tahf4.observe.default, (seen, handle))
+    graph.output(a)
+    assert [is_written(node) for node in (a, b, out, seen, handle)] == [True, False, True, False, True]
 
 
 def _call_a_method(graph_module, context):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import hif4, ops
-from . import available, build, checks, quantize
+from . import _rows, available, build, checks, quantize
 from .programs import DTYPES
 
 __all__ = ["search", "serves", "transform"]
@@ -40,14 +40,11 @@ def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tens
     if not mine or x.dtype not in DTYPES or (multiplier is not None and multiplier.dtype != torch.float32):
         return ops.transform(x, multiplier, hadamard_block)
     ops.check_transform(x.shape[-1], multiplier, hadamard_block)
-    library = build.library()
-    assert library is not None
-    x = x.detach().resolve_neg()
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x, dtype = _rows("transform", x)
     factors = None if multiplier is None else multiplier.detach().resolve_neg().contiguous()
     out = torch.empty((len(x), hif4.units(x.shape[1]) * hif4.UNIT), dtype=torch.float32, device="cpu")
-    library.tahf4_transform(
-        *(x.data_ptr(), DTYPES[x.dtype], *x.shape, x.stride(0), 0 if factors is None else factors.data_ptr()),
+    build.loaded().tahf4_transform(
+        *(x.data_ptr(), dtype, *x.shape, x.stride(0), 0 if factors is None else factors.data_ptr()),
         *(hadamard_block, hadamard_block**-0.5, out.data_ptr(), torch.get_num_threads()),
     )
     return out
@@ -64,8 +61,6 @@ def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:
     Returns:
         A packed tensor.
     """
-    library = build.library()
-    assert library is not None
     k = x.shape[-1]
     count = hif4.units(k)
     codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8, device="cpu")
@@ -78,7 +73,7 @@ def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:
         part = slice(first, first + step)
         values = hif4._to_float32(rows[part]).contiguous()
         found = quantize(values)
-        library.tahf4_search(
+        build.loaded().tahf4_search(
             *(values.data_ptr(), len(values), k, k, 0 if factors is None else factors.data_ptr(), candidates),
             *(found[0].data_ptr(), found[1].data_ptr(), torch.get_num_threads()),
         )
