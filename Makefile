@@ -46,7 +46,7 @@ $(DOCS_STAMP): $(STAMP)
 	touch $@
 
 fuzz: $(STAMP) ## Load 10,000 damaged recipes and checkpoints: each is read or refused by an error of our own
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/test_files_hostile.py 10000
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/files/test_files_hostile.py 10000
 
 sanitize: $(STAMP) ## Run the tests of the C++ kernels under the address and undefined-behaviour sanitizers (GCC)
 	TAHF4_CPP_SANITIZE=1 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \

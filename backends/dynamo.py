@@ -13,14 +13,17 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..attach import attached, matching
-from ..graph import INPUT, GraphInput, linear_path, linears
-from ..graph_capture import Capture, capture_dynamo
+from ..graph.inputs import INPUT, GraphInput
+from ..graph.nodes import linear_path, linears
+from ..graph_capture.captured import Capture
+from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
+from ..model.attachments import attached
+from ..model.linears import matching
 from ..options import Options
-from ..packed.graph import multiplier_groups, ties
-from ..packing import store
-from ..report import Totals
+from ..reporting.report import Totals
+from ..weights.held import multiplier_groups, ties
+from ..weights.store import store
 from .run import make_runner
 
 __all__ = ["tahf4"]

@@ -11,8 +11,10 @@ import networkx as nx
 import torch
 from torch import fx
 
-from ..graph import INPUT, LINEAR, ROLE, PackedInput, module_classes, node_arg, weight_input
-from ..pass_base import Context, Pass, PassResult
+from ..graph.inputs import INPUT, ROLE, PackedInput
+from ..graph.nodes import LINEAR, module_classes, node_arg, weight_input
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 PACKED_LINEAR = torch.ops.tahf4.linear.default
 

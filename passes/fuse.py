@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import fused_ops  # noqa: F401  (defines torch.ops.tahf4)
-from ..graph import mutates, node_arg, size_hint
-from ..kernels import serving
-from ..pass_base import Context, Pass, PassResult
-from ..program import DTYPES, REDUCTIONS, Program, Statement, call_of
-from .plan import DECISION
-from .quantize import call
+from ..graph.inputs import DECISION
+from ..graph.nodes import mutates, node_arg, size_hint
+from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of
+from ..ops.registry import serving
+from ..pipeline.activations import call
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.tahf4.quantize.default

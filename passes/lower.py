@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..kernels import KERNEL, select, served
-from ..pass_base import Context, Decision, Pass, PassResult
-from .plan import DECISION
+from ..graph.inputs import DECISION
+from ..ops.registry import KERNEL, select, served
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context, Decision
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Lower(Pass):
     """Replace each ``tahf4::`` operator (and each of a plug-in's own) by the best kernel registered for its device.
 
     The reference operators serve every device. A kernel of a plug-in or backend that serves an operator's
-    device and inputs (:func:`tahf4_compiler.kernels.register_kernel`) takes its place::
+    device and inputs (:func:`tahf4_compiler.ops.registry.register_kernel`) takes its place::
 
         y = tahf4.linear(...)        ->        y = mine.linear_sm90(...)
     """

@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import fx
 
-from ..graph import LINEAR, node_arg, weight_input
-from ..packed.graph import adopt
-from ..pass_base import Context, Pass, PassResult
+from ..graph.nodes import LINEAR, node_arg, weight_input
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
+from ..weights.held import adopt
 
 aten = torch.ops.aten
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default)

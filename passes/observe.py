@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
-from ..graph import INPUT, PackedWeight, linears, mutates, node_arg, weight_input
-from ..pass_base import Context, Pass, PassResult
-from .classify import ROLE
-from .plan import DECISION
-from .quantize import call, packed_input
+from ..graph.inputs import DECISION, INPUT, ROLE, PackedWeight
+from ..graph.nodes import linears, mutates, node_arg, weight_input
+from ..pipeline.activations import call, packed_input
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import hif4
-from ..attach import attached, matching, require_matches
 from ..errors import PackedError
-from ..graph import DECISION, INPUT, GraphInput, is_written, module_classes, node_arg, size_hint, weight_input
-from ..packed.graph import packed_products
-from ..pass_base import Context, Decision, Pass, PassResult
-from .classify import ROLE, all_linears
+from ..format import hif4
+from ..graph.inputs import DECISION, INPUT, ROLE, GraphInput
+from ..graph.nodes import is_written, module_classes, node_arg, size_hint, weight_input
+from ..model.attachments import attached
+from ..model.linears import matching, require_matches
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context, Decision
+from ..weights.held import packed_products
+from .classify import all_linears
 
 __all__ = ["DECISION", "Plan"]
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import OptionError
-from ..graph import size_hint
-from ..pass_base import Context, Pass, PassResult
-from ..transforms import hadamard_block, seed_of
-from .quantize import activations
+from ..format.transforms import hadamard_block, seed_of
+from ..graph.nodes import size_hint
+from ..pipeline.activations import activations
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 
 @dataclass(frozen=True)

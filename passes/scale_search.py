@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import OptionError
-from ..pass_base import Context, Pass, PassResult
-from .quantize import activations
+from ..pipeline.activations import activations
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 SEARCHES = ("", "squared", "weighted")
 
@@ -18,7 +19,7 @@ class ScaleSearch(Pass):
     """Pack weights with the scales of least squared error, not those of the largest magnitude.
 
     The graph's operators stay; its packed inputs hold other codes and scales. The search runs once, when a
-    weight is packed (:func:`tahf4_compiler.scale_search.search_scales`); activations are not searched.
+    weight is packed (:func:`tahf4_compiler.format.scale_search.search_scales`); activations are not searched.
 
     Attributes:
         by: ``"squared"``, ``"weighted"`` (by the second moment of the activation's channels, where a recipe

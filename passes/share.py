@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..graph import INPUT, GraphInput, is_view, is_written, mutates, node_arg, size_hint
-from ..pass_base import Context, Pass, PassResult
-from .plan import DECISION
-from .quantize import activation_of, call, drop_unused_weights, packed_input
+from ..graph.inputs import DECISION, INPUT, GraphInput
+from ..graph.nodes import is_view, is_written, mutates, node_arg, size_hint
+from ..pipeline.activations import activation_of, call, drop_unused_weights, packed_input
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..pass_base import Context, Pass, PassResult
-from .quantize import activations
+from ..pipeline.activations import activations
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 
 @dataclass(frozen=True)

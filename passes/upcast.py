@@ -12,8 +12,9 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from ..errors import OptionError
-from ..graph import is_view, mutates
-from ..pass_base import Context, Pass, PassResult
+from ..graph.nodes import is_view, mutates
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)

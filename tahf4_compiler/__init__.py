@@ -4,10 +4,10 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 :func:`capture` and :func:`lower`. Passes are added with :func:`register_pass`.
 """
 
-from . import hif4, ops
-from .attach import keep
-from .bisection import Bisection, bisect
-from .calibration import Calibration, calibrate
+from . import ops
+from .calibration.calibration import Calibration, calibrate
+from .debugging.bisect import Bisection, bisect
+from .diffusers_integration.import_hook import register_when_imported
 from .errors import (
     CalibrationError,
     CaptureError,
@@ -23,19 +23,23 @@ from .errors import (
     ShardingError,
     Tahf4Error,
 )
-from .graph_capture import Capture, capture
-from .kernels import Kernel, register_kernel
+from .format import hif4
+from .graph_capture.captured import Capture
+from .graph_capture.export import capture
 from .lowering import Lowered, lower
-from .module_plan import plan_modules
+from .model.attachments import keep
+from .ops.registry import Kernel, register_kernel
 from .options import Options
 from .packed.convert import dequantize_, quantize_
 from .packed.linear import HiF4Linear
-from .packed.register import register_when_imported
-from .pass_base import Context, Decision, Pass, PassResult, register_pass, unregister_pass
-from .patterns import Match, find_pattern, replace_pattern
-from .pipeline import default_passes
-from .recipe import Recipe, apply_recipe
-from .weight_formats import register_weight_format
+from .packed.plan import plan_modules
+from .pipeline.base import Pass, PassResult, register_pass, unregister_pass
+from .pipeline.context import Context, Decision
+from .pipeline.matching import Match, find_pattern, replace_pattern
+from .pipeline.order import default_passes
+from .recipe.apply import apply_recipe
+from .recipe.recipe import Recipe
+from .weights.formats import register_weight_format
 
 __version__ = "0.1.0"
 
@@ -91,7 +95,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Import what needs diffusers when it is asked for."""
     if name == "TaHF4Config":
-        from .packed.config import TaHF4Config
+        from .diffusers_integration.config import TaHF4Config
 
         return TaHF4Config
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

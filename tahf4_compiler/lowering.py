@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from .binding import Binding
-from .dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .errors import OptionError, PackedError
-from .folding import graph_json
-from .graph import INPUT, PackedInput, linear_path
-from .graph_capture import Capture
-from .kernels import generated_sources
+from .graph.inputs import INPUT, PackedInput
+from .graph.nodes import linear_path
+from .graph_capture.captured import Capture
+from .ops.registry import generated_sources
 from .options import Options
-from .packed.graph import multiplier_groups, ties
-from .packing import store
-from .pass_base import Context, Decision
-from .pass_manager import PassManager, PassRecord, readable
-from .pipeline import build_pipeline
-from .report import plan_json, report
-from .snapshot import Recorder, Snapshot
+from .pipeline.context import Context, Decision
+from .pipeline.manager import PassManager
+from .pipeline.order import build_pipeline
+from .pipeline.records import PassRecord, readable
+from .reporting.compact import graph_json
+from .reporting.dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
+from .reporting.report import plan_json, report
+from .reporting.snapshot import Recorder, Snapshot
+from .weights.binding import Binding
+from .weights.held import multiplier_groups, ties
+from .weights.store import store
 
 __all__ = ["Lowered", "LoweredGraph", "lower", "lower_graph"]
 

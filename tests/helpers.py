@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tahf4_compiler import hif4
+from tahf4_compiler.format import hif4
 
 GRAPH = {"inductor": False, "rotate.block": 0}
 """Options that run the lowered graph as it is, without a rotation: what ``expected`` computes, before Inductor."""

@@ -149,9 +149,11 @@ def encoder(**config: Any) -> tuple[nn.Module, dict[str, Any]]:
 
 def masked_recipe(model: nn.Module, high: Sequence[str] = ()) -> Any:
     """Return a recipe with a mask for each activation, some of them rotated, and some scales searched."""
-    from tahf4_compiler.module_plan import plan_modules, plan_transforms
-    from tahf4_compiler.packing import checksum
-    from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
+    from tahf4_compiler.packed.plan import plan_modules
+    from tahf4_compiler.packed.readers import plan_transforms
+    from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
+    from tahf4_compiler.recipe.recipe import Recipe
+    from tahf4_compiler.weights.checksum import checksum
 
     transforms = plan_transforms(model, plan_modules(model))
     entries: dict[str, dict] = {}

@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = tuple(page.name for page in sorted(DOCS.glob("*.md")) if _BLOCK.search(page.read_text()))
 ELSEWHERE = {
-    "packed.md": "tests/packed/test_packed_docs.py runs it, on the tiny pipeline",
+    "packed.md": "tests/diffusers_integration/test_packed_docs.py runs it, on the tiny pipeline",
     "inspect.md": "tests/tools/test_inspect.py runs it",
 }
 NOTHING_RUNS = {"calibration.md", "distributed.md"}
@@ -28,7 +28,7 @@ NOTHING_RUNS = {"calibration.md", "distributed.md"}
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch, capsys):
-    from tahf4_compiler import pass_base
+    from tahf4_compiler.pipeline import base as pass_base
 
     if name in ELSEWHERE:
         pytest.skip(ELSEWHERE[name])

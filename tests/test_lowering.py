@@ -196,7 +196,7 @@ def test_a_kernel_of_a_plug_in_takes_the_place_of_the_reference():
     def _(codes, scales, weight_codes, weight_scales, bias, out_dtype):
         return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
 
-    from tahf4_compiler.kernels import unregister_kernel
+    from tahf4_compiler.ops.registry import unregister_kernel
 
     kernel = tahf4.register_kernel(
         "fast", LINEAR, torch.ops.tahf4_test.linear.default, lambda node: node.meta["val"].shape[-1] == 128

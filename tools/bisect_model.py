@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..graph_capture import Capture
+    from ..graph_capture.captured import Capture
 
 __all__ = ["bisect", "captures"]
 
@@ -46,7 +46,7 @@ def bisect(
     of an exported program, or on random numbers for a transformer alone. Writes a script that runs the smallest
     failing subgraph alone.
     """
-    from ..bisection import bisect as search
+    from ..debugging.bisect import bisect as search
     from ..errors import OptionError
     from .tiny_wan import settings
 
@@ -102,8 +102,9 @@ def _alone(path: Path, seed: int, recipe: Path | None, expert: str | None, shape
 
     import torch
 
-    from ..graph_capture import capture
-    from ..recipe import Recipe, apply_recipe
+    from ..graph_capture.export import capture
+    from ..recipe.apply import apply_recipe
+    from ..recipe.recipe import Recipe
     from .errors import CommandError
     from .inspection.sources import loaded, recipe_part
 
@@ -122,7 +123,7 @@ def _alone(path: Path, seed: int, recipe: Path | None, expert: str | None, shape
 
 
 def _exported(path: Path) -> Capture:
-    from ..graph_capture import capture_program
+    from ..graph_capture.export import capture_program
     from .exported import load_program
 
     return capture_program(load_program(path))
@@ -134,9 +135,10 @@ def _experts(
     import torch
     from torch import nn
 
-    from ..calibration import experts
-    from ..graph_capture import capture
-    from ..recipe import Recipe, apply_recipe
+    from ..graph_capture.export import capture
+    from ..model.components import experts
+    from ..recipe.apply import apply_recipe
+    from ..recipe.recipe import Recipe
     from .errors import CommandError
     from .generation import load_any_pipeline
     from .tiny_wan import settings

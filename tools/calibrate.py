@@ -65,8 +65,8 @@ def calibrate(
     """
     import torch
 
-    from ..calibration import calibrate as observe
-    from ..recipe_making import check_choices
+    from ..calibration.calibration import calibrate as observe
+    from ..calibration.choices import check_choices
     from .errors import CommandError
     from .generation import load_any_pipeline
     from .staging import check_writable

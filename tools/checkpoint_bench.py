@@ -135,8 +135,9 @@ def _recipe(model: Path, path: Path) -> Path:
     """Write a recipe with everything for each linear of the blocks, of random masks."""
     import torch
 
-    from ..checkpoint.reading import read_header
-    from ..recipe import LinearEntry, Recipe, RecipeEntry
+    from ..files.reading import read_header
+    from ..recipe.entries import LinearEntry, RecipeEntry
+    from ..recipe.recipe import Recipe
 
     generator, entries = torch.Generator().manual_seed(1), {}
     headers = [read_header(file).tensors for file in sorted(model.glob("*.safetensors"))]
@@ -157,7 +158,7 @@ def _child(text: str, *arguments: Path) -> dict[str, float]:
 
 
 def _sizes(folder: Path, *ends: str) -> dict[str, int]:
-    from ..checkpoint.reading import read_header
+    from ..files.reading import read_header
 
     headers = [read_header(path).tensors for path in folder.glob("*.safetensors")]
     return {name: info.size for tensors in headers for name, info in tensors.items() if name.endswith(ends)}

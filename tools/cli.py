@@ -7,19 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import (
-    bench,
-    bisect_model,
-    calibrate,
-    demo,
-    doctor,
-    evaluate,
-    explain,
-    inspect_model,
-    parallel,
-    passes,
-    quantize,
-)
+from . import bench, bisect_model, calibrate, demo, doctor, evaluate, explain, inspect_model, parallel, passes, quantize
 from .errors import own_error
 from .kernels import roofline, table
 

@@ -14,7 +14,7 @@ import numpy as np
 from diffusers import WanPipeline
 from tqdm import tqdm
 
-from ..attach import linear_weights, require_matches
+from ..model.linears import linear_weights, require_matches
 from ..options import Options
 from .generation import Run, experts, generate
 from .media import psnr

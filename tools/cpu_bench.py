@@ -19,9 +19,10 @@ import typer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import hif4, kernels
 from ..backends import cpu
 from ..errors import OptionError
+from ..format import hif4
+from ..ops import registry
 from .kernels.block import WanBlock, rotary_of
 
 __all__ = ["LINEARS", "QUANTIZED", "block", "facts", "linears", "main", "markdown", "pipeline", "quantizing"]
@@ -240,7 +241,7 @@ def pipeline(rounds: int) -> dict[str, Any]:
 
 def main(output: Path, rounds: int) -> None:
     """Measure everything, print it, and write ``cpu.json`` and ``cpu.md`` into a folder."""
-    kernels.kernels()
+    registry.kernels()
     if not cpu.available():
         raise OptionError("there are no C++ kernels here: no compiler was found, or TAHF4_NO_CPP is set")
     with torch.no_grad():

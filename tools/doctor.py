@@ -124,13 +124,13 @@ def _cache() -> Finding:
 def _kernels() -> Finding:
     import torch
 
-    from .. import kernels
     from ..backends import cpu, triton
+    from ..ops import registry
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = triton.why_not(device)
     by_operator: dict[str, list[str]] = {}
-    for kernel in kernels.kernels():
+    for kernel in registry.kernels():
         if (kernel.name == "cpu" and not cpu.available()) or (kernel.name == "triton" and reason is not None):
             continue
         by_operator.setdefault(str(kernel.operator).removesuffix(".default"), []).append(kernel.name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..pass_base import Pass
+    from ..pipeline.base import Pass
 
 __all__ = ["describe", "passes"]
 
@@ -27,7 +27,7 @@ def passes(
     options={"disable_passes": ["PASS"]}.
     """
     from ..options import Options
-    from ..pipeline import build_pipeline
+    from ..pipeline.order import build_pipeline
 
     described = [describe(item) for item in build_pipeline(Options())]
     if as_json:
@@ -40,7 +40,7 @@ def passes(
 
 def describe(item: Pass) -> dict[str, Any]:
     """Return what there is to know about a pass."""
-    from ..pipeline import plain
+    from ..pipeline.order import plain
 
     text = inspect.getdoc(type(item)) or ""
     return {

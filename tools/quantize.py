@@ -48,7 +48,7 @@ def quantize(
     import torch
 
     from ..checkpoint.convert import quantize_checkpoint
-    from ..recipe import Recipe
+    from ..recipe.recipe import Recipe
 
     done = quantize_checkpoint(
         model_dir,

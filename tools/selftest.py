@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .. import hif4
+from ..format import hif4
 
 __all__ = ["check_compile", "check_format"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import hif4
 from ...errors import FormatError
+from ...format import hif4
 from . import build, checks, operators
 from .build import instruction_set
 from .programs import DTYPES
@@ -80,7 +80,7 @@ def fused_quantize(
 
     Args:
         inputs: float32, bfloat16 or float16, on the CPU, that broadcast to ``[..., K]``.
-        program: see :mod:`tahf4_compiler.program`; one that :func:`programs.encode` takes.
+        program: see :mod:`tahf4_compiler.ops.program`; one that :func:`programs.encode` takes.
         multiplier: as for :func:`quantize`.
         hadamard_block: as for :func:`quantize`.
 
@@ -175,7 +175,7 @@ def fused_linear(
         out_dtype: of ``y`` of the program.
         sizes: columns of each result; they sum to N. More than one only with an empty program.
         inputs: as for :func:`fused_quantize`; they broadcast to ``[..., N]``.
-        program: see :mod:`tahf4_compiler.program`.
+        program: see :mod:`tahf4_compiler.ops.program`.
         result_dtype: of the results.
 
     Returns:
@@ -211,7 +211,7 @@ def linear_quantize(
         bias: or None.
         out_dtype: of ``y`` of the program.
         inputs: of the program.
-        program: see :mod:`tahf4_compiler.program`.
+        program: see :mod:`tahf4_compiler.ops.program`.
         multiplier: float32 ``[N]`` or None, as for :func:`quantize`.
         hadamard_block: as for :func:`quantize`.
 
@@ -311,5 +311,5 @@ def slow_dtype(dtype: torch.dtype) -> bool:
 
 
 def register() -> None:
-    """Register the kernels under the name "cpu" (:func:`tahf4_compiler.kernels.register_kernel`)."""
+    """Register the kernels under the name "cpu" (:func:`tahf4_compiler.ops.registry.register_kernel`)."""
     operators.register()

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import fused_ops, ops
+from ... import ops
 from ...errors import FormatError
+from ...ops import fused
 from .programs import DTYPES, encode
 
 __all__ = ["fused_linear", "fused_quantize", "linear", "linear_quantize", "on_cpu", "quantize", "real", "rows"]
@@ -85,7 +86,7 @@ def fused_linear(
 ) -> None:
     """See ``tahf4::fused_linear``."""
     shape = _product("fused_linear", (codes, scales, weight_codes, weight_scales, bias), inputs)
-    fused_ops.check_sizes(sizes, shape[-1], program)
+    fused.check_sizes(sizes, shape[-1], program)
     found = _program(program, "y") or out_dtype
     if found != result_dtype:
         raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ... import fused_ops, ops  # noqa: F401  (they define torch.ops.tahf4)
+from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
 from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
@@ -83,7 +83,7 @@ OPERATORS = {
 @functools.cache
 def register() -> None:
     """Register the kernels, once."""
-    from ...kernels import register_kernel
+    from ...ops.registry import register_kernel
 
     for name, operator in OPERATORS.items():
         register_kernel("cpu", getattr(torch.ops.tahf4, name).default, operator, _serves)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...program import REDUCTIONS, Argument, Program, Statement
+from ...ops.program import REDUCTIONS, Argument, Program, Statement
 
 __all__ = ["DTYPES", "MOST_INPUTS", "Encoded", "encode"]
 

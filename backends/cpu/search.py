@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import hif4, ops
+from ... import ops
+from ...format import hif4
 from . import _rows, available, build, checks, quantize
 from .programs import DTYPES
 
@@ -22,7 +23,7 @@ def serves(x: Tensor) -> bool:
 
 
 def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tensor:
-    """Return what is quantized: :func:`tahf4_compiler.ops.transform`.
+    """Return what is quantized: :func:`tahf4_compiler.format.transforms.transform`.
 
     Args:
         x: ``[N, K]``; other than float32, bfloat16 or float16, or not on the CPU, the reference runs.

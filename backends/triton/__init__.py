@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ... import fused_ops, ops
+from ... import ops
 from ...errors import FormatError
-from ...kernels import register_kernel
-from ...program import DTYPES, Program
+from ...ops import fused
+from ...ops.program import DTYPES, Program
+from ...ops.registry import register_kernel
 from .call import Call
 
 __all__ = ["available", "calls_of", "register", "run", "sources_of", "why_not"]
@@ -125,7 +126,7 @@ def _fused_linear(
     result_dtype: torch.dtype,
 ) -> tuple[Any, list[Call]]:
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
-    fused_ops.check_sizes(sizes, len(weight_codes), program)
+    fused.check_sizes(sizes, len(weight_codes), program)
     statements = Program.parse(program).statements
     found = statements[-1].dtype if statements else out_dtype
     if found != result_dtype:
@@ -192,7 +193,7 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
 
 def calls_of(node: fx.Node) -> list[Call]:
     """Return what a node of a lowered graph would launch, on the meta device, for the sizes of the example."""
-    from ...graph import size_hint
+    from ...graph.nodes import size_hint
 
     def meta(arg: fx.Node) -> Any:
         value = arg.meta["val"]
@@ -253,7 +254,7 @@ def _fake(name: str) -> Callable[..., Any]:
 @functools.cache
 def register() -> None:
     """Register the kernels, once."""
-    assert fused_ops
+    assert fused
     for name, function in _CALLS.items():
         register_kernel(
             "triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of

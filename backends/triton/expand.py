@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from ...hif4 import UNIT
-from ...program import DTYPES
+from ...format.hif4 import UNIT
+from ...ops.program import DTYPES
 from . import source
 from .call import Call
 

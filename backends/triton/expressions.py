@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FormatError
-from ...program import DTYPES, Program, Statement
+from ...ops.program import DTYPES, Program, Statement
 
 __all__ = ["TRITON_DTYPES", "Leaf", "Operand", "emit", "leaf_parameters", "operand"]
 

@@ -1,7 +1,7 @@
 """HiF4 in Triton: the functions that generated kernels are built from.
 
 They are never called from here: the text of those that a kernel needs is copied into its generated file, which then
-depends on Triton alone. All of them follow :mod:`tahf4_compiler.hif4` step by step; integer operations do the
+depends on Triton alone. All of them follow :mod:`tahf4_compiler.format.hif4` step by step; integer operations do the
 rounding.
 
 **A thread holds a unit.** The 64 values of T units are a tuple of 16 tensors ``[T, 4]``: in the layout that the

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from ...errors import OptionError
-from ...hif4 import UNIT, units
-from ...program import DTYPES, Program
+from ...format.hif4 import UNIT, units
+from ...ops.program import DTYPES, Program
 from . import source
 from .call import Call
 from .expand import expand

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hif4 import UNIT, units
-from ...program import Program, Statement
+from ...format.hif4 import UNIT, units
+from ...ops.program import Program, Statement
 from . import source
 from .call import Call
 from .expressions import Leaf, Operand, emit, leaf_parameters, operand

@@ -15,13 +15,14 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, RecipeError, Tahf4Error
-from ..module_plan import plan_modules, plan_transforms
-from ..packing import warn_not_finite
-from ..pass_base import Decision
-from ..recipe import Recipe
+from ..files.reading import read_header
+from ..packed.plan import plan_modules
+from ..packed.readers import plan_transforms
+from ..pipeline.context import Decision
+from ..recipe.recipe import Recipe
+from ..weights.packing import warn_not_finite
 from .layout import Shard, shards_of
 from .manifest import NAME, file_sha256, manifest_text, read_manifest, verify
-from .reading import read_header
 from .source import Component, Source, open_source
 from .stage import Stage, drop_list
 from .stream import Workers, write_shard
@@ -133,7 +134,7 @@ def quantize_checkpoint(
 def _parts(
     source: Source, recipe: Recipe | None, expert: str | None, keep: Sequence[str], check_weights: bool, limit: int
 ) -> list[_Part]:
-    from ..packed.config import TaHF4Config
+    from ..diffusers_integration.config import TaHF4Config
 
     if recipe is not None and recipe.high_precision_steps:
         raise RecipeError(

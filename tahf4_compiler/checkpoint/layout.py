@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import hif4
-from ..module_plan import Transform
-from ..pass_base import Decision
-from .reading import DTYPES, TensorInfo
+from ..files.reading import DTYPES, TensorInfo
+from ..format import hif4
+from ..packed.transform import Transform
+from ..pipeline.context import Decision
 from .source import Component
 
 __all__ = ["Item", "Shard", "shards_of"]

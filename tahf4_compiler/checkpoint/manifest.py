@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
-from .reading import read_header, read_json
+from ..files.reading import read_header, read_json
 
 __all__ = ["FORMAT", "NAME", "PROGRESS", "file_sha256", "manifest_sum", "manifest_text", "read_manifest", "verify"]
 

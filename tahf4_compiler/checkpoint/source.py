@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from .reading import DTYPES, PICKLES, TensorInfo, plain_name, read_header, read_index, read_json
+from ..files.reading import DTYPES, PICKLES, TensorInfo, plain_name, read_header, read_index, read_json
 
 __all__ = ["Component", "Source", "open_source"]
 

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files.reading import read_json
 from .manifest import PROGRESS, file_sha256
-from .reading import read_json
 
 __all__ = ["Stage", "drop_list"]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import hif4
 from ..errors import CheckpointError, RecipeError
-from ..packing import checksum
+from ..files.reading import DTYPES, read_into
+from ..format import hif4
+from ..weights.checksum import checksum
 from .layout import Item, Shard
-from .reading import DTYPES, read_into
 
 __all__ = ["Workers", "write_shard"]
 

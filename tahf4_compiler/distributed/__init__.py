@@ -12,7 +12,7 @@ from .sizes import check_columns, check_rows, column_degrees, row_degrees
 
 if TYPE_CHECKING:
     from .styles import HiF4ColwiseParallel, HiF4RowwiseParallel
-    from .wan import tensor_parallel
+    from .tensor_parallel import tensor_parallel
 
 __all__ = [
     "HiF4ColwiseParallel",

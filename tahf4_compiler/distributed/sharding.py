@@ -24,7 +24,8 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from .. import hif4, kernels
+from ..format import hif4
+from ..ops import registry
 
 __all__ = ["register"]
 
@@ -146,7 +147,7 @@ raises DTensor's own error. Lowered graphs run on plain tensors, so nothing of o
 @functools.cache
 def register() -> None:
     """Register the rules for ``tahf4::`` operators and those of the devices that run in their place, once."""
-    served = {kernel.target: kernel.operator._schema.name.partition("::")[2] for kernel in kernels.kernels()}
+    served = {kernel.target: kernel.operator._schema.name.partition("::")[2] for kernel in registry.kernels()}
     for target, name in served.items():
         if name in _RULES:
             register_sharding(target)(_RULES[name])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .. import hif4
 from ..errors import ShardingError
+from ..format import hif4
 
 __all__ = ["check_columns", "check_rows", "column_degrees", "row_degrees"]
 

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from .. import kernels
 from ..errors import ShardingError
+from ..model.parts import Part, remember
+from ..ops import registry
 from ..packed.linear import HiF4Linear
-from ..sharded import Part, remember
 from . import sharding
 from .sizes import check_columns, check_rows
 
@@ -108,7 +108,7 @@ class _RowParallel:
     def forward(self: Any, input: Tensor) -> Tensor:
         """Return the whole product, by a sum over the ranks."""
         if isinstance(self, HiF4Linear):
-            quantize, linear = kernels.operators(input)
+            quantize, linear = registry.operators(input)
             codes, scales = quantize(input, self.multiplier, self.hadamard_block)
             part = linear(codes, scales, self.weight_codes, self.weight_scales, None, torch.float32)
         else:

@@ -12,15 +12,18 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import hif4
-from ..attach import attached_recipe, leave_as_they_are
-from ..calibration import experts
 from ..errors import PackedError
-from ..module_plan import Transform, plan_modules, plan_transforms
-from ..packing import warn_not_finite
-from ..pass_base import Decision
-from ..recipe import Recipe, recipe_experts
+from ..format import hif4
+from ..model.attachments import attached_recipe, leave_as_they_are
+from ..model.components import experts
+from ..pipeline.context import Decision
+from ..recipe.apply import recipe_experts
+from ..recipe.recipe import Recipe
+from ..weights.packing import warn_not_finite
 from .linear import HiF4Linear
+from .plan import plan_modules
+from .readers import plan_transforms
+from .transform import Transform
 
 __all__ = ["dequantize_", "packed_linears", "quantize_"]
 
@@ -92,7 +95,7 @@ def pack_modules(
 
     Args:
         model: changed in place.
-        transforms: by module path, see :func:`tahf4_compiler.module_plan.plan_transforms`.
+        transforms: by module path, see :func:`tahf4_compiler.packed.readers.plan_transforms`.
         done: is told how many values were converted.
 
     Returns:
@@ -162,7 +165,7 @@ def _saving(model: nn.Module) -> Any:
 
     if not isinstance(model, ModelMixin):
         return None
-    from . import quantizer
+    from ..diffusers_integration import quantizer
 
     return quantizer
 

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import hif4, kernels
 from ..errors import FormatError, GradientError, PackedError
-from ..ops import hadamard
+from ..format import hif4
+from ..format.transforms import hadamard
+from ..ops import registry
 from .no_weight import NoWeight
 
 __all__ = ["HiF4Linear"]
 
-kernels.kernels()  # defines the operators that forward calls, before anything traces it
+registry.kernels()  # defines the operators that forward calls, before anything traces it
 
 
 class HiF4Linear(nn.Linear):
@@ -128,7 +129,7 @@ class HiF4Linear(nn.Linear):
                 "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
                 "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
             )
-        quantize, linear = kernels.operators(input)
+        quantize, linear = registry.operators(input)
         codes, scales = quantize(input, self.multiplier, self.hadamard_block)
         return linear(codes, scales, self.weight_codes, self.weight_scales, self.bias, input.dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.packing import checksum
+from tahf4_compiler.weights.checksum import checksum
 
 CLOSE = 1e-5
 

@@ -18,7 +18,9 @@ from tahf4_compiler.backends import cpu
 from tahf4_compiler.backends.cpu import build, operators
 
 import tahf4_compiler as tahf4
-from tahf4_compiler import FormatError, hif4, kernels
+from tahf4_compiler import FormatError
+from tahf4_compiler.format import hif4
+from tahf4_compiler.ops import registry
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIALS = [
@@ -271,7 +273,7 @@ def test_bad_input_says_what_was_expected(call, message):
     ],
 )
 def test_operators_are_those_of_the_reference(operator, arguments):
-    kernels.kernels()  # defines them
+    registry.kernels()  # defines them
     given = arguments(lambda rows, k: torch.ops.tahf4.quantize(torch.randn(rows, k)))
     mine, reference = getattr(torch.ops.tahf4_cpu, operator), getattr(torch.ops.tahf4, operator)
     torch.library.opcheck(mine.default, given)
@@ -291,25 +293,25 @@ CALLS = {
         lambda x, w, f: (torch.nn.Parameter(x), None, 128),
     ],
     "linear": [
-        lambda x, w, f: (*kernels.quantize(x), *w, None, torch.float64),
-        lambda x, w, f: (*kernels.quantize(x.view(3, 2, 100)), *w, f[:7].double(), torch.bfloat16),
-        lambda x, w, f: (*(t.T.contiguous().T for t in kernels.quantize(x)), *w, f[:7], torch.float32),
-        lambda x, w, f: (*kernels.quantize(x[:0]), *w, None, torch.float16),
+        lambda x, w, f: (*registry.quantize(x), *w, None, torch.float64),
+        lambda x, w, f: (*registry.quantize(x.view(3, 2, 100)), *w, f[:7].double(), torch.bfloat16),
+        lambda x, w, f: (*(t.T.contiguous().T for t in registry.quantize(x)), *w, f[:7], torch.float32),
+        lambda x, w, f: (*registry.quantize(x[:0]), *w, None, torch.float16),
     ],
     "fused_quantize": [
         lambda x, w, f: ([x, f], "v0: float32 = mul(x0, x1)", f, 64),
         lambda x, w, f: ([x.view(2, 3, 100)[:, :, ::2], x[:2, None, :1]], "v0: bfloat16 = add(x0, x1)"),
     ],
     "fused_linear": [
-        lambda x, w, f: (*kernels.quantize(x), *w, None, torch.bfloat16, [3, 4], [], "", torch.bfloat16),
+        lambda x, w, f: (*registry.quantize(x), *w, None, torch.bfloat16, [3, 4], [], "", torch.bfloat16),
         lambda x, w, f: (
-            *(*kernels.quantize(x), *w, f[:7], torch.float32, [7]),
+            *(*registry.quantize(x), *w, f[:7], torch.float32, [7]),
             *([x[:, :7]], "v0: float16 = sub(x0, y)", torch.float16),
         ),
     ],
     "linear_quantize": [
-        lambda x, w, f: (*kernels.quantize(x), *w, f[:7], torch.float32, [], "v0: float32 = relu(y)", f[:7], 64),
-        lambda x, w, f: (*kernels.quantize(x.view(1, 2, 3, 100)), *w, None, torch.float32, [], "", None, 0),
+        lambda x, w, f: (*registry.quantize(x), *w, f[:7], torch.float32, [], "v0: float32 = relu(y)", f[:7], 64),
+        lambda x, w, f: (*registry.quantize(x.view(1, 2, 3, 100)), *w, None, torch.float32, [], "", None, 0),
     ],
 }
 
@@ -318,7 +320,7 @@ CALLS = {
 @pytest.mark.skipif(cpu.available() and cpu.instruction_set() == "none", reason="needs AVX2")
 @pytest.mark.parametrize(("name", "arguments"), [(name, call) for name, calls in CALLS.items() for call in calls])
 def test_operators_need_no_python_after_their_first_call(name, arguments, monkeypatch):
-    given = arguments(torch.randn(6, 100), kernels.quantize(torch.randn(7, 100)), torch.rand(100) + 0.5)
+    given = arguments(torch.randn(6, 100), registry.quantize(torch.randn(7, 100)), torch.rand(100) + 0.5)
     operator = operators.OPERATORS[name]
     found = operator(*given)
     right = getattr(torch.ops.tahf4, name)(*given)
@@ -335,13 +337,13 @@ def test_operators_need_no_python_after_their_first_call(name, arguments, monkey
 
 @compiled
 def test_operators_refuse_what_the_functions_refuse(monkeypatch):
-    weight = kernels.quantize(torch.randn(7, 100))
+    weight = registry.quantize(torch.randn(7, 100))
     with pytest.raises(FormatError, match="expected float32, bfloat16 or float16"):
         torch.ops.tahf4_cpu.quantize(torch.ones(2, 64, dtype=torch.float64))
     with pytest.raises(FormatError, match="same number of 64-value units"):
-        torch.ops.tahf4_cpu.linear(*kernels.quantize(torch.ones(2, 64)), *weight, None, torch.float32)
+        torch.ops.tahf4_cpu.linear(*registry.quantize(torch.ones(2, 64)), *weight, None, torch.float32)
     with pytest.raises(FormatError, match=r"bias of shape \(8,\)"):
-        torch.ops.tahf4_cpu.linear(*kernels.quantize(torch.ones(2, 100)), *weight, torch.ones(8), torch.float32)
+        torch.ops.tahf4_cpu.linear(*registry.quantize(torch.ones(2, 100)), *weight, torch.ones(8), torch.float32)
     monkeypatch.setenv("TAHF4_CPU_ISA", "avx1024")
     with pytest.raises(tahf4.OptionError, match="'avx1024'; expected one of none"):
         torch.ops.tahf4_cpu.quantize(torch.ones(2, 64))
@@ -386,11 +388,11 @@ def test_packing_takes_what_is_there(monkeypatch):
         right = torch.ops.tahf4.quantize(x, multiplier, 64)
         for switched_off in ("0", "1"):
             monkeypatch.setenv("TAHF4_NO_CPP", switched_off)
-            found = kernels.quantize(x, multiplier, 64)
+            found = registry.quantize(x, multiplier, 64)
             assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
-    assert kernels.quantize(torch.ones(2, 64, device="meta"))[0].device.type == "meta"
+    assert registry.quantize(torch.ones(2, 64, device="meta"))[0].device.type == "meta"
     with torch._subclasses.FakeTensorMode():
-        assert kernels.quantize(torch.ones(2, 64))[0].shape == (2, 32)
+        assert registry.quantize(torch.ones(2, 64))[0].shape == (2, 32)
 
 
 def test_without_the_kernels_the_reference_runs(monkeypatch):
@@ -468,7 +470,7 @@ def test_several_processes_compile_at_once(tmp_path):
 
 def test_importing_compiles_nothing(tmp_path):
     code = (
-        "import torch, tahf4_compiler, tahf4_compiler.backends.dynamo, tahf4_compiler.kernels as k\n"
+        "import torch, tahf4_compiler, tahf4_compiler.backends.dynamo, tahf4_compiler.ops.registry as k\n"
         "import tahf4_compiler.backends.cpu as cpu\n"
         "op = torch.ops.tahf4.linear.default\n"
         "assert [x.name for x in k.kernels() if x.operator is op] == ['triton', 'cpu', 'reference']\n"
@@ -510,7 +512,7 @@ def packed(rows, k, seed):
     generator = torch.Generator().manual_seed(seed)
     # Magnitudes over the whole range of the format, so that all scales and exponents occur.
     x = torch.randn(rows, k, generator=generator) * torch.exp2(torch.randint(-9, 9, (rows, k), generator=generator))
-    return kernels.quantize(x)
+    return registry.quantize(x)
 
 
 def in_float64(codes, scales, weight_codes, weight_scales):
@@ -645,7 +647,7 @@ def test_without_the_instructions_the_product_is_float32(monkeypatch):
 @compiled
 @pytest.mark.parametrize("count", [1, 2, 4095, 4096, 4097, 3 * 4096 + 5, 257 * 4096, 1 << 21])
 def test_the_checksum_of_weights_is_that_of_plain_pytorch(count, monkeypatch):
-    from tahf4_compiler.packing import checksum
+    from tahf4_compiler.weights.checksum import checksum
 
     ones = -torch.ones(count)
     for weight in (torch.randn(count), torch.randn(count).bfloat16(), torch.randn(2, count)[:, ::2], ones):

@@ -10,7 +10,9 @@ from tahf4_compiler.backends.cpu import build
 from tahf4_compiler.backends.cpu.programs import encode
 
 import tahf4_compiler as tahf4
-from tahf4_compiler import FormatError, hif4, kernels
+from tahf4_compiler import FormatError
+from tahf4_compiler.format import hif4
+from tahf4_compiler.ops import registry
 
 pytestmark = pytest.mark.skipif(
     not cpu.available() or cpu.instruction_set() == "none", reason="needs a C++ compiler and AVX2"
@@ -29,7 +31,7 @@ def sets():
 @pytest.fixture(params=sets(), autouse=True)
 def _set(request, monkeypatch):
     monkeypatch.setenv("TAHF4_CPU_ISA", request.param)
-    kernels.kernels()
+    registry.kernels()
 
 
 def text(*lines):
@@ -75,7 +77,7 @@ def used(program, inputs):
 
 
 def expected_values(program, inputs):
-    from tahf4_compiler.program import Program
+    from tahf4_compiler.ops.program import Program
 
     return Program.parse(program).run({f"x{i}": x for i, x in enumerate(inputs)}, "x0")
 

@@ -11,7 +11,8 @@ from tahf4_compiler.backends import cpu
 from tahf4_compiler.backends.cpu import search
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tahf4_compiler import FormatError, hif4, scale_search
+from tahf4_compiler import FormatError
+from tahf4_compiler.format import hif4, scale_search
 from tahf4_compiler.packed.linear import HiF4Linear
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")

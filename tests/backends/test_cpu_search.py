@@ -7,7 +7,8 @@ import torch
 from tahf4_compiler.backends import cpu
 from tahf4_compiler.backends.cpu import search
 
-from tahf4_compiler import FormatError, ops, scale_search
+from tahf4_compiler import FormatError, ops
+from tahf4_compiler.format import scale_search
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")
 

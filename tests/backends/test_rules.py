@@ -18,8 +18,8 @@ from models import Block, Stack, output, wan
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.graph import PackedWeight
-from tahf4_compiler.packing import store
+from tahf4_compiler.graph.inputs import PackedWeight
+from tahf4_compiler.weights.store import store
 
 CLOSE = 1e-5
 

@@ -11,7 +11,7 @@ from ranks import run
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.distributed.gather import Exchange
+from tahf4_compiler.distributed.exchange import Exchange
 
 GRAPH = {"inductor": False}
 PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee"]

@@ -24,6 +24,6 @@ def kernels_in_a_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def operators():
-    from tahf4_compiler import kernels
+    from tahf4_compiler.ops import registry
 
-    kernels.kernels()  # registers them
+    registry.kernels()  # registers them

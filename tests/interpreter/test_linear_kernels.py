@@ -7,7 +7,7 @@ import pytest
 import torch
 from tahf4_compiler.backends.triton import linear
 
-from tahf4_compiler import hif4
+from tahf4_compiler.format import hif4
 
 triton = torch.ops.tahf4_triton
 reference = torch.ops.tahf4

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tahf4_compiler import hif4
-from tahf4_compiler.program import Program
+from tahf4_compiler.format import hif4
+from tahf4_compiler.ops.program import Program
 
 triton = torch.ops.tahf4_triton
 reference = torch.ops.tahf4

@@ -10,7 +10,7 @@ from tahf4_compiler.tools.generation import load_pipeline
 from tahf4_compiler.tools.tiny_wan import settings
 
 import tahf4_compiler as tahf4
-from tahf4_compiler import kernels
+from tahf4_compiler.ops import registry
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_a_step_of_the_tiny_wan_equals_the_reference(example, tmp_path, monkeypa
     assert {op._opname for op in ran} >= {"fused_quantize", "fused_linear", "linear_quantize", "quantize"}
     with torch.no_grad():
         got = low(*args)[0]
-        monkeypatch.setattr(kernels, "_kernels", [k for k in kernels.kernels() if k.name == "reference"])
+        monkeypatch.setattr(registry, "_kernels", [k for k in registry.kernels() if k.name == "reference"])
         reference = tahf4.lower(captured)
         assert {d.kernel for d in reference.plan if d.decision == "hif4"} == {"reference"}
         wanted = reference(*args)[0]

@@ -17,13 +17,14 @@ from tahf4_compiler.passes import classify, normalize, plan
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.graph import INPUT, PackedInput
-from tahf4_compiler.module_plan import plan_modules
+from tahf4_compiler.graph.inputs import INPUT, PackedInput
 from tahf4_compiler.packed.convert import packed_linears
-from tahf4_compiler.packed.graph import joined
 from tahf4_compiler.packed.linear import HiF4Linear
-from tahf4_compiler.packing import pack_weight, store
-from tahf4_compiler.recipe import Recipe
+from tahf4_compiler.packed.plan import plan_modules
+from tahf4_compiler.recipe.recipe import Recipe
+from tahf4_compiler.weights.held import joined
+from tahf4_compiler.weights.packing import pack_weight
+from tahf4_compiler.weights.store import store
 
 GRAPH = {"inductor": False}
 

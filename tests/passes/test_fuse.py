@@ -10,7 +10,7 @@ from models import wan
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.program import Program
+from tahf4_compiler.ops.program import Program
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,10 @@ from models import Stack, output, wan
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler import hif4
-from tahf4_compiler.attach import Attachment, attach
-from tahf4_compiler.ops import hadamard
-from tahf4_compiler.scale_search import search_scales
-from tahf4_compiler.transforms import hadamard_block, multipliers, seed_of, signs
+from tahf4_compiler.format import hif4
+from tahf4_compiler.format.scale_search import search_scales
+from tahf4_compiler.format.transforms import hadamard, hadamard_block, multipliers, seed_of, signs
+from tahf4_compiler.model.attachments import Attachment, attach
 
 ROTATED = {"inductor": False}
 CLOSE = 1e-5

@@ -16,8 +16,8 @@ from tahf4_compiler.tools.tiny_wan.model import load_pipeline
 from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.packing import checksum
-from tahf4_compiler.recipe import LinearEntry, RecipeEntry
+from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
+from tahf4_compiler.weights.checksum import checksum
 
 
 class WrongScale(tahf4.Pass):

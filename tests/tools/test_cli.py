@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tahf4_compiler import Pass, PassResult, PatternError, Tahf4Error, register_pass, unregister_pass
 from tahf4_compiler.options import Options
-from tahf4_compiler.pipeline import build_pipeline
+from tahf4_compiler.pipeline.order import build_pipeline
 
 COMMANDS = (
     *("demo", "calibrate", "evaluate", "quantize", "verify", "inspect", "explain", "bench", "kernels", "roofline"),
@@ -72,7 +72,7 @@ def test_errors_that_are_not_ours_are_not_hidden(monkeypatch):
     def fail(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("tahf4_compiler.pipeline.build_pipeline", fail)
+    monkeypatch.setattr("tahf4_compiler.pipeline.order.build_pipeline", fail)
     assert isinstance(run("passes").exception, ZeroDivisionError)
 
 

@@ -12,8 +12,8 @@ from tahf4_compiler.tools.inspection.statistics import Evidence
 from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.attach import linear_weights
-from tahf4_compiler.recipe import LinearEntry, RecipeEntry
+from tahf4_compiler.model.linears import linear_weights
+from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 

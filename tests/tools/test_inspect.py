@@ -22,10 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.folding import fold, unfold
-from tahf4_compiler.packing import store
-from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
-from tahf4_compiler.snapshot import block_path
+from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
+from tahf4_compiler.recipe.recipe import Recipe
+from tahf4_compiler.reporting.compact import fold, unfold
+from tahf4_compiler.reporting.snapshot import block_path
+from tahf4_compiler.weights.store import store
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 
@@ -376,7 +377,7 @@ def test_the_structure_of_a_wide_model_has_no_memory_and_a_small_page(tmp_path):
 
 
 def test_each_expert_gets_its_own_part_of_a_recipe(tmp_path):
-    from tahf4_compiler.recipe import LinearEntry, RecipeEntry
+    from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
 
     entries = {}
     for name in ("transformer", "transformer_2"):

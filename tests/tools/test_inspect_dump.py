@@ -15,8 +15,8 @@ from tahf4_compiler.tools.inspection.statistics import Evidence
 from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.dump import GraphDump
-from tahf4_compiler.pass_manager import PassRecord
+from tahf4_compiler.pipeline.records import PassRecord
+from tahf4_compiler.reporting.dump import GraphDump
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 

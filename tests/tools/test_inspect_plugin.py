@@ -13,7 +13,7 @@ from tahf4_compiler.tools.inspection.report import read_dump
 from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.folding import unfold
+from tahf4_compiler.reporting.compact import unfold
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugin"))
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})

@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 import tahf4_compiler as tahf4
 from tahf4_compiler.checkpoint.convert import quantize_checkpoint
 from tahf4_compiler.checkpoint.manifest import verify
-from tahf4_compiler.packing import checksum
-from tahf4_compiler.recipe import LinearEntry, Recipe, RecipeEntry
+from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
+from tahf4_compiler.recipe.recipe import Recipe
+from tahf4_compiler.weights.checksum import checksum
 
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 NAME = "diffusion_pytorch_model.safetensors"
@@ -165,7 +166,7 @@ KILLING = """
 import os, random, signal, sys, time
 from pathlib import Path
 from tahf4_compiler.checkpoint import convert, layout, manifest, source, stage, stream
-import diffusers.models.transformers.transformer_wan, tahf4_compiler.packed.config
+import diffusers.models.transformers.transformer_wan, tahf4_compiler.diffusers_integration.config
 
 def slow(holder, name):
     old = getattr(holder, name)

@@ -15,7 +15,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from ...calibration import calibrate
+from ...calibration.calibration import calibrate
 from ..generation import load_pipeline
 from ..tiny_wan import settings
 

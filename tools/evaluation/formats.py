@@ -6,7 +6,7 @@ format      a block of the last axis                                            
 ``nvfp4``   16 E2M1 elements, one E4M3 scale; a float32 scale for the whole tensor         4.5
 ``mxfp4``   32 E2M1 elements, one E8M0 scale                                               4.25
 ``int4``    64 integers -7 to 7, one bfloat16 scale                                        4.25
-``hif4``    64 elements, see :mod:`tahf4_compiler.hif4`                                    4.5
+``hif4``    64 elements, see :mod:`tahf4_compiler.format.hif4`                                    4.5
 ==========  ============================================================================  =============
 
 Sources: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149; OCP Microscaling Formats (MX)
@@ -33,11 +33,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ... import hif4
 from ...errors import OptionError
-from ...ops import transform
-from ...transforms import hadamard_block as widest_block
-from ...transforms import seed_of, signs
+from ...format import hif4
+from ...format.transforms import hadamard_block as widest_block
+from ...format.transforms import seed_of, signs, transform
 
 __all__ = ["FORMATS", "SimulatedLinear", "fake_quantize", "int4", "mxfp4", "nvfp4", "simulate_"]
 
@@ -156,7 +155,7 @@ class SimulatedLinear(nn.Module):
             linear: ``[N, K]``; its bias is used as it is.
             fmt: a key of :data:`FORMATS`.
             multiplier: ``[K]`` of +1 and -1, or None: signs of a rotation, the same for activation and weight.
-            hadamard_block: see :func:`tahf4_compiler.ops.transform`.
+            hadamard_block: see :func:`tahf4_compiler.format.transforms.transform`.
             compiled: see :func:`fake_quantize`.
 
         Raises:

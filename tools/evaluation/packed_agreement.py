@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import hif4
-from ...ops import transform
+from ...format import hif4
+from ...format.transforms import transform
 from ...packed.convert import quantize_
 from ...packed.linear import HiF4Linear
 from ..generation import load_pipeline

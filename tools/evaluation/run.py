@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from ...calibration import Calibration, calibrate
-from ...recipe import apply_recipe
+from ...calibration.calibration import Calibration, calibrate
+from ...recipe.apply import apply_recipe
 from ..generation import experts, load_pipeline
 from ..tiny_wan import data, settings
 from .formats import simulate_

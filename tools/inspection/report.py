@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...folding import fold, unfold
 from ...lowering import Lowered
-from ...snapshot import NodeView, Snapshot
+from ...reporting.compact import fold, unfold
+from ...reporting.snapshot import NodeView, Snapshot
 from ..errors import CommandError
 from ..staging import write_text
 from .statistics import Evidence

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...graph_capture import Capture, capture, from_program
+from ...graph_capture.captured import Capture
+from ...graph_capture.export import capture, from_program
 from ...lowering import Lowered, lower
-from ...recipe import Recipe, apply_recipe
+from ...recipe.apply import apply_recipe
+from ...recipe.recipe import Recipe
 from ..errors import CommandError
 from ..exported import load_program
 from .examples import example_arguments, parse_shape

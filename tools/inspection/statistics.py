@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ...calibration import FORMAT
+from ...calibration.calibration import FORMAT
+from ...calibration.sketch import LARGEST, SMALLEST, Sketch
 from ...errors import CalibrationError
-from ...files import load_tensors
-from ...recipe import Recipe, RecipeEntry
-from ...sketch import LARGEST, SMALLEST, Sketch
+from ...files.tensors import load_tensors
+from ...recipe.entries import RecipeEntry
+from ...recipe.recipe import Recipe
 
 __all__ = ["Evidence"]
 

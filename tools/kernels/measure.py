@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ... import hif4, kernels
-from ...hif4 import UNIT
+from ...format import hif4
+from ...format.hif4 import UNIT
+from ...ops import registry
 from .block import WanBlock, rotary_of
 from .wan import A14B, GATE, GELU, MODULATE, NORM, Model
 
@@ -60,7 +61,7 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
     Returns:
         One record for each comparison: ``name``, ``ok``, ``detail``.
     """
-    kernels.kernels()
+    registry.kernels()
     own, reference = torch.ops.tahf4_triton, torch.ops.tahf4
     found: list[dict[str, Any]] = []
     generator = torch.Generator(device).manual_seed(0)
@@ -212,7 +213,7 @@ def measure(
     Returns:
         Everything, for JSON.
     """
-    kernels.kernels()
+    registry.kernels()
     with torch.no_grad():
         found: dict[str, Any] = {
             "tokens": tokens,

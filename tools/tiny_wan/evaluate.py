@@ -14,9 +14,10 @@ import torch
 import typer
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
-from tahf4_compiler.tools.tiny_wan import data, model, settings
-from tahf4_compiler.tools.tiny_wan.judge import judge
 from tqdm import tqdm
+
+from . import data, model, settings
+from .judge import judge
 
 BATCH = 8
 

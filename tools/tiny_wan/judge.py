@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tahf4_compiler.tools.tiny_wan import data
+
+from . import data
 
 CORE_CHROMA = 0.3
 """Largest minus smallest channel above which a pixel surely belongs to the object."""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from tahf4_compiler.tools.tiny_wan import data
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from . import data
 
 LATENT_CHANNELS = 16
 TEXT_DIM = 64

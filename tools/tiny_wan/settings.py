@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tahf4_compiler.tools.tiny_wan import data
+from . import data
 
 PIPELINE_DIR = Path(__file__).parent / "pipeline"
 """Where the trained pipeline is shipped, loadable with `diffusers.WanPipeline.from_pretrained`."""

@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tahf4_compiler.tools.tiny_wan import data, loop, model, settings
-from tahf4_compiler.tools.tiny_wan.train_transformers import (
-    encode_clips,
-    set_latent_statistics,
-    train_base,
-    train_expert,
-)
-from tahf4_compiler.tools.tiny_wan.train_vae import train_vae
+
+from . import data, loop, model, settings
+from .train_transformers import encode_clips, set_latent_statistics, train_base, train_expert
+from .train_vae import train_vae
 
 
 @dataclass(frozen=True)

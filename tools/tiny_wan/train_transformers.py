@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from tahf4_compiler.tools.tiny_wan import data, loop, model, settings
 from torch import nn
 from tqdm import tqdm
 from transformers import UMT5EncoderModel
+
+from . import data, loop, model, settings
 
 BATCH = 16
 """Clips in a training step."""

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from tahf4_compiler.tools.tiny_wan import data, loop
+
+from . import data, loop
 
 LATENT_NOISE = 0.1
 """Standard deviation of the noise on the latents, in training and in the encoder's posterior."""

@@ -4,10 +4,11 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from tahf4_compiler.passes.quantize import call, drop_unused_weights, packed_input
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.graph import DECISION, INPUT, PackedWeight, linears, mutates, node_arg, weight_input
+from tahf4_compiler.graph.inputs import DECISION, INPUT, PackedWeight
+from tahf4_compiler.graph.nodes import linears, mutates, node_arg, weight_input
+from tahf4_compiler.pipeline.activations import call, drop_unused_weights, packed_input
 
 from . import operators
 

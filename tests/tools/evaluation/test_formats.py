@@ -12,9 +12,9 @@ import torch
 from tahf4_compiler.tools.evaluation.formats import FORMATS, SimulatedLinear, fake_quantize, simulate_
 from torch import Tensor, nn
 
-from tahf4_compiler import hif4
 from tahf4_compiler.errors import FormatError, OptionError
-from tahf4_compiler.ops import transform
+from tahf4_compiler.format import hif4
+from tahf4_compiler.format.transforms import transform
 
 E2M1 = [Fraction(n, 2) for n in (0, 1, 2, 3, 4, 6, 8, 12)]
 """Magnitudes by code."""

@@ -1,0 +1,63 @@
+"""The choices that a recipe is made with, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OptionError
+from ..recipe.budget import check_budget
+from .statistics import check_percentile
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["check_choices"]
+
+MASKS = (None, "max", "percentile", "layer_search", "network_search")
+SEARCHES = ("", "squared", "weighted")
+COMBINE = ("max", "mean", "merged")
+
+
+@dataclass(frozen=True)
+class _Choices:
+    mask: str | None
+    percentile: float
+    weight_exponent: float
+    combine: str
+    block: int
+    scale_search: str
+
+
+def check_choices(
+    *,
+    mask: Any = None,
+    percentile: Any = None,
+    weight_exponent: Any = 0.5,
+    combine: Any = "max",
+    block: Any = 64,
+    scale_search: Any = "",
+    high_precision_steps: Any = (),
+    **budget: Any,
+) -> None:
+    """Check choices of :func:`make_recipe`, before anything is run.
+
+    Raises:
+        OptionError: a choice is unknown or out of range.
+    """
+    exponent, steps = weight_exponent, high_precision_steps
+    words = (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", scale_search, SEARCHES))
+    for name, value, allowed in words:
+        if value not in allowed:
+            raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    if percentile is not None:
+        check_percentile(percentile)
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
+        raise OptionError(f"weight_exponent is {exponent!r}; expected a number from 0 to 1")
+    if type(block) is not int or block < 0 or block & (block - 1):
+        raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
+    if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
+        raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+    if budget:
+        check_budget(**budget)

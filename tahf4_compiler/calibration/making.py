@@ -1,0 +1,335 @@
+"""From the statistics of a calibration to a recipe: masks, rotations, and how much each linear costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import CalibrationError
+from ..files.memo import Measured
+from ..format.transforms import hadamard_block, seed_of
+from ..model.parts import class_name
+from ..pipeline.order import provenance
+from ..recipe.entries import CallError, LinearEntry, RecipeEntry
+from ..recipe.recipe import Recipe
+from ..weights.checksum import checksum
+from ..weights.packing import moment_as_quantized
+from .sensitivity import Network, QuantizedWeight, output_error, sqnr_db, squares
+from .sketch import LARGEST
+from .statistics import merged
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
+    from .statistics import _Cells
+from .choices import _Choices, check_choices
+from .masks import SEARCHED, channel_mask
+
+__all__ = ["make_recipe"]
+
+log = logging.getLogger(__name__)
+
+
+def make_recipe(
+    calibration: Calibration,
+    *,
+    mask: str | None = "network_search",
+    percentile: float | None = None,
+    weight_exponent: float = 0.5,
+    combine: str = "max",
+    rotate: bool = True,
+    block: int = 64,
+    scale_search: str = "squared",
+    sensitivity: bool = True,
+    high_precision_steps: Sequence[int] = (),
+    **budget: Any,
+) -> Recipe:
+    """Turn statistics into a recipe.
+
+    Args:
+        calibration: that has seen the model.
+        mask: ``None``; ``"max"`` or ``"percentile"``; ``"layer_search"``: percentile and exponent of least output
+            error on the sample rows, for each activation; ``"network_search"``: one percentile and exponent for each
+            expert, of least error of the network's output on the calls that the calibration kept.
+        percentile: of |x| for ``mask="percentile"``; by default the calibration's.
+        weight_exponent: alpha of :func:`channel_mask`.
+        combine: how statistics of step groups and branches give one number a channel: the ``"max"`` or ``"mean"`` of
+            their percentiles, or the percentile of all values ``"merged"``.
+        rotate: whether to rotate by a block Hadamard.
+        block: the widest Hadamard block.
+        scale_search: ``""``, ``"squared"`` or ``"weighted"``.
+        sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
+            effect on the network's output, and the output's error with everything quantized in each kept call.
+        high_precision_steps: denoising steps that run in high precision.
+        budget: as for :meth:`Recipe.plan`.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OptionError: a choice is unknown or out of range.
+        CalibrationError: nothing was seen, values were not finite, or a search has no sample rows.
+    """
+    check_choices(
+        mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
+        scale_search=scale_search, high_precision_steps=high_precision_steps, **budget,
+    )  # fmt: skip
+    if not calibration.activations:
+        raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
+    percent = calibration.percentile if percentile is None else float(percentile)
+    choices = _Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
+    measured = calibration.measured()
+    found: dict[str, dict[str, RecipeEntry]] = {}
+    searched: dict[str, _Choices] = {}
+    if mask == "network_search":
+        searched = {expert: _search_network(calibration, expert, choices, measured) for expert in calibration.models}
+    bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
+    for (expert, name), cells in bar:
+        weights = calibration.weights(expert, cells.activation.members)
+        found.setdefault(expert, {})[name] = _entry(cells, weights, searched.get(expert, choices), sensitivity)
+    if sensitivity:
+        for expert, entries in found.items():
+            kind = f"effect in {expert!r} under {searched.get(expert, choices)}:"
+            found[expert] = _with_effects(calibration, expert, entries, measured, kind)
+    made = {
+        "tahf4": importlib.metadata.version("tahf4-compiler"),
+        "torch": torch.__version__,
+        "choices": {
+            **dataclasses.asdict(choices),
+            "rotate": rotate,
+            "sensitivity": sensitivity,
+        },
+        "passes": provenance(calibration.options),
+        "calibration": {
+            "prompts": len(calibration.prompts),
+            "step_groups": calibration.step_groups,
+            "rows": calibration.rows,
+            "classes": {expert: class_name(module) for expert, module in calibration.models.items()},
+        },
+    }
+    recipe = Recipe(found, tuple(high_precision_steps), made)
+    recipe = recipe.plan(**budget) if budget else recipe
+    return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe)) if sensitivity else recipe
+
+
+def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity: bool) -> RecipeEntry:
+    activation = cells.activation
+    k = activation.channels
+    block = hadamard_block(k, choices.block)
+    seed = seed_of(activation.name) if block else None
+    bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
+    if bad:
+        raise CalibrationError(
+            f"{activation.expert or 'the module'}: {bad} values that {activation.name} reads are NaN or infinite. "
+            "Check the model in its original precision; float16 overflows where bfloat16 does not."
+        )
+    beyond = max(float(sketch.maxima.max()) for sketch, _ in cells.cells.values())
+    if choices.percentile < 100 and beyond >= LARGEST:
+        log.warning(
+            "%s: values up to %.3g; percentiles above %g are taken as the maximum", activation.name, beyond, LARGEST
+        )
+    device = weights[0].device
+    weight_max = torch.stack([w.detach().to(torch.float32).abs().amax(0) for w in weights]).amax(0)
+    moment = _second_moment(cells).to(device)
+    rows = _rows(cells)
+
+    def amax(percent: float) -> Tensor:
+        values = torch.stack([sketch.percentile(percent) for sketch, _ in cells.cells.values()])
+        if choices.combine == "merged":
+            whole = merged([sketch for sketch, _ in cells.cells.values()])
+            return whole.percentile(percent).to(device)
+        return (values.amax(0) if choices.combine == "max" else values.mean(0)).to(device)
+
+    def product(mask: Tensor | None, search: str) -> QuantizedWeight:
+        importance = moment_as_quantized(moment, mask, block) if search == "weighted" else None
+        return QuantizedWeight(torch.cat([w.detach() for w in weights]), mask, seed, block, search, importance)
+
+    def error(mask: Tensor | None) -> float:
+        # Relative to each linear's own output: v may be much smaller than q.
+        return sum(output_error(rows, weights, product(mask, "")))
+
+    mask: Tensor | None = None
+    percentile: float | None = None
+    exponent: float | None = None
+    if choices.mask in ("max", "percentile"):
+        percentile = 100.0 if choices.mask == "max" else choices.percentile
+        exponent = float(choices.weight_exponent)
+        mask = channel_mask(weight_max, amax(percentile), exponent)
+    elif choices.mask == "layer_search":
+        if not len(rows):
+            raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64 or fix the mask")
+        best = error(None)
+        for percent, alpha in SEARCHED:
+            candidate = channel_mask(weight_max, amax(percent), alpha)
+            if (value := error(candidate)) < best:
+                best, mask = value, candidate
+                percentile, exponent = percent, alpha
+    noise = _noise(cells, weights, product(mask, choices.scale_search)) if sensitivity and len(rows) else None
+    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
+    linears = {}
+    for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
+        n = weight.shape[0]
+        db, along = noise[i] if noise is not None else (None, ())
+        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
+        linears[path] = LinearEntry(
+            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, step_sqnr_db=along, flops=2 * seen * n * k
+        )
+    return RecipeEntry(
+        linears,
+        block,
+        seed,
+        choices.scale_search,
+        percentile,
+        exponent,
+        mask.cpu() if mask is not None else None,
+        moment.cpu().to(torch.bfloat16) if choices.scale_search == "weighted" else None,
+    )
+
+
+def _second_moment(cells: _Cells) -> Tensor:
+    squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
+    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
+    return (squares / max(1, seen)).to(torch.float32)
+
+
+def _rows(cells: _Cells, group: int | None = None) -> Tensor:
+    """Return the sample rows of all cells, or of those of one part of the schedule, as many of each."""
+    found = [s.rows for (part, _), (_, s) in cells.cells.items() if s.rows is not None and group in (None, part)]
+    return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
+
+
+def _noise(
+    cells: _Cells, weights: list[Tensor], product: QuantizedWeight
+) -> list[tuple[float, tuple[float | None, ...]]]:
+    """Return the SQNR of each linear's output in dB, on all sample rows and on those of each part of the schedule."""
+    found: list[list[tuple[float, float] | None]] = [[] for _ in weights]
+    for group in range(cells.groups):
+        rows = _rows(cells, group)
+        sums = squares(rows, weights, product) if len(rows) else [None] * len(weights)
+        for mine, value in zip(found, sums, strict=True):
+            mine.append(value)
+
+    def db(parts: Sequence[tuple[float, float]]) -> float:
+        return round(sqnr_db(sum(error for error, _ in parts) / max(sum(norm for _, norm in parts), 1e-30)), 3)
+
+    return [
+        (db([p for p in parts if p is not None]), tuple(None if p is None else db([p]) for p in parts))
+        for parts in found
+    ]
+
+
+def _search_network(calibration: Calibration, expert: str, choices: _Choices, measured: Measured) -> _Choices:
+    """Return the choices with the mask of least error of the network's output, everything quantized."""
+    network = _network(calibration, expert)
+    if network is None:
+        raise CalibrationError(
+            f"mask='network_search' needs calls of {expert or 'the module'}, and the calibration kept none; "
+            "calibrate with enough steps that each expert is called, or choose another mask"
+        )
+    candidates = [dataclasses.replace(choices, mask=None)]
+    candidates += [
+        dataclasses.replace(choices, mask="percentile", percentile=percent, weight_exponent=alpha)
+        for percent, alpha in SEARCHED
+    ]
+    activations = [(key, cells) for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
+    best, chosen = float("inf"), choices
+
+    def measure(quick: _Choices) -> float | None:
+        quantized: dict[str, QuantizedWeight] = {}
+        for _, cells in activations:
+            weights = calibration.weights(expert, cells.activation.members)
+            entry = _entry(cells, weights, quick, False)
+            makers = _products(entry, dict(zip(entry.linears, weights, strict=True)).__getitem__)
+            quantized |= {path: make() for path, make in makers}
+        return network.error(quantized)
+
+    for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
+        quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
+        error = measured.value(f"error of {expert!r} under {quick}", functools.partial(measure, quick))
+        if error is not None and error < best:
+            best, chosen = error, candidate
+    log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
+    return chosen
+
+
+def _call_errors(calibration: Calibration, recipe: Recipe) -> dict[str, tuple[CallError, ...]]:
+    """Return the error of the network's output in each kept call, in order of the steps, by expert."""
+    found: dict[str, tuple[CallError, ...]] = {}
+    for expert, entries in recipe.experts.items():
+        network = _network(calibration, expert)
+        if network is None:
+            continue
+        quantized = {
+            path: make()
+            for entry in entries.values()
+            for path, make in _products(entry, functools.partial(_weight, calibration, expert))
+            if entry.linears[path].decision == "hif4"
+        }
+        errors = network.errors(quantized)
+        if errors is not None:
+            places = calibration.kept.places[expert]
+            listed = [
+                CallError(p.step, p.steps, p.branch, float(f"{error:.6g}"))
+                for p, error in zip(places, errors, strict=True)
+            ]
+            found[expert] = tuple(sorted(listed, key=lambda e: (e.step / e.steps, e.branch)))
+    return found
+
+
+def _weight(calibration: Calibration, expert: str, path: str) -> Tensor:
+    return calibration.weights(expert, [path])[0]
+
+
+def _network(calibration: Calibration, expert: str) -> Network | None:
+    calls = calibration.kept.calls.get(expert)
+    return Network(calibration.models[expert], calls) if calls else None
+
+
+def _products(
+    entry: RecipeEntry, weight_of: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
+    """Yield for each linear of an entry what makes its quantized product."""
+
+    def make(path: str) -> QuantizedWeight:
+        weight = weight_of(path)
+        mask = entry.mask.to(weight.device) if entry.mask is not None else None
+        moment, importance = entry.second_moment, None
+        if moment is not None:
+            importance = moment_as_quantized(moment.to(weight.device), mask, entry.hadamard_block)
+        return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
+
+    for path in entry.linears:
+        yield path, functools.partial(make, path)
+
+
+def _with_effects(
+    calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry], measured: Measured, kind: str
+) -> dict[str, RecipeEntry]:
+    network = _network(calibration, expert)
+    if network is None:
+        return dict(entries)
+
+    weight_of = functools.partial(_weight, calibration, expert)
+    makers = {path: make for entry in entries.values() for path, make in _products(entry, weight_of)}
+    effects = network.effects(makers, measured, kind)
+
+    def named(linear: LinearEntry, path: str) -> LinearEntry:
+        effect = effects.get(path)
+        if effect is None:
+            return linear
+        reason = f"recipe: effect on the output {effect:.2e}"
+        if linear.sqnr_db is not None:
+            reason += f", SQNR {linear.sqnr_db:.1f} dB"
+        return dataclasses.replace(linear, effect=effect, reason=reason)
+
+    return {
+        name: dataclasses.replace(entry, linears={p: named(linear, p) for p, linear in entry.linears.items()})
+        for name, entry in entries.items()
+    }

@@ -1,0 +1,41 @@
+"""Channel masks."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["channel_mask"]
+
+log = logging.getLogger(__name__)
+
+AMAX_FLOOR = 1e-3
+SEARCHED = tuple((percent, alpha) for percent in (99.0, 99.9, 100.0) for alpha in (0.1, 0.3, 0.5, 0.7, 0.9))
+"""(percentile, weight exponent) that the searches try, besides no mask."""
+
+
+def channel_mask(weight_max: Tensor, activation_max: Tensor, weight_exponent: float) -> Tensor:
+    """Return the channel mask of ViDiT-Q: ``wmax**alpha / amax**(1 - alpha)``.
+
+    The activation is multiplied by it, the weight divided. Source: ViDiT-Q (arXiv 2406.02540), as Tail-Aware
+    HiFloat4 adapts it; alpha is the exponent of the *weight*, unlike SmoothQuant's.
+
+    Args:
+        weight_max: float32 ``[K]``, largest magnitude of each input channel over all rows.
+        activation_max: float32 ``[K]``, its maximum or a percentile; floored at 1e-3.
+        weight_exponent: alpha, 0 to 1.
+
+    Returns:
+        float32 ``[K]``, positive, with a geometric mean of 1; 1 for channels whose weights are all zero.
+    """
+    log = weight_exponent * weight_max.double().clamp(min=1e-8).log()
+    log = log - (1 - weight_exponent) * activation_max.double().clamp(min=AMAX_FLOOR).log()
+    live = weight_max > 0
+    mean = log[live].mean() if bool(live.any()) else log.mean()
+    return torch.where(live, log - mean, 0.0).exp().to(torch.float32)

@@ -1,0 +1,220 @@
+"""How much each linear costs in quality when it runs in 4 bits, and which to protect under a budget."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..errors import CalibrationError
+from ..files.memo import Measured
+from ..format import hif4
+from ..format.transforms import multipliers
+from ..model.parts import Part, part_of, running_weights
+from ..ops import registry
+from ..weights.packing import pack_weight
+
+__all__ = ["Network", "QuantizedWeight", "output_error", "sqnr_db", "squares"]
+
+
+class QuantizedWeight:
+    """A weight in HiF4 with its transform, dequantized once; calling it is a W4A4 product in float32."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        mask: Tensor | None,
+        seed: int | None,
+        block: int,
+        search: str = "",
+        importance: Tensor | None = None,
+    ) -> None:
+        """Transform, convert and dequantize ``[N, K]``."""
+        forward, backward = multipliers(weight.shape[1], mask, seed)
+        self.multiplier = forward.to(weight.device) if forward is not None else None
+        self.block = block
+        inverse = backward.to(weight.device) if backward is not None else None
+        packed = pack_weight(weight, inverse, block, search=search, importance=importance)
+        # Its values have no more significant bits than bfloat16 holds: half the memory, nothing lost.
+        self.weight = _whole(packed.codes, packed.scales).to(torch.bfloat16)
+
+    def part(self, part: Part | None) -> QuantizedWeight:
+        """Return what a rank that holds a part of the weight computes, or this if it holds all.
+
+        Raises:
+            CalibrationError: the part cuts a unit or a rotation block.
+        """
+        if part is None:
+            return self
+        mine = copy.copy(self)
+        mine.weight = part.of(self.weight)
+        if part.axis == 1:
+            if self.weight.shape[1] % (part.size * max(hif4.UNIT, self.block)):
+                raise CalibrationError(
+                    f"a rotation of {self.block} channels does not fit {part.size} parts of {self.weight.shape[1]} "
+                    "input features; choose a narrower block, or make the recipe on fewer ranks"
+                )
+            mine.multiplier = part.of(self.multiplier, 0) if self.multiplier is not None else None
+        return mine
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return what the product reads of an activation ``[..., K]``: float32, K in whole units of 64."""
+        return _whole(*registry.quantize(x, self.multiplier, self.block))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the W4A4 product of ``[..., K]``: float32 ``[..., N]``."""
+        return nn.functional.linear(self.quantize(x), self.weight.float())
+
+
+def _whole(codes: Tensor, scales: Tensor) -> Tensor:
+    return hif4.dequantize(hif4.Packed(codes, scales, scales.shape[-1] * hif4.UNIT))
+
+
+def output_error(rows: Tensor, weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> list[float]:
+    """Return the relative squared error of each linear's output on sample rows.
+
+    Args:
+        rows: ``[R, K]``.
+        weights: ``[N_i, K]`` each.
+        product: of the weights' rows joined, as :class:`QuantizedWeight`.
+    """
+    return [error / max(norm, 1e-30) for error, norm in squares(rows, weights, product)]
+
+
+def squares(
+    rows: Tensor, weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]
+) -> list[tuple[float, float]]:
+    """Return for each linear the sum of squares of its output's error and of the output itself.
+
+    Args:
+        rows: ``[R, K]``.
+        weights: ``[N_i, K]`` each.
+        product: of the weights' rows joined, as :class:`QuantizedWeight`.
+    """
+    x = rows.to(torch.float32)
+    found = product(rows).split([len(weight) for weight in weights], -1)
+    sums = []
+    for weight, value in zip(weights, found, strict=True):
+        want = nn.functional.linear(x, weight.detach().to(torch.float32))
+        sums.append((float((value - want).square().sum()), float(want.square().sum())))
+    return sums
+
+
+def sqnr_db(error: float) -> float:
+    """Return a relative squared error as a signal-to-quantization-noise ratio in dB."""
+    return -10 * math.log10(max(error, 1e-30))
+
+
+class Network:
+    """A model's outputs on a few calls, and their relative squared error when some linears are quantized.
+
+    The model runs as it is, not compiled, in its own precision. Linears are found where
+    ``torch.nn.functional.linear`` reads their weight: in ``nn.Linear``, ``nn.MultiheadAttention`` and functional calls.
+
+    Raises:
+        CalibrationError: its output is NaN or infinite in its own precision.
+    """
+
+    def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
+        """Run the calls (arguments and keyword arguments) in the original precision."""
+        self._model, self._calls = model, calls
+        self._weights: dict[str, list[Tensor]] = {}
+        for path, weight in running_weights(model):
+            self._weights.setdefault(path, []).append(weight)
+        self._wanted = self._outputs()
+        if not all(bool(value.isfinite().all()) for value in self._wanted):
+            raise CalibrationError(
+                f"the output of {type(model).__name__} is NaN or infinite in its original precision on the calls that "
+                "the calibration kept; mend the model first (float16 overflows where bfloat16 does not)"
+            )
+
+    def _outputs(self) -> list[Tensor]:
+        # Not a compiled one, whatever is compiled inside.
+        held = {m: m._compiled_call_impl for m in self._model.modules() if m._compiled_call_impl is not None}
+        for module in held:
+            module._compiled_call_impl = None
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                return [_first(self._model(*args, **kwargs)).float() for args, kwargs in self._calls]
+        finally:
+            for module, call in held.items():
+                module._compiled_call_impl = call
+
+    def error(self, quantized: Mapping[str, QuantizedWeight]) -> float | None:
+        """Return the mean over the calls of the relative squared error, with these linears quantized, by path.
+
+        None if no call read any of their weights as a linear: nothing was measured.
+        """
+        errors = self.errors(quantized)
+        return sum(errors) / len(errors) if errors is not None else None
+
+    def errors(self, quantized: Mapping[str, QuantizedWeight]) -> list[float] | None:
+        """Return each call's relative squared error, with these linears quantized, by path; None as :meth:`error`."""
+        products = {
+            id(weight): product.part(part_of(weight))
+            for path, product in quantized.items()
+            for weight in self._weights[path]
+        }
+        with _quantized(products) as used:
+            found = self._outputs()
+        if quantized and not used:
+            return None
+        pairs = zip(found, self._wanted, strict=True)
+        return [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
+
+    def effects(
+        self, quantized: Mapping[str, Callable[[], QuantizedWeight]], measured: Measured, kind: str
+    ) -> dict[str, float | None]:
+        """Return the error when only one linear is quantized, for each: one pass a linear and call, no estimate.
+
+        None for a weight that no linear reads in the calls.
+
+        Args:
+            quantized: what makes each linear's product, by path.
+            measured: where the errors are kept.
+            kind: under which name.
+        """
+        bar = tqdm(quantized.items(), desc="sensitivity", unit="linear", delay=1.0)
+        return {
+            path: measured.value(f"{kind} {path}", lambda path=path, make=make: self.error({path: make()}))  # type: ignore[misc]
+            for path, make in bar
+        }
+
+
+@contextlib.contextmanager
+def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
+    """Run linears whose weight has one of these identities in 4 bits; yield the identities that were met."""
+    original = nn.functional.linear
+    fast = torch.backends.mha.get_fastpath_enabled()
+    used: set[int] = set()
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        whole = weight if id(weight) in products else getattr(weight, "_base", None)
+        product = products.get(id(whole)) if whole is not None else None
+        if product is None or whole is None:
+            return original(x, weight, bias)
+        used.add(id(whole))
+        rows = product.weight
+        if whole is not weight:  # some rows, as attention takes q, k and v out of one parameter
+            first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+            rows = rows[first : first + len(weight)]
+        out = original(product.quantize(x), rows.float())
+        return (out if bias is None else out + bias.float()).to(x.dtype)
+
+    nn.functional.linear = linear  # type: ignore[assignment]
+    torch.backends.mha.set_fastpath_enabled(False)  # one native operator, which reads no linear
+    try:
+        yield used
+    finally:
+        nn.functional.linear = original
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _first(value: Any) -> Tensor:
+    return next(leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,0 +1,1 @@
+"""What knows diffusers: the quantizer and its configuration. Imported only when diffusers is."""

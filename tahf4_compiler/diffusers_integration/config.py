@@ -1,0 +1,146 @@
+"""What ``config.json`` says about a packed model, and what a quantization while loading is asked for."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from ..errors import PackedError
+from ..format import hif4
+from ..options import patterns
+from ..packed.convert import packed_linears
+from ..recipe.recipe import Recipe
+from .import_hook import register_when_imported
+
+__all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe"]
+
+FORMAT_VERSION = 1
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_KEYS = {"k": int, "n": int, "hadamard_block": int, "activation": str, "dtype": str}
+
+
+class Method(str, Enum):
+    """The name under which diffusers finds the quantizer."""
+
+    TAHF4 = "tahf4"
+
+
+class TaHF4Config(QuantizationConfigMixin):
+    """How a model is quantized while it is loaded, or how the one in a folder was: ``quantization_config=``.
+
+    Attributes:
+        recipe: see :class:`tahf4_compiler.Recipe`, or None.
+        keep: regular expressions, searched in module paths: linears that stay in high precision.
+        expert: which expert's part of the recipe belongs to the model.
+        check_weights: compare the weights with those that were calibrated.
+        linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation`` and ``dtype``.
+        provenance: of the recipe of a packed model.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+        *,
+        keep: Sequence[str] = (),
+        expert: str | None = None,
+        check_weights: bool = True,
+        linears: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = Method.TAHF4.value,
+        **others: Any,
+    ) -> None:
+        """Check and keep what is given.
+
+        Args:
+            recipe: a recipe or its file; from ``config.json``, the provenance of the recipe that was used.
+            keep: see the class.
+            expert: see the class.
+            check_weights: see the class.
+            linears: see the class; only in ``config.json``.
+            format_version: of the packed form.
+            quant_method: ``"tahf4"``.
+            others: further keys of ``config.json``, kept.
+
+        Raises:
+            PackedError: another format version or method, or a damaged description of a linear.
+            PatternError: an entry of ``keep`` is no regular expression.
+            RecipeError: the recipe's file cannot be read.
+        """
+        if str(getattr(quant_method, "value", quant_method)) != Method.TAHF4.value:
+            raise PackedError(f"quant_method is {quant_method!r}; expected 'tahf4'")
+        if format_version != FORMAT_VERSION or type(format_version) is not int:
+            raise PackedError(
+                f"the model was packed in format version {format_version!r}; this tahf4 reads {FORMAT_VERSION}. "
+                "Update tahf4, or quantize the original again."
+            )
+        self.quant_method = Method.TAHF4
+        self.keep, self.expert, self.check_weights = patterns("keep", list(keep)), expert, check_weights
+        self.linears = _checked(linears if linears is not None else {})
+        self.others = others
+        self.recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
+        self.provenance: Mapping[str, Any] | None = None
+        if isinstance(self.recipe, Mapping):
+            self.recipe, self.provenance = None, self.recipe
+        elif self.recipe is not None:
+            self.provenance = dict(self.recipe.provenance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds."""
+        return {
+            **copy.deepcopy(self.others),
+            "quant_method": Method.TAHF4.value,
+            "format_version": FORMAT_VERSION,
+            "linears": copy.deepcopy(dict(self.linears)),
+            "keep": list(self.keep),
+            "recipe": copy.deepcopy(dict(self.provenance)) if self.provenance is not None else None,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return :meth:`to_dict`: all of it is needed to load the model again."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        """Return the settings and the number of packed linears."""
+        return f"TaHF4Config(recipe={self.provenance}, keep={list(self.keep)}, linears={len(self.linears)})"
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the ``linears`` of ``config.json`` for a packed model."""
+    return {
+        path: {
+            "k": linear.in_features,
+            "n": linear.out_features,
+            "hadamard_block": linear.hadamard_block,
+            "activation": linear.activation,
+            "dtype": str(linear.weight_dtype).removeprefix("torch."),
+        }
+        for path, linear in packed_linears(model).items()
+    }
+
+
+def _checked(linears: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(linears, Mapping):
+        raise PackedError(f"'linears' in quantization_config is a {type(linears).__name__}; expected an object")
+    for path, values in linears.items():
+        where = f"linears[{path!r}] in quantization_config"
+        if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)*", path):
+            raise PackedError(f"{where}: no module path")
+        if not isinstance(values, Mapping) or any(type(values.get(key)) is not kind for key, kind in _KEYS.items()):
+            raise PackedError(f"{where} is {values!r}; expected {', '.join(_KEYS)}")
+        k, n, block = values["k"], values["n"], values["hadamard_block"]
+        if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
+            raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")
+        padded = hif4.units(k) * hif4.UNIT
+        if block < 0 or block & (block - 1) or (block and padded % block):
+            raise PackedError(f"{where}: hadamard_block is {block}, expected 0 or a power of two that divides {padded}")
+    return {path: dict(values) for path, values in linears.items()}
+
+
+register_when_imported()

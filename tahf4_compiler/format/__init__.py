@@ -1,0 +1,1 @@
+"""HiFloat4: conversion, the search of scales, and the transforms before it."""

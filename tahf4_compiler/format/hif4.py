@@ -1,0 +1,326 @@
+"""The HiFloat4 (HiF4) number format: 64 values in 36 bytes, 4.5 bits a value.
+
+Source: "HiFloat4 Format for Language Model Inference" (arXiv 2602.11287) and its public reference.
+One *unit* covers 64 consecutive values along the last axis and holds
+
+* a level-1 scale ``E6M2`` (8 bits: unsigned, 6-bit exponent with bias 48, 2-bit mantissa, 0xFF is NaN),
+* level-2 exponents ``E1_8`` (one bit for each 8 values),
+* level-3 exponents ``E1_16`` (one bit for each 4 values),
+* 64 elements ``S1P2`` (a sign and a magnitude of 0 to 7 quarters).
+
+``value = E6M2 * 2**(e8 + e16) * (+/- magnitude / 4)``
+
+Everything that rounds does so with integer operations on the bits of a float32, because Inductor
+removes ``x.to(bfloat16).to(float32)`` round trips; the last factor before ``+ 0.5`` is a power of two,
+so that a fused multiply-add gives the same bits. Eager and compiled code therefore agree exactly.
+
+Nothing here imports anything else of this project except its errors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+
+__all__ = [
+    "BYTES_PER_UNIT",
+    "UNIT",
+    "Packed",
+    "dequantize",
+    "fake_quantize",
+    "from_bytes",
+    "has_nan",
+    "level1_scale",
+    "quantize",
+    "subgroup_exponents",
+    "to_bytes",
+    "units",
+]
+
+UNIT = 64
+"""Values in one unit."""
+
+BYTES_PER_UNIT = 36
+"""Bytes of one unit: 4 of metadata, 32 of elements."""
+
+ROUNDINGS = ("half_away", "half_even")
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NAN_SCALE = 0xFF
+_MIN_SCALE = 2.0**-48
+_MAX_SCALE = 49152.0  # 1.5 * 2**15
+# Mantissa bits (float32) of 1/1.25, 1/1.5 and 1/1.75 rounded to bfloat16; each lies in [0.5, 1).
+_RECIPROCAL_MANTISSA = (0, 77 << 16, 43 << 16, 18 << 16)
+
+
+class Packed(NamedTuple):
+    """A tensor in HiF4, as two arrays that share their leading dimensions.
+
+    Attributes:
+        codes: uint8 ``[..., ceil(k / 64) * 32]``; two elements a byte, the even one in the low nibble,
+            each ``sign << 3 | magnitude``.
+        scales: int32 ``[..., ceil(k / 64)]``; the 32 metadata bits of a unit,
+            ``E6M2 | E1_8 << 8 | E1_16 << 16``, bit i of a field belonging to subgroup i.
+        k: length of the last axis of the original tensor (before padding to whole units).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    k: int
+
+
+def units(k: int) -> int:
+    """Return the number of 64-value units that hold ``k`` values."""
+    return (k + UNIT - 1) // UNIT
+
+
+def quantize(x: Tensor, *, rounding: str = "half_away") -> Packed:
+    """Convert a floating-point tensor to HiF4 along its last axis.
+
+    Args:
+        x: ``[..., K]``, float32, bfloat16, float16 or float64 (float64 is rounded to float32 first).
+            Any leading dimensions, any strides. Values beyond the range saturate.
+        rounding: of an element to its magnitude: ``"half_away"`` (from zero; the public reference) or
+            ``"half_even"`` (the paper allows both).
+
+    Returns:
+        The packed tensor. A unit that holds a NaN or an infinity has the level-1 scale ``0xFF``
+        and zero elements, and dequantizes to NaN.
+
+    Raises:
+        FormatError: ``x`` has no axis or is not of a floating-point type, or ``rounding`` is unknown.
+    """
+    if rounding not in ROUNDINGS:
+        raise FormatError(f"rounding is {rounding!r}; expected one of {', '.join(map(repr, ROUNDINGS))}")
+    if not isinstance(x, Tensor):
+        raise FormatError(f"quantize got a {type(x).__name__}; expected a torch.Tensor")
+    if x.dtype not in _FLOAT_DTYPES:
+        raise FormatError(
+            f"quantize got a tensor of {x.dtype}; expected float32, bfloat16, float16 or float64. "
+            "Convert it first, for example with .float()."
+        )
+    if x.dim() == 0:
+        raise FormatError(
+            "quantize got a tensor without axes; expected at least one, since units lie along the last axis. "
+            "Use x.reshape(1) for a single value."
+        )
+    k = x.shape[-1]
+    values = _as_units(_to_float32(x))
+    magnitude = values.abs()
+    finite = (magnitude <= torch.finfo(torch.float32).max).all(-1)
+    magnitude = torch.where(finite[..., None], magnitude, 0.0)
+    max4 = magnitude.unflatten(-1, (16, 4)).amax(-1)
+    max8 = max4.unflatten(-1, (8, 2)).amax(-1)
+    scale_code = level1_scale(max8.amax(-1))
+    reciprocal = _reciprocal(scale_code)[..., None]
+    e8, e16 = subgroup_exponents(max4, max8, reciprocal)
+    # 4 / 2**(e8 + e16) for each group of four; the product with it is exact.
+    quarters = torch.where(e8, 2.0, 4.0).repeat_interleave(2, -1) * torch.where(e16, 0.5, 1.0)
+    scaled = (magnitude * reciprocal).unflatten(-1, (16, 4)) * quarters[..., None]
+    rounded = torch.floor(scaled + 0.5) if rounding == "half_away" else torch.round(scaled)
+    nibbles = rounded.clamp(max=7.0).to(torch.int32).flatten(-2)
+    negative = (values.view(torch.int32) < 0) & finite[..., None]
+    nibbles = nibbles + torch.where(negative, 8, 0)
+    pairs = nibbles.unflatten(-1, (UNIT // 2, 2))
+    codes = (pairs[..., 0] + pairs[..., 1] * 16).to(torch.uint8).flatten(-2)
+    metadata = scale_code + _bits(e8, 8) + _bits(e16, 16)
+    scales = torch.where(finite, metadata, _NAN_SCALE)
+    return Packed(codes, scales, k)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Convert a packed tensor back to floating point.
+
+    Args:
+        packed: as :func:`quantize` returns it.
+        dtype: of the result. float32, float64 and bfloat16 represent every HiF4 value exactly;
+            float16 rounds small values and overflows beyond 65504.
+
+    Returns:
+        ``[..., packed.k]`` of ``dtype``.
+
+    Raises:
+        FormatError: dtypes or shapes of ``packed`` do not fit each other, or ``dtype`` is not
+            floating point.
+    """
+    check_packed(packed)
+    if dtype not in _FLOAT_DTYPES:
+        raise FormatError(f"dequantize to {dtype}; expected float32, bfloat16, float16 or float64")
+    codes, scales, k = packed
+    scale_code = scales & 0xFF
+    # A bfloat16/float32 exponent is biased by 127, E6M2's by 48; its two mantissa bits lead.
+    scale = (((scale_code >> 2) + (127 - 48)) << 23 | (scale_code & 3) << 21).view(torch.float32)
+    scale = torch.where(scale_code == _NAN_SCALE, torch.nan, scale)
+    index = torch.arange(16, device=scales.device, dtype=torch.int32)
+    e8 = (scales[..., None] >> (8 + (index >> 1))) & 1
+    e16 = (scales[..., None] >> (16 + index)) & 1
+    # (2**(e8 + e16)) / 4, one factor for each group of four elements.
+    factor = torch.where(e8 == 1, 0.5, 0.25) * torch.where(e16 == 1, 2.0, 1.0)
+    bytes_ = codes.unflatten(-1, (scales.shape[-1], UNIT // 2)).to(torch.int32)
+    nibbles = torch.stack((bytes_ & 15, bytes_ >> 4), -1).flatten(-2)
+    element = (nibbles & 7).to(torch.float32)
+    element = torch.where(nibbles >= 8, -element, element)
+    values = element.unflatten(-1, (16, 4)) * (factor * scale[..., None])[..., None]
+    return values.flatten(-3)[..., :k].to(dtype)
+
+
+def has_nan(scales: Tensor) -> Tensor:
+    """Return a bool scalar: whether a unit stands for NaN, which one NaN or infinity among its values makes of it.
+
+    Args:
+        scales: int32 of any shape, see :class:`Packed`.
+    """
+    return ((scales & 0xFF) == _NAN_SCALE).any()
+
+
+def fake_quantize(x: Tensor, *, rounding: str = "half_away") -> Tensor:
+    """Return ``x`` rounded to the nearest values that HiF4 holds: ``dequantize(quantize(x), x.dtype)``.
+
+    Args:
+        x: ``[..., K]``, as for :func:`quantize`.
+        rounding: as for :func:`quantize`.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
+
+    Raises:
+        FormatError: as :func:`quantize`.
+    """
+    return dequantize(quantize(x, rounding=rounding), x.dtype)
+
+
+def to_bytes(packed: Packed) -> Tensor:
+    """Interleave a packed tensor into units of 36 bytes (the vendor's layout).
+
+    Args:
+        packed: as :func:`quantize` returns it.
+
+    Returns:
+        uint8 ``[..., units * 36]``: for each unit 4 bytes of little-endian metadata, then 32 of elements.
+
+    Raises:
+        FormatError: dtypes or shapes of ``packed`` do not fit each other.
+    """
+    check_packed(packed)
+    shifts = torch.arange(0, 32, 8, device=packed.scales.device, dtype=torch.int32)
+    metadata = ((packed.scales[..., None] >> shifts) & 0xFF).to(torch.uint8)
+    elements = packed.codes.unflatten(-1, (packed.scales.shape[-1], UNIT // 2))
+    return torch.cat((metadata, elements), -1).flatten(-2)
+
+
+def from_bytes(data: Tensor, k: int) -> Packed:
+    """Undo :func:`to_bytes`.
+
+    Args:
+        data: uint8 ``[..., ceil(k / 64) * 36]``.
+        k: length of the last axis of the original tensor.
+
+    Returns:
+        The packed tensor.
+
+    Raises:
+        FormatError: ``data`` is not uint8, or its last axis is not ``ceil(k / 64) * 36`` bytes long.
+    """
+    if not isinstance(k, int) or k < 0:
+        raise FormatError(f"from_bytes got k={k!r}; expected the length of the last axis, an integer >= 0")
+    expected = units(k) * BYTES_PER_UNIT
+    if data.dtype != torch.uint8 or data.dim() == 0 or data.shape[-1] != expected:
+        raise FormatError(
+            f"from_bytes got {data.dtype} of shape {tuple(data.shape)}; "
+            f"expected uint8 with a last axis of {expected} bytes ({units(k)} units of 36 for k={k})"
+        )
+    unit = data.unflatten(-1, (units(k), BYTES_PER_UNIT))
+    shifts = torch.arange(0, 32, 8, device=data.device, dtype=torch.int32)
+    scales = (unit[..., :4].to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
+    return Packed(unit[..., 4:].flatten(-2), scales, k)
+
+
+def check_packed(packed: Packed) -> None:
+    """Raise :class:`FormatError` unless dtypes and shapes of a packed tensor fit each other."""
+    codes, scales, k = packed
+    if codes.dtype != torch.uint8 or scales.dtype != torch.int32:
+        raise FormatError(
+            f"packed tensor of {codes.dtype} codes and {scales.dtype} scales; expected uint8 and int32"
+        )
+    if codes.dim() == 0 or scales.dim() == 0 or codes.shape[:-1] != scales.shape[:-1]:
+        raise FormatError(
+            f"packed tensor with codes {tuple(codes.shape)} and scales {tuple(scales.shape)}; "
+            "expected the same leading dimensions"
+        )
+    if k < 0 or scales.shape[-1] != units(k) or codes.shape[-1] != units(k) * (UNIT // 2):
+        raise FormatError(
+            f"packed tensor with codes {tuple(codes.shape)} and scales {tuple(scales.shape)} for k={k}; "
+            f"expected last axes of {units(max(k, 0)) * (UNIT // 2)} and {units(max(k, 0))}"
+        )
+
+
+def level1_scale(unit_max: Tensor) -> Tensor:
+    """Return the level-1 scale for the largest magnitude of each unit (steps 2 and 3 of the conversion).
+
+    Args:
+        unit_max: float32, finite, >= 0.
+
+    Returns:
+        int32 of the same shape: the E6M2 byte, 0 to 254.
+    """
+    # A literal, not a module constant: Dynamo would make an input of that. It is 1/7 rounded to bfloat16.
+    scale = _round_bits((unit_max * 0.142578125).view(torch.int32), 16).view(torch.float32)
+    bits = _round_bits(scale.clamp(_MIN_SCALE, _MAX_SCALE).view(torch.int32), 21)
+    return (bits >> 21) - ((127 - 48) << 2)
+
+
+def subgroup_exponents(max4: Tensor, max8: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the level-2 and level-3 exponent bits (step 5 of the conversion).
+
+    Args:
+        max4: float32 ``[..., 16]``, largest magnitude of each group of 4.
+        max8: float32 ``[..., 8]``, largest magnitude of each group of 8.
+        reciprocal: float32 ``[..., 1]``, bf16(1 / level-1 scale).
+
+    Returns:
+        Two bool tensors: ``e8 [..., 8]`` and ``e16 [..., 16]``.
+    """
+    e8 = max8 * reciprocal >= 4.0
+    e16 = max4 * reciprocal * torch.where(e8, 0.5, 1.0).repeat_interleave(2, -1) >= 2.0
+    return e8, e16
+
+
+def _to_float32(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        limit = torch.finfo(torch.float32).max
+        # Finite values saturate instead of becoming infinite; NaN and infinities stay.
+        x = torch.where(x.isinf(), x, x.clamp(-limit, limit))
+    return x.to(torch.float32)
+
+
+def _as_units(x: Tensor) -> Tensor:
+    """Pad ``[..., K]`` with zeros and return it as ``[..., units, 64]``, contiguous."""
+    k = x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, units(k) * UNIT - k)) if k % UNIT else x
+    return padded.contiguous().unflatten(-1, (units(k), UNIT))
+
+
+def _round_bits(bits: Tensor, drop: int) -> Tensor:
+    """Round positive float32 bit patterns half to even, clearing the lowest ``drop`` bits."""
+    bits = bits + ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1)
+    return (bits >> drop) << drop
+
+
+def _reciprocal(scale_code: Tensor) -> Tensor:
+    """Return bf16(1 / E6M2) as float32, built from its bits (step 4 of the conversion)."""
+    mantissa = scale_code & 3
+    fraction = torch.zeros_like(scale_code)
+    for code in (1, 2, 3):
+        fraction = torch.where(mantissa == code, _RECIPROCAL_MANTISSA[code], fraction)
+    exponent = 127 + 48 - (scale_code >> 2) - (mantissa > 0).to(torch.int32)
+    return ((exponent << 23) | fraction).view(torch.float32)
+
+
+def _bits(flags: Tensor, shift: int) -> Tensor:
+    """Pack bool ``[..., n]`` into an int32 field: bit ``shift + i`` is flag i."""
+    position = torch.arange(flags.shape[-1], device=flags.device, dtype=torch.int32) + shift
+    return (flags.to(torch.int32) << position).sum(-1, dtype=torch.int32)

@@ -1,0 +1,1 @@
+"""What the nodes of a captured graph stand for, and questions about them."""

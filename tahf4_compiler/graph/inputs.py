@@ -1,0 +1,90 @@
+"""What the placeholders of a graph stand for, and the keys of node metadata that passes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["DECISION", "INPUT", "NUMBERS", "ROLE", "GraphInput", "PackedInput", "PackedWeight"]
+
+INPUT = "tahf4_input"
+"""Key in ``node.meta`` of a placeholder: its :class:`GraphInput` or :class:`PackedInput`."""
+
+DECISION = "tahf4_decision"
+"""Key in ``node.meta`` of a planned linear, and of what stands for it later: its
+:class:`~tahf4_compiler.Decision`, or a list of them where several were merged."""
+
+ROLE = "tahf4_role"
+"""Key in ``node.meta`` of a linear: what ``classify`` found out about its place in the model."""
+
+NUMBERS = "tahf4_numbers"
+"""Key in ``node.meta``: numbers that passes attached to the node, by name."""
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input that the captured model already had.
+
+    Attributes:
+        kind: ``"parameter"``, ``"buffer"``, ``"constant"`` (a tensor that export lifted) or ``"user"``.
+        path: fully qualified name of a parameter or buffer (``blocks.0.ffn.net.2.weight``), else the
+            name of the argument.
+        index: position among the arguments of the captured graph.
+    """
+
+    kind: Literal["parameter", "buffer", "constant", "user"]
+    path: str
+    index: int
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in 4 bits and what was done to it before, as far as a graph knows.
+
+    What belongs to the module at hand (the mask's values, the seed of a recipe) is looked up at run time.
+
+    Attributes:
+        weights: the parameters' positions among the arguments of the captured graph. More than
+            one means that their rows stand one after the other (one merged product).
+        masked: whether channels are divided by the mask that a recipe attached to the weights.
+        seed: of the rotation's signs, unless a recipe attached another; None for no rotation.
+        hadamard_block: width of the rotation along K, 0 for none.
+        search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error).
+        scales: of a model that holds its linears in HiF4 (:class:`tahf4_compiler.HiF4Linear`): positions of the
+            parameters that hold scales, ``weights`` being those of the codes; nothing else applies then.
+        format: name of a format that a plug-in registered (:func:`tahf4_compiler.register_weight_format`); ``""``
+            is HiF4.
+    """
+
+    weights: tuple[int, ...]
+    masked: bool = False
+    seed: int | None = None
+    hadamard_block: int = 0
+    search: str = ""
+    scales: tuple[int, ...] = ()
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """An input that the rewrite added, found at run time by the identity of its parameters.
+
+    Attributes:
+        part: ``"codes"`` (uint8 ``[N, K / 2]``), ``"scales"`` (int32 ``[N, K / 64]``), ``"multiplier"`` (float32
+            ``[K]``, for the activation that the weights read) or ``"observer"`` (int64 ``[2]``, on the CPU); with a
+            format of a plug-in, a part that it names in the place of codes and scales.
+        weight: which weight, and how it is transformed.
+    """
+
+    part: str
+    weight: PackedWeight
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Return the parameters' positions."""
+        return self.weight.weights
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Return the positions of the parameters that this part is made from."""
+        return self.weight.scales if self.weight.scales and self.part == "scales" else self.weight.weights

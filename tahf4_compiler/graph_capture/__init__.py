@@ -1,0 +1,1 @@
+"""Dynamo and torch.export, ending in one kind of graph."""

@@ -1,0 +1,177 @@
+"""Decisions attached to modules, so that they hold wherever and however the module is compiled.
+
+Names are relative to the compiled module under regional compilation (``compile_repeated_blocks``), so
+a pattern over full paths is resolved on the whole model beforehand and kept on the module that owns the weight:
+it survives ``copy.deepcopy`` and a replaced parameter. At run time it is found by the parameter's identity.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import PatternError
+from ..options import patterns as check_patterns
+from .linears import linear_weights, matching, require_matches
+from .steps import StepPrecision
+
+__all__ = [
+    "Attachment",
+    "attach",
+    "attached",
+    "attached_keep",
+    "attached_recipe",
+    "keep",
+    "leave_as_they_are",
+    "refresh",
+]
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What was decided for one weight outside of a compilation.
+
+    Two are equal if one lowered graph can serve both: values that are looked up at run time take no part.
+
+    Attributes:
+        decision: ``"hif4"`` or ``"high_precision"``.
+        reason: why, for the report.
+        masked: whether there is a mask.
+        hadamard_block: width of the rotation, 0 for none.
+        search: how the weight's scales are chosen, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
+        activation: name of the activation that the weight reads; weights of one name are transformed alike.
+        mask: float32 ``[K]``.
+        seed: of the rotation's signs.
+        second_moment: float32 ``[K]``, of the activation's channels.
+        steps: says whether the step at hand runs in high precision, or None.
+    """
+
+    decision: str
+    reason: str = field(compare=False)
+    masked: bool = False
+    hadamard_block: int = 0
+    search: str = ""
+    activation: str = field(default="", compare=False)
+    mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    seed: int | None = field(default=None, compare=False)
+    second_moment: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    steps: StepPrecision | None = field(default=None, compare=False, repr=False)
+
+
+_KEPT = "_tahf4_kept"
+_PACKED = "_tahf4_packed"
+_RECIPE = "_tahf4_recipe"
+_STEP = Attachment("high_precision", "this step runs in high precision")
+_attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Keep linears of a model in high precision, whichever way the model is compiled later.
+
+    Args:
+        model: any module; call this before it is compiled.
+        patterns: regular expressions, searched in module paths relative to ``model``. They replace those of
+            an earlier call; an empty list keeps nothing.
+
+    Returns:
+        The module paths that matched.
+
+    Raises:
+        PatternError: a pattern is no regular expression or matches no linear.
+    """
+    checked = check_patterns("keep", patterns)
+    paths = [path for path, _ in linear_weights(model)]
+    require_matches(checked, paths, f"{type(model).__name__}")
+    kept = {
+        path: Attachment("high_precision", f"kept by tahf4.keep: {pattern!r} matches {path}")
+        for path in paths
+        if (pattern := matching(checked, path)) is not None
+    }
+    attach(model, kept, _KEPT)
+    return list(kept)
+
+
+def attach(model: nn.Module, attachments: Mapping[str, Attachment], kind: str = _RECIPE) -> None:
+    """Attach a decision to the owner of each weight, in place of everything of that kind attached before.
+
+    Args:
+        model: any module.
+        attachments: by module path, as :func:`linear_weights` names them.
+        kind: a recipe's, or those of :func:`keep` and of a packed model, which come first.
+    """
+    for module in model.modules():
+        module.__dict__.pop(kind, None)
+    for path, attachment in attachments.items():
+        owner, name = _owner(model, path)
+        owner.__dict__.setdefault(kind, {})[name] = attachment
+    refresh(model)
+
+
+def refresh(model: nn.Module) -> None:
+    """Read what is attached to a model's modules again, for the parameters that they own now."""
+    for module in model.modules():
+        for kind in (_KEPT, _PACKED, _RECIPE):
+            for name in module.__dict__.get(kind, {}):
+                if (parameter := module._parameters.get(name)) is not None:
+                    _attachments[parameter] = (weakref.ref(module), name)
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the module that owns a weight, and the parameter's name there."""
+    for full in (f"{path}.weight", path):
+        parent, _, name = full.rpartition(".")
+        for candidate, owner in model.named_modules(remove_duplicate=False):
+            if candidate.replace("_orig_mod.", "").removesuffix("_orig_mod") == parent and name in owner._parameters:
+                return owner, name
+    raise PatternError(f"{path} is no parameter of {type(model).__name__}")
+
+
+def attached(weight: object) -> Attachment | None:
+    """Return what holds now for a parameter: what was kept, then what the step says, then the recipe; or None."""
+    kept = attached_keep(weight)
+    if kept is not None:
+        return kept
+    recipe = _find(weight, _RECIPE)
+    if recipe is not None and recipe.decision == "hif4" and recipe.steps is not None and recipe.steps.high():
+        return _STEP
+    return recipe
+
+
+def leave_as_they_are(model: nn.Module, reasons: Mapping[str, str]) -> None:
+    """Let linears of a packed model stay in high precision wherever it is compiled.
+
+    Args:
+        model: packed.
+        reasons: by module path, in place of those of an earlier call.
+    """
+    attach(model, {path: Attachment("high_precision", reason) for path, reason in reasons.items()}, _PACKED)
+
+
+def attached_keep(weight: object) -> Attachment | None:
+    """Return what :func:`keep` says about a parameter, or the model that was packed without it; or None."""
+    return _find(weight, _KEPT) or _find(weight, _PACKED)
+
+
+def attached_recipe(weight: object) -> Attachment | None:
+    """Return what a recipe says about a parameter, or None."""
+    return _find(weight, _RECIPE)
+
+
+def _find(weight: object, kind: str) -> Attachment | None:
+    if not isinstance(weight, torch.Tensor) or (entry := _attachments.get(weight)) is None:
+        return None
+    reference, name = entry
+    owner = reference()
+    held = owner is not None and any(part in owner.__dict__ for part in (_KEPT, _PACKED, _RECIPE))
+    if owner is not None and held and owner._parameters.get(name) is weight:
+        found: Attachment | None = owner.__dict__.get(kind, {}).get(name)
+        return found
+    del _attachments[weight]  # the module owns another parameter now, or nothing is attached to it any more
+    if owner is not None:
+        refresh(owner)
+    return None

@@ -1,0 +1,35 @@
+"""The denoisers of a pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["experts"]
+
+
+def experts(model: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by component name, or a module itself under the name ``""``.
+
+    Args:
+        model: an ``nn.Module``, or a diffusers pipeline with ``transformer``, ``transformer_2`` or ``unet``.
+
+    Raises:
+        OptionError: neither.
+    """
+    if isinstance(model, nn.Module):
+        return {"": model}
+    names = ("transformer", "transformer_2", "transformer_3", "unet")
+    found = {name: getattr(model, name, None) for name in names}
+    modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    if not modules:
+        raise OptionError(
+            f"got a {type(model).__name__}; expected an nn.Module, or a diffusers pipeline with a transformer or unet"
+        )
+    return modules

@@ -1,0 +1,44 @@
+"""The weights of linears in a model, by module path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from ..errors import PatternError
+
+__all__ = ["linear_weights", "packed_weights"]
+
+
+def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(module path, weight)`` of everything in a model that may be the weight of a linear."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        leaf = name.rpartition(".")[2]
+        if parameter.dim() == 2 and leaf.endswith("weight"):
+            yield name.replace("_orig_mod.", "").removesuffix(".weight"), parameter
+
+
+def packed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(module path, codes)`` of the linears that a model holds in HiF4."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith("weight_codes"):
+            yield name.replace("_orig_mod.", "").removesuffix(".weight_codes"), parameter
+
+
+def matching(patterns: Sequence[str], path: str) -> str | None:
+    """Return the first pattern that is found in a module path."""
+    return next((pattern for pattern in patterns if re.search(pattern, path)), None)
+
+
+def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str) -> None:
+    """Raise :class:`PatternError` for the first pattern that is found in none of the paths."""
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            shown = ", ".join(sorted(paths)[:5]) + (", ..." if len(paths) > 5 else "")
+            raise PatternError(
+                f"keep pattern {pattern!r} matches none of the {len(paths)} linears of {where} ({shown or 'none'}). "
+                "Paths are relative to the compiled module; to name them from the whole model while its blocks are "
+                "compiled one by one, call tahf4.keep(model, patterns) first."
+            )

@@ -1,0 +1,138 @@
+"""Which denoising step runs: counted at the scheduler, outside of everything that is compiled."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import RecipeError
+
+__all__ = ["StepCounter", "StepPrecision"]
+
+_COUNTER = "_tahf4_counter"
+_METHODS = ("set_timesteps", "step")
+
+
+class StepCounter:
+    """Counts the steps of a diffusers scheduler: ``set_timesteps`` begins a generation, ``step`` ends a step.
+
+    Both methods are shadowed by attributes of this one scheduler, with the same signatures; its class stays, so
+    that ``type(scheduler).from_config``, saving and copying work. Reading the counter costs nothing on a device.
+
+    Attributes:
+        step: index of the step that runs, 0 before the first.
+        steps: of the generation; 1 before the first ``set_timesteps``.
+    """
+
+    def __init__(self) -> None:
+        """Stand at the first step; use :meth:`of`."""
+        self.step, self.steps = 0, 1
+
+    @classmethod
+    def of(cls, scheduler: Any) -> StepCounter:
+        """Return the counter of a scheduler, which is counted from the first call on.
+
+        A scheduler that is under way already says where it is, if it knows (``step_index``).
+        """
+        if _COUNTER not in scheduler.__dict__:
+            counter = cls()
+            timesteps = getattr(scheduler, "timesteps", None)
+            if getattr(scheduler, "num_inference_steps", None) is not None and timesteps is not None:
+                counter.steps = max(1, len(timesteps))
+            index = getattr(scheduler, "step_index", None)
+            counter.step = int(index) if index is not None else 0
+            scheduler.__dict__[_COUNTER] = counter
+            for name in _METHODS:
+                scheduler.__dict__[name] = _Counted(scheduler, name)
+        found: StepCounter = scheduler.__dict__[_COUNTER]
+        return found
+
+    @staticmethod
+    def counts(scheduler: Any) -> bool:
+        """Whether a scheduler is counted."""
+        return _COUNTER in scheduler.__dict__
+
+    @staticmethod
+    def forget(scheduler: Any) -> None:
+        """Count a scheduler no more: it is as it was before :meth:`of`."""
+        for name in (_COUNTER, *_METHODS):
+            scheduler.__dict__.pop(name, None)
+
+    def group(self, groups: int) -> int:
+        """Return which of so many equal parts of the generation the step belongs to."""
+        return min(groups - 1, self.step * groups // self.steps)
+
+
+class _Counted:
+    """A method of a scheduler that tells the counter: an object, not a closure, so it can be copied and saved."""
+
+    def __init__(self, scheduler: Any, name: str) -> None:
+        self.scheduler, self.name = scheduler, name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What diffusers' pipelines look at before they pass optional arguments."""
+        return inspect.signature(getattr(type(self.scheduler), self.name).__get__(self.scheduler))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = self.scheduler
+        result = getattr(type(scheduler), self.name)(scheduler, *args, **kwargs)
+        counter = scheduler.__dict__.get(_COUNTER)
+        if counter is None:
+            return result
+        if self.name == "set_timesteps":
+            counter.step, counter.steps = 0, max(1, len(scheduler.timesteps))
+        else:
+            # Schedulers of higher order call the model several times for a timestep; they count on themselves.
+            index = getattr(scheduler, "step_index", None)
+            counter.step = int(index) if index is not None else counter.step + 1
+        return result
+
+
+class StepPrecision:
+    """Says whether the step at hand runs in high precision.
+
+    Attributes:
+        steps: indices of the steps that do; negative ones count from the end.
+    """
+
+    def __init__(self, clock: Any, steps: Sequence[int]) -> None:
+        """Ask a pipeline for its scheduler of the moment, or a scheduler itself; None is an error when it is asked."""
+        self.steps = tuple(steps)
+        self._pipe = weakref.ref(clock) if clock is not None and hasattr(clock, "scheduler") else None
+        self._scheduler = clock if self._pipe is None else None
+        self._counter()  # counts from now on
+
+    def _counter(self) -> StepCounter | None:
+        pipe = self._pipe() if self._pipe is not None else None
+        scheduler = pipe.scheduler if pipe is not None else self._scheduler
+        return StepCounter.of(scheduler) if scheduler is not None else None
+
+    def high(self) -> bool:
+        """Return whether it does.
+
+        Raises:
+            RecipeError: the pipeline is gone, or the model was saved and loaded without it.
+        """
+        counter = self._counter()
+        if counter is None:
+            raise RecipeError(
+                f"the recipe runs the steps {list(self.steps)} in high precision, but the pipeline that it was applied "
+                "to is gone, so steps cannot be counted; apply the recipe to the pipeline that runs the model"
+            )
+        return any(counter.step == (i if i >= 0 else counter.steps + i) for i in self.steps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepPrecision:
+        """Follow a pipeline that is copied with the model; stay with the old one where the model is copied alone."""
+        clock = self._pipe() if self._pipe is not None else self._scheduler
+        copied = memo.get(id(clock), clock)  # perhaps without its attributes yet
+        other = StepPrecision(None, self.steps)
+        other._pipe = weakref.ref(copied) if self._pipe is not None and copied is not None else None
+        other._scheduler = copied if self._pipe is None else None
+        return other
+
+    def __reduce__(self) -> Any:
+        """Leave the pipeline behind when the model is saved whole."""
+        return StepPrecision, (self._scheduler, self.steps)

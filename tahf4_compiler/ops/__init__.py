@@ -1,0 +1,17 @@
+"""The operators that a lowered graph is made of: ``torch.ops.tahf4``. Importing this defines them."""
+
+from ..format.transforms import check_transform, hadamard, transform
+from . import fused as fused
+from .reference import check_linear, check_memory, dequantize, linear, observe, quantize
+
+__all__ = [
+    "check_linear",
+    "check_memory",
+    "check_transform",
+    "dequantize",
+    "hadamard",
+    "linear",
+    "observe",
+    "quantize",
+    "transform",
+]

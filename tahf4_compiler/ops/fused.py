@@ -1,0 +1,205 @@
+"""Operators that ``fuse`` makes of several nodes: ``torch.ops.tahf4.{fused_quantize, fused_linear, linear_quantize}``.
+
+What is computed around a quantization or a product is a :class:`~tahf4_compiler.ops.program.Program`, as text in the
+node's arguments. The references replay it with PyTorch's own operators, so they give the numbers of the graph before
+``fuse``. A backend generates a kernel from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from .program import Program
+from .reference import check_memory, linear, quantize
+
+__all__ = ["check_sizes", "fused_linear", "fused_quantize", "linear_quantize"]
+
+
+def _named(inputs: list[Tensor]) -> dict[str, Tensor]:
+    return {f"x{i}": value for i, value in enumerate(inputs)}
+
+
+def _shape(inputs: list[Tensor]) -> torch.Size:
+    return torch.broadcast_shapes(*(value.shape for value in inputs))
+
+
+def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
+    """Return a program's result on a product."""
+    found = Program.parse(program).run({"y": y, **_named(inputs)}, "y")
+    if found.shape != y.shape:
+        raise FormatError(f"the program's result is {tuple(found.shape)}; expected {tuple(y.shape)}, as the product's")
+    return found
+
+
+@torch.library.custom_op("tahf4::fused_quantize", mutates_args=())
+def fused_quantize(
+    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Compute a program and quantize its result, which never reaches memory in a kernel.
+
+    Args:
+        inputs: ``x0, x1, ...`` of the program, that broadcast to ``[..., K]``.
+        program: see :mod:`tahf4_compiler.ops.program`; its result has the shape that the inputs broadcast to.
+        multiplier: float32 ``[K]`` or None, as for ``tahf4::quantize``.
+        hadamard_block: as for ``tahf4::quantize``.
+
+    Returns:
+        Codes uint8 ``[..., ceil(K / 64) * 32]`` and scales int32 ``[..., ceil(K / 64)]``.
+
+    Raises:
+        FormatError: as ``tahf4::quantize``; a program that cannot be read, or whose result is smaller than its inputs.
+    """
+    x = Program.parse(program).run(_named(inputs), "x0")
+    if x.shape != _shape(inputs):
+        raise FormatError(f"the program's result is {tuple(x.shape)}; expected {tuple(_shape(inputs))}, as its inputs")
+    codes, scales = quantize(x, multiplier, hadamard_block)
+    return codes, scales
+
+
+@fused_quantize.register_fake
+def _(
+    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+) -> tuple[Tensor, Tensor]:
+    check_memory("fused_quantize", *inputs, multiplier)
+    shape = _shape(inputs)
+    count = (shape[-1] + 63) // 64
+    first = inputs[0]
+    return (
+        first.new_empty((*shape[:-1], count * 32), dtype=torch.uint8),
+        first.new_empty((*shape[:-1], count), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("tahf4::fused_linear", mutates_args=())
+def fused_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sizes: list[int],
+    inputs: list[Tensor],
+    program: str,
+    result_dtype: torch.dtype,
+) -> list[Tensor]:
+    """W4A4 linear, then a program on its result, or several contiguous results.
+
+    Args:
+        codes: and the next five as for ``tahf4::linear``; its result is ``y`` of the program.
+        scales: of the activation.
+        weight_codes: of the weight.
+        weight_scales: of the weight.
+        bias: or None.
+        out_dtype: of ``y``.
+        sizes: columns of each result; they sum to N. More than one only with an empty program.
+        inputs: ``x0, x1, ...`` of the program, that broadcast to ``[..., N]``.
+        program: see :mod:`tahf4_compiler.ops.program`.
+        result_dtype: of the results: that of the program's last statement, ``out_dtype`` if it is empty.
+
+    Returns:
+        ``[..., size]`` for each of the sizes.
+
+    Raises:
+        FormatError: as ``tahf4::linear``; a program that cannot be read, or whose result is not of the product's shape;
+            sizes that do not fit.
+    """
+    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+    check_sizes(sizes, y.shape[-1], program)
+    y = _after(y, program, inputs)
+    if y.dtype != result_dtype:
+        raise FormatError(f"the program's result is {y.dtype}; result_dtype says {result_dtype}")
+    if len(sizes) == 1:
+        return [y.contiguous()]
+    return [part.clone(memory_format=torch.contiguous_format) for part in y.split(sizes, -1)]
+
+
+@fused_linear.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sizes: list[int],
+    inputs: list[Tensor],
+    program: str,
+    result_dtype: torch.dtype,
+) -> list[Tensor]:
+    check_sizes(sizes, weight_codes.shape[0], program)
+    check_memory("fused_linear", codes, scales, weight_codes, weight_scales, bias, *inputs)
+    return [codes.new_empty((*codes.shape[:-1], size), dtype=result_dtype) for size in sizes]
+
+
+def check_sizes(sizes: Sequence[int], n: int, program: str) -> None:
+    """Refuse sizes of results that do not fit a product of ``n`` columns."""
+    if sum(sizes) != n or min(sizes, default=0) < 0 or (len(sizes) != 1 and program):
+        raise FormatError(
+            f"sizes {list(sizes)} with {n} columns; expected their sum, and one size where there is a program"
+        )
+
+
+@torch.library.custom_op("tahf4::linear_quantize", mutates_args=())
+def linear_quantize(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    inputs: list[Tensor],
+    program: str,
+    multiplier: Tensor | None,
+    hadamard_block: int,
+) -> tuple[Tensor, Tensor]:
+    """W4A4 linear, a program on its result (bias, GELU), and the quantization of that.
+
+    Args:
+        codes: and the following as for ``tahf4::fused_linear``.
+        scales: of the activation.
+        weight_codes: of the weight.
+        weight_scales: of the weight.
+        bias: or None.
+        out_dtype: of ``y``.
+        inputs: of the program.
+        program: see :mod:`tahf4_compiler.ops.program`.
+        multiplier: float32 ``[N]`` or None, as for ``tahf4::quantize``.
+        hadamard_block: as for ``tahf4::quantize``.
+
+    Returns:
+        Codes uint8 ``[..., ceil(N / 64) * 32]`` and scales int32 ``[..., ceil(N / 64)]``.
+
+    Raises:
+        FormatError: as ``tahf4::linear`` and ``tahf4::quantize``; a program that cannot be read, or whose result is not
+            of the product's shape.
+    """
+    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+    y = _after(y, program, inputs)
+    found, metadata = quantize(y, multiplier, hadamard_block)
+    return found, metadata
+
+
+@linear_quantize.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    inputs: list[Tensor],
+    program: str,
+    multiplier: Tensor | None,
+    hadamard_block: int,
+) -> tuple[Tensor, Tensor]:
+    check_memory("linear_quantize", codes, scales, weight_codes, weight_scales, bias, *inputs, multiplier)
+    count = (weight_codes.shape[0] + 63) // 64
+    return (
+        codes.new_empty((*codes.shape[:-1], count * 32)),
+        scales.new_empty((*scales.shape[:-1], count)),
+    )

@@ -1,0 +1,78 @@
+"""Where ``tahf4::observe`` takes an activation: the calibration that runs, found by the weights that read it.
+
+A compiled graph serves every module of its class, so it does not know whose activations it observes. It is given
+a *handle* at each call, looked up by the identity of the weights, as packed weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["Handles", "handle_of"]
+
+Observer = Callable[[Tensor], None]
+
+_current: Handles | None = None
+_NOBODY = -1
+
+
+class Handles:
+    """Handles of one calibration.
+
+    Attributes:
+        observers: by number: what takes the activation.
+    """
+
+    def __init__(self, observer_of: Callable[[tuple[Tensor, ...]], Observer | None]) -> None:
+        """Ask ``observer_of`` for the observer of the activation that some weights read."""
+        self._observer_of = observer_of
+        self._by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.observers: list[Observer] = []
+
+    def handle(self, weights: tuple[Tensor, ...]) -> Tensor:
+        """Return the handle of the activation that some weights read: int64 ``[number, times observed]``, CPU."""
+        mine = self._by_weight.setdefault(weights[0], {})
+        key = tuple(id(weight) for weight in weights)
+        if key not in mine:
+            observer = self._observer_of(weights)
+            if observer is not None:
+                self.observers.append(observer)
+            mine[key] = torch.tensor([len(self.observers) - 1 if observer is not None else _NOBODY, 0])
+        handle: Tensor = mine[key]
+        return handle
+
+    def __enter__(self) -> Handles:
+        """Observe from now on.
+
+        Raises:
+            CalibrationError: another calibration runs.
+        """
+        global _current
+        if _current is not None:
+            from ..errors import CalibrationError
+
+            raise CalibrationError("a calibration runs already; leave its `with` block before another begins")
+        _current = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Observe no more."""
+        global _current
+        _current = None
+
+
+def handle_of(weights: tuple[Tensor, ...]) -> Tensor:
+    """Return the handle for the calibration that runs; one that observes nothing if there is none."""
+    return _current.handle(weights) if _current is not None else torch.tensor([_NOBODY, 0])
+
+
+def take(x: Tensor, handle: Tensor) -> None:
+    """Give an activation to the observer of a handle (the body of ``tahf4::observe``)."""
+    number = int(handle[0])
+    if _current is not None and number != _NOBODY:
+        _current.observers[number](x)
+        handle[1] += 1

@@ -1,0 +1,190 @@
+"""The operators that a lowered graph is made of: ``torch.ops.tahf4.{quantize, dequantize, linear}``.
+
+Each has a plain-PyTorch reference that runs on every device and a fake kernel, so a lowered graph is
+still a graph that PyTorch can print, export, fake-propagate and compile. They are opaque to Inductor:
+a faster kernel for a device replaces the operator in the graph (``tahf4_compiler.ops.registry``) and
+must give the same codes and scales, bit for bit.
+
+A transform before quantization is ``(multiplier[K], hadamard_block)``: a product with one factor for each
+channel (the channel mask, the signs of a rotation folded in), then a Walsh-Hadamard transform of blocks
+of ``hadamard_block`` channels (0 for none).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..format import hif4
+from ..format.transforms import transform
+from .observers import take
+
+__all__ = ["dequantize", "linear", "observe", "quantize"]
+
+
+@torch.library.custom_op("tahf4::quantize", mutates_args=())
+def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
+    """Transform and convert to HiF4 along the last axis.
+
+    Args:
+        x: ``[..., K]`` of a floating-point type.
+        multiplier: float32 ``[K]``, or None.
+        hadamard_block: a power of two, or 0.
+
+    Returns:
+        ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]``
+        (see :class:`tahf4_compiler.format.hif4.Packed`).
+
+    Raises:
+        FormatError: as :func:`tahf4_compiler.format.hif4.quantize` and :func:`transform`.
+    """
+    packed = hif4.quantize(transform(x, multiplier, hadamard_block))
+    return packed.codes, packed.scales
+
+
+@quantize.register_fake
+def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
+    check_memory("quantize", x, multiplier)
+    count = hif4.units(x.shape[-1])
+    codes = x.new_empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
+    return codes, x.new_empty((*x.shape[:-1], count), dtype=torch.int32)
+
+
+@torch.library.custom_op("tahf4::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Convert back to floating point; no transform is undone.
+
+    Args:
+        codes: uint8 ``[..., ceil(k / 64) * 32]``.
+        scales: int32 ``[..., ceil(k / 64)]``.
+        k: length of the last axis of the result.
+        dtype: of the result.
+
+    Returns:
+        ``[..., k]``.
+
+    Raises:
+        FormatError: as :func:`tahf4_compiler.format.hif4.dequantize`.
+    """
+    # A custom operator may not return a view of a buffer it keeps; a padded k would be one.
+    return hif4.dequantize(hif4.Packed(codes, scales, k), dtype).contiguous()
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
+
+
+@torch.library.custom_op("tahf4::linear", mutates_args=())
+def linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """W4A4 linear: the sum over units of (exact integer dot) * scaleA * scaleB / 16, plus bias.
+
+    Args:
+        codes: uint8 ``[..., K / 2]`` of the activation, K a multiple of 64.
+        scales: int32 ``[..., K / 64]`` of the activation.
+        weight_codes: uint8 ``[N, K / 2]``.
+        weight_scales: int32 ``[N, K / 64]``.
+        bias: ``[N]`` or None, added in float32.
+        out_dtype: type that the float32 result is cast to.
+
+    Returns:
+        ``[..., N]`` of ``out_dtype``.
+
+    Raises:
+        FormatError: shapes or dtypes of the two sides do not fit each other.
+
+    The reference multiplies the dequantized operands in float32. Both have at most 6 significant bits and
+    every partial sum inside a unit at most 22, so each unit's contribution is exact; only the float32 sum over
+    units depends on the order. TF32 and bfloat16 matrix units hold the operands exactly too.
+    """
+    check_linear(codes, scales, weight_codes, weight_scales, bias)
+    k = scales.shape[-1] * hif4.UNIT
+    left = hif4.dequantize(hif4.Packed(codes, scales, k))
+    right = hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k))
+    with torch.autocast(codes.device.type, enabled=False):  # its cast would lose what is exact
+        out = torch.nn.functional.linear(left, right)
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out.to(out_dtype)
+
+
+@linear.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    check_linear(codes, scales, weight_codes, weight_scales, bias)
+    check_memory("linear", codes, scales, weight_codes, weight_scales, bias)
+    return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
+
+
+def check_memory(what: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors of which some have memory and some are on the meta device: the result would be made up."""
+    devices = {t.device.type: t.device for t in tensors if t is not None}
+    if "meta" in devices and len(devices) > 1:
+        others = ", ".join(str(device) for kind, device in devices.items() if kind != "meta")
+        raise FormatError(
+            f"{what} got tensors on the meta device beside others on {others}; load the weights first, or move the "
+            "model to one device"
+        )
+
+
+_PACKED_DTYPES = (torch.uint8, torch.int32, torch.uint8, torch.int32)
+
+
+def check_linear(
+    codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None
+) -> None:
+    shape, rows = scales.shape, weight_scales.shape
+    if (
+        (codes.dtype, scales.dtype, weight_codes.dtype, weight_scales.dtype) == _PACKED_DTYPES
+        and (len(shape) > 0 and len(rows) == 2 and shape[-1] == rows[1])
+        and codes.shape == (*shape[:-1], shape[-1] * (hif4.UNIT // 2))
+        and weight_codes.shape == (rows[0], rows[1] * (hif4.UNIT // 2))
+        and (bias is None or bias.shape == (rows[0],))
+    ):
+        return  # what follows takes as long as a small product
+    k = scales.shape[-1] * hif4.UNIT if scales.dim() else 0
+    hif4.check_packed(hif4.Packed(codes, scales, k))
+    if weight_codes.dim() != 2 or weight_scales.dim() != 2:
+        raise FormatError(
+            f"weight codes {tuple(weight_codes.shape)} and scales {tuple(weight_scales.shape)}; expected two axes, "
+            "[N, K / 2] and [N, K / 64]"
+        )
+    hif4.check_packed(hif4.Packed(weight_codes, weight_scales, weight_scales.shape[-1] * hif4.UNIT))
+    if weight_scales.shape[-1] != scales.shape[-1]:
+        raise FormatError(
+            f"activation of {scales.shape[-1]} units and weight of {weight_scales.shape[-1]}; "
+            "expected the same number of 64-value units along K"
+        )
+    if bias is not None and tuple(bias.shape) != (weight_codes.shape[0],):
+        raise FormatError(f"bias of shape {tuple(bias.shape)}; expected ({weight_codes.shape[0]},)")
+
+
+@torch.library.custom_op("tahf4::observe", mutates_args=("handle",))
+def observe(x: Tensor, handle: Tensor) -> None:
+    """Show an activation to the calibration that runs (:mod:`tahf4_compiler.calibration.calibration`).
+
+    Args:
+        x: ``[..., K]``; it is not changed.
+        handle: int64 ``[2]`` on the CPU: number of the observer, and how often it was called, which is
+            counted up, so that no compiler takes the call for useless.
+    """
+    take(x, handle)
+
+
+@observe.register_fake
+def _(x: Tensor, handle: Tensor) -> None:
+    return None

@@ -1,0 +1,48 @@
+"""What stands between an activation and its quantization, for one packed linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..format import hif4
+from ..format.transforms import multipliers
+from ..weights.packing import pack_transformed
+
+__all__ = ["Transform"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What stands between an activation and its quantization, and how the weights that read it are packed.
+
+    Attributes:
+        activation: name of the activation: the module path of the first linear that reads it. Linears of one name
+            have equal multipliers.
+        hadamard_block: width of the rotation, 0 for none.
+        seed: of the rotation's signs, None for no signs.
+        search: how scales of the weights are chosen, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
+        mask: float32 ``[K]`` or None.
+        second_moment: ``[K]`` or None, for ``search="weighted"``.
+    """
+
+    activation: str
+    hadamard_block: int = 0
+    seed: int | None = None
+    search: str = ""
+    mask: Tensor | None = field(default=None, repr=False, compare=False)
+    second_moment: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the activation is multiplied at all."""
+        return self.mask is not None or self.seed is not None
+
+    def multiplier(self, k: int) -> Tensor | None:
+        """Return the factors of the activation's channels, float32 ``[k]`` on the CPU, or None for ones."""
+        return multipliers(k, self.mask, self.seed)[0]
+
+    def pack(self, weight: Tensor) -> hif4.Packed:
+        """Convert a weight ``[N, K]`` that reads the activation; the result is on the weight's device."""
+        return pack_transformed(weight, self.mask, self.seed, self.hadamard_block, self.search, self.second_moment)

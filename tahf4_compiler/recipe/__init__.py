@@ -1,0 +1,1 @@
+"""What a calibration decided: entries, checks, the file, and its way to a model."""

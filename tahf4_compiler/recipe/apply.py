@@ -1,0 +1,153 @@
+"""Attach a recipe to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import RecipeError
+from ..model.attachments import Attachment, attach
+from ..model.components import experts
+from ..model.linears import linear_weights
+from ..model.steps import StepPrecision
+from ..weights.checksum import checksum
+from .entries import RecipeEntry
+from .recipe import Recipe
+
+__all__ = ["apply_recipe", "recipe_attachments", "recipe_experts"]
+
+
+def apply_recipe(
+    model: Any, recipe: Recipe | None, *, expert: str | None = None, check_weights: bool = True, scheduler: Any = None
+) -> None:
+    """Attach a recipe to a model, in place of an earlier one; compile the model before or after, whole or by blocks.
+
+    Experts that the recipe does not name keep what they have. With ``high_precision_steps`` the steps are those of the
+    pipeline that is given here, also after its scheduler is replaced; a copy of the pipeline counts for itself.
+
+    Args:
+        model: a pipeline (each expert of the recipe goes to the component of its name), or a module.
+        recipe: see :class:`Recipe`; None takes an earlier one off again.
+        expert: which expert's part goes to a module, if the recipe was made for a pipeline.
+        check_weights: compare the weights' checksums with those that were calibrated. False for a fine-tune or
+            a merged adapter, whose activations are nearly the same.
+        scheduler: of a bare module, if the recipe has ``high_precision_steps``.
+
+    Raises:
+        RecipeError: module paths, shapes or weights are not those of the recipe (the first three are named), or the
+            recipe has experts that the model has not.
+        OptionError: the model is neither module nor pipeline.
+    """
+    models = experts(model)
+    if recipe is None:
+        for module in models.values():
+            attach(module, {})
+        return
+    parts = recipe_experts(model, models, recipe, expert)
+    steps = None
+    if recipe.high_precision_steps:
+        clock = scheduler if scheduler is not None else getattr(model, "scheduler", None)
+        if clock is None:
+            raise RecipeError(
+                f"the recipe runs the steps {list(recipe.high_precision_steps)} in high precision; pass scheduler=..., "
+                "so that steps are counted"
+            )
+        steps = StepPrecision(scheduler if scheduler is not None else model, recipe.high_precision_steps)
+    for name, entries in parts.items():
+        _check_fits(models[name], entries, check_weights, name)
+    for name, entries in parts.items():
+        attach(models[name], dict(_attachments(entries, steps)))
+
+
+def recipe_experts(
+    model: Any, models: Mapping[str, nn.Module], recipe: Recipe, expert: str | None
+) -> dict[str, Mapping[str, RecipeEntry]]:
+    """Return which entries belong to which of a model's modules.
+
+    Args:
+        model: a pipeline or module.
+        models: its denoisers by name, a bare module under ``""``.
+        recipe: see :class:`Recipe`.
+        expert: as for :func:`apply_recipe`.
+
+    Raises:
+        RecipeError: the recipe has an expert that the model has not.
+    """
+    parts = dict(recipe.experts)
+    if set(models) == {""}:
+        name = expert if expert is not None else next(iter(parts), "") if len(parts) == 1 else ""
+        if name not in parts:
+            raise RecipeError(
+                f"the recipe has the experts {', '.join(map(repr, parts)) or 'none'}, not {name!r}; say which one "
+                "belongs to this module with expert=..."
+            )
+        parts = {"": parts[name]}
+    missing = sorted(set(parts) - set(models))
+    if missing:
+        raise RecipeError(
+            f"the recipe has the experts {', '.join(parts)}; {type(model).__name__} has no {missing[0]!r}"
+        )
+    return parts
+
+
+def recipe_attachments(
+    model: nn.Module, recipe: Recipe, *, expert: str | None = None, check_weights: bool = True
+) -> dict[str, Attachment]:
+    """Return what a recipe says about a module's linears, by module path, without attaching it.
+
+    Args:
+        model: a module; on the meta device its weights are not compared.
+        recipe: see :class:`Recipe`.
+        expert: as for :func:`apply_recipe`.
+        check_weights: as for :func:`apply_recipe`.
+
+    Raises:
+        RecipeError: as :func:`apply_recipe`.
+    """
+    entries = recipe_experts(model, {"": model}, recipe, expert)[""]
+    _check_fits(model, entries, check_weights, "")
+    return dict(_attachments(entries, None))
+
+
+def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weights: bool, expert: str) -> None:
+    weights = dict(linear_weights(model))
+    parameters = {name for name, _ in model.named_parameters()}
+    wrong = []
+    for entry in entries.values():
+        for path, linear in entry.linears.items():
+            weight = weights.get(path)
+            if weight is None:
+                packed = f"{path}.weight_codes" in parameters
+                wrong.append(f"{path}: {'packed already' if packed else 'no such linear'}")
+            elif tuple(weight.shape) != linear.shape:
+                wrong.append(f"{path}: shape {tuple(weight.shape)}, expected {linear.shape}")
+            elif check_weights and weight.device.type != "meta" and int(checksum(weight)) != linear.weight_sum:
+                wrong.append(f"{path}: other weights than those that were calibrated")
+    if wrong:
+        where = f"{expert} ({type(model).__name__})" if expert else type(model).__name__
+        raise RecipeError(
+            f"the recipe does not fit {where} in {len(wrong)} linears: {'; '.join(wrong[:3])}. Use the recipe "
+            "that was made for this model in this precision; check_weights=False accepts other weights of these shapes."
+        )
+
+
+def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None) -> Iterator[tuple[str, Attachment]]:
+    for name, entry in entries.items():
+        for path, linear in entry.linears.items():
+            yield (
+                path,
+                Attachment(
+                    linear.decision,
+                    linear.reason,
+                    masked=entry.mask is not None,
+                    hadamard_block=entry.hadamard_block,
+                    search=entry.search,
+                    activation=name,
+                    mask=entry.mask,
+                    seed=entry.seed,
+                    second_moment=entry.second_moment,
+                    steps=steps,
+                ),
+            )

@@ -1,0 +1,79 @@
+"""Which linears stay in high precision within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import OptionError
+
+__all__ = ["check_budget", "choose"]
+
+
+def check_budget(**budget: Any) -> None:
+    """Check a budget of :func:`choose`.
+
+    Raises:
+        OptionError: an unknown name, not exactly one budget, or one out of range.
+    """
+    known = ("max_high_precision_linears", "max_high_precision_blocks", "min_flops_4bit")
+    for name in budget:
+        if name not in known:
+            raise OptionError(f"unknown budget {name!r}; expected one of {', '.join(known)}")
+    given = {name: value for name, value in budget.items() if value is not None}
+    if len(given) != 1:
+        raise OptionError(f"a budget is one of {', '.join(known[:2])} and {known[2]}; got {len(given)} of them")
+    ((name, value),) = given.items()
+    if name == "min_flops_4bit":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise OptionError(f"min_flops_4bit is {value!r}; expected a share from 0 to 1")
+    elif type(value) is not int or value < 0:
+        raise OptionError(f"the budget {name} is {value!r}; expected an integer of at least 0")
+
+
+def choose(
+    effects: Mapping[str, float],
+    flops: Mapping[str, float],
+    block_of: Callable[[str], str],
+    *,
+    max_high_precision_linears: int | None = None,
+    max_high_precision_blocks: int | None = None,
+    min_flops_4bit: float | None = None,
+) -> list[str]:
+    """Return the linears to keep in high precision: those of the greatest effect, within a budget.
+
+    Effects of different linears are taken to add up, as independent errors do.
+
+    Args:
+        effects: relative squared error of the output for each linear.
+        flops: of each linear, in any unit.
+        block_of: name of the block around a linear.
+        max_high_precision_linears: keep at most so many linears.
+        max_high_precision_blocks: keep at most so many whole blocks.
+        min_flops_4bit: keep linears while at least this share (0 to 1) of ``flops`` stays in 4 bits, those of
+            the greatest effect for their FLOPs first.
+
+    Raises:
+        OptionError: not exactly one budget, or one out of range.
+    """
+    check_budget(
+        max_high_precision_linears=max_high_precision_linears,
+        max_high_precision_blocks=max_high_precision_blocks,
+        min_flops_4bit=min_flops_4bit,
+    )
+    if min_flops_4bit is not None:
+        allowed, kept = (1 - min_flops_4bit) * sum(flops.values()), []
+        for path in sorted(effects, key=lambda p: (-effects[p] / max(flops[p], 1), p)):
+            if flops[path] <= allowed * (1 + 1e-9):
+                allowed -= flops[path]
+                kept.append(path)
+        return kept
+    count = max_high_precision_linears if max_high_precision_linears is not None else max_high_precision_blocks
+    assert count is not None
+    if max_high_precision_linears is not None:
+        return sorted(effects, key=lambda p: (-effects[p], p))[:count]
+    blocks: dict[str, float] = {}
+    for path, effect in effects.items():
+        blocks[block_of(path)] = blocks.get(block_of(path), 0.0) + effect
+    chosen = sorted(blocks, key=lambda b: (-blocks[b], b))[:count]
+    return [path for path in effects if block_of(path) in chosen]

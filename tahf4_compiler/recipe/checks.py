@@ -1,0 +1,64 @@
+"""Checks of what a recipe file holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import RecipeError
+from .entries import CallError, LinearEntry, RecipeEntry
+
+
+def _linear(values: Mapping[str, Any]) -> LinearEntry:
+    along = tuple(values.get("step_sqnr_db", ()))
+    return LinearEntry(**{**values, "shape": tuple(values["shape"]), "step_sqnr_db": along})
+
+
+def _call_error(values: Mapping[str, Any], where: str) -> CallError:
+    found = CallError(**values)
+    if not (_is_number(found.error) and type(found.step) is type(found.steps) is int and 0 <= found.step < found.steps):
+        raise RecipeError(f"{where}: the error of a call is {dict(values)}; the file is damaged or was edited")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_entry(entry: RecipeEntry, where: str) -> None:
+    if not all(len(linear.shape) == 2 for linear in entry.linears.values()):
+        raise RecipeError(f"{where}: a shape does not have two sizes; the file is damaged")
+    ks = {linear.shape[1] for linear in entry.linears.values()}
+    k = next(iter(ks), 0)
+    for part in (entry.mask, entry.second_moment):
+        if len(ks) != 1 or (part is not None and tuple(part.shape) != (k,)):
+            raise RecipeError(f"{where}: mask and shapes of the linears do not fit each other; the file is damaged")
+    damaged = f"{where}: {{}}; the file is damaged or was edited"
+    if entry.mask is not None and entry.mask.dtype != torch.float32:
+        raise RecipeError(damaged.format(f"the mask is of {entry.mask.dtype}, expected float32"))
+    if entry.search not in ("", "squared", "weighted"):
+        raise RecipeError(damaged.format(f"the search is {entry.search!r}"))
+    block, padded = entry.hadamard_block, (k + 63) // 64 * 64
+    if type(block) is not int or block < 0 or block & (block - 1) or (block and padded % block):
+        raise RecipeError(
+            damaged.format(f"the Hadamard block is {block!r}, expected a power of two that divides {padded}")
+        )
+    if (block > 0) != (entry.seed is not None) or (block and not _is_seed(entry.seed)):
+        raise RecipeError(damaged.format(f"the seed is {entry.seed!r} with a Hadamard block of {block}"))
+    if entry.second_moment is not None and not bool(torch.isfinite(entry.second_moment).all()):
+        raise RecipeError(damaged.format("the second moment is not finite"))
+    for path, linear in entry.linears.items():
+        for value in (linear.sqnr_db, linear.effect, *linear.step_sqnr_db):
+            if value is not None and not _is_number(value):
+                raise RecipeError(damaged.format(f"an error of {path} is {value!r}, expected a number"))
+        if linear.decision not in ("hif4", "high_precision"):
+            raise RecipeError(damaged.format(f"the decision of {path} is {linear.decision!r}"))
+    if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
+        raise RecipeError(f"{where}: the mask holds values that are not positive and finite; the file is damaged")
+
+
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63

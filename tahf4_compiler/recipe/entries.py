@@ -1,0 +1,79 @@
+"""What a recipe says about one activation, one linear, one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["CallError", "LinearEntry", "RecipeEntry"]
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """A linear of a recipe.
+
+    Attributes:
+        shape: ``(N, K)`` of its weight.
+        weight_sum: checksum of the weight that was calibrated.
+        decision: ``"hif4"`` or ``"high_precision"``.
+        reason: in words, for the report.
+        sqnr_db: of its output on calibration rows when it is quantized, or None if it was not measured.
+        step_sqnr_db: the same on the rows of each part of the denoising schedule (``step_groups``), None where no row
+            was seen; empty if it was not measured.
+        effect: relative squared error of the network's output when only it is quantized, or None.
+        flops: of the calibration's calls.
+    """
+
+    shape: tuple[int, int]
+    weight_sum: int
+    decision: str = "hif4"
+    reason: str = ""
+    sqnr_db: float | None = None
+    effect: float | None = None
+    flops: int = 0
+    step_sqnr_db: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class CallError:
+    """The error of the network's output in a call that the calibration kept, with all that the recipe says in 4 bits.
+
+    Attributes:
+        step: index of the denoising step; for a bare module of the part of the schedule.
+        steps: of the generation.
+        branch: of guidance.
+        error: relative squared error against the original precision. Steps that run in high precision
+            (``high_precision_steps``) are measured as if they did not.
+    """
+
+    step: int
+    steps: int
+    branch: str
+    error: float
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """An activation of a recipe, and the linears that read it.
+
+    Attributes:
+        linears: by module path.
+        hadamard_block: width of the rotation, 0 for none.
+        seed: of its signs.
+        search: how scales of the weights are chosen.
+        percentile: that the mask was made with, None without a mask.
+        weight_exponent: that the mask was made with.
+        mask: float32 ``[K]`` or None.
+        second_moment: bfloat16 ``[K]`` or None, for ``search="weighted"``.
+    """
+
+    linears: Mapping[str, LinearEntry]
+    hadamard_block: int = 0
+    seed: int | None = None
+    search: str = ""
+    percentile: float | None = None
+    weight_exponent: float | None = None
+    mask: Tensor | None = field(default=None, repr=False)
+    second_moment: Tensor | None = field(default=None, repr=False)

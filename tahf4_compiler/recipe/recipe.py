@@ -1,0 +1,155 @@
+"""What a calibration decided, as a small file: masks, rotations, decisions, their numbers and where they come from.
+
+A recipe holds no weights. It is attached to a model (:func:`apply_recipe`); the transforms go into the weights
+when these are packed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from ..files.tensors import load_tensors, save_tensors
+from .budget import check_budget, choose
+from .checks import _call_error, _check_entry, _linear
+from .entries import CallError, LinearEntry, RecipeEntry
+
+__all__ = ["Recipe"]
+
+FORMAT = "tahf4-recipe-1"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Masks, rotations and decisions for each activation of each expert.
+
+    Attributes:
+        experts: ``expert -> name of an activation -> entry``; the expert of a bare module is ``""``.
+        high_precision_steps: indices of denoising steps that run in high precision, negative from the end.
+        provenance: how it was made.
+        errors: of the network's output by expert, in order of the steps; none if they were not measured, or linears
+            were planned otherwise since.
+    """
+
+    experts: Mapping[str, Mapping[str, RecipeEntry]]
+    high_precision_steps: tuple[int, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    errors: Mapping[str, tuple[CallError, ...]] = field(default_factory=dict)
+
+    def linears(self, expert: str) -> dict[str, LinearEntry]:
+        """Return an expert's linears by module path."""
+        return {path: linear for entry in self.experts[expert].values() for path, linear in entry.linears.items()}
+
+    def plan(self, **budget: Any) -> Recipe:
+        """Return the recipe with other linears in high precision, chosen by measured effect.
+
+        Args:
+            budget: one of ``max_high_precision_linears``, ``max_high_precision_blocks`` (both for each expert) and
+                ``min_flops_4bit`` (a share of the FLOPs of the linears in the recipe), see
+                :func:`tahf4_compiler.recipe.budget.choose`.
+
+        Raises:
+            RecipeError: the recipe holds no effects (``sensitivity=False``).
+            OptionError: the budget is unknown or out of range.
+        """
+        check_budget(**budget)
+        words = ", ".join(f"{name}={value}" for name, value in budget.items())
+        planned = {}
+        for expert, entries in self.experts.items():
+            linears = self.linears(expert)
+            if all(linear.effect is None for linear in linears.values()):
+                raise RecipeError("the recipe holds no effects; make it with sensitivity=True to plan with a budget")
+            # A few may not be measured: products that are written as no linear. They come last.
+            effects = {path: linear.effect or 0.0 for path, linear in linears.items()}
+            flops = {path: linear.flops for path, linear in linears.items()}
+            kept = choose(effects, flops, _block_of(list(linears)), **budget)
+            ranks = {path: i + 1 for i, path in enumerate(sorted(effects, key=lambda p: (-effects[p], p)))}
+            planned[expert] = {
+                name: dataclasses.replace(
+                    entry,
+                    linears={
+                        path: _decided(linear, path in kept, ranks[path], len(ranks), words)
+                        for path, linear in entry.linears.items()
+                    },
+                )
+                for name, entry in entries.items()
+            }
+        made = {**self.provenance, "budget": dict(budget)}
+        return dataclasses.replace(self, experts=planned, provenance=made, errors={})
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with a JSON header; the same recipe gives the same bytes.
+
+        Raises:
+            RecipeError: it cannot be written.
+        """
+        tensors, entries = {}, []
+        for expert, activations in sorted(self.experts.items()):
+            for name, entry in sorted(activations.items()):
+                prefix = f"{expert}/{name}"
+                for part in ("mask", "second_moment"):
+                    if (value := getattr(entry, part)) is not None:
+                        tensors[f"{prefix}.{part}"] = value
+                values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
+                del values["mask"], values["second_moment"]
+                values["linears"] = {p: dataclasses.asdict(linear) for p, linear in entry.linears.items()}
+                entries.append({"expert": expert, "name": name, **values})
+        header = {
+            "entries": entries,
+            "high_precision_steps": list(self.high_precision_steps),
+            "provenance": dict(self.provenance),
+            "errors": {expert: [dataclasses.asdict(e) for e in errors] for expert, errors in self.errors.items()},
+        }
+        save_tensors(Path(path), tensors, FORMAT, header, RecipeError)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a file that :meth:`save` wrote. Nothing in it is executed.
+
+        Raises:
+            RecipeError: no such file, not a recipe, or of another version.
+        """
+        tensors, header = load_tensors(Path(path), FORMAT, RecipeError)
+        found: dict[str, dict[str, RecipeEntry]] = {}
+        try:
+            for values in header["entries"]:
+                expert, name = values.pop("expert"), values.pop("name")
+                linears = {p: _linear(linear) for p, linear in values.pop("linears").items()}
+                parts: dict[str, Any] = {
+                    part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")
+                }
+                entry = RecipeEntry(linears=linears, **values, **parts)
+                _check_entry(entry, f"{path}: {expert}/{name}")
+                found.setdefault(expert, {})[name] = entry
+            errors = {
+                expert: tuple(_call_error(entry, f"{path}: {expert}") for entry in listed)
+                for expert, listed in header.get("errors", {}).items()
+            }
+            return cls(found, tuple(header["high_precision_steps"]), header["provenance"], errors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"{path} is damaged: its header lacks or misspells {error}") from error
+
+
+def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str) -> LinearEntry:
+    effect = "not measured" if linear.effect is None else f"{linear.effect:.2e}"
+    numbers = f"effect on the output {effect} (rank {rank} of {count})"
+    if linear.sqnr_db is not None:
+        numbers += f", SQNR {linear.sqnr_db:.1f} dB"
+    if kept:
+        return dataclasses.replace(linear, decision="high_precision", reason=f"sensitivity: {numbers}; budget {budget}")
+    return dataclasses.replace(linear, decision="hif4", reason=f"recipe: {numbers}")
+
+
+def _block_of(paths: Sequence[str]) -> Callable[[str], str]:
+    """Return what names the block of a module path: up to its first number."""
+
+    def block(path: str) -> str:
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        return ".".join(parts[: at + 1]) if at is not None else path
+
+    return block

@@ -1,0 +1,90 @@
+"""Checksums of tensors: how changed weights are noticed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..model import parts
+
+__all__ = ["checksum", "checksums"]
+
+_LANES = 4096
+_CHECKED = 256 * _LANES  # words summed at a time: bounds the temporaries to 8 MB
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """Return an int64 scalar that depends on every byte of a tensor and on where it stands.
+
+    The bytes are read as 32-bit words, each times a random 64-bit factor of its lane and one of its row, summed
+    modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
+    """
+    data = parts.whole(weight).detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor:
+        from ..backends import cpu
+
+        if cpu.available():  # one read, on all threads
+            return torch.tensor(cpu.checksum(data, _lane_factors(data.device)))
+    data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
+    words = data.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for start in range(0, words.numel(), _CHECKED):
+        part = words[start : start + _CHECKED]
+        whole = part.numel() // _LANES * _LANES
+        for rows in (part[:whole].view(-1, _LANES), part[whole:].view(1, -1)):
+            sums = (rows.to(torch.int64) * _lane_factors(data.device)[: rows.shape[1]]).sum(1)
+            first = start // _LANES + (whole // _LANES if rows.shape[1] != _LANES else 0)
+            total = total + (sums * _row_factors(first, len(rows), data.device)).sum()
+    return total
+
+
+@functools.cache
+def _lane_factors(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0x4F4)
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (_LANES,), generator=generator, dtype=torch.int64).to(device)
+
+
+def _row_factors(first: int, count: int, device: torch.device) -> Tensor:
+    mixed = torch.arange(first + 1, first + count + 1, device=device, dtype=torch.int64) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 29)) * -0x40A7B892E31B1A47
+    return (mixed ^ (mixed >> 32)) | 1
+
+
+def _read(values: list[Tensor]) -> list[int]:
+    """Copy scalars to the host, with one synchronization for each device."""
+    out: dict[int, int] = {}
+    for device in {value.device for value in values}:
+        here = [i for i, value in enumerate(values) if value.device == device]
+        out.update(zip(here, torch.stack([values[i] for i in here]).tolist(), strict=True))
+    return [out[i] for i in range(len(values))]
+
+
+def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
+    """Return the checksums of tensors, read again where they may have changed.
+
+    Args:
+        values: no subclasses.
+        check: see :class:`tahf4_compiler.options.Options`; ``"version"`` keeps those of unchanged tensors.
+    """
+    states = [(_identity(v), v.data_ptr()) for v in values]
+    old = [_sums.get(value) for value in values]
+    stale = [
+        i
+        for i, (value, state) in enumerate(zip(values, states, strict=True))
+        if check == "content" or value.is_inference() or old[i] is None or old[i][0] != state
+    ]
+    for i, total in zip(stale, _read([checksum(values[i]) for i in stale]), strict=True):
+        _sums[values[i]] = old[i] = (states[i], total)
+    return [entry[1] for entry in old]
+
+
+_sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _identity(weight: Tensor) -> tuple[object, ...]:
+    version = 0 if weight.is_inference() else weight._version
+    return version, weight.dtype, tuple(weight.shape)

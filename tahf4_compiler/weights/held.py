@@ -1,0 +1,159 @@
+"""Packed linears in a graph: what a model holds in HiF4 is read as such, and shared and merged like the rest."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..graph.inputs import INPUT, GraphInput, PackedInput, PackedWeight
+from ..graph.nodes import node_arg
+from ..ops import registry
+from .checksum import checksums
+
+__all__ = ["adopt", "joined", "multiplier_groups", "packed_products", "ties"]
+
+QUANTIZE = torch.ops.tahf4.quantize.default
+LINEAR = torch.ops.tahf4.linear.default
+_PARTS = (("codes", 2, "weight_codes"), ("scales", 3, "weight_scales"))
+
+
+def adopt(graph: fx.Graph) -> list[fx.Node]:
+    """Write what :class:`tahf4_compiler.HiF4Linear` computes in the operators that passes know.
+
+    A kernel's operator becomes the one that it runs; parameters that hold codes and scales become packed inputs.
+
+    Returns:
+        The products whose weights are held in HiF4.
+    """
+    by_target = {k.target: k.operator for k in registry.kernels() if k.operator in (QUANTIZE, LINEAR)}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in by_target:
+            node.target = by_target[node.target]
+    found = []
+    for node in graph.find_nodes(op="call_function", target=LINEAR):
+        codes, scales = (_parameter(node.args[at], name) for _, at, name in _PARTS)
+        if codes is None or scales is None:
+            continue
+        weight = PackedWeight((codes.index,), scales=(scales.index,))
+        for part, at, _ in _PARTS:
+            node_arg(node, at).meta[INPUT] = PackedInput(part, weight)
+        found.append(node)
+    return found
+
+
+def _parameter(node: Any, name: str) -> GraphInput | None:
+    """Return what a placeholder stands for if it is a packed linear's parameter of some name."""
+    source = node.meta.get(INPUT) if isinstance(node, fx.Node) else None
+    if isinstance(source, PackedInput) and source.weight.scales:  # the module is called twice
+        kind = "weight_codes" if source.part == "codes" else "weight_scales"
+        return GraphInput("parameter", kind, source.positions[0]) if kind == name else None
+    if isinstance(source, GraphInput) and source.kind == "parameter" and source.path.rpartition(".")[2] == name:
+        return source
+    return None
+
+
+def packed_products(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield the products whose weights the model itself holds in HiF4."""
+    for node in graph.find_nodes(op="call_function", target=LINEAR):
+        codes = node.args[2]
+        source = codes.meta.get(INPUT) if isinstance(codes, fx.Node) else None
+        if isinstance(source, PackedInput) and source.weight.scales:
+            yield node
+
+
+def multiplier_groups(graph: fx.Graph) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of the multipliers of packed linears, for each activation that several of them read."""
+    targets = {k.target for k in registry.kernels() if k.operator is QUANTIZE}
+    found: dict[fx.Node, dict[int, None]] = defaultdict(dict)
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in targets or len(node.args) < 2:
+            continue
+        x, factor = node.args[:2]
+        source = factor.meta.get(INPUT) if isinstance(factor, fx.Node) else None
+        if isinstance(x, fx.Node) and isinstance(source, GraphInput) and source.kind == "parameter":
+            found[x][source.index] = None
+    return tuple(tuple(group) for group in found.values() if len(group) > 1)
+
+
+def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "content") -> tuple[tuple[int, ...], ...]:
+    """Return for each multiplier the position of the first one of its group that is equal to it.
+
+    Two quantizations of one activation are one if their multipliers are equal. That belongs to the modules at hand,
+    so it is looked at again whenever a graph is called.
+
+    Args:
+        groups: positions among the values, see :func:`multiplier_groups`.
+        values: the graph's arguments.
+        check: how a change is noticed where reading is slow (not on the CPU), see
+            :class:`tahf4_compiler.options.Options`.
+    """
+    if not groups:
+        return ()
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
+        plain = {i: values[i] for group in groups for i in group if type(values[i]) in (Tensor, nn.Parameter)}
+        far = [i for i, value in plain.items() if value.device.type not in ("cpu", "meta")]
+        sums = dict(zip(far, checksums([plain[i] for i in far], check), strict=True))
+
+        def same(i: int, j: int) -> bool:
+            if values[i] is values[j]:
+                return True
+            if i in sums and j in sums:
+                return sums[i] == sums[j] and values[i].shape == values[j].shape
+            near = i in plain and j in plain and plain[i].device == plain[j].device == torch.device("cpu")
+            return near and torch.equal(plain[i], plain[j])
+
+        out = []
+        for group in groups:
+            firsts: list[int] = []
+            labels = []
+            for i in group:
+                first = next((j for j in firsts if same(i, j)), None)
+                if first is None:
+                    firsts.append(i)
+                labels.append(i if first is None else first)
+            out.append(tuple(labels))
+    return tuple(out)
+
+
+_lock = threading.Lock()
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of several parameters as one tensor, without holding them twice.
+
+    Parameters that do not lie one behind the other in memory are laid so: each becomes a part of one allocation. Those
+    that are no plain tensors, as a sharded parameter is, are copied.
+
+    Args:
+        parts: ``[N_i, K]``, contiguous, of one dtype.
+
+    Returns:
+        ``[sum of N_i, K]``.
+    """
+    if not all(type(part) in (Tensor, nn.Parameter) and part.is_contiguous() for part in parts):
+        return torch.cat(list(parts))
+    with _lock, torch.no_grad():
+        if not _adjacent(parts):
+            whole = torch.cat([part.detach() for part in parts])
+            if not all(isinstance(part, nn.Parameter) for part in parts):
+                return whole
+            for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                part.data = rows
+        first = parts[0].detach()
+        return first.as_strided((sum(len(part) for part in parts), first.shape[1]), first.stride())
+
+
+def _adjacent(parts: Sequence[Tensor]) -> bool:
+    first = parts[0]
+    end = first.data_ptr()
+    for part in parts:
+        storage = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not storage or part.data_ptr() != end or part.shape[1:] != first.shape[1:]:
+            return False
+        end += part.numel() * part.element_size()
+    return True

@@ -1,0 +1,121 @@
+"""Conversion of one weight to HiF4, with the inverse of its activation's transform."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..format import hif4
+from ..format.scale_search import search_scales
+from ..format.transforms import multipliers
+from ..ops import registry
+
+__all__ = ["moment_as_quantized", "pack_transformed", "pack_weight", "warn_not_finite"]
+
+log = logging.getLogger(__name__)
+
+
+_ROW_CHUNK = 1 << 22  # values converted at a time: bounds the temporaries to about 100 MB
+
+
+def pack_weight(
+    weight: Tensor,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    *,
+    search: str = "",
+    importance: Tensor | None = None,
+) -> hif4.Packed:
+    """Transform and convert one weight, some rows at a time.
+
+    Args:
+        weight: ``[N, K]`` of a floating-point type.
+        multiplier: float32 ``[K]`` or None: ``signs / mask``, see :mod:`tahf4_compiler.format.transforms`.
+        hadamard_block: width of the rotation along K, 0 for none.
+        search: ``""``, ``"squared"`` or ``"weighted"``, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
+        importance: float32 ``[K]``, the second moment of the activation's channels as they are quantized, for
+            ``"weighted"``.
+
+    Returns:
+        Codes uint8 ``[N, ceil(K / 64) * 32]`` and scales int32 ``[N, ceil(K / 64)]`` on the weight's device.
+
+    Raises:
+        FormatError: the weight is not floating point, or the transform does not fit K.
+    """
+    from ..backends.cpu import search as cpp
+
+    rows = max(1, _ROW_CHUNK // max(1, weight.shape[1]))
+    codes, scales = [], []
+    for chunk in weight.detach().split(rows):
+        if search:
+            moved = cpp.transform(chunk, multiplier, hadamard_block)
+            packed = search_scales(moved, importance if search == "weighted" else None)
+            parts = packed.codes, packed.scales
+        else:
+            parts = registry.quantize(chunk, multiplier, hadamard_block)
+        codes.append(parts[0])
+        scales.append(parts[1])
+    return hif4.Packed(torch.cat(codes), torch.cat(scales), weight.shape[1])
+
+
+def warn_not_finite(paths: Sequence[str], model: str = "") -> None:
+    """Warn of linears whose weights hold NaN or infinities; the first three are named.
+
+    Args:
+        paths: of the linears; nothing is said if there are none.
+        model: name of the model in its pipeline, or ``""``.
+    """
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        log.warning(
+            "%sthe weights of %d %s hold NaN or infinities: %s%s. Their units of 64 values are packed as NaN, and "
+            "so is what is computed with them. Get the weights again, or keep these linears in high precision (keep).",
+            f"{model}: " if model else "",
+            len(paths),
+            "linears" if len(paths) > 1 else "linear",
+            ", ".join(paths[:3]),
+            more,
+        )
+
+
+def pack_transformed(
+    weight: Tensor, mask: Tensor | None, seed: int | None, block: int, search: str = "", moment: Tensor | None = None
+) -> hif4.Packed:
+    """Convert one weight with the inverse of its activation's transform.
+
+    Args:
+        weight: ``[N, K]`` of a floating-point type.
+        mask: float32 ``[K]`` that the activation is multiplied by, or None.
+        seed: of the rotation's signs, or None.
+        block: width of the rotation, 0 for none.
+        search: see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
+        moment: ``[K]``, second moment of the activation's channels before the transform, for ``"weighted"``.
+
+    Returns:
+        As :func:`pack_weight`, on the weight's device.
+
+    Raises:
+        FormatError: as :func:`pack_weight`.
+    """
+    device = weight.device
+    multiplier = multipliers(weight.shape[1], mask, seed)[1]
+    multiplier = multiplier.to(device) if multiplier is not None else None
+    importance = None
+    if search == "weighted" and moment is not None:
+        importance = moment_as_quantized(moment, mask, block).to(device)
+    return pack_weight(weight, multiplier, block, search=search, importance=importance)
+
+
+def moment_as_quantized(moment: Tensor, mask: Tensor | None, block: int) -> Tensor:
+    """Return the second moment of an activation's channels after mask and rotation.
+
+    A rotation with random signs spreads the energy of a block evenly over it, as far as channels are uncorrelated.
+    """
+    moment = moment.to(torch.float32) * (mask.square() if mask is not None else 1.0)
+    if block:
+        padded = torch.nn.functional.pad(moment, (0, hif4.units(len(moment)) * hif4.UNIT - len(moment)))
+        moment = padded.unflatten(0, (-1, block)).mean(1, keepdim=True).expand(-1, block).flatten()
+    return moment

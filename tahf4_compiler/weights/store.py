@@ -1,0 +1,153 @@
+"""Weights in HiF4, made once for each parameter and found again by its identity.
+
+Dynamo hands one compiled graph to every module of a class, so a graph cannot hold its weights. It asks here at
+each call, with the parameters it was called with. An entry lives as long as its parameters do; it is made
+again when their contents change.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from tqdm.auto import tqdm
+
+from ..format.hif4 import Packed
+from ..format.transforms import multipliers
+from ..graph.inputs import PackedWeight
+from ..model.attachments import Attachment, attached_recipe
+from .checksum import _identity, _read, checksum
+from .formats import pack_rows
+from .packing import pack_transformed
+
+__all__ = ["PackedStore", "store"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Entry:
+    state: tuple[object, ...]
+    recipe: Attachment | None
+    others: tuple[weakref.ref[Tensor], ...]
+    packed: Any  # hif4.Packed, or the parts of a plug-in's format by name
+
+
+class PackedStore:
+    """Packed weights by parameter identity, shared by all graphs of a process. Safe under several threads."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._multipliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._lock = threading.RLock()
+        self.conversions = 0
+
+    def get(self, requests: Sequence[tuple[tuple[Tensor, ...], PackedWeight]], check: str = "content") -> list[Any]:
+        """Return one packed weight for each request, converting those that are new or whose contents changed.
+
+        Args:
+            requests: ``(weights, how they are transformed)``; the rows of several weights are joined.
+            check: ``"content"`` or ``"version"``, see :class:`tahf4_compiler.options.Options`.
+
+        Returns:
+            Packed weights in the order of the requests, on the weights' device: :class:`tahf4_compiler.hif4.Packed`,
+            or for a plug-in's format its parts by name.
+        """
+        with self._lock, torch.no_grad():
+            states = _states([weights for weights, _ in requests], check)
+            found = [self._find(w, how, state) for (w, how), state in zip(requests, states, strict=True)]
+            missing = [i for i, packed in enumerate(found) if packed is None]
+            if missing:
+                total = sum(w.numel() for i in missing for w in requests[i][0])
+                # Shown only when it takes more than a second.
+                with tqdm(total=total, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
+                    for i in missing:
+                        weights, how = requests[i]
+                        # A weight that two requests name is converted for the first of them.
+                        found[i] = self._find(weights, how, states[i]) or self._pack(weights, how, states[i], bar)
+            return [packed for packed in found if packed is not None]
+
+    def multiplier(self, weights: tuple[Tensor, ...], how: PackedWeight) -> Tensor:
+        """Return the factors of the channels that some weights read: float32 ``[K]`` on the weights' device."""
+        first, recipe = weights[0], _recipe(weights[0], how)
+        key = (how.masked, how.seed, first.device)
+        with self._lock:
+            mine = self._multipliers.setdefault(first, {})
+            if key not in mine or mine[key][0] is not recipe:
+                factors, _ = multipliers(first.shape[1], *_values(recipe, how))
+                mine[key] = recipe, (factors if factors is not None else torch.ones(first.shape[1])).to(first.device)
+            return mine[key][1]
+
+    def _find(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...]) -> Any:
+        entry = self._entries.get(weights[0], {}).get(_key(weights, how))
+        if entry is None or entry.state != state or entry.recipe is not _recipe(weights[0], how):
+            return None
+        same = all(ref() is weight for ref, weight in zip(entry.others, weights[1:], strict=True))
+        held = next(iter(entry.packed.values())) if isinstance(entry.packed, dict) else entry.packed.codes
+        on_device = held.device == weights[0].device
+        return entry.packed if same and on_device else None
+
+    def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Any:
+        recipe = _recipe(weights[0], how)
+        mask, seed = _values(recipe, how)
+        packed: Any
+        if how.format:
+            multiplier = multipliers(weights[0].shape[1], mask, seed)[1]
+            multiplier = multiplier.to(weights[0].device) if multiplier is not None else None
+            packed = pack_rows(how.format, weights, multiplier, how.hadamard_block)
+            bar.update(sum(weight.numel() for weight in weights))
+        else:
+            moment = recipe.second_moment if recipe is not None else None
+            parts = []
+            for weight in weights:
+                parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment))
+                bar.update(weight.numel())
+            packed = parts[0]
+            if len(parts) > 1:
+                packed = Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
+        self.conversions += len(weights)
+        entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed)
+        mine = self._entries.setdefault(weights[0], {})
+        for key in [key for key, old in mine.items() if any(ref() is None for ref in old.others)]:
+            del mine[key]
+        mine[_key(weights, how)] = entry
+        return packed
+
+
+def _key(weights: tuple[Tensor, ...], how: PackedWeight) -> tuple[object, ...]:
+    """Tell the groups that begin with one weight apart; identities are checked against the entry's references."""
+    return (replace(how, weights=()), *(id(weight) for weight in weights[1:]))
+
+
+def _recipe(weight: Tensor, how: PackedWeight) -> Attachment | None:
+    """Return what is attached to a weight if its packed form depends on it."""
+    return attached_recipe(weight) if how.masked or how.seed is not None or how.search == "weighted" else None
+
+
+def _values(recipe: Attachment | None, how: PackedWeight) -> tuple[Tensor | None, int | None]:
+    """Return the mask and the seed."""
+    seed = how.seed
+    if seed is not None and recipe is not None and recipe.seed is not None:
+        seed = recipe.seed
+    return (recipe.mask if recipe is not None and how.masked else None), seed
+
+
+def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[object, ...]]:
+    """Return, for each group of weights, what changes when their contents do."""
+    def counted(weight: Tensor) -> bool:
+        return check == "version" and not weight.is_inference()  # inference tensors have no version counter
+
+    sums = iter(_read([checksum(w) for group in groups for w in group if not counted(w)]))
+    return [tuple((*_identity(w), w.data_ptr() if counted(w) else next(sums)) for w in group) for group in groups]
+
+
+store = PackedStore()
+"""The store of this process."""
