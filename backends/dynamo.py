@@ -20,6 +20,7 @@ from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..model.attachments import attached
 from ..model.linears import matching
+from ..model.reasons import Cause
 from ..options import Options
 from ..reporting.report import Totals
 from ..weights.held import multiplier_groups, ties
@@ -35,7 +36,7 @@ def tahf4(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Options | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with its linears in HiFloat4 W4A4: ``torch.compile(model, backend="tahf4")``.
@@ -55,20 +56,12 @@ def tahf4(
         CaptureError, PassError, PipelineError: see there. Dynamo wraps all of them in
             ``BackendCompilerFailed``, with their message.
     """
-    return compiler(Options.parse(options, mode))(graph_module, example_inputs)
-
-
-def compiler(options: Options, passes: Sequence[Any] | None = None) -> Callable[..., Callable[..., Any]]:
-    """Return a ``torch.compile`` backend with these options, and other passes than the default ones if given."""
-
-    def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        start = time.perf_counter()
-        captured = capture_dynamo(graph_module, example_inputs)
-        captured.seconds = time.perf_counter() - start
-        compiled = CompiledGraph(captured, options, passes)
-        return lambda *args: compiled(*args)
-
-    return compile_graph
+    parsed = Options.parse(options, mode)
+    start = time.perf_counter()
+    captured = capture_dynamo(graph_module, example_inputs)
+    captured.seconds = time.perf_counter() - start
+    compiled = CompiledGraph(captured, parsed)
+    return lambda *args: compiled(*args)
 
 
 class CompiledGraph:
@@ -79,10 +72,9 @@ class CompiledGraph:
     (:func:`tahf4_compiler.keep`), another lowering is made and kept beside the first.
     """
 
-    def __init__(self, captured: Capture, options: Options, passes: Sequence[Any] | None = None) -> None:
+    def __init__(self, captured: Capture, options: Options) -> None:
         """Lower the graph for the parameters of the example."""
         self._captured = captured
-        self._passes = passes
         self._options = options
         self._lock = threading.Lock()
         graph = captured.graph_module.graph
@@ -102,7 +94,7 @@ class CompiledGraph:
         # Tensors that the graph held as attributes are inputs at the end, which Dynamo does not pass.
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
-        first = lower_graph(captured, options, passes)
+        first = lower_graph(captured, options)
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         first_key = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
@@ -155,7 +147,7 @@ class CompiledGraph:
         with self._lock:
             if key in self._variants:
                 return
-            lowered = lower_graph(replace(self._captured, example_inputs=args), self._options, self._passes)
+            lowered = lower_graph(replace(self._captured, example_inputs=args), self._options)
             bound = lowered.binding(args, store, self._options.weight_check)
             self._variants[key] = (lowered, _finish(lowered, self._options, bound))
             _announce(lowered)
@@ -182,7 +174,7 @@ def _announce(lowered: LoweredGraph) -> None:
         totals.linears,
         ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
     )
-    wanted = bool(lowered.plan) and all(d.reason.startswith(("boundary", "this step")) for d in lowered.plan)
+    wanted = bool(lowered.plan) and all(d.cause in (Cause.BOUNDARY, Cause.STEP) for d in lowered.plan)
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
     if totals.linears and not totals.quantized and not wanted:

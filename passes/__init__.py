@@ -1,1 +1,34 @@
-"""Graph passes: one pass a file."""
+"""The passes that ship here, one a file, and the pipelines that they make."""
+
+from .classify import Classify
+from .fuse import Fuse
+from .lower import Lower
+from .normalize import Normalize
+from .observe import Observe
+from .plan import Plan
+from .quantize import Quantize
+from .rotate import Rotate
+from .scale_search import ScaleSearch
+from .share import Share
+from .smooth import Smooth
+from .upcast import Upcast
+
+__all__ = ["CALIBRATION", "DEFAULT"]
+
+DEFAULT = (
+    Normalize,  # one spelling for each meaning: linears whole, no-ops gone
+    Classify,  # repeated block or boundary, by structure
+    Plan,  # a decision and its reason for every linear
+    Quantize,  # linear -> quantize + W4A4 linear
+    Share,  # one quantization for q, k and v; one merged product
+    Smooth,  # channel masks of a recipe
+    Rotate,  # block Hadamard with random signs
+    ScaleSearch,  # scales of weights by squared error
+    Upcast,  # float32 between 16-bit inputs and outputs, if asked for
+    Fuse,  # norms and activations into quantizations, gates and residuals into products
+    Lower,  # choose a kernel for each operator
+)
+"""What compiles a model: one language, decisions, the rewrite, transforms, kernels."""
+
+CALIBRATION = (Normalize, Classify, Plan, Observe)
+"""What shows a model's activations to a calibration, in place of the rewrite."""

@@ -11,8 +11,9 @@ import networkx as nx
 import torch
 from torch import fx
 
-from ..graph.inputs import INPUT, ROLE, PackedInput
+from ..graph.inputs import INPUT, ROLE, HeldWeight, PackedInput
 from ..graph.nodes import LINEAR, module_classes, node_arg, weight_input
+from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
 
@@ -29,7 +30,7 @@ class Role:
     """
 
     body: bool
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Classify(Pass):
                 known = context.surroundings.block_of(path)
                 block = known if known is not None and known[0].rpartition(".")[0] in partial else None
             if block is not None:
-                node.meta[ROLE] = Role(True, f"in repeated block {block[0]} ({block[1]})")
+                node.meta[ROLE] = Role(True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})"))
             elif alone:
-                node.meta[ROLE] = Role(True, "the graph has no repeated blocks and counts as one block")
+                node.meta[ROLE] = Role(True, Reason(Cause.BODY, "the graph has no repeated blocks and counts as one block"))
             else:
-                node.meta[ROLE] = Role(False, "boundary: outside the repeated blocks")
+                node.meta[ROLE] = Role(False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks"))
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         return PassResult(graph_module, modified=False)
@@ -126,7 +127,7 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     if node.target is not PACKED_LINEAR or not isinstance(node.args[2], fx.Node):
         return None
     source = node.args[2].meta.get(INPUT)
-    return node.args[2] if isinstance(source, PackedInput) and source.weight.scales else None
+    return node.args[2] if isinstance(source, PackedInput) and isinstance(source.weight, HeldWeight) else None
 
 
 def _path(node: fx.Node, context: Context) -> str | None:

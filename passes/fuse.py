@@ -14,7 +14,7 @@ from torch import fx
 from ..graph.inputs import DECISION
 from ..graph.nodes import mutates, node_arg, size_hint
 from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of
-from ..ops.registry import serving
+from ..ops.registry import dispatch
 from ..pipeline.activations import call
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
@@ -307,9 +307,9 @@ class _Region:
 
 def _same_kernel(fused: fx.Node, parts: set[fx.Node]) -> bool:
     """Whether what runs the parts (a plug-in's kernel, say) also runs what they become; never the reference."""
-    name = serving(fused).name
+    name = dispatch(fused.target, fused).name
     ours = [part for part in parts if part.target in (QUANTIZE, LINEAR)]
-    return name != "reference" and all(serving(part).name == name for part in ours)
+    return name != "reference" and all(dispatch(part.target, part).name == name for part in ours)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

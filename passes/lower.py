@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from ..graph.inputs import DECISION
-from ..ops.registry import KERNEL, select, served
+from ..ops.registry import KERNEL, OPERATORS, dispatch, served
 from ..pipeline.base import Pass, PassResult
-from ..pipeline.context import Context, Decision
+from ..pipeline.context import Context, decisions_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,31 @@ class Lower(Pass):
         for node in graph_module.graph.nodes:
             if node.target not in operators:
                 continue
-            kernel = select(node, reference=context.options.kernels == "reference")
+            forced = context.options.kernels == "reference"
+            kernel = dispatch(node.target, node, reference=forced)
+            if kernel.name == "reference" and not forced and node.target in OPERATORS:
+                _say_once(_device(node))
             node.meta[KERNEL] = kernel.name
             modified |= node.target is not kernel.target
             node.target = kernel.target
             context.matched(node)
             chosen[f"{kernel.operator._schema.name.replace('::', '.')} -> {kernel.name}"] += 1
-            for decision in _decisions(node):
+            for decision in decisions_of(node):
                 decision.kernel = kernel.name
         for text, count in sorted(chosen.items()):
             context.note(f"{count} x {text}")
         return PassResult(graph_module, modified)
 
 
-def _decisions(node: fx.Node) -> list[Decision]:
-    found = node.meta.get(DECISION, [])
-    return found if isinstance(found, list) else [found]
+def _device(node: fx.Node) -> str:
+    values = (n.meta.get("val") for n in node.all_input_nodes)
+    return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
+
+
+@functools.cache
+def _say_once(device: str) -> None:
+    log.warning(
+        "no compiled HiF4 kernel serves device %r: the plain-PyTorch reference runs (exact, but slower than the "
+        "original linears)",
+        device,
+    )

@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
-from ..graph.inputs import DECISION, INPUT, ROLE, PackedWeight
+from ..graph.inputs import INPUT, ROLE, PackedWeight
 from ..graph.nodes import linears, mutates, node_arg, weight_input
+from ..model.reasons import Cause
 from ..pipeline.activations import call, packed_input
 from ..pipeline.base import Pass, PassResult
-from ..pipeline.context import Context
+from ..pipeline.context import Context, decisions_of
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,15 @@ class Observe(Pass):
         return PassResult(graph_module, bool(readers))
 
 
+_BY_CHOICE = (Cause.KEPT, Cause.SENSITIVITY, Cause.STEP)
+
+
 def _candidates(graph: fx.Graph) -> list[fx.Node]:
     found = []
     for node in linears(graph):
-        role, decision = node.meta.get(ROLE), node.meta.get(DECISION)
-        if role is None or decision is None or not role.body or decision.weight_index < 0:
+        role, decisions = node.meta.get(ROLE), decisions_of(node)
+        if role is None or not role.body or not decisions or decisions[0].weight_index < 0:
             continue
-        if decision.decision == "hif4" or decision.reason.startswith(("kept", "sensitivity", "this step")):
+        if decisions[0].decision == "hif4" or decisions[0].cause in _BY_CHOICE:
             found.append(node)
     return found

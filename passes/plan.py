@@ -15,6 +15,7 @@ from ..graph.inputs import DECISION, INPUT, ROLE, GraphInput
 from ..graph.nodes import is_written, module_classes, node_arg, size_hint, weight_input
 from ..model.attachments import attached
 from ..model.linears import matching, require_matches
+from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
 from ..weights.held import packed_products
@@ -58,7 +59,7 @@ class Plan(Pass):
                 context.plan.append(decision)
                 if weight is not None:
                     by_weight[weight] = decision
-            node.meta[DECISION] = decision
+            node.meta[DECISION] = (decision,)
         if context.plan and context.options.keep:
             known = context.surroundings.linear_paths
             paths = known or [d.module for d in context.plan]
@@ -109,21 +110,21 @@ class Plan(Pass):
         if source is None:
             origin = weight.meta.get(INPUT)
             if isinstance(origin, GraphInput):
-                return f"weight: {origin.path} is an argument or buffer of the graph, not a parameter"
-            return f"weight: computed in the graph ({weight.target}), not a parameter"
+                return Reason(Cause.WEIGHT, f"weight: {origin.path} is an argument or buffer of the graph, not a parameter")
+            return Reason(Cause.WEIGHT, f"weight: computed in the graph ({weight.target}), not a parameter")
         if is_written(source):
-            return "weight: the graph writes to it"
+            return Reason(Cause.WEIGHT, "weight: the graph writes to it")
         real = _example(source, context)
         if is_traceable_wrapper_subclass(real):
-            return f"weight: a {type(real).__name__}, not a plain tensor"
+            return Reason(Cause.WEIGHT, f"weight: a {type(real).__name__}, not a plain tensor")
         if source.meta["val"].dim() != 2:
-            return f"shape: the weight has {source.meta['val'].dim()} axes, not 2"
+            return Reason(Cause.SHAPE, f"shape: the weight has {source.meta['val'].dim()} axes, not 2")
         x = node_arg(node, 0).meta["val"]
         for name, dtype in (("weight", source.meta["val"].dtype), ("activation", x.dtype)):
             if dtype not in _DTYPES:
-                return f"dtype: {name} is {str(dtype).removeprefix('torch.')}"
+                return Reason(Cause.DTYPE, f"dtype: {name} is {str(dtype).removeprefix('torch.')}")
         if (pattern := matching(context.options.keep, module)) is not None:
-            return f"kept: {pattern!r} matches"
+            return Reason(Cause.KEPT, f"kept: {pattern!r} matches")
         attachment = attached(real)
         if attachment is not None and attachment.decision == "high_precision":
             return attachment.reason
@@ -131,9 +132,9 @@ class Plan(Pass):
         if role is not None and not role.body and attachment is None:
             return role.reason
         if beside_packed:
-            return "not packed: it came to the model after quantize_, or was left out"
+            return Reason(Cause.NOT_PACKED, "not packed: it came to the model after quantize_, or was left out")
         if min(n, k) < self.min_features:
-            return f"shape: {k} -> {n} features, less than {self.min_features}"
+            return Reason(Cause.SMALL, f"shape: {k} -> {n} features, less than {self.min_features}")
         return None
 
 
@@ -157,7 +158,7 @@ def _held(node: fx.Node, context: Context) -> Decision:
         k=k,
         n=n,
         decision="hif4",
-        reason="packed",
+        reason=Reason(Cause.PACKED, "packed"),
         bytes_before=n * k * node.meta["val"].element_size(),
         bytes_after=n * units * hif4.BYTES_PER_UNIT,
         flops=2 * _rows(node) * k * n,

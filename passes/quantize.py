@@ -13,7 +13,7 @@ from ..graph.inputs import DECISION, INPUT, PackedWeight
 from ..graph.nodes import linears, node_arg, weight_input
 from ..pipeline.activations import call, drop_unused_weights, packed_input
 from ..pipeline.base import Pass, PassResult
-from ..pipeline.context import Context
+from ..pipeline.context import Context, decisions_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Quantize(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
         graph = graph_module.graph
-        chosen = [n for n in linears(graph) if DECISION in n.meta and n.meta[DECISION].decision == "hif4"]
+        chosen = [n for n in linears(graph) if any(d.decision == "hif4" for d in decisions_of(n))]
         for node in chosen:
             x, *rest = node.args[0], *node.args[2:]
             bias = rest[0] if rest else node.kwargs.get("bias")

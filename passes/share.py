@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..graph.inputs import DECISION, INPUT, GraphInput
+from ..graph.inputs import DECISION, INPUT, GraphInput, HeldWeight
 from ..graph.nodes import is_view, is_written, mutates, node_arg, size_hint
 from ..pipeline.activations import activation_of, call, drop_unused_weights, packed_input
 from ..pipeline.base import Pass, PassResult
-from ..pipeline.context import Context
+from ..pipeline.context import Context, decisions_of
 
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default
@@ -81,7 +81,7 @@ class Share(Pass):
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             codes, scales, *_, bias, dtype = node.args
-            held = bool(node_arg(node, 2).meta[INPUT].weight.scales)
+            held = isinstance(node_arg(node, 2).meta[INPUT].weight, HeldWeight)
             groups[(codes, scales, dtype, bias is None, held)].append(node)
         merged = 0
         for nodes in groups.values():
@@ -146,13 +146,16 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
     codes, scales, _, _, bias, dtype = first.args
     sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
     hows = [node_arg(node, 2).meta[INPUT].weight for node in nodes]
-    how = replace(hows[0], weights=weights, scales=tuple(position for each in hows for position in each.scales))
+    if isinstance(hows[0], HeldWeight):
+        how = HeldWeight(weights, tuple(position for each in hows for position in each.scales))
+    else:
+        how = replace(hows[0], weights=weights)
     packed = [packed_input(graph, node_arg(first, 2), how, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:
             bias = call(first, torch.ops.aten.cat.default, ([node.args[4] for node in nodes],))
         product = call(first, LINEAR, (codes, scales, *packed, bias, dtype))
-        product.meta[DECISION] = [node.meta[DECISION] for node in nodes]
+        product.meta[DECISION] = tuple(decision for node in nodes for decision in decisions_of(node))
         split = call(first, torch.ops.aten.split_with_sizes.default, (product, sizes, -1))
         parts = [call(node, operator.getitem, (split, i)) for i, node in enumerate(nodes)]
         for i, node in enumerate(nodes):

@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..graph.nodes import is_view, mutates
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
+from ..plugins import host
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -172,11 +173,9 @@ def _casts(node: fx.Node) -> bool:
 
 def _offer(graph: fx.Graph, context: Context) -> None:
     """Say once that a processor without 16-bit arithmetic has a graph that calculates in 16 bits."""
-    from ..backends.cpu import slow_dtype
-
     for node in graph.find_nodes(op="call_function", target=torch.ops.tahf4.linear.default):
         value = node.meta.get("val")
-        if not _narrow(value) or value.device.type != "cpu" or not slow_dtype(value.dtype):
+        if not _narrow(value) or (slow := host.find("slow_dtype", value.device)) is None or not slow(value.dtype):
             continue
         text = (
             f"this processor has no arithmetic in {value.dtype}: what stays in high precision, attention above all, is "

@@ -7,7 +7,6 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 from . import ops
 from .calibration.calibration import Calibration, calibrate
 from .debugging.bisect import Bisection, bisect
-from .diffusers_integration.import_hook import register_when_imported
 from .errors import (
     CalibrationError,
     CaptureError,
@@ -26,6 +25,7 @@ from .errors import (
 from .format import hif4
 from .graph_capture.captured import Capture
 from .graph_capture.export import capture
+from .import_hook import when_imported
 from .lowering import Lowered, lower
 from .model.attachments import keep
 from .ops.registry import Kernel, register_kernel
@@ -101,4 +101,10 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register_when_imported()
+def _join_diffusers() -> None:
+    from .diffusers_integration.quantizer import register
+
+    register()
+
+
+when_imported("diffusers.quantizers.auto", _join_diffusers)

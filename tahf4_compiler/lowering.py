@@ -16,12 +16,14 @@ from .errors import OptionError, PackedError
 from .graph.inputs import INPUT, PackedInput
 from .graph.nodes import linear_path
 from .graph_capture.captured import Capture
+from .model.reasons import Cause, Reason
 from .ops.registry import generated_sources
 from .options import Options
 from .pipeline.context import Context, Decision
 from .pipeline.manager import PassManager
 from .pipeline.order import build_pipeline
 from .pipeline.records import PassRecord, readable
+from .plugins import entry_points
 from .reporting.compact import graph_json
 from .reporting.dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .reporting.report import plan_json, report
@@ -146,7 +148,8 @@ def _check_plan_against_graph(graph_module: fx.GraphModule, plan: Sequence[Decis
     for decision in plan:
         if decision.decision != "high_precision" and decision.weight_index not in packed:
             decision.decision, decision.bytes_after = "high_precision", decision.bytes_before
-            decision.reason = f"planned for 4 bits, but no pass rewrote it ({decision.reason})"
+            text = f"planned for 4 bits, but no pass rewrote it ({decision.reason})"
+            decision.reason = Reason(Cause.NOT_REWRITTEN, text)
 
 
 class Lowered:
@@ -210,11 +213,8 @@ class Lowered:
             CommandError: the file cannot be written, or the calibration cannot be read.
         """
         if path is not None:
-            from .tools.inspection.report import Report
-            from .tools.inspection.statistics import Evidence
-
-            evidence = Evidence.of(recipe, Path(calibration) if calibration is not None else None)
-            Report.of(self, evidence).write_html(Path(path))
+            write = entry_points.load(entry_points.REPORTS)["html"]
+            write(self, Path(path), recipe, Path(calibration) if calibration is not None else None)
         return self._lowered.report()
 
     @property

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import OptionError, PatternError
@@ -38,6 +38,8 @@ class Options:
             counter and address: no reading, misses such writes).
         kernels: ``"best"``, or ``"reference"`` to run every operator as its plain-PyTorch reference and to fuse
             nothing; by default ``TAHF4_KERNELS``, which counts for the packing of weights as well.
+        pipeline: name of the pipeline that runs, ``"default"`` or another that a package brings (entry points of the
+            group ``tahf4.pipelines``). Passes that joined by :func:`tahf4_compiler.register_pass` run in the default.
         pass_options: ``(pass name, option) -> value``; written ``"plan.min_features": 128`` in ``options=``.
     """
 
@@ -50,20 +52,23 @@ class Options:
     verify_tolerance: float | None = None
     weight_check: str = "content"
     kernels: str = "best"
+    pipeline: str = "default"
     pass_options: tuple[tuple[str, str, Any], ...] = field(default=())
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+    def parse(cls, options: Mapping[str, Any] | Options | None = None, mode: str | None = None) -> Options:
         """Validate the mapping that ``torch.compile(options=...)`` hands over.
 
         Args:
-            options: names and values; a dotted name is an option of a pass.
+            options: names and values; a dotted name is an option of a pass. Or options that were parsed before.
             mode: ``torch.compile(mode=...)``: the Inductor options that the mode stands for.
 
         Raises:
             OptionError: an unknown name, or a value of the wrong type.
             PatternError: an entry of ``keep`` is no regular expression.
         """
+        if isinstance(options, Options):
+            return options if mode in (None, "default") else replace(options, inductor=_mode(mode, options.inductor))
         if options is not None and not isinstance(options, Mapping):
             raise OptionError(f"options is a {type(options).__name__}; expected a mapping of names to values")
         known = {f.name for f in dataclasses.fields(cls)} - {"pass_options"}
@@ -188,6 +193,12 @@ def _kernels(name: str, value: Any) -> str:
     return str(value)
 
 
+def _pipeline(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise OptionError(f"option {name!r} is {value!r}; expected the name of a pipeline")
+    return value
+
+
 def _weight_check(name: str, value: Any) -> str:
     if value not in WEIGHT_CHECKS:
         raise OptionError(f"option {name!r} is {value!r}; expected one of {', '.join(map(repr, WEIGHT_CHECKS))}")
@@ -202,6 +213,7 @@ _CONVERT = {
     "inductor": _inductor,
     "verify": _bool,
     "verify_tolerance": _tolerance,
+    "pipeline": _pipeline,
     "weight_check": _weight_check,
     "kernels": _kernels,
 }

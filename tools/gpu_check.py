@@ -26,9 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
 
     import torch
-
-    from ..backends import triton
-    from .kernels import measure
+    from tahf4_compiler.backends import triton
+    from tahf4_compiler.tools.kernels import measure
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if reason := triton.why_not(device):

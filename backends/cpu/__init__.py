@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...errors import FormatError
 from ...format import hif4
-from . import build, checks, operators
+from ...plugins import host
+from . import build, checks, operators, search
 from .build import instruction_set
 from .programs import DTYPES
 
@@ -268,7 +269,7 @@ def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfin
     Raises:
         FormatError: a dtype, shape or device does not fit.
     """
-    rows, dtype = _rows("histogram", x)
+    rows, dtype = checks.as_rows("histogram", x)
     channels = x.shape[-1]
     wanted: tuple[tuple[str, Tensor, torch.dtype, tuple[int, ...]], ...] = (
         ("counts", counts, torch.int32, (channels, BUCKETS)),
@@ -291,17 +292,6 @@ def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfin
         )
 
 
-def _rows(what: str, x: Tensor) -> tuple[Tensor, int]:
-    """Return ``x`` as ``[rows, K]`` with a contiguous last axis, and the number of its dtype."""
-    checks.rows(what, x)
-    if x.dim() == 2 and x.is_contiguous() and x.numel() and not x.is_neg():
-        return x, DTYPES[x.dtype]
-    # A lazily conjugated or negated tensor would be read as it is stored.
-    x = x.detach().resolve_neg()
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
-    return (rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()), DTYPES[x.dtype]
-
-
 @functools.cache
 def slow_dtype(dtype: torch.dtype) -> bool:
     """Return whether this is an x86 processor that has no products of a 16-bit dtype: False where it is not known."""
@@ -311,5 +301,14 @@ def slow_dtype(dtype: torch.dtype) -> bool:
 
 
 def register() -> None:
-    """Register the kernels under the name "cpu" (:func:`tahf4_compiler.ops.registry.register_kernel`)."""
+    """Register the kernels and host functions; nothing is compiled before one is needed."""
     operators.register()
+    host.register("histogram", lambda x: x.device.type == "cpu" and x.dtype in DTYPES and available(), histogram)
+    host.register("slow_dtype", lambda device: device.type == "cpu", lambda dtype: slow_dtype(dtype))
+    host.register("checksum", _sums, checksum)
+    host.register("search", search.serves, search.search)
+    host.register("transform", search.transforms, search.transform)
+
+
+def _sums(data: Tensor) -> bool:
+    return data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor and available()

@@ -12,7 +12,17 @@ from ...errors import FormatError
 from ...ops import fused
 from .programs import DTYPES, encode
 
-__all__ = ["fused_linear", "fused_quantize", "linear", "linear_quantize", "on_cpu", "quantize", "real", "rows"]
+__all__ = [
+    "as_rows",
+    "fused_linear",
+    "fused_quantize",
+    "linear",
+    "linear_quantize",
+    "on_cpu",
+    "quantize",
+    "real",
+    "rows",
+]
 
 
 def real() -> bool:
@@ -149,3 +159,14 @@ def _program(text: str, default: str) -> torch.dtype | None:
             "inputs; use torch.ops.tahf4"
         )
     return encoded.dtype
+
+
+def as_rows(what: str, x: Tensor) -> tuple[Tensor, int]:
+    """Return ``x`` as ``[rows, K]`` with a contiguous last axis, and the number of its dtype."""
+    rows(what, x)
+    if x.dim() == 2 and x.is_contiguous() and x.numel() and not x.is_neg():
+        return x, DTYPES[x.dtype]
+    # A lazily conjugated or negated tensor would be read as it is stored.
+    x = x.detach().resolve_neg()
+    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return (flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()), DTYPES[x.dtype]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
+from ...ops.registry import register_kernel
 from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
@@ -83,10 +84,12 @@ OPERATORS = {
 @functools.cache
 def register() -> None:
     """Register the kernels, once."""
-    from ...ops.registry import register_kernel
-
     for name, operator in OPERATORS.items():
-        register_kernel("cpu", getattr(torch.ops.tahf4, name).default, operator, _serves)
+        register_kernel("cpu", getattr(torch.ops.tahf4, name).default, operator, _serves, eager=_eager)
+
+
+def _eager(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in DTYPES
 
 
 def _serves(node: fx.Node) -> bool:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ... import ops
 from ...format import hif4
-from . import _rows, available, build, checks, quantize
+from . import build, checks, operators
 from .programs import DTYPES
 
-__all__ = ["search", "serves", "transform"]
+__all__ = ["search", "serves", "transform", "transforms"]
 
 _CHUNK = 1 << 20  # values that are in float32 at a time
 _DTYPES = {*DTYPES, torch.float64}
@@ -19,16 +19,23 @@ _DTYPES = {*DTYPES, torch.float64}
 def serves(x: Tensor) -> bool:
     """Return whether :func:`search` takes a tensor: on the CPU, with memory of its own, and it is compiled."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype in _DTYPES
-    return plain and checks.real() and available()
+    return plain and checks.real() and build.library() is not None
+
+
+def transforms(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> bool:
+    """Return whether :func:`transform` takes what it would be given."""
+    given = (x,) if multiplier is None else (x, multiplier)
+    mine = hadamard_block > 0 and x.dim() == 2 and x.numel() > 0 and all(map(serves, given))
+    return mine and x.dtype in DTYPES and (multiplier is None or multiplier.dtype == torch.float32)
 
 
 def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tensor:
     """Return what is quantized: :func:`tahf4_compiler.format.transforms.transform`.
 
     Args:
-        x: ``[N, K]``; other than float32, bfloat16 or float16, or not on the CPU, the reference runs.
+        x: ``[N, K]``, float32, bfloat16 or float16, on the CPU.
         multiplier: float32 ``[K]``, or None.
-        hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
+        hadamard_block: a power of two that divides K rounded up to a multiple of 64.
 
     Returns:
         As the reference: float32 ``[N, K]``, padded to whole units where there is a rotation.
@@ -36,12 +43,8 @@ def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tens
     Raises:
         FormatError: the multiplier's shape or the block width does not fit K.
     """
-    given = (x,) if multiplier is None else (x, multiplier)
-    mine = hadamard_block > 0 and x.dim() == 2 and x.numel() > 0 and all(map(serves, given))
-    if not mine or x.dtype not in DTYPES or (multiplier is not None and multiplier.dtype != torch.float32):
-        return ops.transform(x, multiplier, hadamard_block)
     ops.check_transform(x.shape[-1], multiplier, hadamard_block)
-    x, dtype = _rows("transform", x)
+    x, dtype = checks.as_rows("transform", x)
     factors = None if multiplier is None else multiplier.detach().resolve_neg().contiguous()
     out = torch.empty((len(x), hif4.units(x.shape[1]) * hif4.UNIT), dtype=torch.float32, device="cpu")
     build.loaded().tahf4_transform(
@@ -72,8 +75,8 @@ def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:
     step = max(1, _CHUNK // k)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        values = hif4._to_float32(rows[part]).contiguous()
-        found = quantize(values)
+        values = hif4.to_float32(rows[part]).contiguous()
+        found = operators.OPERATORS["quantize"](values, None, 0)
         build.loaded().tahf4_search(
             *(values.data_ptr(), len(values), k, k, 0 if factors is None else factors.data_ptr(), candidates),
             *(found[0].data_ptr(), found[1].data_ptr(), torch.get_num_threads()),

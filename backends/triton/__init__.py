@@ -211,6 +211,10 @@ def sources_of(node: fx.Node) -> dict[str, str]:
     return {f"kernel_{call.digest}.py": call.standalone() for call in calls_of(node)}
 
 
+def _eager(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in _FLOATS and available(device)
+
+
 def _serves(node: fx.Node) -> bool:
     values = [n.meta.get("val") for n in node.all_input_nodes]
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -257,5 +261,5 @@ def register() -> None:
     assert fused
     for name, function in _CALLS.items():
         register_kernel(
-            "triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of
+            "triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of, _eager
         )

@@ -8,45 +8,35 @@ guidance branch.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
-from ..errors import CalibrationError, OptionError
-from ..files.memo import Measured
-from ..files.tensors import digest, load_tensors, save_tensors
-from ..model.linears import linear_weights
-from ..model.parts import running_weights, whole
-from ..model.steps import StepCounter
+from ..errors import CalibrationError
+from ..model.components import experts
+from ..model.parts import running_weights
 from ..ops.observers import Handles
 from ..options import Options
 from ..packed.linear import HiF4Linear
-from ..weights.checksum import checksum
-from .calls import Call, KeptCalls, Place
-from .listening import Listener, observed, observing_backend
-from .sketch import Sketch
-
-if TYPE_CHECKING:
-    from ..recipe.recipe import Recipe
-from ..model.components import experts
-from .statistics import Activation, _Cells, check_percentile, merged
+from ..recipe.recipe import Recipe
+from . import saved
+from .listening import Listener, observed
+from .making import make_recipe
+from .ranks import all_reduce, run_divided
+from .schedule import Schedule
+from .seen import Seen
+from .statistics import Activation, Cells
 
 __all__ = ["Calibration", "calibrate"]
 
-log = logging.getLogger(__name__)
 
-FORMAT = "tahf4-calibration-3"
-
-
-class Calibration:
+class Calibration(Seen):
     """Statistics of a model's activations, collected between ``__enter__`` and ``__exit__``.
 
     Attributes:
@@ -68,58 +58,48 @@ class Calibration:
         sequence_group: Any = None,
     ) -> None:
         """See :func:`calibrate`."""
-        if not isinstance(step_groups, int) or step_groups < 1:
-            raise OptionError(f"step_groups is {step_groups!r}; expected an integer of at least 1")
-        if not isinstance(rows, int) or rows < 0:
-            raise OptionError(f"rows is {rows!r}; expected an integer of at least 0")
-        check_percentile(percentile)
-        self.models = experts(model)
+        super().__init__(
+            experts(model),
+            percentile=percentile,
+            step_groups=step_groups,
+            rows=rows,
+            options=Options.parse(options),
+            checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        )
         for expert, module in self.models.items():
             if any(isinstance(part, HiF4Linear) for part in module.modules()):
                 raise CalibrationError(
                     f"{expert or type(module).__name__} is packed: calibrate the original model, and give the recipe "
                     "to tahf4.quantize_"
                 )
-        self.percentile = float(percentile)
-        self.step_groups = step_groups
-        self.rows = rows
-        self.activations: dict[tuple[str, str], _Cells] = {}
-        self.prompts: list[str] = []
-        self.kept = KeptCalls()
-        self._candidates: list[tuple[str, Place, Call | None]] | None = None  # of one prompt, while prompts are divided
-        self._merged: list[str] = []
-        self._part = _rank(sequence_group)
+        self._part = torch.distributed.get_rank(sequence_group) if sequence_group is not None else 0
         self._pipe = None if isinstance(model, nn.Module) else model
-        self.options = Options.parse(options)
-        self._checkpoint = Path(checkpoint) if checkpoint is not None else None
+        self._schedule = Schedule(self._pipe, step_groups)
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for expert, module in self.models.items():
             for path, weight in running_weights(module):
                 self._paths[weight] = (expert, path)
-        self._branch = ""
-        self._source = ""
-        self._step: int | None = None
+        self._listeners: list[Listener] = []
+        self._heard = 0  # calls inside of run()
         self._running = False
-        self._own_calls = False
-        self._observed = 0
-        self._arguments: str | None = None
         self._taken_up: list[str] = []
         self._stack = contextlib.ExitStack()
-        if self._checkpoint is not None and self._checkpoint.exists():
-            self._load(self._checkpoint)
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._take_over(saved.read(self.checkpoint, self))
             self._taken_up = list(self.prompts)
 
     # -- running ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Calibration:
         """Compile the model with observers, in place of how it was compiled before."""
-        backend = observing_backend(self.options)
+        self._listeners = [Listener(self, self._schedule, expert) for expert in self.models]
+        self._heard = 0
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._counted_scheduler())
+            stack.enter_context(self._schedule.counted())
             stack.enter_context(Handles(self._observer))
-            for expert, module in self.models.items():
-                stack.enter_context(observed(module, backend, Listener(self, expert)))
-                stack.enter_context(self._branches(module))
+            for listener, module in zip(self._listeners, self.models.values(), strict=True):
+                stack.enter_context(observed(module, self.options, listener))
+                stack.enter_context(self._schedule.branches(module))
             self._stack = stack.pop_all()
         return self
 
@@ -134,8 +114,11 @@ class Calibration:
                 "and check that torch.compile is not switched off (TORCHDYNAMO_DISABLE)"
             )
         # What a prompt that was not finished left is not kept: run() does the prompt again.
-        if self._checkpoint is not None and self._own_calls and not self._running:
-            self.save(self._checkpoint)
+        if self.checkpoint is not None and self._calls() > self._heard and not self._running:
+            self.save(self.checkpoint)
+
+    def _calls(self) -> int:
+        return sum(listener.calls for listener in self._listeners)
 
     def run(self, prompts: Iterable[str], *, group: Any = None, **arguments: Any) -> None:
         """Call the pipeline once for each prompt, with a progress bar; a prompt that a checkpoint has is skipped.
@@ -158,17 +141,15 @@ class Calibration:
             raise CalibrationError("run(prompts) needs a pipeline; call a module yourself inside the `with` block")
         todo = list(prompts)
         if group is not None:
-            from .ranks import run_divided
-
-            run_divided(self, todo, group, arguments)
+            run_divided(self, todo, group, lambda i, prompt: self._run_prompt(i, prompt, arguments))
             return
         self._check_taken_up(todo, arguments)
         with tqdm(total=len(todo), desc="calibration", unit="prompt") as bar:
             for i, prompt in enumerate(todo):
                 if prompt not in self.prompts:
                     self._run_prompt(i, prompt, arguments)
-                    if self._checkpoint is not None:
-                        self.save(self._checkpoint)
+                    if self.checkpoint is not None:
+                        self.save(self.checkpoint)
                 bar.update()
 
     def _run_prompt(self, i: int, prompt: str, arguments: Mapping[str, Any]) -> None:
@@ -176,9 +157,11 @@ class Calibration:
         before = dict(arguments)
         before.setdefault("generator", torch.Generator().manual_seed(i))
         self._running = True  # and stays so after an error: half a prompt was seen
+        before_it = self._calls()
         with torch.no_grad(), self.at(source=prompt):
             self._pipe(prompt, **before)  # type: ignore[misc]
         self._running = False
+        self._heard += self._calls() - before_it
         self.prompts.append(prompt)
 
     def _check_taken_up(self, todo: Sequence[str], arguments: Mapping[str, Any]) -> None:
@@ -189,28 +172,15 @@ class Calibration:
         others = [prompt for prompt in self._taken_up if prompt not in todo]
         if others:
             raise CalibrationError(
-                f"the checkpoint {self._checkpoint} has seen {len(others)} prompts that are not in this run, such as "
+                f"the checkpoint {self.checkpoint} has seen {len(others)} prompts that are not in this run, such as "
                 f"{others[0]!r}; name another checkpoint, or delete this one"
             )
-        if self._taken_up and self._arguments not in (None, text):
+        if self._taken_up and self.arguments not in (None, text):
             raise CalibrationError(
-                f"the checkpoint {self._checkpoint} was made with {self._arguments or 'no arguments'}; this run has "
+                f"the checkpoint {self.checkpoint} was made with {self.arguments or 'no arguments'}; this run has "
                 f"{text or 'none'}. Use the same, name another checkpoint, or delete this one"
             )
-        self._arguments = text
-
-    @contextlib.contextmanager
-    def _counted_scheduler(self) -> Iterator[None]:
-        """Count the steps of the pipeline's scheduler, and leave it as it was."""
-        scheduler = getattr(self._pipe, "scheduler", None)
-        if scheduler is None or StepCounter.counts(scheduler):
-            yield
-            return
-        StepCounter.of(scheduler)
-        try:
-            yield
-        finally:
-            StepCounter.forget(scheduler)
+        self.arguments = text
 
     @contextlib.contextmanager
     def at(
@@ -227,53 +197,8 @@ class Calibration:
         Raises:
             OptionError: there is no such step group.
         """
-        if step_group is not None and not 0 <= step_group < self.step_groups:
-            raise OptionError(f"step_group is {step_group}; expected 0 to {self.step_groups - 1}")
-        old = self._step, self._branch, self._source
-        self._step = step_group if step_group is not None else self._step
-        self._branch = branch if branch is not None else self._branch
-        self._source = source if source is not None else self._source
-        try:
+        with self._schedule.at(step_group=step_group, branch=branch, source=source):
             yield
-        finally:
-            self._step, self._branch, self._source = old
-
-    @contextlib.contextmanager
-    def _branches(self, module: nn.Module) -> Iterator[None]:
-        """Listen to ``cache_context``, by which diffusers' pipelines name the guidance branch of a call."""
-        inner = getattr(module, "cache_context", None)
-        if inner is None:
-            yield
-            return
-
-        @contextlib.contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            with self.at(branch=name), inner(name, *args, **kwargs) as value:
-                yield value
-
-        module.__dict__["cache_context"] = cache_context
-        try:
-            yield
-        finally:
-            module.__dict__.pop("cache_context", None)
-
-    def _counter(self) -> StepCounter | None:
-        scheduler = getattr(self._pipe, "scheduler", None)
-        return StepCounter.of(scheduler) if scheduler is not None else None
-
-    def _where(self) -> tuple[int, str]:
-        if self._step is not None:
-            return self._step, self._branch
-        counter = self._counter()
-        return (counter.group(self.step_groups) if counter is not None else 0), self._branch
-
-    def _place(self) -> Place:
-        if self._step is not None:
-            return Place(self._source, self._branch, self._step, self.step_groups)
-        counter = self._counter()
-        if counter is None:
-            return Place(self._source, self._branch)
-        return Place(self._source, self._branch, min(counter.step, counter.steps - 1), counter.steps)
 
     def _observer(self, weights: tuple[Tensor, ...]) -> Callable[[Tensor], None] | None:
         known = [self._paths.get(weight) for weight in weights]
@@ -286,80 +211,18 @@ class Calibration:
         old = self.activations.get((expert, members[0]))
         if old is not None and len(old.activation.members) < len(members):
             old.activation = activation
-        cells = self.activations.setdefault((expert, members[0]), _Cells(activation, self.rows, self.step_groups))
+        cells = self.activations.setdefault((expert, members[0]), Cells(activation, self.rows, self.step_groups))
 
         def observe(x: Tensor) -> None:
-            self._observed += 1
-            sketch, sample = cells.cell(self._where(), x.device)
+            self.observed += 1
+            sketch, sample = cells.cell(self._schedule.where(), x.device)
             sketch.update(x)
             if self.rows:
-                sample.update(x, self._source, self._part * x.shape[-2] if x.dim() > 1 else 0)
+                sample.update(x, self._schedule.source, self._part * x.shape[-2] if x.dim() > 1 else 0)
 
         return observe
 
     # -- results ---------------------------------------------------------------------------------------------------
-
-    def sketch(
-        self, name: str, *, expert: str | None = None, step_group: int | None = None, branch: str | None = None
-    ) -> Sketch:
-        """Return the merged statistics of an activation.
-
-        Args:
-            name: module path of a linear that reads it.
-            expert: component name; by default the first that has it.
-            step_group: one of them, or None for all.
-            branch: one of them, or None for all.
-
-        Raises:
-            CalibrationError: nothing was seen there.
-        """
-        for (owner, _), cells in self.activations.items():
-            if name in cells.activation.members and expert in (None, owner):
-                chosen = [
-                    sketch
-                    for (group, side), (sketch, _) in cells.cells.items()
-                    if step_group in (None, group) and branch in (None, side)
-                ]
-                if chosen:
-                    return merged(chosen)
-        seen = ", ".join(sorted(name for _, name in self.activations)[:3])
-        raise CalibrationError(f"nothing was seen of the activation of {name!r} there; there are {seen}, ...")
-
-    def merge(self, other: Calibration) -> None:
-        """Add what another calibration of the same model saw, for example in another process.
-
-        Raises:
-            CalibrationError: the step groups differ, the model is another, or both saw one prompt. Nothing is
-                added then.
-        """
-        if other.step_groups != self.step_groups:
-            raise CalibrationError(f"step_groups are {self.step_groups} and {other.step_groups}; expected one number")
-        if other is self:
-            raise CalibrationError("a calibration cannot be merged with itself: everything would count twice")
-        twice = [prompt for prompt in other.prompts if prompt in self.prompts]
-        if twice:
-            raise CalibrationError(
-                f"both calibrations saw {twice[0]!r} ({len(twice)} prompts in all), which would count twice; merge "
-                "statistics of different prompts"
-            )
-        for key, theirs in other.activations.items():
-            known = self.activations.get(key)
-            fits = key[0] in self.models and (known is None or known.activation.channels == theirs.activation.channels)
-            if not fits or not set(theirs.activation.members) <= self._known_paths(key[0]):
-                raise CalibrationError(
-                    f"the other calibration is of another model: it saw {'/'.join(filter(None, key))} with "
-                    f"{theirs.activation.channels} channels, which this model does not have"
-                )
-        for key, theirs in other.activations.items():
-            mine = self.activations.setdefault(key, _Cells(theirs.activation, self.rows, self.step_groups))
-            for where, (sketch, sample) in theirs.cells.items():
-                own_sketch, own_sample = mine.cell(where, sketch.counts.device)
-                own_sketch.merge(sketch)
-                own_sample.merge(sample)
-        self.kept.count(other.kept.counted())
-        for expert, calls in other.kept.calls.items():
-            self.kept.extend(expert, zip(other.kept.places[expert], calls, strict=True))
-        self.prompts += [prompt for prompt in other.prompts if prompt not in self.prompts]
 
     def all_reduce(self, group: Any = None, *, over: str = "inputs") -> None:
         """Give every process of a group what all of them saw; each must call this, after its ``with`` block.
@@ -383,75 +246,17 @@ class Calibration:
                 settings, or one prompt twice; or this was done before. Every rank raises it; nothing is changed then.
             OptionError: ``over`` is unknown.
         """
-        from .ranks import all_reduce
-
         all_reduce(self, group, over=over)
-
-    def measured(self) -> Measured:
-        """Return where numbers are kept that take long to measure: beside the checkpoint, if there is one.
-
-        Several processes measure together and must not differ in what they know: then nothing is kept.
-        """
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        path = self._checkpoint
-        return Measured(path.with_name(f"{path.name}.measured") if path and not together else None, self._identity)
-
-    def _identity(self) -> str:
-        """Return a digest of what was seen, of the calls that were kept, and of all that the models hold."""
-        tensors: dict[str, Tensor] = {}
-        header = {
-            "tahf4": importlib.metadata.version("tahf4-compiler"),
-            "torch": torch.__version__,
-            "calls": self.kept.header(tensors),
-            "tensors": {
-                f"{expert}/{name}": int(checksum(value))
-                for expert, module in self.models.items()
-                for name, value in [*module.named_parameters(), *module.named_buffers()]
-            },
-            "percentile": self.percentile,
-        }
-        for i, (_, cells) in enumerate(sorted(self.activations.items())):
-            for j, (_, (sketch, sample)) in enumerate(sorted(cells.cells.items())):
-                parts = {"maxima": sketch.maxima, "squares": sketch.squares, "priorities": sample.priorities}
-                tensors |= {f"{i}.{j}.{name}": part.detach().cpu() for name, part in parts.items()}
-        return digest(header, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-
-    def _known_paths(self, expert: str) -> set[str]:
-        return {path for path, _ in linear_weights(self.models[expert])}
 
     def recipe(self, **choices: Any) -> Recipe:
         """Turn the statistics into a recipe: see :func:`tahf4_compiler.calibration.making.make_recipe`."""
-        from .making import make_recipe
-
         return make_recipe(self, **choices)
-
-    def weights(self, expert: str, paths: Sequence[str]) -> list[Tensor]:
-        """Return the weights at some module paths of an expert, whole."""
-        found = dict(linear_weights(self.models[expert]))
-        return [whole(found[path]) for path in paths]
 
     # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write everything seen so far to a safetensors file, beside it and renamed."""
-        tensors: dict[str, Tensor] = {}
-        index: list[dict[str, Any]] = []
-        for i, ((expert, name), cells) in enumerate(sorted(self.activations.items())):
-            index.append({"expert": expert, "name": name, "members": list(cells.activation.members), "cells": []})
-            for j, ((group, branch), (sketch, sample)) in enumerate(sorted(cells.cells.items())):
-                index[-1]["cells"].append([group, branch])
-                for key, value in {**sketch.tensors(), **sample.tensors()}.items():
-                    tensors[f"{i}.{j}.{key}"] = value
-        header = {
-            "calls": self.kept.header(tensors),
-            "step_groups": self.step_groups,
-            "rows": self.rows,
-            "prompts": self.prompts,
-            "arguments": self._arguments,
-            "weights": self._weight_sums(),
-            "activations": index,
-        }
-        save_tensors(Path(path), tensors, FORMAT, header, CalibrationError)
+        saved.write(self, Path(path))
 
     def load(self, path: str | Path) -> None:
         """Add what a file holds that :meth:`save` wrote.
@@ -459,44 +264,11 @@ class Calibration:
         Raises:
             CalibrationError: the file is no such file, or of other weights or step groups.
         """
-        other = Calibration.__new__(Calibration)
-        other.__dict__.update(self.__dict__)
-        other.activations, other.prompts, other.kept = {}, [], KeptCalls()
-        other._load(Path(path))
-        self.merge(other)
+        self.merge(saved.read(Path(path), self))
 
-    def _load(self, path: Path) -> None:
-        tensors, header = load_tensors(path, FORMAT, CalibrationError)
-        for what, mine in (("step_groups", self.step_groups), ("rows", self.rows)):
-            if header[what] != mine:
-                raise CalibrationError(
-                    f"{path} was made with {what}={header[what]}, this calibration has {mine}; use the same, or "
-                    "another file"
-                )
-        if header["weights"] != self._weight_sums():
-            raise CalibrationError(f"{path} was made with other weights; use another checkpoint file")
-        for i, entry in enumerate(header["activations"]):
-            first = tensors[f"{i}.0.counts"]
-            activation = Activation(entry["expert"], entry["name"], tuple(entry["members"]), len(first))
-            cells = self.activations[(entry["expert"], entry["name"])] = _Cells(activation, self.rows, self.step_groups)
-            for j, (group, branch) in enumerate(entry["cells"]):
-                prefix = f"{i}.{j}."
-                part = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-                sample = cells.cell((group, branch))[1]
-                sample.load(part)
-                cells.cells[(group, branch)] = Sketch.from_tensors(part), sample
-        self.prompts = list(header["prompts"])
-        self._arguments = header["arguments"]
-        devices = {expert: next(model.parameters()).device for expert, model in self.models.items()}
-        self.kept.load(header["calls"], tensors, devices)
-
-    def _weight_sums(self) -> dict[str, int]:
-        return {f"{expert}/{path}": int(checksum(w)) for (expert, path), w in self._all_weights()}
-
-    def _all_weights(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        for expert, module in self.models.items():
-            for path, weight in linear_weights(module):
-                yield (expert, path), weight
+    def _take_over(self, other: Seen) -> None:
+        self.activations, self.prompts, self.kept = other.activations, other.prompts, other.kept
+        self.arguments = other.arguments
 
 
 def calibrate(
@@ -535,7 +307,3 @@ def calibrate(
         model, percentile=percentile, step_groups=step_groups, rows=rows, checkpoint=checkpoint, options=options,
         sequence_group=sequence_group,
     )  # fmt: skip
-
-
-def _rank(group: Any) -> int:
-    return torch.distributed.get_rank(group) if group is not None else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ class KeptCalls:
         calls: by expert.
         places: where each of them stood.
         seen: how many there were, and the stride, by expert and branch.
+        held: while a list, every call goes there and none is counted: several processes then choose together.
     """
 
     def __init__(self) -> None:
@@ -55,6 +56,14 @@ class KeptCalls:
         self.calls: dict[str, list[Any]] = {}
         self.places: dict[str, list[Place]] = {}
         self.seen: dict[tuple[str, str], tuple[int, int]] = {}
+        self.held: list[tuple[str, Place, Any]] | None = None
+
+    def offer(self, expert: str, place: Place, copy: Callable[[], Any]) -> None:
+        """Count a call, and keep what ``copy`` gives if it is due; or hold it, while calls are held."""
+        if self.held is not None:
+            self.held.append((expert, place, copy()))
+        else:
+            self.add(expert, place, copy() if self.due(expert, place.branch) else None)
 
     def due(self, expert: str, branch: str) -> bool:
         """Whether the next call is one of those to keep."""

@@ -21,7 +21,7 @@ COMBINE = ("max", "mean", "merged")
 
 
 @dataclass(frozen=True)
-class _Choices:
+class Choices:
     mask: str | None
     percentile: float
     weight_exponent: float

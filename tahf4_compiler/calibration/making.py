@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +22,12 @@ from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.packing import moment_as_quantized
+from .choices import Choices, check_choices
+from .masks import SEARCHED, channel_mask
+from .seen import Seen
 from .sensitivity import Network, QuantizedWeight, output_error, sqnr_db, squares
 from .sketch import LARGEST
-from .statistics import merged
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
-    from .statistics import _Cells
-from .choices import _Choices, check_choices
-from .masks import SEARCHED, channel_mask
+from .statistics import Cells, merged
 
 __all__ = ["make_recipe"]
 
@@ -38,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def make_recipe(
-    calibration: Calibration,
+    calibration: Seen,
     *,
     mask: str | None = "network_search",
     percentile: float | None = None,
@@ -84,10 +81,10 @@ def make_recipe(
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
-    choices = _Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
+    choices = Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
     measured = calibration.measured()
     found: dict[str, dict[str, RecipeEntry]] = {}
-    searched: dict[str, _Choices] = {}
+    searched: dict[str, Choices] = {}
     if mask == "network_search":
         searched = {expert: _search_network(calibration, expert, choices, measured) for expert in calibration.models}
     bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
@@ -119,7 +116,7 @@ def make_recipe(
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe)) if sensitivity else recipe
 
 
-def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity: bool) -> RecipeEntry:
+def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: bool) -> RecipeEntry:
     activation = cells.activation
     k = activation.channels
     block = hadamard_block(k, choices.block)
@@ -193,20 +190,20 @@ def _entry(cells: _Cells, weights: list[Tensor], choices: _Choices, sensitivity:
     )
 
 
-def _second_moment(cells: _Cells) -> Tensor:
+def _second_moment(cells: Cells) -> Tensor:
     squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     return (squares / max(1, seen)).to(torch.float32)
 
 
-def _rows(cells: _Cells, group: int | None = None) -> Tensor:
+def _rows(cells: Cells, group: int | None = None) -> Tensor:
     """Return the sample rows of all cells, or of those of one part of the schedule, as many of each."""
     found = [s.rows for (part, _), (_, s) in cells.cells.items() if s.rows is not None and group in (None, part)]
     return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
 
 
 def _noise(
-    cells: _Cells, weights: list[Tensor], product: QuantizedWeight
+    cells: Cells, weights: list[Tensor], product: QuantizedWeight
 ) -> list[tuple[float, tuple[float | None, ...]]]:
     """Return the SQNR of each linear's output in dB, on all sample rows and on those of each part of the schedule."""
     found: list[list[tuple[float, float] | None]] = [[] for _ in weights]
@@ -225,7 +222,7 @@ def _noise(
     ]
 
 
-def _search_network(calibration: Calibration, expert: str, choices: _Choices, measured: Measured) -> _Choices:
+def _search_network(calibration: Seen, expert: str, choices: Choices, measured: Measured) -> Choices:
     """Return the choices with the mask of least error of the network's output, everything quantized."""
     network = _network(calibration, expert)
     if network is None:
@@ -241,7 +238,7 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices, me
     activations = [(key, cells) for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
     best, chosen = float("inf"), choices
 
-    def measure(quick: _Choices) -> float | None:
+    def measure(quick: Choices) -> float | None:
         quantized: dict[str, QuantizedWeight] = {}
         for _, cells in activations:
             weights = calibration.weights(expert, cells.activation.members)
@@ -259,7 +256,7 @@ def _search_network(calibration: Calibration, expert: str, choices: _Choices, me
     return chosen
 
 
-def _call_errors(calibration: Calibration, recipe: Recipe) -> dict[str, tuple[CallError, ...]]:
+def _call_errors(calibration: Seen, recipe: Recipe) -> dict[str, tuple[CallError, ...]]:
     """Return the error of the network's output in each kept call, in order of the steps, by expert."""
     found: dict[str, tuple[CallError, ...]] = {}
     for expert, entries in recipe.experts.items():
@@ -283,11 +280,11 @@ def _call_errors(calibration: Calibration, recipe: Recipe) -> dict[str, tuple[Ca
     return found
 
 
-def _weight(calibration: Calibration, expert: str, path: str) -> Tensor:
+def _weight(calibration: Seen, expert: str, path: str) -> Tensor:
     return calibration.weights(expert, [path])[0]
 
 
-def _network(calibration: Calibration, expert: str) -> Network | None:
+def _network(calibration: Seen, expert: str) -> Network | None:
     calls = calibration.kept.calls.get(expert)
     return Network(calibration.models[expert], calls) if calls else None
 
@@ -310,7 +307,7 @@ def _products(
 
 
 def _with_effects(
-    calibration: Calibration, expert: str, entries: Mapping[str, RecipeEntry], measured: Measured, kind: str
+    calibration: Seen, expert: str, entries: Mapping[str, RecipeEntry], measured: Measured, kind: str
 ) -> dict[str, RecipeEntry]:
     network = _network(calibration, expert)
     if network is None:

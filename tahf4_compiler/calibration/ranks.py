@@ -8,59 +8,58 @@ one process. Everything goes as tensors, and JSON in them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..distributed.exchange import Exchange
 from ..errors import CalibrationError, OptionError
 from ..files.tensors import decode, digest, encode
 from ..model.linears import linear_weights
 from ..model.parts import part_of
 from .calls import KeptCalls, Place
+from .seen import Seen
 from .sketch import RowSample, Sketch
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
-from ..distributed.exchange import Exchange
+from .statistics import Activation, Cells
 
 __all__ = ["all_reduce"]
 
 _MOST_ROWS = 2**31 - 1
 
 
-def all_reduce(calibration: Calibration, group: Any = None, *, over: str = "inputs", calls: bool = True) -> None:
+def all_reduce(seen: Seen, group: Any = None, *, over: str = "inputs", calls: bool = True) -> None:
     """Give every process of a group what all of them saw: see :meth:`tahf4_compiler.Calibration.all_reduce`."""
     if over not in ("inputs", "sequence", "channels"):
         raise OptionError(f"over is {over!r}; expected 'inputs', 'sequence' or 'channels'")
     exchange = Exchange(group)
-    headers = exchange.texts(_header(calibration))
-    _check(calibration, headers, over)
+    headers = exchange.texts(_header(seen))
+    _check(seen, headers, over)
     places = sorted({tuple(cell[:4]) for header in headers for cell in header["cells"]})
     for place in places:
         found = [next((c for c in h["cells"] if tuple(c[:4]) == place), None) for h in headers]
         if over == "channels":
-            _join_channels(calibration, exchange, place)
+            _join_channels(seen, exchange, place)
         else:
-            _merge_cell(calibration, exchange, place, found, over)
+            _merge_cell(seen, exchange, place, found, over)
     if over == "inputs":
         if calls:
-            _merge_calls(calibration, exchange)
-        calibration.prompts = sorted({prompt for header in headers for prompt in header["prompts"]})
-    calibration._merged.append(over)
+            _merge_calls(seen, exchange)
+        seen.prompts = sorted({prompt for header in headers for prompt in header["prompts"]})
+    seen.joined.append(over)
 
 
-def run_divided(calibration: Calibration, todo: list[str], group: Any, arguments: Mapping[str, Any]) -> None:
+def run_divided(seen: Seen, todo: list[str], group: Any, run: Callable[[int, str], None]) -> None:
     """Run prompts in rounds, one a rank, and merge: see :meth:`tahf4_compiler.Calibration.run`.
 
     Which calls are kept depends on how many came before, so all of a round are held until every rank knows of all.
     """
     exchange = Exchange(group)
-    listed = exchange.texts([todo, calibration._checkpoint is not None, bool(calibration.activations)])
+    listed = exchange.texts([todo, seen.checkpoint is not None, bool(seen.activations)])
     if any(entry != listed[0] for entry in listed):
         raise CalibrationError("the ranks were given different prompts or checkpoints; give all of them the same")
     if listed[0][1] or listed[0][2]:
@@ -69,21 +68,20 @@ def run_divided(calibration: Calibration, todo: list[str], group: Any, arguments
             "afterwards"
         )
     for start in tqdm(range(0, len(todo), exchange.size), desc="calibration", unit="round", disable=exchange.rank > 0):
-        calibration._candidates = []
+        mine = seen.kept.held = []
         try:
             if (i := start + exchange.rank) < len(todo):
-                calibration._run_prompt(i, todo[i], arguments)
-            mine = calibration._candidates
+                run(i, todo[i])
         finally:
-            calibration._candidates = None
+            seen.kept.held = None
         events = exchange.texts([[expert, astuple(place), call is not None] for expert, place, call in mine])
         for rank, calls in enumerate(events):
             for j, (expert, place, plain) in enumerate(calls):
                 call: Any = mine[j][2] if rank == exchange.rank else _Elsewhere(rank)
-                calibration.kept.add(expert, Place(*place), call if plain else None)
-    _fetch_calls(calibration, exchange)
-    all_reduce(calibration, group, calls=False)
-    calibration.prompts = list(todo)
+                seen.kept.add(expert, Place(*place), call if plain else None)
+    _fetch_calls(seen, exchange)
+    all_reduce(seen, group, calls=False)
+    seen.prompts = list(todo)
 
 
 @dataclass(frozen=True)
@@ -93,26 +91,26 @@ class _Elsewhere:
     rank: int
 
 
-def _fetch_calls(calibration: Calibration, exchange: Exchange) -> None:
+def _fetch_calls(seen: Seen, exchange: Exchange) -> None:
     mine: dict[str, Tensor] = {}
     coded = {
         expert: [
             None if isinstance(call, _Elsewhere) else encode(call, mine, f"{expert}.{i}")
             for i, call in enumerate(calls)
         ]
-        for expert, calls in calibration.kept.calls.items()
+        for expert, calls in seen.kept.calls.items()
     }
     headers, tensors = exchange.texts(coded), exchange.tensors(mine)
-    for expert, calls in calibration.kept.calls.items():
-        device = next(calibration.models[expert].parameters()).device
+    for expert, calls in seen.kept.calls.items():
+        device = next(seen.models[expert].parameters()).device
         for i, held in enumerate(calls):
             if isinstance(held, _Elsewhere):
                 calls[i] = decode(headers[held.rank][expert][i], tensors[held.rank], device)
 
 
-def _header(calibration: Calibration) -> dict[str, Any]:
+def _header(seen: Seen) -> dict[str, Any]:
     cells = []
-    for (expert, name), held in sorted(calibration.activations.items()):
+    for (expert, name), held in sorted(seen.activations.items()):
         for (step, branch), (sketch, sample) in sorted(held.cells.items()):
             rows = sample.rows
             cells.append(
@@ -122,23 +120,23 @@ def _header(calibration: Calibration) -> dict[str, Any]:
                 ]
             )  # fmt: skip
     return {
-        "step_groups": calibration.step_groups, "rows": calibration.rows, "prompts": calibration.prompts,
-        "cells": cells, "merged": calibration._merged,
+        "step_groups": seen.step_groups, "rows": seen.rows, "prompts": seen.prompts,
+        "cells": cells, "merged": seen.joined,
     }  # fmt: skip
 
 
-def _check(calibration: Calibration, headers: list[dict[str, Any]], over: str) -> None:
+def _check(seen: Seen, headers: list[dict[str, Any]], over: str) -> None:
     """Raise the same error on every rank, before anything is changed."""
     for what in ("step_groups", "rows", "merged"):
         values = [header[what] for header in headers]
         if any(value != values[0] for value in values):
             raise CalibrationError(f"{what} are {values} on the ranks; expected one value")
-    if over in calibration._merged:
+    if over in seen.joined:
         raise CalibrationError(f"this calibration was merged over {over!r} before; everything would count again")
     channels: dict[tuple[str, str], int] = {}
     for rank, header in enumerate(headers):
         for expert, name, _, _, members, width, *_ in header["cells"]:
-            known = expert in calibration.models and set(members) <= calibration._known_paths(expert)
+            known = expert in seen.models and set(members) <= seen.known_paths(expert)
             if not known or channels.setdefault((expert, name), width) != width:
                 raise CalibrationError(
                     f"rank {rank} calibrated another model: it saw {'/'.join(filter(None, (expert, name)))} with "
@@ -150,25 +148,23 @@ def _check(calibration: Calibration, headers: list[dict[str, Any]], over: str) -
         if twice:
             raise CalibrationError(
                 f"several ranks saw {twice[0]!r} ({len(twice)} prompts in all), which would count twice; divide the "
-                "prompts: calibration.run(prompts[rank::world_size])"
+                "prompts: seen.run(prompts[rank::world_size])"
             )
 
 
 def _merge_cell(
-    calibration: Calibration, exchange: Exchange, place: tuple[Any, ...], found: list[Any], over: str
+    seen: Seen, exchange: Exchange, place: tuple[Any, ...], found: list[Any], over: str
 ) -> None:
-    from .statistics import Activation, _Cells
-
     expert, name, step, branch = place
     there = [cell for cell in found if cell is not None]
     if over == "sequence" and len(there) == len(found) and all(cell[7] == there[0][7] for cell in there):
         # Not divided: each rank saw all of it. The first rank's rows have the places that one process gives them.
-        _share_sample(calibration, exchange, place, there, only_first=True)
+        _share_sample(seen, exchange, place, there, only_first=True)
         return
     members = max((tuple(cell[4]) for cell in there), key=lambda paths: (len(paths), paths))
     activation = Activation(expert, name, members, there[0][5])
-    empty = _Cells(activation, calibration.rows, calibration.step_groups)
-    held = calibration.activations.setdefault((expert, name), empty)
+    empty = Cells(activation, seen.rows, seen.step_groups)
+    held = seen.activations.setdefault((expert, name), empty)
     held.activation = activation
     if sum(cell[6] for cell in there) > _MOST_ROWS:
         raise CalibrationError(f"{name} would have more than 2**31 - 1 rows; merge fewer processes")
@@ -180,15 +176,15 @@ def _merge_cell(
     whole.squares = _sum(exchange.gather(sketch.squares))
     whole.rows = sum(cell[6] for cell in there)
     held.cells[(step, branch)] = whole, sample
-    _share_sample(calibration, exchange, place, there)
+    _share_sample(seen, exchange, place, there)
 
 
-def _join_channels(calibration: Calibration, exchange: Exchange, place: tuple[Any, ...]) -> None:
+def _join_channels(seen: Seen, exchange: Exchange, place: tuple[Any, ...]) -> None:
     """Join the channels of an activation that row-parallel linears read; of others take the first rank's statistics."""
     expert, name, step, branch = place
-    held = calibration.activations[(expert, name)]
+    held = seen.activations[(expert, name)]
     sketch, sample = held.cells[(step, branch)]
-    weight = dict(linear_weights(calibration.models[expert]))[name]
+    weight = dict(linear_weights(seen.models[expert]))[name]
     part = part_of(weight)
     divided = part is not None and part.axis == 1
 
@@ -217,16 +213,16 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def _share_sample(
-    calibration: Calibration, exchange: Exchange, place: tuple[Any, ...], there: list[Any], only_first: bool = False
+    seen: Seen, exchange: Exchange, place: tuple[Any, ...], there: list[Any], only_first: bool = False
 ) -> None:
     """Give every rank the sample of all, or of the first."""
     expert, name, step, branch = place
     dtypes = {cell[8] for cell in there if cell[8] is not None}
-    if not calibration.rows or not dtypes:
+    if not seen.rows or not dtypes:
         return
     if len(dtypes) > 1:
         raise CalibrationError(f"{name} has rows of {' and '.join(sorted(dtypes))}; use one dtype on all ranks")
-    sketch, sample = calibration.activations[(expert, name)].cells[(step, branch)]
+    sketch, sample = seen.activations[(expert, name)].cells[(step, branch)]
     rows = sample.rows
     count = 0 if rows is None else len(rows)
     sent = torch.zeros(sample.size, len(sketch.maxima), dtype=getattr(torch, dtypes.pop()), device=sketch.maxima.device)
@@ -238,23 +234,23 @@ def _share_sample(
     merged.count_on(sample)
     for rows_of, values in parts[: 1 if only_first else None]:
         merged.offer(rows_of[values >= 0], values[values >= 0].tolist())
-    calibration.activations[(expert, name)].cells[(step, branch)] = sketch, merged
+    seen.activations[(expert, name)].cells[(step, branch)] = sketch, merged
 
 
-def _merge_calls(calibration: Calibration, exchange: Exchange) -> None:
+def _merge_calls(seen: Seen, exchange: Exchange) -> None:
     """Give every rank the calls that all ranks kept, thinned as one process thins its own."""
     mine: dict[str, Tensor] = {}
-    headers = exchange.texts(calibration.kept.header(mine))
+    headers = exchange.texts(seen.kept.header(mine))
     tensors = exchange.tensors(mine)
-    calibration.kept = KeptCalls()
+    seen.kept = KeptCalls()
     for header in headers:
-        calibration.kept.count(header["seen"])
+        seen.kept.count(header["seen"])
     for expert in sorted({expert for header in headers for expert in header["kept"]}):
-        device = next(calibration.models[expert].parameters()).device
+        device = next(seen.models[expert].parameters()).device
         entries = [
             (Place(*place), decode(call, tensors[rank], device))
             for rank, header in enumerate(headers)
             for place, call in header["kept"].get(expert, ())
         ]
         entries.sort(key=lambda entry: entry[0].source)  # stable: calls of one input stay in order
-        calibration.kept.extend(expert, entries)
+        seen.kept.extend(expert, entries)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..plugins import host
+
 __all__ = ["BUCKETS", "LARGEST", "RELATIVE_ERROR", "SMALLEST", "RowSample", "Sketch"]
 
 _LOW, _HIGH = -10, 14
@@ -70,12 +72,9 @@ class Sketch:
         if self.rows + len(rows) > _MOST_ROWS:
             raise OverflowError("a sketch holds at most 2**31 - 1 rows; begin another and merge quantiles instead")
         self.rows += len(rows)
-        if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
-            from ..backends import cpu
-
-            if cpu.available():
-                cpu.histogram(rows, self.counts, self.maxima, self.squares, self.nonfinite)
-                return
+        if (fast := host.find("histogram", rows)) is not None:
+            fast(rows, self.counts, self.maxima, self.squares, self.nonfinite)
+            return
         for part in rows.split(max(1, (1 << 24) // rows.shape[1])):
             self._update(part)
 

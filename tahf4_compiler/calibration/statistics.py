@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import OptionError
 from .sketch import RowSample, Sketch
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Activation"]
+__all__ = ["Activation", "Cells", "check_percentile", "merged"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,24 @@ class Activation:
     channels: int
 
 
-class _Cells:
-    """The statistics of one activation, by step group and branch."""
+class Cells:
+    """The statistics of one activation, by step group and branch.
+
+    Attributes:
+        activation: which one.
+        groups: parts of the schedule.
+        cells: a sketch and sample rows, by part and branch.
+    """
 
     def __init__(self, activation: Activation, rows: int, groups: int) -> None:
+        """Start empty, for so many sample rows."""
         self.activation = activation
         self.groups = groups
         self._rows = rows
         self.cells: dict[tuple[int, str], tuple[Sketch, RowSample]] = {}
 
     def cell(self, key: tuple[int, str], device: torch.device | str = "cpu") -> tuple[Sketch, RowSample]:
+        """Return one cell, made on a device if it is new."""
         if key not in self.cells:
             name = f"{self.activation.expert}/{self.activation.name}/{key[0]}/{key[1]}"
             self.cells[key] = Sketch(self.activation.channels, device), RowSample(self._rows, name)
@@ -57,6 +62,7 @@ def check_percentile(value: Any) -> None:
 
 
 def merged(sketches: Sequence[Sketch]) -> Sketch:
+    """Return the sketch of all that some sketches saw."""
     whole = Sketch(len(sketches[0].maxima), sketches[0].maxima.device)
     for sketch in sketches:
         whole.merge(sketch)

@@ -21,12 +21,12 @@ from torch import fx, nn
 from tqdm.auto import tqdm
 
 from ..errors import CaptureError, OptionError
-from ..graph.inputs import DECISION
 from ..graph.nodes import module_classes
 from ..graph_capture.captured import Capture
 from ..graph_capture.export import capture
 from ..lowering import context_of, lower_graph
 from ..options import Options
+from ..pipeline.context import decisions_of
 from ..pipeline.order import build_pipeline
 from ..pipeline.records import PassRecord
 from ..pipeline.running import graph_arguments, relative_error, run_graph
@@ -257,9 +257,9 @@ def _finite(error: float) -> float:
 
 def _module(pair: Pair) -> tuple[str, bool]:
     for node in (pair.before, pair.after):
-        decisions = node.meta.get(DECISION)
-        if decisions is not None and not isinstance(decisions, list):
-            return decisions.module, True
+        decisions = decisions_of(node)
+        if len(decisions) == 1:
+            return decisions[0].module, True
     for node in (pair.before, pair.after):
         if modules := module_classes(node):
             return next(reversed(modules)), False

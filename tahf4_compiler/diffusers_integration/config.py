@@ -17,7 +17,6 @@ from ..format import hif4
 from ..options import patterns
 from ..packed.convert import packed_linears
 from ..recipe.recipe import Recipe
-from .import_hook import register_when_imported
 
 __all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe"]
 
@@ -142,5 +141,3 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
             raise PackedError(f"{where}: hadamard_block is {block}, expected 0 or a power of two that divides {padded}")
     return {path: dict(values) for path, values in linears.items()}
 
-
-register_when_imported()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 
 from ..errors import PackedError, RecipeError
 from ..model.attachments import leave_as_they_are
-from ..packed.convert import dequantize_, pack_modules, packed_linears
+from ..packed.convert import dequantize_, observers, pack_modules, packed_linears
 from ..packed.linear import HiF4Linear
 from ..packed.plan import plan_modules
 from ..packed.readers import plan_transforms
 from ..packed.transform import Transform
+from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.packing import warn_not_finite
 from .config import Method, TaHF4Config, describe
 
-__all__ = ["TaHF4Quantizer", "forget", "register", "remember"]
+__all__ = ["TaHF4Quantizer", "register"]
 
 _PARTS = ("weight_codes", "weight_scales", "multiplier")
 
@@ -158,7 +160,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
             plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, HiF4Linear)]
             self._reasons = dict.fromkeys(plain, "not packed in the checkpoint")
         leave_as_they_are(model, self._reasons)
-        remember(model, config)
+        _remember(model, config)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -196,8 +198,29 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: set[str]) -> None:
         setattr(model.get_submodule(parent), name, empty.train(linear.training))
 
 
-def remember(model: Any, config: TaHF4Config) -> None:
-    """Let a diffusers model save itself as packed."""
+class _Saving:
+    """Lets a model of diffusers save itself as packed."""
+
+    def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
+        if _is_mixin(model):
+            _remember(model, TaHF4Config(recipe, keep=keep))
+
+    def unpacked(self, model: Any) -> None:
+        if not _is_mixin(model) or not isinstance(getattr(model, "hf_quantizer", None), TaHF4Quantizer):
+            return
+        del model.hf_quantizer
+        model.is_quantized = False
+        settings = {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
+        model._internal_dict = type(model._internal_dict)(settings)
+
+
+def _is_mixin(model: nn.Module) -> bool:
+    from diffusers import ModelMixin  # not yet importable when this module is
+
+    return isinstance(model, ModelMixin)
+
+
+def _remember(model: Any, config: TaHF4Config) -> None:
     config.linears = describe(model)
     if getattr(model, "hf_quantizer", None) is None:
         model.hf_quantizer = TaHF4Quantizer(config, pre_quantized=True)
@@ -205,17 +228,9 @@ def remember(model: Any, config: TaHF4Config) -> None:
     model.register_to_config(quantization_config=config)
 
 
-def forget(model: Any) -> None:
-    """Undo :func:`remember`."""
-    if not isinstance(getattr(model, "hf_quantizer", None), TaHF4Quantizer):
-        return
-    del model.hf_quantizer
-    model.is_quantized = False
-    settings = {k: v for k, v in model._internal_dict.items() if k != "quantization_config"}
-    model._internal_dict = type(model._internal_dict)(settings)
-
-
 def register() -> None:
-    """Add the quantizer to diffusers' tables."""
+    """Add the quantizer to diffusers' tables, and let packed models save themselves."""
     auto.AUTO_QUANTIZER_MAPPING[Method.TAHF4.value] = TaHF4Quantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.TAHF4.value] = TaHF4Config
+    if not any(isinstance(observer, _Saving) for observer in observers):
+        observers.append(_Saving())

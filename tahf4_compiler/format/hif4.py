@@ -109,7 +109,7 @@ def quantize(x: Tensor, *, rounding: str = "half_away") -> Packed:
             "Use x.reshape(1) for a single value."
         )
     k = x.shape[-1]
-    values = _as_units(_to_float32(x))
+    values = as_units(to_float32(x))
     magnitude = values.abs()
     finite = (magnitude <= torch.finfo(torch.float32).max).all(-1)
     magnitude = torch.where(finite[..., None], magnitude, 0.0)
@@ -127,7 +127,7 @@ def quantize(x: Tensor, *, rounding: str = "half_away") -> Packed:
     nibbles = nibbles + torch.where(negative, 8, 0)
     pairs = nibbles.unflatten(-1, (UNIT // 2, 2))
     codes = (pairs[..., 0] + pairs[..., 1] * 16).to(torch.uint8).flatten(-2)
-    metadata = scale_code + _bits(e8, 8) + _bits(e16, 16)
+    metadata = scale_code + bits_of(e8, 8) + bits_of(e16, 16)
     scales = torch.where(finite, metadata, _NAN_SCALE)
     return Packed(codes, scales, k)
 
@@ -289,7 +289,7 @@ def subgroup_exponents(max4: Tensor, max8: Tensor, reciprocal: Tensor) -> tuple[
     return e8, e16
 
 
-def _to_float32(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         limit = torch.finfo(torch.float32).max
         # Finite values saturate instead of becoming infinite; NaN and infinities stay.
@@ -297,7 +297,7 @@ def _to_float32(x: Tensor) -> Tensor:
     return x.to(torch.float32)
 
 
-def _as_units(x: Tensor) -> Tensor:
+def as_units(x: Tensor) -> Tensor:
     """Pad ``[..., K]`` with zeros and return it as ``[..., units, 64]``, contiguous."""
     k = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, units(k) * UNIT - k)) if k % UNIT else x
@@ -320,7 +320,7 @@ def _reciprocal(scale_code: Tensor) -> Tensor:
     return ((exponent << 23) | fraction).view(torch.float32)
 
 
-def _bits(flags: Tensor, shift: int) -> Tensor:
+def bits_of(flags: Tensor, shift: int) -> Tensor:
     """Pack bool ``[..., n]`` into an int32 field: bit ``shift + i`` is flag i."""
     position = torch.arange(flags.shape[-1], device=flags.device, dtype=torch.int32) + shift
     return (flags.to(torch.int32) << position).sum(-1, dtype=torch.int32)

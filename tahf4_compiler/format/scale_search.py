@@ -18,12 +18,12 @@ moment minimizes the mean squared error of a linear's output where the channels 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..plugins import host
 from . import hif4
 
 __all__ = ["CANDIDATES", "MAX_CANDIDATES", "search_error", "search_scales"]
@@ -87,8 +87,8 @@ def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: in
         return hif4.quantize(x)  # says what is wrong, or has nothing to convert
     with torch.no_grad():
         weights = _unit_weights(importance, x)
-        if _compiled().serves(x):
-            found: hif4.Packed = _compiled().search(x, None if weights is None else weights.t().flatten(), candidates)
+        if (fast := host.find("search", x)) is not None:
+            found: hif4.Packed = fast(x, None if weights is None else weights.t().flatten(), candidates)
             return found
         count = hif4.units(x.shape[-1])
         codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8, device=x.device)
@@ -100,13 +100,6 @@ def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: in
             to_codes.copy_(part.codes)
             to_scales.copy_(part.scales)
     return hif4.Packed(codes, scales, x.shape[-1])
-
-
-def _compiled() -> Any:
-    """Return the same in C++ for the CPU."""
-    from ..backends.cpu import search
-
-    return search
 
 
 def search_error(x: Tensor, packed: hif4.Packed, importance: Tensor | None = None) -> Tensor:
@@ -199,7 +192,7 @@ def _blocks(x: Tensor, *parts: Tensor) -> Iterator[tuple[list[Tensor], int]]:
 
 def _float32_units(x: Tensor) -> Tensor:
     """Return ``[rows, K]`` as float32 ``[rows * units, 64]``, padded with zeros."""
-    return hif4._as_units(hif4._to_float32(x)).reshape(-1, hif4.UNIT)
+    return hif4.as_units(hif4.to_float32(x)).reshape(-1, hif4.UNIT)
 
 
 def _columns(values: Tensor) -> Tensor:
@@ -332,5 +325,5 @@ def _encode(
     # A value that rounds to zero keeps its sign, as in hif4.quantize.
     nibbles = rounded + ((values.view(torch.int32) < 0).t().to(torch.uint8) << 3)
     packed = nibbles[0::2] + (nibbles[1::2] << 4)
-    scales = code.to(torch.int32) + hif4._bits(e8.t(), 8) + hif4._bits(e16.t(), 16)
+    scales = code.to(torch.int32) + hif4.bits_of(e8.t(), 8) + hif4.bits_of(e16.t(), 16)
     return packed.t(), scales

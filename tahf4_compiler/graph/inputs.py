@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DECISION", "INPUT", "NUMBERS", "ROLE", "GraphInput", "PackedInput", "PackedWeight"]
+__all__ = ["DECISION", "INPUT", "NUMBERS", "ROLE", "GraphInput", "HeldWeight", "PackedInput", "PackedWeight"]
 
 INPUT = "tahf4_input"
 """Key in ``node.meta`` of a placeholder: its :class:`GraphInput` or :class:`PackedInput`."""
 
 DECISION = "tahf4_decision"
-"""Key in ``node.meta`` of a planned linear, and of what stands for it later: its
-:class:`~tahf4_compiler.Decision`, or a list of them where several were merged."""
+"""Key in ``node.meta`` of a planned linear, and of what stands for it later: a tuple of
+:class:`~tahf4_compiler.Decision`, several where products were merged."""
 
 ROLE = "tahf4_role"
 """Key in ``node.meta`` of a linear: what ``classify`` found out about its place in the model."""
@@ -50,8 +50,6 @@ class PackedWeight:
         seed: of the rotation's signs, unless a recipe attached another; None for no rotation.
         hadamard_block: width of the rotation along K, 0 for none.
         search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error).
-        scales: of a model that holds its linears in HiF4 (:class:`tahf4_compiler.HiF4Linear`): positions of the
-            parameters that hold scales, ``weights`` being those of the codes; nothing else applies then.
         format: name of a format that a plug-in registered (:func:`tahf4_compiler.register_weight_format`); ``""``
             is HiF4.
     """
@@ -61,23 +59,44 @@ class PackedWeight:
     seed: int | None = None
     hadamard_block: int = 0
     search: str = ""
-    scales: tuple[int, ...] = ()
     format: str = ""
 
 
 @dataclass(frozen=True)
+class HeldWeight:
+    """A weight that the model itself holds in 4 bits (:class:`tahf4_compiler.HiF4Linear`).
+
+    Attributes:
+        codes: positions of the parameters that hold codes, among the arguments of the captured graph. More than one
+            means that their rows stand one after the other (one merged product).
+        scales: the same for scales.
+    """
+
+    codes: tuple[int, ...]
+    scales: tuple[int, ...]
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Return the positions that stand for the weights: those of the codes."""
+        return self.codes
+
+
+@dataclass(frozen=True)
 class PackedInput:
-    """An input that the rewrite added, found at run time by the identity of its parameters.
+    """An input that stands for a weight in 4 bits, or for what belongs to one.
+
+    That of a :class:`PackedWeight` was added by the rewrite and is found at run time by the identity of its parameters;
+    that of a :class:`HeldWeight` is a parameter itself, or several as one.
 
     Attributes:
         part: ``"codes"`` (uint8 ``[N, K / 2]``), ``"scales"`` (int32 ``[N, K / 64]``), ``"multiplier"`` (float32
             ``[K]``, for the activation that the weights read) or ``"observer"`` (int64 ``[2]``, on the CPU); with a
             format of a plug-in, a part that it names in the place of codes and scales.
-        weight: which weight, and how it is transformed.
+        weight: which weight, and how it is transformed if the rewrite packs it.
     """
 
     part: str
-    weight: PackedWeight
+    weight: PackedWeight | HeldWeight
 
     @property
     def weights(self) -> tuple[int, ...]:
@@ -87,4 +106,6 @@ class PackedInput:
     @property
     def positions(self) -> tuple[int, ...]:
         """Return the positions of the parameters that this part is made from."""
-        return self.weight.scales if self.weight.scales and self.part == "scales" else self.weight.weights
+        if isinstance(self.weight, HeldWeight) and self.part == "scales":
+            return self.weight.scales
+        return self.weight.weights

@@ -114,8 +114,7 @@ def product_weights(node: fx.Node) -> set[fx.Node]:
     if node.target is LINEAR:
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
         return {_root(weight, False)} if isinstance(weight, fx.Node) else set()
-    decisions = node.meta.get(DECISION, [])
-    wanted = {d.weight_index for d in (decisions if isinstance(decisions, list) else [decisions])}
+    wanted = {decision.weight_index for decision in node.meta.get(DECISION, ())}
     found = set()
     for root in input_roots(node):
         source = root.meta.get(INPUT)

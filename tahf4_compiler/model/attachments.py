@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import PatternError
 from ..options import patterns as check_patterns
 from .linears import linear_weights, matching, require_matches
+from .reasons import Cause, Reason
 from .steps import StepPrecision
 
 __all__ = [
@@ -66,7 +67,7 @@ class Attachment:
 _KEPT = "_tahf4_kept"
 _PACKED = "_tahf4_packed"
 _RECIPE = "_tahf4_recipe"
-_STEP = Attachment("high_precision", "this step runs in high precision")
+_STEP = Attachment("high_precision", Reason(Cause.STEP, "this step runs in high precision"))
 _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -88,7 +89,7 @@ def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     paths = [path for path, _ in linear_weights(model)]
     require_matches(checked, paths, f"{type(model).__name__}")
     kept = {
-        path: Attachment("high_precision", f"kept by tahf4.keep: {pattern!r} matches {path}")
+        path: Attachment("high_precision", Reason(Cause.KEPT, f"kept by tahf4.keep: {pattern!r} matches {path}"))
         for path in paths
         if (pattern := matching(checked, path)) is not None
     }

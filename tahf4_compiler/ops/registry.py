@@ -7,8 +7,6 @@ the same products but for the order of the float32 sum over units.
 from __future__ import annotations
 
 import functools
-import logging
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,23 +16,22 @@ from torch import fx
 
 from ..errors import OptionError
 from ..options import reference_forced
+from ..plugins import host
 from . import fused  # noqa: F401  (they define torch.ops.tahf4)
 
 __all__ = [
     "KERNEL",
     "OPERATORS",
     "Kernel",
+    "dispatch",
     "generated_sources",
     "kernels",
     "operators",
     "quantize",
     "register_kernel",
-    "select",
     "served",
-    "serving",
+    "unregister_kernel",
 ]
-
-log = logging.getLogger(__name__)
 
 KERNEL = "tahf4_kernel"
 """Key in ``node.meta`` of an operator: the name of the kernel that runs it."""
@@ -50,6 +47,7 @@ class Kernel:
         target: the operator (``torch.library``) that runs in its place.
         serves: whether it can run a node (its device, dtypes and shapes are in ``meta["val"]``).
         sources: the text of what is generated for a node, by name of the file, or None if nothing is.
+        eager: whether it runs calls outside of a graph on a device and dtype, or None if it does not.
     """
 
     name: str
@@ -57,6 +55,7 @@ class Kernel:
     target: torch._ops.OpOverload
     serves: Callable[[fx.Node], bool]
     sources: Callable[[fx.Node], Mapping[str, str]] | None = None
+    eager: Callable[[torch.device, torch.dtype], bool] | None = None
 
 
 OPERATORS = (
@@ -68,9 +67,14 @@ OPERATORS = (
     torch.ops.tahf4.linear_quantize.default,
 )
 """The operators of this project. Plug-ins bring their own, which :func:`served` names as well."""
-_kernels: list[Kernel] = [Kernel("reference", op, op, lambda node: True) for op in OPERATORS]
-_lock = threading.RLock()
-_built_in_registered = False
+
+
+def _reference(operator: torch._ops.OpOverload) -> Kernel:
+    return Kernel("reference", operator, operator, lambda node: True, eager=lambda device, dtype: True)
+
+
+_kernels: list[Kernel] = [_reference(operator) for operator in OPERATORS]
+_targets: dict[tuple[str, str], torch._ops.OpOverload] = {(op._opname, "reference"): op for op in OPERATORS}
 
 
 def register_kernel(
@@ -79,6 +83,7 @@ def register_kernel(
     target: torch._ops.OpOverload,
     serves: Callable[[fx.Node], bool],
     sources: Callable[[fx.Node], Mapping[str, str]] | None = None,
+    eager: Callable[[torch.device, torch.dtype], bool] | None = None,
 ) -> Kernel:
     """Add a kernel; the one registered last is asked first.
 
@@ -90,19 +95,22 @@ def register_kernel(
         target: an operator with the same arguments and results.
         serves: says whether it can run a node.
         sources: gives the text that is generated for a node, for dumps.
+        eager: says whether it runs calls outside of a graph, for the activation's device and dtype; None: it does not.
 
     Raises:
         OptionError: ``operator`` or ``target`` is no operator overload (``torch.ops.mine.linear.default``), the two do
             not take and give the same, ``operator`` is PyTorch's own, or a kernel of that name serves it already.
     """
-    _register_built_in()
+    host.load_backends()
     _check_operators(name, operator, target)
     if any(kernel.name == name and kernel.operator is operator for kernel in _kernels):
         raise OptionError(f"a kernel named {name!r} serves {operator} already; choose another name")
-    kernel = Kernel(name, operator, target, serves, sources)
+    kernel = Kernel(name, operator, target, serves, sources, eager)
     if not any(other.operator is operator for other in _kernels):
-        _kernels.append(Kernel("reference", operator, operator, lambda node: True))
+        _kernels.append(_reference(operator))
     _kernels.insert(0, kernel)
+    _targets[operator._opname, name] = target
+    _eager.cache_clear()
     return kernel
 
 
@@ -137,6 +145,7 @@ def served() -> frozenset[torch._ops.OpOverload]:
 def unregister_kernel(kernel: Kernel) -> None:
     """Take a kernel out again."""
     _kernels.remove(kernel)
+    _eager.cache_clear()
     rest = [other for other in _kernels if other.operator is kernel.operator]
     if kernel.operator not in OPERATORS and all(other.name == "reference" for other in rest):
         _kernels[:] = [other for other in _kernels if other not in rest]
@@ -144,70 +153,53 @@ def unregister_kernel(kernel: Kernel) -> None:
 
 def kernels() -> tuple[Kernel, ...]:
     """Return all kernels, first asked first."""
-    _register_built_in()
+    host.load_backends()
     return tuple(_kernels)
 
 
-def _register_built_in() -> None:
-    """Register this project's own kernels, once and before all others, so that those are asked first.
+def dispatch(
+    operator: torch._ops.OpOverload, given: fx.Node | torch.Tensor, *, reference: bool = False
+) -> Kernel:
+    """Return the kernel that runs an operator: for a node of a graph, or for a call outside of one.
 
-    Late, since they import this module. Whether they can run is asked when there is something to run: nothing is
-    compiled here.
+    Args:
+        operator: one that :func:`served` names.
+        given: the node; or the activation of a call, whose device and dtype are looked at.
+        reference: whether the reference is asked for.
     """
-    global _built_in_registered
-    with _lock:
-        if _built_in_registered:
-            return
-        _built_in_registered = True
-        from ..backends import cpu, triton
-
-        cpu.register()
-        triton.register()
-        for name in ("cpu", "triton"):
-            package = getattr(torch.ops, f"tahf4_{name}")
-            _ready[name] = package.quantize.default, package.linear.default
-
-
-def serving(node: fx.Node) -> Kernel:
-    """Return the first kernel that serves a node."""
-    _register_built_in()
-    return next(k for k in _kernels if k.operator is node.target and k.serves(node))
-
-
-def select(node: fx.Node, *, reference: bool = False) -> Kernel:
-    """Return the kernel that runs a node, or its reference if asked for; said once where nothing else serves ours."""
+    host.load_backends()
+    mine = (kernel for kernel in _kernels if kernel.operator is operator)
     if reference:
-        return next(k for k in _kernels if k.operator is node.target and k.name == "reference")
-    kernel = serving(node)
-    if kernel.name == "reference" and kernel.operator in OPERATORS:
-        _say_once(_device(node))
-    return kernel
-
-
-def generated_sources(graph: fx.Graph) -> dict[str, tuple[str, list[str]]]:
-    """Return file name -> (text, names of the nodes that run it) of what is generated for a lowered graph."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    by_target = {k.target: k for k in kernels() if k.sources is not None}
-    for node in graph.nodes:
-        kernel = by_target.get(node.target)
-        if kernel is None or kernel.sources is None:
-            continue
-        for name, text in kernel.sources(node).items():
-            found.setdefault(name, (text, []))[1].append(node.name)
-    return found
-
-
-def _device(node: fx.Node) -> str:
-    values = (n.meta.get("val") for n in node.all_input_nodes)
-    return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
+        return next(kernel for kernel in mine if kernel.name == "reference")
+    if isinstance(given, fx.Node):
+        return next(kernel for kernel in mine if kernel.serves(given))
+    return _eager(operator, given.device, given.dtype)
 
 
 @functools.cache
-def _say_once(device: str) -> None:
-    log.warning(
-        "no compiled HiF4 kernel serves device %r: the plain-PyTorch reference runs (exact, but slower than the "
-        "original linears)",
-        device,
+def _eager(operator: torch._ops.OpOverload, device: torch.device, dtype: torch.dtype) -> Kernel:
+    return next(k for k in _kernels if k.operator is operator and k.eager is not None and k.eager(device, dtype))
+
+
+@torch.compiler.assume_constant_result
+def _eager_name(operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    return _eager(getattr(torch.ops.tahf4, operator).default, device, dtype).name
+
+
+def operators(x: torch.Tensor) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Return the ``quantize`` and ``linear`` operators that run best on a tensor's device.
+
+    Dynamo traces this. An exported program holds the reference operators, which every process and device can run.
+
+    Args:
+        x: the activation; its device and dtype are looked at.
+    """
+    if torch.compiler.is_exporting():
+        return torch.ops.tahf4.quantize.default, torch.ops.tahf4.linear.default
+    device, dtype = x.device, x.dtype
+    return (
+        _targets["quantize", _eager_name("quantize", device, dtype)],
+        _targets["linear", _eager_name("linear", device, dtype)],
     )
 
 
@@ -227,45 +219,19 @@ def quantize(
     Raises:
         FormatError: as ``tahf4::quantize``.
     """
-    from ..backends import cpu, triton
-
-    if reference_forced():
-        codes, scales = torch.ops.tahf4.quantize(x, multiplier, hadamard_block)
-        return codes, scales
-    if cpu.serves(x, multiplier):
-        return cpu.quantize(x, multiplier, hadamard_block)
-    if x.is_cuda and x.dtype != torch.float64 and x.dim() and triton.available(x.device):
-        _register_built_in()
-        codes, scales = torch.ops.tahf4_triton.quantize(x, multiplier, hadamard_block)
-        return codes, scales
-    codes, scales = torch.ops.tahf4.quantize(x, multiplier, hadamard_block)
+    kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=reference_forced())
+    codes, scales = kernel.target(x, multiplier, hadamard_block)
     return codes, scales
 
 
-def operators(x: torch.Tensor) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """Return the ``quantize`` and ``linear`` operators that run best on a tensor's device.
-
-    An exported program holds the reference operators, which every process and device can run.
-
-    Args:
-        x: the activation; its device and dtype are looked at.
-    """
-    if not torch.compiler.is_exporting() and x.dtype in _KERNEL_DTYPES:
-        if x.device.type == "cpu":
-            return _ready["cpu"]
-        if x.device.type == "cuda" and _triton_runs(x.device):
-            return _ready["triton"]
-    return torch.ops.tahf4.quantize.default, torch.ops.tahf4.linear.default
-
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-_ready: dict[str, tuple[torch._ops.OpOverload, torch._ops.OpOverload]] = {}
-
-
-@torch.compiler.assume_constant_result
-def _triton_runs(device: torch.device) -> bool:
-    from ..backends import triton
-
-    return triton.available(device)
+def generated_sources(graph: fx.Graph) -> dict[str, tuple[str, list[str]]]:
+    """Return file name -> (text, names of the nodes that run it) of what is generated for a lowered graph."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    by_target = {k.target: k for k in kernels() if k.sources is not None}
+    for node in graph.nodes:
+        kernel = by_target.get(node.target)
+        if kernel is None or kernel.sources is None:
+            continue
+        for name, text in kernel.sources(node).items():
+            found.setdefault(name, (text, []))[1].append(node.name)
+    return found

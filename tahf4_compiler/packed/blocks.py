@@ -13,13 +13,14 @@ MIN_LINEARS = 2
 MIN_LINEARS_ALONE = 4
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linears of a model with their module paths."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
             yield path.replace("_orig_mod.", ""), module
 
 
-def _blocks(model: nn.Module, where: Surroundings, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
+def repeated_blocks(model: nn.Module, where: Surroundings, linears: Mapping[str, nn.Linear]) -> dict[str, str]:
     """Return ``module path -> class name`` of the outermost repeated blocks, as ``classify`` finds them in a graph."""
     found = {path: cls for members in where.blocks.values() for path, cls in members.items()}
     total = sum(_size(m) for m in linears.values())
@@ -54,5 +55,6 @@ def _size(linear: nn.Linear) -> int:
     return linear.in_features * linear.out_features
 
 
-def _block_of(path: str, blocks: Mapping[str, str]) -> tuple[str, str] | None:
+def block_of(path: str, blocks: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return path and class name of the block around a module path, or None."""
     return next(((block, cls) for block, cls in blocks.items() if path.startswith(f"{block}.")), None)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,7 +24,20 @@ from .plan import plan_modules
 from .readers import plan_transforms
 from .transform import Transform
 
-__all__ = ["dequantize_", "packed_linears", "quantize_"]
+__all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_"]
+
+
+class PackingObserver(Protocol):
+    """Is told of every model that was packed or unpacked, so that its library can save it as what it is."""
+
+    def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
+        """See a model some linears of which are packed now."""
+
+    def unpacked(self, model: nn.Module) -> None:
+        """See a model whose linears are plain again."""
+
+
+observers: list[PackingObserver] = []
 
 
 def quantize_(
@@ -82,8 +94,9 @@ def quantize_(
         for name, module, plan, transforms in work:
             warn_not_finite(pack_modules(module, transforms, bar.update), name)
             leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
-            if (saving := _saving(module)) is not None and packed_linears(module):
-                saving.remember(module, saving.TaHF4Config(recipe, keep=keep))
+            if packed_linears(module):
+                for observer in observers:
+                    observer.packed(module, recipe, keep)
             decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
 
@@ -142,8 +155,8 @@ def dequantize_(model: Any) -> list[str]:
                     setattr(parent, name, plain)
                 found.append(f"{component}.{path}" if component else path)
         leave_as_they_are(module, {})
-        if (saving := _saving(module)) is not None:
-            saving.forget(module)
+        for observer in observers:
+            observer.unpacked(module)
     return found
 
 
@@ -155,19 +168,6 @@ def packed_linears(model: nn.Module) -> dict[str, HiF4Linear]:
 def _unwrapped(model: Any) -> dict[str, nn.Module]:
     """Return a model's denoisers by name, without what ``torch.compile`` put around them."""
     return {name: getattr(module, "_orig_mod", module) for name, module in experts(model).items()}
-
-
-def _saving(model: nn.Module) -> Any:
-    """Return what lets a model of diffusers save itself as packed; None for other models."""
-    if "diffusers" not in sys.modules:
-        return None
-    from diffusers import ModelMixin
-
-    if not isinstance(model, ModelMixin):
-        return None
-    from ..diffusers_integration import quantizer
-
-    return quantizer
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -17,12 +17,13 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.linears import matching, require_matches
+from ..model.reasons import Cause, Reason
 from ..model.tree import Surroundings
 from ..options import patterns
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
-from .blocks import _block_of, _blocks, _linears
+from .blocks import block_of, named_linears, repeated_blocks
 from .linear import HiF4Linear
 
 __all__ = ["plan_modules"]
@@ -60,20 +61,20 @@ def plan_modules(
         RecipeError: the recipe does not fit the model.
     """
     checked = patterns("keep", keep)
-    linears = dict(_linears(model))
+    linears = dict(named_linears(model))
     require_matches(checked, list(linears), type(model).__name__)
     given = (
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     where = Surroundings(model)
-    blocks = _blocks(model, where, linears)
+    blocks = repeated_blocks(model, where, linears)
     return [
-        _decide(path, module, model, checked, _attachment(path, module, given), _block_of(path, blocks), bool(blocks))
+        _decide(path, module, model, checked, attachment_of(path, module, given), block_of(path, blocks), bool(blocks))
         for path, module in linears.items()
     ]
 
 
-def _attachment(path: str, module: nn.Linear, given: Mapping[str, Attachment] | None) -> Attachment | None:
+def attachment_of(path: str, module: nn.Linear, given: Mapping[str, Attachment] | None) -> Attachment | None:
     """Return what was kept, else what the recipe says."""
     if isinstance(module, HiF4Linear):
         return None
@@ -101,19 +102,19 @@ def _decide(
                 "Name it when the model is packed, quantize_(model, keep=[...])."
             )
         size = module.weight_dtype.itemsize
-        return Decision(path, k, n, "hif4", "packed", n * k * size, after, flops=2 * k * n)
+        return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
     if block is not None:
-        body, reason = True, f"in repeated block {block[0]} ({block[1]})"
+        body, reason = True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})")
     elif not repeated:
-        body, reason = True, "the model has no repeated blocks and counts as one block"
+        body, reason = True, Reason(Cause.BODY, "the model has no repeated blocks and counts as one block")
     else:
-        body, reason = False, "boundary: outside the repeated blocks"
+        body, reason = False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks")
     high = _reason_to_keep(path, module, model, keep, attachment)
     if high is None and attachment is None:
         if not body:
             high = reason
         elif min(n, k) < MIN_FEATURES:
-            high = f"shape: {k} -> {n} features, less than {MIN_FEATURES}"
+            high = Reason(Cause.SMALL, f"shape: {k} -> {n} features, less than {MIN_FEATURES}")
     if high is None and attachment is not None:
         reason = attachment.reason
     before = n * k * module.weight.element_size()
@@ -134,16 +135,18 @@ def _reason_to_keep(
 ) -> str | None:
     weight = module.weight
     if is_traceable_wrapper_subclass(weight):
-        return f"weight: a {type(weight).__name__}, not a plain tensor"
+        return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
     if type(module) is not nn.Linear:
-        return f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
+        return Reason(
+            Cause.CLASS, f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
+        )
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, _READ_BY_PARENT):
-        return f"class: {type(parent).__name__} reads the weight itself"
+        return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
     if weight.dtype not in _DTYPES:
-        return f"dtype: weight is {str(weight.dtype).removeprefix('torch.')}"
+        return Reason(Cause.DTYPE, f"dtype: weight is {str(weight.dtype).removeprefix('torch.')}")
     if (pattern := matching(keep, path)) is not None:
-        return f"kept: {pattern!r} matches"
+        return Reason(Cause.KEPT, f"kept: {pattern!r} matches")
     if attachment is not None and attachment.decision == "high_precision":
         return attachment.reason
     return None

@@ -12,9 +12,9 @@ from ..model.tree import Surroundings
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
-from .blocks import _block_of, _blocks, _linears
+from .blocks import block_of, named_linears, repeated_blocks
 from .linear import HiF4Linear
-from .plan import _attachment
+from .plan import attachment_of
 from .transform import Transform
 
 __all__ = ["plan_transforms"]
@@ -48,11 +48,11 @@ def plan_transforms(
         RecipeError: the recipe does not fit the model.
     """
     given = recipe_attachments(model, recipe, expert=expert, check_weights=False) if recipe is not None else None
-    linears = dict(_linears(model))
+    linears = dict(named_linears(model))
     where = Surroundings(model)
-    blocks = _blocks(model, where, linears)
+    blocks = repeated_blocks(model, where, linears)
     chosen = {d.module: d for d in plan if d.decision == "hif4" and not isinstance(linears[d.module], HiF4Linear)}
-    said = {path: _attachment(path, linears[path], given) for path in chosen}
+    said = {path: attachment_of(path, linears[path], given) for path in chosen}
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path in chosen:
         attachment = said[path]
@@ -81,7 +81,7 @@ def plan_transforms(
 
 
 def _position(path: str, blocks: Mapping[str, str]) -> int:
-    found = _block_of(path, blocks)
+    found = block_of(path, blocks)
     return list(blocks).index(found[0]) if found is not None else -1
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
-from ..graph.inputs import INPUT, NUMBERS, PackedInput, PackedWeight
+from ..graph.inputs import INPUT, NUMBERS, HeldWeight, PackedInput, PackedWeight
 from ..graph.nodes import node_arg, weight_input
 from ..model.attachments import Attachment, attached_recipe
 from .context import Context
@@ -112,7 +112,7 @@ def activation_of(node: fx.Node) -> Activation | None:
         for user in part.users
         if user.target is torch.ops.tahf4.linear.default and user.args[0] is part
         # What the model holds in HiF4 was transformed when it was packed.
-        and not node_arg(user, 2).meta[INPUT].weight.scales
+        and not isinstance(node_arg(user, 2).meta[INPUT].weight, HeldWeight)
     ]
     if not products:
         return None

@@ -17,8 +17,6 @@ A pass is a frozen dataclass (the decorator makes it one). Its fields are its op
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.metadata
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,11 +27,10 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..errors import OptionError, PassError, PipelineError
+from ..plugins import entry_points
 from .context import Context
 
 __all__ = ["Pass", "PassResult", "register_pass", "registered_passes", "unregister_pass"]
-
-ENTRY_POINT_GROUP = "tahf4.passes"
 
 
 @dataclass(frozen=True)
@@ -177,18 +174,11 @@ def unregister_pass(name: str) -> None:
 
 def registered_passes() -> list[type[Pass]]:
     """Return the passes that joined by decorator or by an entry point of the group ``tahf4.passes``."""
-    _load_entry_points()
+    for loaded in entry_points.load(entry_points.PASSES).values():
+        for cls in loaded if isinstance(loaded, Iterable) and not isinstance(loaded, type) else [loaded]:
+            if cls not in _from_entry_points:
+                _from_entry_points.add(register_pass(cls))
     return list(_registry.values())
 
 
-@functools.cache
-def _load_entry_points() -> None:
-    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        try:
-            loaded = point.load()
-        except Exception as error:
-            raise PipelineError(
-                f"the pass plug-in {point.name!r} ({point.value}) failed to load: {error}. Mend it or uninstall it."
-            ) from error
-        for cls in loaded if isinstance(loaded, Iterable) and not isinstance(loaded, type) else [loaded]:
-            register_pass(cls)
+_from_entry_points: set[type[Pass]] = set()  # unregister_pass holds for them as well

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +13,11 @@ from torch import fx
 from ..errors import PassError
 from ..graph.inputs import DECISION, INPUT, NUMBERS
 from ..graph.nodes import linear_path, node_words
+from ..model.reasons import Cause, cause_of
 from ..model.tree import Surroundings
 from ..options import Options
 
-__all__ = ["Context", "Decision"]
+__all__ = ["Context", "Decision", "decisions_of"]
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Decision:
         k: input features.
         n: output features.
         decision: ``"hif4"``, ``"high_precision"``, or the name of another number format that a plug-in brings.
-        reason: why, in words.
+        reason: why, in words; a :class:`~tahf4_compiler.model.reasons.Reason` also knows its kind.
         bytes_before: of the weight as it is.
         bytes_after: of the weight as the plan leaves it.
         flops: of one call with the example inputs, 2 * rows * k * n, summed over its calls.
@@ -49,6 +52,17 @@ class Decision:
     node: str = ""
     weight_index: int = -1
     numbers: dict[str, float | int | str] = field(default_factory=dict)
+
+    @property
+    def cause(self) -> Cause:
+        """The kind of the reason."""
+        return cause_of(self.reason)
+
+
+def decisions_of(node: fx.Node) -> tuple[Decision, ...]:
+    """Return the decisions about the linears that a node stands for: several where products were merged."""
+    found: tuple[Decision, ...] = node.meta.get(DECISION, ())
+    return found
 
 
 @dataclass
@@ -74,14 +88,21 @@ class Context:
     notes: dict[str, list[str]] = field(default_factory=dict)
     matches: int = 0
     current: str = ""
-    last: fx.Node | None = field(default=None, repr=False)
+    node: fx.Node | None = field(default=None, repr=False)
     paths: dict[int, str] = field(default_factory=dict, repr=False)
     tied: dict[int, int] = field(default_factory=dict, repr=False)
 
     def matched(self, node: fx.Node | None = None, count: int = 1) -> None:
         """Count a match of the running pass; ``node`` may name what matched, for an error message."""
         self.matches += count
-        self.last = node if node is not None else self.last
+        self.node = node if node is not None else self.node
+
+    @contextlib.contextmanager
+    def at(self, node: fx.Node) -> Iterator[None]:
+        """Work on a node: an error that is raised inside names it."""
+        self.node = node
+        yield
+        self.node = None
 
     def attach(self, node: fx.Node, **numbers: float | int | str) -> None:
         """Attach numbers to a node, for the report and ``plan.json``.
@@ -107,8 +128,8 @@ class Context:
         words = {n: str(v) for n, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)}
         numbers = {**numbers, **words}
         node.meta[NUMBERS] = {**node.meta.get(NUMBERS, {}), **numbers}
-        found = node.meta.get(DECISION, [])
-        for decision in found if isinstance(found, list) else [found]:
+        found = decisions_of(node)
+        for decision in found:
             decision.numbers.update(numbers)
         if not found:
             self.note(f"{node_words(node)}: " + ", ".join(f"{name} {value}" for name, value in numbers.items()))

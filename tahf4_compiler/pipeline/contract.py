@@ -17,7 +17,7 @@ from .context import Context
 from .shapes import propagate
 
 
-def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _Interface) -> None:
+def check(item: Pass, graph_module: fx.GraphModule, context: Context, before: Interface) -> None:
     """Raise :class:`PassError` if a pass broke the contract."""
     graph = graph_module.graph
     if (found := _dangling(graph)) is not None:
@@ -49,7 +49,7 @@ def _check(item: Pass, graph_module: fx.GraphModule, context: Context, before: _
             "weights and callers' tensors would change. Compute a new tensor instead."
         )
     propagate(graph_module, context, item.name, before.calls)
-    after = _interface(graph_module)
+    after = interface_of(graph_module)
     lost_inputs = sorted(before.inputs - after.inputs)
     if lost_inputs:
         raise PassError(
@@ -83,7 +83,7 @@ def _dangling(graph: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
 
 
 @dataclass(frozen=True)
-class _Interface:
+class Interface:
     """What a pass must keep, and what the graph's calls were before it."""
 
     inputs: frozenset[str]
@@ -95,7 +95,8 @@ class _Interface:
     calls: Mapping[fx.Node, tuple[Any, ...]]
 
 
-def _interface(graph_module: fx.GraphModule) -> _Interface:
+def interface_of(graph_module: fx.GraphModule) -> Interface:
+    """Return what the next pass must keep of a graph."""
     inputs = frozenset(
         node.name
         for node in graph_module.graph.nodes
@@ -114,7 +115,7 @@ def _interface(graph_module: fx.GraphModule) -> _Interface:
         n: (n.target, n.args, n.kwargs, n.meta.get("val")) for n in graph_module.graph.nodes if n.op == "call_function"
     }
     metas = tuple(tensor_meta(value) for value in values)
-    return _Interface(inputs, placeholders, metas, nodes, _written(graph_module.graph), sources, calls)
+    return Interface(inputs, placeholders, metas, nodes, _written(graph_module.graph), sources, calls)
 
 
 def _written(graph: fx.Graph) -> frozenset[str]:
@@ -128,7 +129,8 @@ def _words(meta: Any) -> str:
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(shape)}] on {device}"
 
 
-def _conditions(item: Pass, which: str, graph_module: fx.GraphModule, context: Context) -> None:
+def check_conditions(item: Pass, which: str, graph_module: fx.GraphModule, context: Context) -> None:
+    """Raise :class:`PassError` if a condition that a pass declares does not hold."""
     for condition in getattr(item, which):
         wrong = condition(graph_module, context)
         if wrong:

@@ -17,9 +17,9 @@ from ..errors import PassError, Tahf4Error
 from ..graph.nodes import node_words
 from .base import Pass, PassResult
 from .context import Context
-from .contract import _check, _conditions, _interface
-from .records import PassRecord, _same, _shown, readable
-from .running import _finite, relative_error, run_graph
+from .contract import check, check_conditions, interface_of
+from .records import PassRecord, readable, same_shown, shown_nodes
+from .running import all_finite, relative_error, run_graph
 
 __all__ = ["PassManager"]
 
@@ -64,19 +64,19 @@ class PassManager:
         text = readable(graph_module) if self.keep_text else ""
         records = [self._record("captured", graph_module, text)]
         reference = previous = run_graph(graph_module, context) if context.options.verify else None
-        if reference is not None and not _finite(reference):
+        if reference is not None and not all_finite(reference):
             records[0].error = float("nan")  # nothing can be compared with it
         if each is not None:
             each(records[0], graph_module)
         for item in self.passes:
             start = time.perf_counter()
-            context.matches, context.current, context.last = 0, item.name, None
-            shown = _shown(graph_module) if self.keep_text else []
-            before = _interface(graph_module)
+            context.matches, context.current, context.node = 0, item.name, None
+            shown = shown_nodes(graph_module) if self.keep_text else []
+            before = interface_of(graph_module)
             result = self._call(item, graph_module, context)
             graph_module = result.graph_module
-            _check(item, graph_module, context, before)
-            if self.keep_text and not _same(shown, _shown(graph_module)):
+            check(item, graph_module, context, before)
+            if self.keep_text and not same_shown(shown, shown_nodes(graph_module)):
                 text = readable(graph_module)
             record = self._record(item.name, graph_module, text)
             record.matches, record.modified = context.matches, result.modified
@@ -106,17 +106,17 @@ class PassManager:
         return PassRecord(name, nodes=len(graph_module.graph.nodes), readable=text)
 
     def _call(self, item: Pass, graph_module: fx.GraphModule, context: Context) -> PassResult:
-        _conditions(item, "requires", graph_module, context)
+        check_conditions(item, "requires", graph_module, context)
         try:
             result = item(graph_module, context)
         except Tahf4Error as error:
             if type(item).__module__.startswith("tahf4_compiler.") or repr(item.name) in str(error):
                 raise
-            raise type(error)(f"pass {item.name!r}{_where(error, context)}: {error}") from error
+            raise type(error)(f"pass {item.name!r}{_where(context)}: {error}") from error
         except Exception as error:
             raise PassError(
                 f"pass {item.name!r} ({type(item).__module__}.{type(item).__qualname__}) failed"
-                f"{_where(error, context)}: {type(error).__name__}: {error}. Leave it out with "
+                f"{_where(context)}: {type(error).__name__}: {error}. Leave it out with "
                 f"options={{'disable_passes': [{item.name!r}]}}."
             ) from error
         if not isinstance(result, PassResult) or not isinstance(result.graph_module, fx.GraphModule):
@@ -124,7 +124,7 @@ class PassManager:
             raise PassError(
                 f"pass {item.name!r} returned {type(found).__name__}; expected PassResult(graph_module, modified)"
             )
-        _conditions(item, "ensures", result.graph_module, context)
+        check_conditions(item, "ensures", result.graph_module, context)
         return result
 
 
@@ -139,11 +139,6 @@ def _check_error(item: Pass, record: PassRecord, tolerance: float | None) -> Non
     )
 
 
-def _where(error: BaseException, context: Context) -> str:
-    """Say which node a pass was at: the local variable ``node`` where it raised, or else what it matched last."""
-    trace, found = error.__traceback__, context.last
-    while trace is not None:
-        here = trace.tb_frame.f_locals.get("node")
-        found = here if isinstance(here, fx.Node) else found
-        trace = trace.tb_next
-    return f" at node {node_words(found)}" if found is not None else ""
+def _where(context: Context) -> str:
+    """Say which node a pass was at (:meth:`Context.at`), or else what it matched last."""
+    return f" at node {node_words(context.node)}" if context.node is not None else ""

@@ -1,4 +1,4 @@
-"""The default pipeline, in one place, and the order of passes."""
+"""Pipelines by name, and the order of passes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ import networkx as nx
 
 from ..errors import PipelineError
 from ..options import Options
+from ..plugins import entry_points
 from .base import Pass, registered_passes
 
-__all__ = ["build_pipeline", "default_passes", "order", "provenance"]
+__all__ = ["build_pipeline", "default_passes", "named_pipeline", "order", "provenance"]
 
 
 def default_passes() -> list[Pass]:
-    """Return the default pipeline: one language, decisions, the rewrite, transforms, kernels."""
-    from ..passes import classify, fuse, lower, normalize, plan, quantize, rotate, scale_search, share, smooth, upcast
+    """Return the default pipeline, in order."""
+    return named_pipeline("default")
 
-    return [
-        normalize.Normalize(),  # one spelling for each meaning: linears whole, no-ops gone
-        classify.Classify(),  # repeated block or boundary, by structure
-        plan.Plan(),  # a decision and its reason for every linear
-        quantize.Quantize(),  # linear -> quantize + W4A4 linear
-        share.Share(),  # one quantization for q, k and v; one merged product
-        smooth.Smooth(),  # channel masks of a recipe
-        rotate.Rotate(),  # block Hadamard with random signs
-        scale_search.ScaleSearch(),  # scales of weights by squared error
-        upcast.Upcast(),  # float32 between 16-bit inputs and outputs, if asked for
-        fuse.Fuse(),  # norms and activations into quantizations, gates and residuals into products
-        lower.Lower(),  # choose a kernel for each operator
-    ]
+
+def named_pipeline(name: str) -> list[Pass]:
+    """Return a pipeline that a package brings (entry points of the group ``tahf4.pipelines``).
+
+    Raises:
+        PipelineError: there is none of that name.
+    """
+    known = entry_points.load(entry_points.PIPELINES)
+    if name not in known:
+        raise PipelineError(f"no pipeline is named {name!r}; there are {', '.join(known) or 'none'}")
+    return [_instance(item) for item in known[name]]
 
 
 def build_pipeline(options: Options, passes: Sequence[Any] | None = None) -> list[Pass]:
@@ -40,13 +39,16 @@ def build_pipeline(options: Options, passes: Sequence[Any] | None = None) -> lis
 
     Args:
         options: names passes to add or leave out, and options of passes.
-        passes: in place of the default and registered ones, if not None; ``options.passes`` are added.
+        passes: in place of the pipeline that the options name and of the registered ones, if not None;
+            ``options.passes`` are added.
 
     Raises:
         PipelineError: something that is no pass, two of one name, an unknown name, or a cycle.
         OptionError: an option that a pass does not have.
     """
-    base: list[Any] = [*default_passes(), *registered_passes()] if passes is None else list(passes)
+    base: list[Any] = list(passes) if passes is not None else [*named_pipeline(options.pipeline)]
+    if passes is None and options.pipeline == "default":
+        base += registered_passes()
     instances = [_instance(item) for item in (*base, *options.passes)]
     by_name: dict[str, Pass] = {}
     for item in instances:

@@ -37,7 +37,7 @@ class PassRecord:
     total_error: float | None = None
 
 
-def _shown(graph_module: fx.GraphModule) -> list[Any]:
+def shown_nodes(graph_module: fx.GraphModule) -> list[Any]:
     """Return what the readable text of a graph is made from: objects that are replaced when they change."""
     return [
         part
@@ -49,7 +49,7 @@ def _shown(graph_module: fx.GraphModule) -> list[Any]:
 _SHOWN = ("val", "tensor_meta", "example_value", "stack_trace", "custom", "recompute", "ac_graph_id")
 
 
-def _same(old: Sequence[Any], new: Sequence[Any]) -> bool:
+def same_shown(old: Sequence[Any], new: Sequence[Any]) -> bool:
     return len(old) == len(new) and all(map(operator.is_, old, new))
 
 

@@ -65,7 +65,7 @@ def _concrete(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
-def _finite(values: Sequence[torch.Tensor]) -> bool:
+def all_finite(values: Sequence[torch.Tensor]) -> bool:
     return all(bool(value.isfinite().all()) for value in values if value.is_floating_point())
 
 

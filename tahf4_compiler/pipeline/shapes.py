@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import PassError
-from ..graph.inputs import INPUT, GraphInput, PackedInput
+from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput
 from ..graph.nodes import LINEAR, mutates, node_words, tensor_meta
 from ..weights.binding import packed_fake
 from .context import Context
@@ -107,7 +107,8 @@ def _same_argument(old: Any, new: Any) -> bool:
 def _packed(source: PackedInput, weights: list[Any], results: dict[Any, Any]) -> torch.Tensor:
     """Return the value of a packed input, whose shape depends on those of its weights, and not on which they are."""
     how, sizes = source.weight, tuple(map(_Size.of, weights))
-    key = (source.part, how.format, how.hadamard_block, bool(how.scales), sizes)
+    kind = ("held",) if isinstance(how, HeldWeight) else (how.format, how.hadamard_block)
+    key = (source.part, *kind, sizes)
     if key in results:
         size: _Size = results[key]
         return size.empty()

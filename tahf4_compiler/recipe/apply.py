@@ -11,6 +11,7 @@ from ..errors import RecipeError
 from ..model.attachments import Attachment, attach
 from ..model.components import experts
 from ..model.linears import linear_weights
+from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
 from ..weights.checksum import checksum
 from .entries import RecipeEntry
@@ -136,11 +137,12 @@ def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weig
 def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None) -> Iterator[tuple[str, Attachment]]:
     for name, entry in entries.items():
         for path, linear in entry.linears.items():
+            cause = Cause.RECIPE if linear.decision == "hif4" else Cause.SENSITIVITY
             yield (
                 path,
                 Attachment(
                     linear.decision,
-                    linear.reason,
+                    Reason(cause, linear.reason),
                     masked=entry.mask is not None,
                     hadamard_block=entry.hadamard_block,
                     search=entry.search,

@@ -12,12 +12,14 @@ from ..errors import RecipeError
 from .entries import CallError, LinearEntry, RecipeEntry
 
 
-def _linear(values: Mapping[str, Any]) -> LinearEntry:
+def read_linear(values: Mapping[str, Any]) -> LinearEntry:
+    """Return a linear of a recipe from what its file holds."""
     along = tuple(values.get("step_sqnr_db", ()))
     return LinearEntry(**{**values, "shape": tuple(values["shape"]), "step_sqnr_db": along})
 
 
-def _call_error(values: Mapping[str, Any], where: str) -> CallError:
+def read_call_error(values: Mapping[str, Any], where: str) -> CallError:
+    """Return the error of a call from what a file holds; raise :class:`RecipeError` if it is damaged."""
     found = CallError(**values)
     if not (_is_number(found.error) and type(found.step) is type(found.steps) is int and 0 <= found.step < found.steps):
         raise RecipeError(f"{where}: the error of a call is {dict(values)}; the file is damaged or was edited")
@@ -28,7 +30,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_entry(entry: RecipeEntry, where: str) -> None:
+def check_entry(entry: RecipeEntry, where: str) -> None:
+    """Raise :class:`RecipeError` if the parts of an entry do not fit each other."""
     if not all(len(linear.shape) == 2 for linear in entry.linears.values()):
         raise RecipeError(f"{where}: a shape does not have two sizes; the file is damaged")
     ks = {linear.shape[1] for linear in entry.linears.values()}

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..files.tensors import load_tensors, save_tensors
 from .budget import check_budget, choose
-from .checks import _call_error, _check_entry, _linear
+from .checks import check_entry, read_call_error, read_linear
 from .entries import CallError, LinearEntry, RecipeEntry
 
 __all__ = ["Recipe"]
@@ -118,15 +118,15 @@ class Recipe:
         try:
             for values in header["entries"]:
                 expert, name = values.pop("expert"), values.pop("name")
-                linears = {p: _linear(linear) for p, linear in values.pop("linears").items()}
+                linears = {p: read_linear(linear) for p, linear in values.pop("linears").items()}
                 parts: dict[str, Any] = {
                     part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")
                 }
                 entry = RecipeEntry(linears=linears, **values, **parts)
-                _check_entry(entry, f"{path}: {expert}/{name}")
+                check_entry(entry, f"{path}: {expert}/{name}")
                 found.setdefault(expert, {})[name] = entry
             errors = {
-                expert: tuple(_call_error(entry, f"{path}: {expert}") for entry in listed)
+                expert: tuple(read_call_error(entry, f"{path}: {expert}") for entry in listed)
                 for expert, listed in header.get("errors", {}).items()
             }
             return cls(found, tuple(header["high_precision_steps"]), header["provenance"], errors)

@@ -20,10 +20,10 @@ from torch import fx
 from ..graph.inputs import INPUT, PackedInput
 from ..graph.nodes import LINEAR, is_product, module_classes, product_weights, size_hint
 from ..ops.registry import KERNEL
+from ..pipeline.context import decisions_of
 
 __all__ = ["NodeView", "Recorder", "Snapshot", "block_path"]
 
-_DECISION = "tahf4_decision"
 _NUMBERS = "tahf4_numbers"
 _SDPA = "scaled_dot_product"
 
@@ -127,7 +127,7 @@ class _Seen:
     @classmethod
     def of(cls, node: fx.Node) -> _Seen:
         meta = node.meta
-        source, decisions = meta.get(INPUT), _decisions(node)
+        source, decisions = meta.get(INPUT), decisions_of(node)
         values = (
             node.name, tuple(n.name for n in node.all_input_nodes), meta.get(KERNEL), dict(meta.get(_NUMBERS, ())),
             [(d.module, d.k, d.n) for d in decisions], _module(node) if isinstance(source, PackedInput) else "",
@@ -194,7 +194,7 @@ _SHORT = {
 def _view(node: fx.Node) -> NodeView:
     leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
     tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
-    decisions = _decisions(node)
+    decisions = decisions_of(node)
     target = _target(node)
     dtype = next((t.dtype for t in tensors), None)
     precision = "hif4" if target.startswith("tahf4") or isinstance(node.meta.get(INPUT), PackedInput) else ""
@@ -213,11 +213,6 @@ def _view(node: fx.Node) -> NodeView:
         linears=tuple(dict.fromkeys(d.module for d in decisions)),
         numbers=dict(node.meta.get(_NUMBERS, {})),
     )
-
-
-def _decisions(node: fx.Node) -> list[Any]:
-    found = node.meta.get(_DECISION, [])
-    return found if isinstance(found, list) else [found]
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..format import hif4
-from ..graph.inputs import INPUT, GraphInput, PackedInput
+from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput, PackedWeight
 from ..ops.observers import handle_of
 from .formats import pack_rows, part_of
 from .held import joined
@@ -32,13 +32,13 @@ class Binding:
         """Read the inputs off the graph's placeholders."""
         sources = [node.meta[INPUT] for node in graph_module.graph.nodes if node.op == "placeholder"]
         packed = [source for source in sources if isinstance(source, PackedInput)]
-        made = (s.weight for s in packed if s.part not in _AT_RUN_TIME and not s.weight.scales)
+        made = (s.weight for s in packed if s.part not in _AT_RUN_TIME and isinstance(s.weight, PackedWeight))
         self.weights = list(dict.fromkeys(made))
         self._plan: list[tuple[int, Any]] = []
         for source in sources:
             if isinstance(source, GraphInput):
                 self._plan.append((source.index, None))
-            elif source.weight.scales:
+            elif isinstance(source.weight, HeldWeight):
                 self._plan.append((-1, source))
             elif source.part not in _AT_RUN_TIME:
                 self._plan.append((self.weights.index(source.weight), source.part))
@@ -63,7 +63,7 @@ class Binding:
             if isinstance(part, str):
                 return part_of(packed[index], part)
             weights = tuple(args[i] for i in part.positions)
-            if part.weight.scales:
+            if isinstance(part.weight, HeldWeight):
                 return weights[0] if len(weights) == 1 else joined(weights)
             return store.multiplier(weights, part.weight) if part.part == "multiplier" else handle_of(weights)
 
@@ -73,7 +73,7 @@ class Binding:
 def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return an empty tensor of the shape and dtype of a packed input, for its weights' fake tensors."""
     rows = sum(weight.shape[0] for weight in weights)
-    if source.weight.scales:
+    if isinstance(source.weight, HeldWeight):
         return weights[0].new_empty((rows, weights[0].shape[1]))
     k = weights[0].shape[1]
     count = hif4.units(k)

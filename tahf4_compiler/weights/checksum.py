@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..model import parts
+from ..plugins import host
 
 __all__ = ["checksum", "checksums"]
 
@@ -24,11 +25,8 @@ def checksum(weight: Tensor) -> Tensor:
     modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
     data = parts.whole(weight).detach().contiguous().reshape(-1).view(torch.uint8)
-    if data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor:
-        from ..backends import cpu
-
-        if cpu.available():  # one read, on all threads
-            return torch.tensor(cpu.checksum(data, _lane_factors(data.device)))
+    if (fast := host.find("checksum", data)) is not None:  # one read, on all threads
+        return torch.tensor(fast(data, _lane_factors(data.device)))
     data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -54,7 +52,7 @@ def _row_factors(first: int, count: int, device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 32)) | 1
 
 
-def _read(values: list[Tensor]) -> list[int]:
+def read_scalars(values: list[Tensor]) -> list[int]:
     """Copy scalars to the host, with one synchronization for each device."""
     out: dict[int, int] = {}
     for device in {value.device for value in values}:
@@ -70,14 +68,14 @@ def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
         values: no subclasses.
         check: see :class:`tahf4_compiler.options.Options`; ``"version"`` keeps those of unchanged tensors.
     """
-    states = [(_identity(v), v.data_ptr()) for v in values]
+    states = [(identity(v), v.data_ptr()) for v in values]
     old = [_sums.get(value) for value in values]
     stale = [
         i
         for i, (value, state) in enumerate(zip(values, states, strict=True))
         if check == "content" or value.is_inference() or old[i] is None or old[i][0] != state
     ]
-    for i, total in zip(stale, _read([checksum(values[i]) for i in stale]), strict=True):
+    for i, total in zip(stale, read_scalars([checksum(values[i]) for i in stale]), strict=True):
         _sums[values[i]] = old[i] = (states[i], total)
     return [entry[1] for entry in old]
 
@@ -85,6 +83,6 @@ def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
 _sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _identity(weight: Tensor) -> tuple[object, ...]:
+def identity(weight: Tensor) -> tuple[object, ...]:
     version = 0 if weight.is_inference() else weight._version
     return version, weight.dtype, tuple(weight.shape)

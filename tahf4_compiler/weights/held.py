@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..graph.inputs import INPUT, GraphInput, PackedInput, PackedWeight
+from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput
 from ..graph.nodes import node_arg
 from ..ops import registry
 from .checksum import checksums
@@ -39,7 +39,7 @@ def adopt(graph: fx.Graph) -> list[fx.Node]:
         codes, scales = (_parameter(node.args[at], name) for _, at, name in _PARTS)
         if codes is None or scales is None:
             continue
-        weight = PackedWeight((codes.index,), scales=(scales.index,))
+        weight = HeldWeight((codes.index,), (scales.index,))
         for part, at, _ in _PARTS:
             node_arg(node, at).meta[INPUT] = PackedInput(part, weight)
         found.append(node)
@@ -49,7 +49,7 @@ def adopt(graph: fx.Graph) -> list[fx.Node]:
 def _parameter(node: Any, name: str) -> GraphInput | None:
     """Return what a placeholder stands for if it is a packed linear's parameter of some name."""
     source = node.meta.get(INPUT) if isinstance(node, fx.Node) else None
-    if isinstance(source, PackedInput) and source.weight.scales:  # the module is called twice
+    if isinstance(source, PackedInput) and isinstance(source.weight, HeldWeight):  # the module is called twice
         kind = "weight_codes" if source.part == "codes" else "weight_scales"
         return GraphInput("parameter", kind, source.positions[0]) if kind == name else None
     if isinstance(source, GraphInput) and source.kind == "parameter" and source.path.rpartition(".")[2] == name:
@@ -62,7 +62,7 @@ def packed_products(graph: fx.Graph) -> Iterator[fx.Node]:
     for node in graph.find_nodes(op="call_function", target=LINEAR):
         codes = node.args[2]
         source = codes.meta.get(INPUT) if isinstance(codes, fx.Node) else None
-        if isinstance(source, PackedInput) and source.weight.scales:
+        if isinstance(source, PackedInput) and isinstance(source.weight, HeldWeight):
             yield node
 
 

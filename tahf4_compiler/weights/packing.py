@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..format import hif4
 from ..format.scale_search import search_scales
-from ..format.transforms import multipliers
+from ..format.transforms import multipliers, transform
 from ..ops import registry
+from ..plugins import host
 
 __all__ = ["moment_as_quantized", "pack_transformed", "pack_weight", "warn_not_finite"]
 
@@ -45,13 +46,12 @@ def pack_weight(
     Raises:
         FormatError: the weight is not floating point, or the transform does not fit K.
     """
-    from ..backends.cpu import search as cpp
-
     rows = max(1, _ROW_CHUNK // max(1, weight.shape[1]))
     codes, scales = [], []
     for chunk in weight.detach().split(rows):
         if search:
-            moved = cpp.transform(chunk, multiplier, hadamard_block)
+            fast = host.find("transform", chunk, multiplier, hadamard_block)
+            moved = (fast or transform)(chunk, multiplier, hadamard_block)
             packed = search_scales(moved, importance if search == "weighted" else None)
             parts = packed.codes, packed.scales
         else:

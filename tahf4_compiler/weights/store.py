@@ -23,7 +23,7 @@ from ..format.hif4 import Packed
 from ..format.transforms import multipliers
 from ..graph.inputs import PackedWeight
 from ..model.attachments import Attachment, attached_recipe
-from .checksum import _identity, _read, checksum
+from .checksum import checksum, identity, read_scalars
 from .formats import pack_rows
 from .packing import pack_transformed
 
@@ -145,8 +145,8 @@ def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[obje
     def counted(weight: Tensor) -> bool:
         return check == "version" and not weight.is_inference()  # inference tensors have no version counter
 
-    sums = iter(_read([checksum(w) for group in groups for w in group if not counted(w)]))
-    return [tuple((*_identity(w), w.data_ptr() if counted(w) else next(sums)) for w in group) for group in groups]
+    sums = iter(read_scalars([checksum(w) for group in groups for w in group if not counted(w)]))
+    return [tuple((*identity(w), w.data_ptr() if counted(w) else next(sums)) for w in group) for group in groups]
 
 
 store = PackedStore()

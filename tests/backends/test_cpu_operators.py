@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tahf4_compiler import FormatError
 from tahf4_compiler.format import hif4, scale_search
 from tahf4_compiler.packed.linear import HiF4Linear
+from tahf4_compiler.plugins import host
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="there is no C++ compiler")
 needs_integers = pytest.mark.skipif(
@@ -109,7 +110,7 @@ def test_another_default_device_changes_nothing():
 def test_fake_tensors_are_not_read():
     codes, scales = packed(4)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert search.transform(X, None, 64).shape == (4, 64)
+        assert host.find("transform", X, None, 64) is None, "the reference knows fake tensors"
         assert scale_search.search_scales(X).codes.shape == (4, 32)
         assert cpu.dequantize(codes, scales).shape == (4, 64)
 

@@ -165,7 +165,7 @@ def _numbers(steps: Sequence[int]) -> str:
 
 def what_would_change(row: Mapping[str, Any]) -> list[str]:
     """Return, for a linear of a report, what one would do for another decision."""
-    pattern, reason = re.escape(row["module"]).replace("\\-", "-"), row["reason"]
+    pattern = re.escape(row["module"]).replace("\\-", "-")
     if row["decision"] != "high_precision":
         found = [f'options={{"keep": [r"^{pattern}$"]}}, or tahf4.keep(model, [...]), keeps it in high precision']
         if row.get("effect") is not None:
@@ -173,18 +173,24 @@ def what_would_change(row: Mapping[str, Any]) -> list[str]:
         elif "activation" not in row:
             found.append("a recipe (tahf4 calibrate) with a budget protects it if its measured effect is large")
         return found
-    if reason.startswith("boundary"):
-        return ["a recipe that names it and says hif4; outside of repeated blocks nothing is quantized by rule"]
-    if reason.startswith("kept"):
-        return ["leave the pattern out of keep (options, or tahf4.keep)"]
-    if reason.startswith("sensitivity"):
-        return ["recipe.plan(...) with fewer high-precision linears or blocks, or a larger min_flops_4bit"]
-    if reason.startswith("shape") and "less than" in reason:
+    cause = Cause(row.get("cause", "other"))
+    if cause is Cause.SMALL:
         return [f'options={{"plan.min_features": {min(row["k"], row["n"])}}} lets it in; units are mostly padding then']
-    if reason.startswith(("dtype", "weight", "shape")):
-        return ["only the model: the weight must be a plain two-dimensional parameter of 16 bits or more"]
-    if reason.startswith("this step"):
-        return ["recipe.high_precision_steps without the step"]
-    if reason.startswith("planned"):
-        return ["the passes: disable_passes left the rewrite out, or a pass of your own did not carry it out"]
+    if cause in _CHANGES:
+        return [_CHANGES[cause]]
     return ["the recipe, or the pass that gave this reason"]
+
+
+_MODEL = "only the model: the weight must be a plain two-dimensional parameter of 16 bits or more"
+_CHANGES = {
+    Cause.BOUNDARY: "a recipe that names it and says hif4; outside of repeated blocks nothing is quantized by rule",
+    Cause.KEPT: "leave the pattern out of keep (options, or tahf4.keep)",
+    Cause.SENSITIVITY: "recipe.plan(...) with fewer high-precision linears or blocks, or a larger min_flops_4bit",
+    Cause.DTYPE: _MODEL,
+    Cause.WEIGHT: _MODEL,
+    Cause.SHAPE: _MODEL,
+    Cause.CLASS: "only the model: plain nn.Linear modules whose own forward runs are packed",
+    Cause.NOT_PACKED: "tahf4.dequantize_ and tahf4.quantize_ again, with the linear in the model",
+    Cause.STEP: "recipe.high_precision_steps without the step",
+    Cause.NOT_REWRITTEN: "the passes: disable_passes left the rewrite out, or a pass of your own did not carry it out",
+}

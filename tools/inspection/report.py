@@ -299,3 +299,18 @@ def _passes(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, list[str
             "error": None if error is None or isinstance(error, str) else float(error),
         }
     return passes, notes
+
+
+def write_page(lowered: Any, path: Path, recipe: Any, calibration: Path | None) -> None:
+    """Write a lowered model's page: what :meth:`tahf4_compiler.Lowered.report` asks for.
+
+    Args:
+        lowered: a :class:`tahf4_compiler.Lowered`.
+        path: of the HTML file.
+        recipe: a :class:`tahf4_compiler.Recipe` whose numbers the page shows, or None.
+        calibration: the checkpoint of a calibration, or None.
+
+    Raises:
+        CommandError: the file cannot be written, or the calibration cannot be read.
+    """
+    Report.of(lowered, Evidence.of(recipe, calibration)).write_html(path)

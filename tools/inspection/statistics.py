@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...calibration.calibration import FORMAT
+from ...calibration.saved import FORMAT
 from ...calibration.sketch import LARGEST, SMALLEST, Sketch
 from ...errors import CalibrationError
 from ...files.tensors import load_tensors

@@ -37,7 +37,7 @@ class Nvfp4Quantize(tahf4.Pass):
         for node in list(graph.nodes):
             if mutates(node):
                 seen.clear()
-            decision = node.meta.get(DECISION)
+            decision = next(iter(decisions_of(node)), None)
             if node not in set(linears(graph)) or decision is None or decision.decision != "hif4":
                 continue
             x, source = node.args[0], weight_input(node_arg(node, 1))
@@ -53,7 +53,7 @@ class Nvfp4Quantize(tahf4.Pass):
             decision.decision = "nvfp4"
             blocks = -(-decision.k // operators.BLOCK)
             decision.bytes_after = decision.n * (blocks * (operators.BLOCK // 2 + 1) + 4)
-            product.meta[DECISION] = decision
+            product.meta[DECISION] = (decision,)
             context.attach(product, bits_a_value=round(8 * decision.bytes_after / (decision.n * decision.k), 3))
             node.replace_all_uses_with(product)
             graph.erase_node(node)

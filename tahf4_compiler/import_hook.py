@@ -1,4 +1,4 @@
-"""Make diffusers know ``quant_method: "tahf4"``, without importing it before somebody else does."""
+"""Do something when a module is imported, without importing it before somebody else does."""
 
 from __future__ import annotations
 
@@ -9,27 +9,14 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-__all__ = ["register_when_imported"]
+__all__ = ["when_imported"]
 
-AUTO = "diffusers.quantizers.auto"
-
-
-def register_when_imported() -> None:
-    """Add the quantizer to diffusers' tables, now or as soon as diffusers has them."""
-    if AUTO in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(AUTO, _register))
-
-
-def _register() -> None:
-    for name, last in (("config", "TaHF4Config"), ("quantizer", "register")):
-        module = sys.modules.get(f"{__package__}.{name}")
-        if module is not None and not hasattr(module, last):
-            return  # it is being imported, and registers at its end
-    from .quantizer import register
-
-    register()
+def when_imported(name: str, then: Callable[[], None]) -> None:
+    """Call a function now, if a module was imported, or as soon as it has run; once however often this is asked for."""
+    if name in sys.modules:
+        then()
+    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, then))
 
 
 class _Finder(importlib.abc.MetaPathFinder):

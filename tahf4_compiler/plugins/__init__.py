@@ -1,0 +1,1 @@
+"""What joins from outside of the core: entry points, and faster functions of backends."""

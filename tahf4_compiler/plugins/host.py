@@ -1,0 +1,45 @@
+"""Functions outside of graphs for which a backend may bring a faster one, bit for bit the reference.
+
+The reference lies beside its caller, which asks here first::
+
+    fast = host.find("checksum", data)
+    return fast(data, factors) if fast is not None else ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import entry_points
+
+__all__ = ["find", "load_backends", "register"]
+
+_functions: dict[str, list[tuple[Callable[..., bool], Callable[..., Any]]]] = {}
+_loaded = False
+
+
+def register(name: str, serves: Callable[..., bool], function: Callable[..., Any]) -> None:
+    """Add a function; the one registered last is asked first.
+
+    Args:
+        name: of what it does, as callers ask for it.
+        serves: says whether it can take what :func:`find` is given.
+        function: that does it.
+    """
+    _functions.setdefault(name, []).insert(0, (serves, function))
+
+
+def find(name: str, *given: Any) -> Callable[..., Any] | None:
+    """Return the first function of a name that serves what is given; None where the reference must do."""
+    load_backends()
+    return next((function for serves, function in _functions.get(name, ()) if serves(*given)), None)
+
+
+def load_backends() -> None:
+    """Let the backends that are installed register what they bring, once."""
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        for join in entry_points.load(entry_points.KERNELS).values():
+            join()
