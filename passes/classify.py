@@ -17,6 +17,7 @@ from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
 
+_ONE_BLOCK = "the graph has no repeated blocks and counts as one block"
 PACKED_LINEAR = torch.ops.tahf4.linear.default
 
 
@@ -63,7 +64,7 @@ class Classify(Pass):
             if block is not None:
                 node.meta[ROLE] = Role(True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})"))
             elif alone:
-                node.meta[ROLE] = Role(True, Reason(Cause.BODY, "the graph has no repeated blocks and counts as one block"))
+                node.meta[ROLE] = Role(True, Reason(Cause.BODY, _ONE_BLOCK))
             else:
                 node.meta[ROLE] = Role(False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks"))
         if blocks:

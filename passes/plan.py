@@ -110,7 +110,8 @@ class Plan(Pass):
         if source is None:
             origin = weight.meta.get(INPUT)
             if isinstance(origin, GraphInput):
-                return Reason(Cause.WEIGHT, f"weight: {origin.path} is an argument or buffer of the graph, not a parameter")
+                text = f"weight: {origin.path} is an argument or buffer of the graph, not a parameter"
+                return Reason(Cause.WEIGHT, text)
             return Reason(Cause.WEIGHT, f"weight: computed in the graph ({weight.target}), not a parameter")
         if is_written(source):
             return Reason(Cause.WEIGHT, "weight: the graph writes to it")

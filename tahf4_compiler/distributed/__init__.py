@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .sizes import check_columns, check_rows, column_degrees, row_degrees
 
 if TYPE_CHECKING:
+    from .division import tensor_parallel
     from .styles import HiF4ColwiseParallel, HiF4RowwiseParallel
-    from .tensor_parallel import tensor_parallel
 
 __all__ = [
     "HiF4ColwiseParallel",
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     """Import what needs ``torch.distributed.tensor``, and register the sharding rules."""
     from importlib import import_module
 
-    places = {"HiF4ColwiseParallel": "styles", "HiF4RowwiseParallel": "styles", "tensor_parallel": "wan"}
+    places = {"HiF4ColwiseParallel": "styles", "HiF4RowwiseParallel": "styles", "tensor_parallel": "division"}
     if name not in places:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{places[name]}", __name__), name)

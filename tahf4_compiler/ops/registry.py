@@ -157,9 +157,7 @@ def kernels() -> tuple[Kernel, ...]:
     return tuple(_kernels)
 
 
-def dispatch(
-    operator: torch._ops.OpOverload, given: fx.Node | torch.Tensor, *, reference: bool = False
-) -> Kernel:
+def dispatch(operator: Any, given: fx.Node | torch.Tensor, *, reference: bool = False) -> Kernel:
     """Return the kernel that runs an operator: for a node of a graph, or for a call outside of one.
 
     Args:

@@ -109,21 +109,20 @@ def _decide(
         body, reason = True, Reason(Cause.BODY, "the model has no repeated blocks and counts as one block")
     else:
         body, reason = False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks")
-    high = _reason_to_keep(path, module, model, keep, attachment)
+    high: str | None = _reason_to_keep(path, module, model, keep, attachment)
     if high is None and attachment is None:
         if not body:
             high = reason
         elif min(n, k) < MIN_FEATURES:
             high = Reason(Cause.SMALL, f"shape: {k} -> {n} features, less than {MIN_FEATURES}")
-    if high is None and attachment is not None:
-        reason = attachment.reason
+    why: str = attachment.reason if high is None and attachment is not None else high or reason
     before = n * k * module.weight.element_size()
     return Decision(
         module=path,
         k=k,
         n=n,
         decision="hif4" if high is None else "high_precision",
-        reason=high or reason,
+        reason=why,
         bytes_before=before,
         bytes_after=after if high is None else before,
         flops=2 * k * n,

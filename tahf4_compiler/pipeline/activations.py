@@ -16,7 +16,7 @@ from ..model.attachments import Attachment, attached_recipe
 from .context import Context
 
 
-def packed_input(graph: fx.Graph, beside: fx.Node, weight: PackedWeight, part: Any) -> fx.Node:
+def packed_input(graph: fx.Graph, beside: fx.Node, weight: PackedWeight | HeldWeight, part: Any) -> fx.Node:
     """Return the placeholder of a part of a packed weight, added next to ``beside`` if it is new."""
     wanted = PackedInput(part, weight)
     if (known := _placeholder(graph, wanted)) is not None:

@@ -71,7 +71,8 @@ def plan_json(plan: Sequence[Decision]) -> str:
     """Return a plan as JSON: a list with one object a linear."""
     fields = ("module", "k", "n", "decision", "reason", "bytes_before", "bytes_after", "flops", "kernel")
     entries = [
-        {name: getattr(d, name) for name in fields} | {"cause": d.cause.value, "numbers": _plain(d.numbers)} for d in plan
+        {**{name: getattr(d, name) for name in fields}, "cause": d.cause.value, "numbers": _plain(d.numbers)}
+        for d in plan
     ]
     return json.dumps(entries, indent=1) + "\n"
 

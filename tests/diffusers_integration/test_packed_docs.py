@@ -19,7 +19,7 @@ ORIGINAL = Path(tiny_wan.__file__).parent / "pipeline"
 
 
 def test_the_blocks_of_the_page_run(tmp_path):
-    pipe = WanPipeline.from_pretrained(ORIGINAL, dtype=torch.bfloat16)
+    pipe = WanPipeline.from_pretrained(ORIGINAL, torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     model, inputs = wan(num_layers=1)
     tahf4.quantize_(model)

@@ -12,8 +12,8 @@ from ranks import run
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.distributed import tensor_parallel
 from tahf4_compiler.distributed.styles import HiF4ColwiseParallel, HiF4RowwiseParallel
-from tahf4_compiler.distributed.tensor_parallel import tensor_parallel
 
 SUM_ORDER = 1e-6
 """Relative difference that the order of a float32 sum makes."""

@@ -436,17 +436,22 @@ def test_options_are_frozen_and_comparable():
 def test_a_pass_joins_through_an_entry_point(monkeypatch):
     from importlib.metadata import EntryPoint
 
-    from tahf4_compiler.pipeline import base as pass_base
+    from tahf4_compiler.plugins import entry_points
 
-    point = EntryPoint("mine", f"{__name__}:FromEntryPoint", pass_base.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(pass_base.importlib.metadata, "entry_points", lambda group: [point])
-    pass_base._load_entry_points.cache_clear()
+    point = EntryPoint("mine", f"{__name__}:FromEntryPoint", entry_points.PASSES)
+    installed = entry_points.importlib.metadata.entry_points
+
+    def found(group):
+        return [point] if group == entry_points.PASSES else installed(group=group)
+
+    monkeypatch.setattr(entry_points.importlib.metadata, "entry_points", found)
+    entry_points.load.cache_clear()
     try:
         assert names(build_pipeline(Options())) == [*DEFAULT, "from_entry_point"]
     finally:
         tahf4.unregister_pass("from_entry_point")
         monkeypatch.undo()
-        pass_base._load_entry_points.cache_clear()
+        entry_points.load.cache_clear()
 
 
 class FromEntryPoint(Nothing):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ...model.reasons import Cause
 from ...reporting.snapshot import NodeView
 from ..errors import CommandError
 from .report import Report

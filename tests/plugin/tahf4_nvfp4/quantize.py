@@ -9,6 +9,7 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.graph.inputs import DECISION, INPUT, PackedWeight
 from tahf4_compiler.graph.nodes import linears, mutates, node_arg, weight_input
 from tahf4_compiler.pipeline.activations import call, drop_unused_weights, packed_input
+from tahf4_compiler.pipeline.context import decisions_of
 
 from . import operators
 
