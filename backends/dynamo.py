@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import linear_path, linears
 from ..graph_capture.captured import Capture
 from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
-from ..model.attachments import attached
+from ..model.attachments import attached, attached_recipe, changes
 from ..model.linears import matching
 from ..model.reasons import Cause
+from ..model.steps import StepPrecision
 from ..options import Options
 from ..reporting.report import Totals
 from ..weights.held import multiplier_groups, ties
@@ -95,7 +97,7 @@ class CompiledGraph:
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options)
-        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._known: dict[tuple[int, ...], _Known] = {}
         first_key = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
             first_key: (first, _finish(first, options, None))
@@ -119,25 +121,38 @@ class CompiledGraph:
 
     def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """Return what may set these parameters' decisions apart from others': attachments and paths."""
-        for index in self._weights:
-            attached(args[index])  # notices a parameter that left its module, and finds the one that came instead
-        unseen = [args[index] for index in self._weights if args[index] not in self._seen]
-        if unseen:  # another module's, or parameters that were replaced
-            self._captured.surroundings.learn(unseen)
-            self._seen.update((weight, True) for weight in unseen)
+        weights = [args[index] for index in self._weights]
+        key = tuple(map(id, weights))
+        known = self._known.get(key)
+        if known is None or not known.holds(weights):
+            known = self._known[key] = self._look_up(weights)
+        return (ties(self._factors, args, self._options.weight_check), *known.decisions)
+
+    def _look_up(self, weights: Sequence[Any]) -> _Known:
+        for weight in weights:
+            attached(weight)  # notices a parameter that left its module, and finds the one that came instead
+        for key in [key for key, known in list(self._known.items()) if not known.alive()]:
+            self._known.pop(key, None)
+        seen = {id(ref()) for known in list(self._known.values()) for ref in known.weights}
+        if unseen := [weight for weight in weights if id(weight) not in seen]:
+            self._captured.surroundings.learn(unseen)  # another module's, or parameters that were replaced
         names: dict[str, int] = {}
-        held = [attached(args[index]) for index in self._weights]
+        held = [attached(weight) for weight in weights]
         # Which weights are transformed alike is part of the graph; what their activation is called is not.
-        decisions = [(a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held]
-        same = ties(self._factors, args, self._options.weight_check)
-        if not self._piece:
-            return (same, *decisions)
-        where, keep, out = self._captured.surroundings, self._options.keep, []
-        for (index, name), decision in zip(self._weights.items(), decisions, strict=True):
-            weight = args[index]
-            path = where.path(weight) or name
-            out.append((decision, matching(keep, path) is not None, where.block_of(path) is not None))
-        return (same, *out)
+        decisions: list[Any] = [
+            (a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held
+        ]
+        if self._piece:
+            where, keep = self._captured.surroundings, self._options.keep
+            paths = [where.path(weight) or name for weight, name in zip(weights, self._weights.values(), strict=True)]
+            decisions = [
+                (decision, matching(keep, path) is not None, where.block_of(path) is not None)
+                for decision, path in zip(decisions, paths, strict=True)
+            ]
+        recipes = [attached_recipe(weight) for weight in weights]
+        steps = list({id(r.steps): r.steps for r in recipes if r is not None and r.steps is not None}.values())
+        high = [clock.high() for clock in steps]
+        return _Known([weakref.ref(weight) for weight in weights], tuple(decisions), steps, high, changes())
 
     def _called_with(self, graph: fx.Graph) -> int:
         return sum(n.op == "placeholder" and not n.meta.get("tahf4_lifted", False) for n in graph.nodes)
@@ -151,6 +166,24 @@ class CompiledGraph:
             bound = lowered.binding(args, store, self._options.weight_check)
             self._variants[key] = (lowered, _finish(lowered, self._options, bound))
             _announce(lowered)
+
+
+@dataclass
+class _Known:
+    """What was found out about some parameters, and when it has to be found out again."""
+
+    weights: list[weakref.ref[Any]]
+    decisions: tuple[Any, ...]
+    steps: list[StepPrecision]
+    high: list[bool]
+    changes: int
+
+    def holds(self, weights: Sequence[Any]) -> bool:
+        same = all(map(operator.is_, [ref() for ref in self.weights], weights))
+        return same and self.changes == changes() and self.high == [clock.high() for clock in self.steps]
+
+    def alive(self) -> bool:
+        return all(ref() is not None for ref in self.weights)
 
 
 def _size(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -13,25 +14,12 @@ from torch import fx
 
 from ..graph.inputs import INPUT, ROLE, HeldWeight, PackedInput
 from ..graph.nodes import LINEAR, module_classes, node_arg, weight_input
-from ..model.reasons import Cause, Reason
+from ..model.blocks import MIN_LINEARS, MIN_LINEARS_ALONE, Member, repeated_blocks
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
+from ..pipeline.rules import role_of
 
-_ONE_BLOCK = "the graph has no repeated blocks and counts as one block"
 PACKED_LINEAR = torch.ops.tahf4.linear.default
-
-
-@dataclass(frozen=True)
-class Role:
-    """Where a linear stands.
-
-    Attributes:
-        body: inside a repeated block (True), or on the boundary of the network (False).
-        reason: in words, for the report.
-    """
-
-    body: bool
-    reason: Reason
 
 
 @dataclass(frozen=True)
@@ -46,8 +34,8 @@ class Classify(Pass):
     without any, is one block by itself: so ``compile_repeated_blocks`` sees it.
     """
 
-    min_linears: int = 2
-    min_linears_alone: int = 4
+    min_linears: int = MIN_LINEARS
+    min_linears_alone: int = MIN_LINEARS_ALONE
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""
@@ -61,59 +49,34 @@ class Classify(Pass):
             if block is None and (path := _path(node, context)) is not None:
                 known = context.surroundings.block_of(path)
                 block = known if known is not None and known[0].rpartition(".")[0] in partial else None
-            if block is not None:
-                node.meta[ROLE] = Role(True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})"))
-            elif alone:
-                node.meta[ROLE] = Role(True, Reason(Cause.BODY, _ONE_BLOCK))
-            else:
-                node.meta[ROLE] = Role(False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks"))
+            node.meta[ROLE] = role_of(block, alone)
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         return PassResult(graph_module, modified=False)
 
     def repeated_blocks(self, graph: fx.Graph) -> dict[str, str]:
         """Return ``module path -> class name`` of the outermost repeated blocks of a graph."""
-        modules = _modules(graph)
-        flow = _dataflow(graph)
-        weight = {path: sum(_weight_size(n) for n in m.linears) for path, m in modules.items()}
-        total = sum(_weight_size(n) for n in all_linears(graph))
-        found: dict[str, str] = {}
-        for members, indexed in self._siblings(modules):
-            chain = _chained(members, modules, flow)
-            if len(chain) < 2:
-                continue
-            if not indexed and 4 * sum(weight[path] for path in chain) < 3 * total:
-                continue
-            for path in chain:
-                found[path] = _short(modules[path].cls)
-        for path, module in modules.items():
-            # A model of one layer, or of one layer of a kind, has a container for it all the same.
-            lone = path.rpartition(".")[2].isdigit() and len(module.linears) >= self.min_linears_alone
-            if lone and path not in found and (found or 2 * weight[path] >= total) and not _siblings_of(path, modules):
-                found[path] = _short(module.cls)
-        # Only the outermost: a block's own attention layers may repeat as well.
-        return {path: cls for path, cls in found.items() if not any(path.startswith(f"{p}.") for p in found)}
+        modules, flow = _modules(graph), _dataflow(graph)
+        members = {
+            path: Member(
+                module.cls, len(module.linears), sum(map(_weight_size, module.linears)), _structure(module)
+            )
+            for path, module in modules.items()
+            if len(module.linears) >= min(self.min_linears, self.min_linears_alone)
+        }
 
-    def _siblings(self, modules: dict[str, _Module]) -> Iterable[tuple[list[str], bool]]:
-        """Yield groups of sibling modules that look alike, and whether they are members of a container."""
-        groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-        for path, module in modules.items():
-            if len(module.linears) < self.min_linears:
-                continue
-            parent, _, leaf = path.rpartition(".")
-            key: tuple[str, ...] = (parent, module.cls) if leaf.isdigit() else (parent, module.cls, _structure(module))
-            groups[key].append(path)
-        for key, members in groups.items():
-            yield members, len(key) == 2
+        @functools.cache
+        def reached(path: str) -> set[fx.Node]:
+            found: set[fx.Node] = nx.descendants(flow, modules[path].linears[0])
+            return found
 
+        def follows(first: str, second: str) -> bool:
+            return any(node in reached(first) for node in modules[second].linears)
 
-def _siblings_of(path: str, modules: dict[str, _Module]) -> bool:
-    """Whether a container's member has siblings of its class."""
-    parent = path.rpartition(".")[0]
-    return any(
-        other != path and other.rpartition(".")[0] == parent and module.cls == modules[path].cls
-        for other, module in modules.items()
-    )
+        total = sum(map(_weight_size, all_linears(graph)))
+        return repeated_blocks(
+            members, follows, total, min_linears=self.min_linears, min_linears_alone=self.min_linears_alone
+        )
 
 
 def all_linears(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -151,7 +114,7 @@ def _partial_containers(graph: fx.Graph, context: Context) -> set[str]:
         block = context.surroundings.block_of(path) if path is not None else None
         if block is not None:
             present.add(block[0])
-    return {name for name, members in context.surroundings.blocks.items() if not set(members) <= present}
+    return {block.rpartition(".")[0] for block in context.surroundings.blocks if block not in present}
 
 
 @dataclass
@@ -179,16 +142,6 @@ def _dataflow(graph: fx.Graph) -> nx.DiGraph:
     return flow
 
 
-def _chained(paths: list[str], modules: dict[str, _Module], flow: nx.DiGraph) -> list[str]:
-    """Return the members that read from, or are read by, the member before or after them."""
-    chain: list[str] = []
-    for first, second in zip(paths, paths[1:], strict=False):
-        reached = nx.descendants(flow, modules[first].linears[0])
-        if any(node in reached for node in modules[second].linears):
-            chain += [path for path in (first, second) if path not in chain]
-    return chain
-
-
 def _structure(module: _Module) -> str:
     """Hash a module's graph: operators and weight shapes, whatever the names."""
     graph = nx.DiGraph()
@@ -212,10 +165,6 @@ def _weight_size(node: fx.Node) -> int:
     assert weight is not None
     size = weight.meta["val"].numel()
     return size if node.target is LINEAR else 2 * size  # two codes a byte
-
-
-def _short(cls: str) -> str:
-    return cls.rpartition(".")[2]
 
 
 def _ranges(paths: Iterable[str]) -> str:

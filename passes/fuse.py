@@ -53,6 +53,7 @@ class Fuse(Pass):
         always: fuse for the reference as well, to look at the graph.
     """
 
+    exact = True
     after = ("quantize", "share", "smooth", "rotate", "scale_search")
     before = ("lower",)
     always: bool = False

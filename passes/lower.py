@@ -27,6 +27,7 @@ class Lower(Pass):
         y = tahf4.linear(...)        ->        y = mine.linear_sm90(...)
     """
 
+    exact = True
     after = ("quantize", "share", "smooth", "rotate", "scale_search", "fuse")
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:

@@ -35,6 +35,8 @@ class Normalize(Pass):
     codes and scales as packed inputs.
     """
 
+    exact = True
+
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
         graph = graph_module.graph

@@ -36,6 +36,7 @@ class Observe(Pass):
     Linears of the body that were kept in high precision by hand are observed as well.
     """
 
+    exact = True
     after = ("plan",)
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:

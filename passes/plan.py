@@ -18,12 +18,11 @@ from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
+from ..pipeline.rules import MIN_FEATURES, Facts, decide, dtype_obstacle
 from ..weights.held import packed_products
 from .classify import all_linears
 
 __all__ = ["DECISION", "Plan"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Plan(Pass):
     """
 
     after = ("classify",)
-    min_features: int = 64
+    min_features: int = MIN_FEATURES
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Write ``context.plan`` and ``node.meta["tahf4_decision"]``."""
@@ -74,69 +73,44 @@ class Plan(Pass):
         n, k = size_hint(n), size_hint(k)
         source = weight_input(weight)
         module = context.module_of(source) if source is not None else _module_name(node)
-        high = self._reason_to_keep(node, source, module, n, k, context, beside_packed)
+        example = _example(source, context) if source is not None else None
+        facts = Facts(
+            module, k, n, _obstacle(node, source, example), attached(example), node.meta.get(ROLE), beside_packed
+        )
+        chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
             value = source.meta["val"]
         before = n * k * value.element_size()
-        after = before if high else n * hif4.units(k) * hif4.BYTES_PER_UNIT
-        role = node.meta.get(ROLE)
-        reason = high or (role.reason if role else "not classified")
-        if not high and (recipe := attached(_example(source, context))) is not None:  # type: ignore[arg-type]
-            reason = recipe.reason
         return Decision(
             module=module,
             k=k,
             n=n,
-            decision="high_precision" if high else "hif4",
+            decision="hif4" if chosen else "high_precision",
             reason=reason,
             bytes_before=before,
-            bytes_after=after,
+            bytes_after=n * hif4.units(k) * hif4.BYTES_PER_UNIT if chosen else before,
             flops=2 * _rows(node) * k * n,
             node=node.name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
         )
 
-    def _reason_to_keep(
-        self,
-        node: fx.Node,
-        source: fx.Node | None,
-        module: str,
-        n: int,
-        k: int,
-        context: Context,
-        beside_packed: bool = False,
-    ) -> str | None:
+
+def _obstacle(node: fx.Node, source: fx.Node | None, example: Any) -> Reason | None:
+    """Return why a linear cannot be packed, or None."""
+    if source is None:
         weight = node_arg(node, 1)
-        if source is None:
-            origin = weight.meta.get(INPUT)
-            if isinstance(origin, GraphInput):
-                text = f"weight: {origin.path} is an argument or buffer of the graph, not a parameter"
-                return Reason(Cause.WEIGHT, text)
-            return Reason(Cause.WEIGHT, f"weight: computed in the graph ({weight.target}), not a parameter")
-        if is_written(source):
-            return Reason(Cause.WEIGHT, "weight: the graph writes to it")
-        real = _example(source, context)
-        if is_traceable_wrapper_subclass(real):
-            return Reason(Cause.WEIGHT, f"weight: a {type(real).__name__}, not a plain tensor")
-        if source.meta["val"].dim() != 2:
-            return Reason(Cause.SHAPE, f"shape: the weight has {source.meta['val'].dim()} axes, not 2")
-        x = node_arg(node, 0).meta["val"]
-        for name, dtype in (("weight", source.meta["val"].dtype), ("activation", x.dtype)):
-            if dtype not in _DTYPES:
-                return Reason(Cause.DTYPE, f"dtype: {name} is {str(dtype).removeprefix('torch.')}")
-        if (pattern := matching(context.options.keep, module)) is not None:
-            return Reason(Cause.KEPT, f"kept: {pattern!r} matches")
-        attachment = attached(real)
-        if attachment is not None and attachment.decision == "high_precision":
-            return attachment.reason
-        role = node.meta.get(ROLE)
-        if role is not None and not role.body and attachment is None:
-            return role.reason
-        if beside_packed:
-            return Reason(Cause.NOT_PACKED, "not packed: it came to the model after quantize_, or was left out")
-        if min(n, k) < self.min_features:
-            return Reason(Cause.SMALL, f"shape: {k} -> {n} features, less than {self.min_features}")
-        return None
+        if isinstance(origin := weight.meta.get(INPUT), GraphInput):
+            text = f"weight: {origin.path} is an argument or buffer of the graph, not a parameter"
+            return Reason(Cause.WEIGHT, text)
+        return Reason(Cause.WEIGHT, f"weight: computed in the graph ({weight.target}), not a parameter")
+    if is_written(source):
+        return Reason(Cause.WEIGHT, "weight: the graph writes to it")
+    if is_traceable_wrapper_subclass(example):
+        return Reason(Cause.WEIGHT, f"weight: a {type(example).__name__}, not a plain tensor")
+    value = source.meta["val"]
+    if value.dim() != 2:
+        return Reason(Cause.SHAPE, f"shape: the weight has {value.dim()} axes, not 2")
+    return dtype_obstacle("weight", value.dtype) or dtype_obstacle("activation", node_arg(node, 0).meta["val"].dtype)
 
 
 def _held(node: fx.Node, context: Context) -> Decision:

@@ -40,6 +40,7 @@ class Share(Pass):
         merge: merge products as well; False only shares quantizations.
     """
 
+    exact = True
     after = ("quantize",)
     merge: bool = True
 

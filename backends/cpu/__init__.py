@@ -23,7 +23,7 @@ from .programs import DTYPES
 __all__ = [
     "BUCKETS",
     "available",
-    "checksum",
+    "checksums",
     "dequantize",
     "fused_linear",
     "fused_quantize",
@@ -234,25 +234,32 @@ def _call(name: str, first: Sequence[Tensor], *given: Any) -> Any:
     return operators.OPERATORS[name](*given)
 
 
-def checksum(words: Tensor, factors: Tensor) -> int:
-    """Return the sum, modulo 2**64, of 32-bit words times the factors of their lane and row, see ``packing.checksum``.
+def checksums(words: Sequence[Tensor], factors: Tensor) -> list[int]:
+    """Return, for each tensor, the sum modulo 2**64 of its 32-bit words times the factors of their lane and row.
+
+    The reference is :func:`tahf4_compiler.weights.checksum.checksum`.
 
     Args:
-        words: contiguous, on the CPU, a multiple of 4 bytes.
+        words: contiguous, on the CPU, a multiple of 4 bytes each.
         factors: int64 ``[4096]`` of the lanes.
 
     Returns:
-        As a signed 64-bit number.
+        Signed 64-bit numbers.
 
     Raises:
         FormatError: another size or device.
     """
-    checks.on_cpu("checksum", words, factors)
-    size = words.numel() * words.element_size()
-    if size % 4 or not words.is_contiguous() or factors.shape != (4096,) or factors.dtype != torch.int64:
-        raise FormatError(f"checksum got {size} bytes; expected contiguous whole words, and 4096 factors in int64")
-    found: int = build.loaded().tahf4_checksum(words.data_ptr(), size // 4, factors.data_ptr(), torch.get_num_threads())
-    return found - (found >> 63 << 64)
+    checks.on_cpu("checksums", *words, factors)
+    if factors.shape != (4096,) or factors.dtype != torch.int64:
+        raise FormatError(f"checksums got factors of {factors.dtype} {tuple(factors.shape)}; expected int64 (4096,)")
+    library, threads, found = build.loaded(), torch.get_num_threads(), []
+    for part in words:
+        size = part.numel() * part.element_size()
+        if size % 4 or not part.is_contiguous():
+            raise FormatError(f"checksums got {size} bytes; expected contiguous whole words")
+        total: int = library.tahf4_checksum(part.data_ptr(), size // 4, factors.data_ptr(), threads)
+        found.append(total - (total >> 63 << 64))
+    return found
 
 
 def histogram(x: Tensor, counts: Tensor, maxima: Tensor, squares: Tensor, nonfinite: Tensor) -> None:
@@ -305,10 +312,11 @@ def register() -> None:
     operators.register()
     host.register("histogram", lambda x: x.device.type == "cpu" and x.dtype in DTYPES and available(), histogram)
     host.register("slow_dtype", lambda device: device.type == "cpu", lambda dtype: slow_dtype(dtype))
-    host.register("checksum", _sums, checksum)
+    host.register("checksums", _whole_words, checksums)
     host.register("search", search.serves, search.search)
     host.register("transform", search.transforms, search.transform)
 
 
-def _sums(data: Tensor) -> bool:
-    return data.numel() % 4 == 0 and data.device.type == "cpu" and type(data) is Tensor and available()
+def _whole_words(words: Sequence[Tensor]) -> bool:
+    fits = [t.numel() % 4 == 0 and t.is_cpu and type(t) is Tensor for t in words]
+    return all(fits) and available()

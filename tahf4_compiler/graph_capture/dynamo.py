@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -184,10 +185,21 @@ def _root_modules(roots: set[str]) -> list[nn.Module]:
         try:
             output = InstructionTranslator.current_tx().output
             scope = {"L": output.local_scope, "G": output.global_scope}
-            found.append(eval(expression, scope))  # an expression that Dynamo wrote: L['self'] and the like
-        except Exception:  # not every source can be read back; the graph's own names serve then
+            found.append(_value(ast.parse(expression, mode="eval").body, scope))
+        except (SyntaxError, LookupError, AttributeError, TypeError):  # the graph's own names serve then
             continue
     return [module for module in found if isinstance(module, nn.Module)]
+
+
+def _value(node: ast.expr, scope: Mapping[str, Any]) -> Any:
+    """Return what a source of Dynamo stands for: a variable, its items and attributes (``L['self'].inner``)."""
+    if isinstance(node, ast.Name):
+        return scope[node.id]
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        return _value(node.value, scope)[node.slice.value]
+    if isinstance(node, ast.Attribute):
+        return getattr(_value(node.value, scope), node.attr)
+    raise TypeError(f"a source of Dynamo holds {ast.unparse(node)!r}, which is no variable, item or attribute")
 
 
 def _lift_attributes(graph_module: fx.GraphModule, fake_mode: Any) -> tuple[torch.Tensor, ...]:

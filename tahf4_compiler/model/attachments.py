@@ -27,6 +27,7 @@ __all__ = [
     "attached",
     "attached_keep",
     "attached_recipe",
+    "changes",
     "keep",
     "leave_as_they_are",
     "refresh",
@@ -69,6 +70,7 @@ _PACKED = "_tahf4_packed"
 _RECIPE = "_tahf4_recipe"
 _STEP = Attachment("high_precision", Reason(Cause.STEP, "this step runs in high precision"))
 _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_changes = 0
 
 
 def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -113,8 +115,18 @@ def attach(model: nn.Module, attachments: Mapping[str, Attachment], kind: str = 
     refresh(model)
 
 
+def changes() -> int:
+    """Return a number that is another one after anything was attached, or a module's parameters were looked at again.
+
+    While it stays, :func:`attached` says the same about the same parameter, but for denoising steps.
+    """
+    return _changes
+
+
 def refresh(model: nn.Module) -> None:
     """Read what is attached to a model's modules again, for the parameters that they own now."""
+    global _changes
+    _changes += 1
     for module in model.modules():
         for kind in (_KEPT, _PACKED, _RECIPE):
             for name in module.__dict__.get(kind, {}):
@@ -134,10 +146,10 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def attached(weight: object) -> Attachment | None:
     """Return what holds now for a parameter: what was kept, then what the step says, then the recipe; or None."""
-    kept = attached_keep(weight)
-    if kept is not None:
+    found = _find(weight)
+    if (kept := found.get(_KEPT) or found.get(_PACKED)) is not None:
         return kept
-    recipe = _find(weight, _RECIPE)
+    recipe = found.get(_RECIPE)
     if recipe is not None and recipe.decision == "hif4" and recipe.steps is not None and recipe.steps.high():
         return _STEP
     return recipe
@@ -155,24 +167,26 @@ def leave_as_they_are(model: nn.Module, reasons: Mapping[str, str]) -> None:
 
 def attached_keep(weight: object) -> Attachment | None:
     """Return what :func:`keep` says about a parameter, or the model that was packed without it; or None."""
-    return _find(weight, _KEPT) or _find(weight, _PACKED)
+    found = _find(weight)
+    return found.get(_KEPT) or found.get(_PACKED)
 
 
 def attached_recipe(weight: object) -> Attachment | None:
     """Return what a recipe says about a parameter, or None."""
-    return _find(weight, _RECIPE)
+    return _find(weight).get(_RECIPE)
 
 
-def _find(weight: object, kind: str) -> Attachment | None:
+def _find(weight: object) -> dict[str, Attachment]:
+    """Return what is attached to a parameter, by kind."""
     if not isinstance(weight, torch.Tensor) or (entry := _attachments.get(weight)) is None:
-        return None
+        return {}
     reference, name = entry
     owner = reference()
     held = owner is not None and any(part in owner.__dict__ for part in (_KEPT, _PACKED, _RECIPE))
     if owner is not None and held and owner._parameters.get(name) is weight:
-        found: Attachment | None = owner.__dict__.get(kind, {}).get(name)
-        return found
+        kinds = ((kind, owner.__dict__.get(kind, {}).get(name)) for kind in (_KEPT, _PACKED, _RECIPE))
+        return {kind: found for kind, found in kinds if found is not None}
     del _attachments[weight]  # the module owns another parameter now, or nothing is attached to it any more
     if owner is not None:
         refresh(owner)
-    return None
+    return {}

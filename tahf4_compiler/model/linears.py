@@ -9,7 +9,19 @@ from torch import nn
 
 from ..errors import PatternError
 
-__all__ = ["linear_weights", "packed_weights"]
+__all__ = ["linear_weights", "named_linears", "packed_weights", "plain_path"]
+
+
+def plain_path(path: str) -> str:
+    """Return a module path without what ``torch.compile`` put into it."""
+    return path.replace("_orig_mod.", "").removesuffix("_orig_mod").removesuffix(".")
+
+
+def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linears of a model with their module paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield plain_path(path), module
 
 
 def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -41,16 +41,19 @@ class Part:
 
 
 _parts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_divided = False  # most processes divide nothing, and look up every weight at each call
 
 
 def remember(weight: Tensor, part: Part) -> None:
     """Remember of what a parameter is a part."""
+    global _divided
+    _divided = True
     _parts[weight] = part
 
 
 def part_of(weight: Tensor) -> Part | None:
     """Return which part of a weight a parameter is, None for a whole one (and a ``DTensor``, which knows itself)."""
-    found: Part | None = _parts.get(weight)
+    found: Part | None = _parts.get(weight) if _divided else None
     return found
 
 

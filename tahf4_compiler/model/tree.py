@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -17,11 +16,10 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .attachments import refresh
+from .blocks import block_of, module_blocks
 from .linears import linear_weights, packed_weights
 
 __all__ = ["Surroundings"]
-
-_MIN_LINEARS = 2
 
 
 class Surroundings:
@@ -29,8 +27,7 @@ class Surroundings:
 
     Attributes:
         linear_paths: paths of everything that may be the weight of a linear; empty if the module is unknown.
-        blocks: ``container path -> {member path: class name}`` for the outermost containers that have
-            several members of one class with at least two linears each.
+        blocks: ``module path -> class name`` of its repeated blocks.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -38,11 +35,11 @@ class Surroundings:
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._roots: list[weakref.ref[nn.Module]] = []
         self.linear_paths: list[str] = []
-        self.blocks: dict[str, dict[str, str]] = {}
+        self.blocks: dict[str, str] = {}
         if module is not None:
             self.add(module)
             self.linear_paths = [path for path, _ in (*linear_weights(module), *packed_weights(module))]
-            self.blocks = _containers(module)
+            self.blocks = module_blocks(module)
 
     @classmethod
     def find(cls, root: nn.Module | None) -> Surroundings:
@@ -70,11 +67,7 @@ class Surroundings:
 
     def block_of(self, path: str) -> tuple[str, str] | None:
         """Return ``(block path, class name)`` of the repeated block around a module path, if there is one."""
-        for members in self.blocks.values():
-            for member, kind in members.items():
-                if path.startswith(f"{member}."):
-                    return member, kind
-        return None
+        return block_of(path, self.blocks)
 
     def learn(self, weights: Sequence[object]) -> None:
         """At run time, look again for weights that are new: another module's of the class, or replaced ones."""
@@ -107,21 +100,3 @@ def _compiled_module(part: object) -> nn.Module | None:
 def _holds(module: nn.Module, part: object) -> bool:
     parts = module.modules() if isinstance(part, nn.Module) else module.parameters()
     return any(other is part for other in parts)
-
-
-def _containers(root: nn.Module) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for path, module in root.named_modules():
-        path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(
-            path.startswith(f"{member}.") for members in found.values() for member in members
-        ):
-            continue
-        by_class: dict[type, list[str]] = defaultdict(list)
-        for name, child in module.named_children():
-            if sum(isinstance(m, nn.Linear) for m in child.modules()) >= _MIN_LINEARS:
-                by_class[type(getattr(child, "_orig_mod", child))].append(f"{path}.{name}" if path else name)
-        members = {p: cls.__qualname__ for cls, paths in by_class.items() if len(paths) > 1 for p in paths}
-        if members:
-            found[path] = members
-    return found

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import Attachment, attached_keep, attached_recipe
-from ..model.linears import matching, require_matches
+from ..model.blocks import block_of, module_blocks
+from ..model.linears import matching, named_linears, require_matches
 from ..model.reasons import Cause, Reason
-from ..model.tree import Surroundings
 from ..options import patterns
 from ..pipeline.context import Decision
+from ..pipeline.rules import MIN_FEATURES, Facts, Role, decide, dtype_obstacle, role_of
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
-from .blocks import block_of, named_linears, repeated_blocks
 from .linear import HiF4Linear
 
 __all__ = ["plan_modules"]
 
-MIN_FEATURES = 64
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 
 
@@ -40,6 +37,7 @@ def plan_modules(
     *,
     expert: str | None = None,
     check_weights: bool = True,
+    min_features: int = MIN_FEATURES,
 ) -> list[Decision]:
     """Decide for every ``nn.Linear`` of a model whether it runs in 4 bits, and say why.
 
@@ -52,6 +50,7 @@ def plan_modules(
         keep: regular expressions, searched in module paths: linears that stay in high precision.
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated (never on the meta device).
+        min_features: linears with fewer input or output features stay in high precision, unless a recipe names them.
 
     Returns:
         One decision for each linear, in the order of ``named_modules``. ``flops`` are those of one row.
@@ -66,10 +65,17 @@ def plan_modules(
     given = (
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
-    where = Surroundings(model)
-    blocks = repeated_blocks(model, where, linears)
+    blocks = module_blocks(model)
     return [
-        _decide(path, module, model, checked, attachment_of(path, module, given), block_of(path, blocks), bool(blocks))
+        _decide(
+            path,
+            module,
+            model,
+            checked,
+            attachment_of(path, module, given),
+            role_of(block_of(path, blocks), not blocks),
+            min_features,
+        )
         for path, module in linears.items()
     ]
 
@@ -90,8 +96,8 @@ def _decide(
     model: nn.Module,
     keep: Sequence[str],
     attachment: Attachment | None,
-    block: tuple[str, str] | None,
-    repeated: bool,
+    role: Role,
+    min_features: int,
 ) -> Decision:
     n, k = module.out_features, module.in_features
     after = n * hif4.units(k) * hif4.BYTES_PER_UNIT
@@ -103,49 +109,29 @@ def _decide(
             )
         size = module.weight_dtype.itemsize
         return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
-    if block is not None:
-        body, reason = True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})")
-    elif not repeated:
-        body, reason = True, Reason(Cause.BODY, "the model has no repeated blocks and counts as one block")
-    else:
-        body, reason = False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks")
-    high: str | None = _reason_to_keep(path, module, model, keep, attachment)
-    if high is None and attachment is None:
-        if not body:
-            high = reason
-        elif min(n, k) < MIN_FEATURES:
-            high = Reason(Cause.SMALL, f"shape: {k} -> {n} features, less than {MIN_FEATURES}")
-    why: str = attachment.reason if high is None and attachment is not None else high or reason
+    chosen, reason = decide(Facts(path, k, n, _obstacle(path, module, model), attachment, role), keep, min_features)
     before = n * k * module.weight.element_size()
     return Decision(
         module=path,
         k=k,
         n=n,
-        decision="hif4" if high is None else "high_precision",
-        reason=why,
+        decision="hif4" if chosen else "high_precision",
+        reason=reason,
         bytes_before=before,
-        bytes_after=after if high is None else before,
+        bytes_after=after if chosen else before,
         flops=2 * k * n,
     )
 
 
-def _reason_to_keep(
-    path: str, module: nn.Linear, model: nn.Module, keep: Sequence[str], attachment: Attachment | None
-) -> str | None:
+def _obstacle(path: str, module: nn.Linear, model: nn.Module) -> Reason | None:
+    """Return why a linear cannot be packed, or None."""
     weight = module.weight
     if is_traceable_wrapper_subclass(weight):
         return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
     if type(module) is not nn.Linear:
-        return Reason(
-            Cause.CLASS, f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
-        )
+        text = f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
+        return Reason(Cause.CLASS, text)
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, _READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
-    if weight.dtype not in _DTYPES:
-        return Reason(Cause.DTYPE, f"dtype: weight is {str(weight.dtype).removeprefix('torch.')}")
-    if (pattern := matching(keep, path)) is not None:
-        return Reason(Cause.KEPT, f"kept: {pattern!r} matches")
-    if attachment is not None and attachment.decision == "high_precision":
-        return attachment.reason
-    return None
+    return dtype_obstacle("weight", weight.dtype)

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..format.transforms import hadamard_block, seed_of
-from ..model.tree import Surroundings
+from ..model.blocks import block_of, module_blocks
+from ..model.linears import named_linears
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
-from .blocks import block_of, named_linears, repeated_blocks
 from .linear import HiF4Linear
 from .plan import attachment_of
 from .transform import Transform
@@ -49,8 +49,7 @@ def plan_transforms(
     """
     given = recipe_attachments(model, recipe, expert=expert, check_weights=False) if recipe is not None else None
     linears = dict(named_linears(model))
-    where = Surroundings(model)
-    blocks = repeated_blocks(model, where, linears)
+    blocks = module_blocks(model)
     chosen = {d.module: d for d in plan if d.decision == "hif4" and not isinstance(linears[d.module], HiF4Linear)}
     said = {path: attachment_of(path, linears[path], given) for path in chosen}
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)

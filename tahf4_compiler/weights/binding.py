@@ -34,16 +34,9 @@ class Binding:
         packed = [source for source in sources if isinstance(source, PackedInput)]
         made = (s.weight for s in packed if s.part not in _AT_RUN_TIME and isinstance(s.weight, PackedWeight))
         self.weights = list(dict.fromkeys(made))
-        self._plan: list[tuple[int, Any]] = []
-        for source in sources:
-            if isinstance(source, GraphInput):
-                self._plan.append((source.index, None))
-            elif isinstance(source.weight, HeldWeight):
-                self._plan.append((-1, source))
-            elif source.part not in _AT_RUN_TIME:
-                self._plan.append((self.weights.index(source.weight), source.part))
-            else:
-                self._plan.append((-1, source))
+        self._given = [source.index if isinstance(source, GraphInput) else 0 for source in sources]
+        self._made = [(i, source) for i, source in enumerate(sources) if not isinstance(source, GraphInput)]
+        self._places = {weight: i for i, weight in enumerate(self.weights)}
 
     def __call__(self, args: Sequence[Any], store: PackedStore, check: str = "content") -> list[Any]:
         """Return the lowered graph's arguments.
@@ -55,19 +48,19 @@ class Binding:
         """
         packed: list[Any] = []
         if self.weights:
-            packed = store.get([(tuple(args[i] for i in w.weights), w) for w in self.weights], check)
-
-        def value(index: int, part: Any) -> Any:
-            if part is None:
-                return args[index]
-            if isinstance(part, str):
-                return part_of(packed[index], part)
-            weights = tuple(args[i] for i in part.positions)
-            if isinstance(part.weight, HeldWeight):
-                return weights[0] if len(weights) == 1 else joined(weights)
-            return store.multiplier(weights, part.weight) if part.part == "multiplier" else handle_of(weights)
-
-        return [value(index, part) for index, part in self._plan]
+            packed = store.get([(tuple([args[i] for i in w.weights]), w) for w in self.weights], check)
+        out = [args[index] for index in self._given]
+        for place, source in self._made:
+            if isinstance(source.weight, HeldWeight):
+                parts = [args[i] for i in source.positions]
+                out[place] = parts[0] if len(parts) == 1 else joined(parts)
+            elif source.part not in _AT_RUN_TIME:
+                out[place] = part_of(packed[self._places[source.weight]], source.part)
+            else:
+                weights = tuple([args[i] for i in source.weights])
+                of = store.multiplier(weights, source.weight) if source.part == "multiplier" else handle_of(weights)
+                out[place] = of
+        return out
 
 
 def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.Tensor:

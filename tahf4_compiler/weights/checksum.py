@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..model import parts
 from ..plugins import host
 
-__all__ = ["checksum", "checksums"]
+__all__ = ["checksum", "checksums", "contents", "identity"]
 
 _LANES = 4096
 _CHECKED = 256 * _LANES  # words summed at a time: bounds the temporaries to 8 MB
@@ -24,9 +24,9 @@ def checksum(weight: Tensor) -> Tensor:
     The bytes are read as 32-bit words, each times a random 64-bit factor of its lane and one of its row, summed
     modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
-    data = parts.whole(weight).detach().contiguous().reshape(-1).view(torch.uint8)
-    if (fast := host.find("checksum", data)) is not None:  # one read, on all threads
-        return torch.tensor(fast(data, _lane_factors(data.device)))
+    data = _bytes(weight)
+    if (fast := host.find("checksums", [data])) is not None:
+        return torch.tensor(fast([data], _lane_factors(data.device))[0])
     data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -38,6 +38,19 @@ def checksum(weight: Tensor) -> Tensor:
             first = start // _LANES + (whole // _LANES if rows.shape[1] != _LANES else 0)
             total = total + (sums * _row_factors(first, len(rows), data.device)).sum()
     return total
+
+
+def contents(weights: Sequence[Tensor]) -> list[int]:
+    """Return the checksums of tensors as numbers, with one wait for each device."""
+    data = [_bytes(weight) for weight in weights]
+    if data and (fast := host.find("checksums", data)) is not None:  # one read of each, on all threads
+        found: list[int] = fast(data, _lane_factors(data[0].device))
+        return found
+    return _read([checksum(weight) for weight in weights])
+
+
+def _bytes(weight: Tensor) -> Tensor:
+    return parts.whole(weight).detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @functools.cache
@@ -52,7 +65,7 @@ def _row_factors(first: int, count: int, device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 32)) | 1
 
 
-def read_scalars(values: list[Tensor]) -> list[int]:
+def _read(values: list[Tensor]) -> list[int]:
     """Copy scalars to the host, with one synchronization for each device."""
     out: dict[int, int] = {}
     for device in {value.device for value in values}:
@@ -75,7 +88,7 @@ def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
         for i, (value, state) in enumerate(zip(values, states, strict=True))
         if check == "content" or value.is_inference() or old[i] is None or old[i][0] != state
     ]
-    for i, total in zip(stale, read_scalars([checksum(values[i]) for i in stale]), strict=True):
+    for i, total in zip(stale, contents([values[i] for i in stale]), strict=True):
         _sums[values[i]] = old[i] = (states[i], total)
     return [entry[1] for entry in old]
 
@@ -84,5 +97,6 @@ _sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def identity(weight: Tensor) -> tuple[object, ...]:
+    """Return what tells without reading a tensor that it may have changed: version, dtype and shape."""
     version = 0 if weight.is_inference() else weight._version
     return version, weight.dtype, tuple(weight.shape)

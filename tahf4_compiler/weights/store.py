@@ -7,7 +7,9 @@ again when their contents change.
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import threading
 import weakref
 from collections.abc import Sequence
@@ -22,8 +24,8 @@ from tqdm.auto import tqdm
 from ..format.hif4 import Packed
 from ..format.transforms import multipliers
 from ..graph.inputs import PackedWeight
-from ..model.attachments import Attachment, attached_recipe
-from .checksum import checksum, identity, read_scalars
+from ..model.attachments import Attachment, attached_recipe, changes
+from .checksum import contents, identity
 from .formats import pack_rows
 from .packing import pack_transformed
 
@@ -38,6 +40,7 @@ class _Entry:
     recipe: Attachment | None
     others: tuple[weakref.ref[Tensor], ...]
     packed: Any  # hif4.Packed, or the parts of a plug-in's format by name
+    changes: int  # of attachments, when the recipe was looked up
 
 
 class PackedStore:
@@ -77,20 +80,31 @@ class PackedStore:
 
     def multiplier(self, weights: tuple[Tensor, ...], how: PackedWeight) -> Tensor:
         """Return the factors of the channels that some weights read: float32 ``[K]`` on the weights' device."""
-        first, recipe = weights[0], _recipe(weights[0], how)
+        first, now = weights[0], changes()
         key = (how.masked, how.seed, first.device)
         with self._lock:
             mine = self._multipliers.setdefault(first, {})
-            if key not in mine or mine[key][0] is not recipe:
-                factors, _ = multipliers(first.shape[1], *_values(recipe, how))
-                mine[key] = recipe, (factors if factors is not None else torch.ones(first.shape[1])).to(first.device)
-            return mine[key][1]
+            known = mine.get(key)
+            if known is None or known[0] != now:
+                recipe = _recipe(first, how)
+                if known is None or known[1] is not recipe:
+                    factors, _ = multipliers(first.shape[1], *_values(recipe, how))
+                    made = (factors if factors is not None else torch.ones(first.shape[1])).to(first.device)
+                else:
+                    made = known[2]
+                known = mine[key] = now, recipe, made
+            found: Tensor = known[2]
+            return found
 
     def _find(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...]) -> Any:
         entry = self._entries.get(weights[0], {}).get(_key(weights, how))
-        if entry is None or entry.state != state or entry.recipe is not _recipe(weights[0], how):
+        if entry is None or entry.state != state:
             return None
-        same = all(ref() is weight for ref, weight in zip(entry.others, weights[1:], strict=True))
+        if entry.changes != (now := changes()):
+            if entry.recipe is not _recipe(weights[0], how):
+                return None
+            entry.changes = now
+        same = all(map(operator.is_, [ref() for ref in entry.others], weights[1:]))
         held = next(iter(entry.packed.values())) if isinstance(entry.packed, dict) else entry.packed.codes
         on_device = held.device == weights[0].device
         return entry.packed if same and on_device else None
@@ -114,7 +128,7 @@ class PackedStore:
             if len(parts) > 1:
                 packed = Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
         self.conversions += len(weights)
-        entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed)
+        entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed, changes())
         mine = self._entries.setdefault(weights[0], {})
         for key in [key for key, old in mine.items() if any(ref() is None for ref in old.others)]:
             del mine[key]
@@ -124,7 +138,12 @@ class PackedStore:
 
 def _key(weights: tuple[Tensor, ...], how: PackedWeight) -> tuple[object, ...]:
     """Tell the groups that begin with one weight apart; identities are checked against the entry's references."""
-    return (replace(how, weights=()), *(id(weight) for weight in weights[1:]))
+    return (_transform(how), *map(id, weights[1:]))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _transform(how: PackedWeight) -> PackedWeight:
+    return replace(how, weights=())
 
 
 def _recipe(weight: Tensor, how: PackedWeight) -> Attachment | None:
@@ -142,11 +161,14 @@ def _values(recipe: Attachment | None, how: PackedWeight) -> tuple[Tensor | None
 
 def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[object, ...]]:
     """Return, for each group of weights, what changes when their contents do."""
-    def counted(weight: Tensor) -> bool:
-        return check == "version" and not weight.is_inference()  # inference tensors have no version counter
-
-    sums = iter(read_scalars([checksum(w) for group in groups for w in group if not counted(w)]))
-    return [tuple((*identity(w), w.data_ptr() if counted(w) else next(sums)) for w in group) for group in groups]
+    weights = [weight for group in groups for weight in group]
+    # Inference tensors have no version counter.
+    read = [check != "version" or weight.is_inference() for weight in weights]
+    sums = iter(contents([weight for weight, wanted in zip(weights, read) if wanted]))
+    states = iter([
+        (*identity(weight), next(sums) if wanted else weight.data_ptr()) for weight, wanted in zip(weights, read)
+    ])
+    return [tuple([next(states) for _ in group]) for group in groups]
 
 
 store = PackedStore()

@@ -1,0 +1,127 @@
+"""The repeated blocks of a model: one set of rules, over facts that a graph or a tree of modules gives.
+
+A graph knows which module reads what another wrote. A tree of modules knows sizes only, so there a module may follow
+another if it reads as many features as the other writes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .linears import linear_weights, packed_weights, plain_path
+from .parts import class_name
+
+__all__ = ["MIN_LINEARS", "MIN_LINEARS_ALONE", "Member", "block_of", "module_blocks", "repeated_blocks"]
+
+MIN_LINEARS = 2
+"""Linears in each of several repeated blocks, at least."""
+
+MIN_LINEARS_ALONE = 4
+"""Linears in a block that is the only one of its container, at least."""
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A module that may be a block, as far as the rules ask.
+
+    Attributes:
+        cls: name of its class, with its module.
+        linears: how many it holds, at any depth.
+        size: values of their weights.
+        structure: equal for modules that compute the same with other weights.
+    """
+
+    cls: str
+    linears: int
+    size: int
+    structure: Hashable
+
+
+def repeated_blocks(
+    members: Mapping[str, Member],
+    follows: Callable[[str, str], bool],
+    total: int,
+    *,
+    min_linears: int = MIN_LINEARS,
+    min_linears_alone: int = MIN_LINEARS_ALONE,
+) -> dict[str, str]:
+    """Return ``module path -> class name`` of the outermost repeated blocks.
+
+    Members of one container (``blocks.0``, ``blocks.1``, ...) of one class are blocks if each follows the one before or
+    is followed by the next. So are attributes of one parent that are of one structure, if they hold nearly all weights.
+    The only member of its class in a container is a block if it holds ``min_linears_alone`` linears, and either there
+    are other blocks or it holds half of the weights.
+
+    Args:
+        members: by module path, in order.
+        follows: whether the second module reads what the first writes.
+        total: values of the weights of all linears of the model.
+        min_linears: linears in each of several blocks, at least.
+        min_linears_alone: linears in an only block, at least.
+    """
+    groups: dict[tuple[Hashable, ...], list[str]] = defaultdict(list)
+    for path, member in members.items():
+        if member.linears >= min_linears:
+            parent, _, leaf = path.rpartition(".")
+            groups[parent, member.cls, None if leaf.isdigit() else (member.structure,)].append(path)
+    found: dict[str, str] = {}
+    for (_, _, attributes), paths in groups.items():
+        chain: dict[str, None] = {}
+        for first, second in zip(paths, paths[1:], strict=False):
+            if follows(first, second):
+                chain |= {first: None, second: None}
+        if attributes is None or 4 * sum(members[path].size for path in chain) >= 3 * total:
+            found.update((path, _short(members[path].cls)) for path in chain)
+    for path, member in members.items():
+        # A model of one layer, or of one layer of a kind, has a container for it all the same.
+        parent, _, leaf = path.rpartition(".")
+        if path in found or not leaf.isdigit() or member.linears < min_linears_alone:
+            continue
+        beside = (o for p, o in members.items() if p != path and p.rpartition(".")[0] == parent)
+        if (found or 2 * member.size >= total) and not any(other.cls == member.cls for other in beside):
+            found[path] = _short(member.cls)
+    # Only the outermost: a block's own attention layers may repeat as well.
+    return {path: cls for path, cls in found.items() if not any(path.startswith(f"{p}.") for p in found)}
+
+
+def module_blocks(model: nn.Module) -> dict[str, str]:
+    """Return ``module path -> class name`` of the outermost repeated blocks of a model, by its tree of modules."""
+    modules = {plain_path(path): module for path, module in model.named_modules()}
+    shapes: dict[str, tuple[int, int]] = {}  # of the weights, as [N, K]
+    for path, weight in linear_weights(model):
+        if not isinstance(modules.get(path), _TABLES):
+            shapes[path] = weight.shape[0], weight.shape[1]
+    for path, codes in packed_weights(model):
+        shapes[path] = codes.shape[0], 2 * codes.shape[1]
+    inside: dict[str, list[str]] = defaultdict(list)
+    for path in shapes:
+        parts = path.split(".")
+        for i in range(1, len(parts) + 1):
+            inside[".".join(parts[:i])].append(path)
+    members: dict[str, Member] = {}
+    for path, module in modules.items():
+        if path and path in inside and not isinstance(module, _CONTAINERS):
+            mine = [(name.removeprefix(path), shapes[name]) for name in inside[path]]
+            cls = f"{type(module).__module__}.{class_name(module)}"
+            members[path] = Member(cls, len(mine), sum(n * k for _, (n, k) in mine), tuple(mine))
+
+    def follows(first: str, second: str) -> bool:
+        return shapes[inside[first][-1]][0] == shapes[inside[second][0]][1]
+
+    return repeated_blocks(members, follows, sum(n * k for n, k in shapes.values()))
+
+
+def block_of(path: str, blocks: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return path and class name of the block around a module path, or None."""
+    return next(((block, cls) for block, cls in blocks.items() if path.startswith(f"{block}.")), None)
+
+
+def _short(cls: str) -> str:
+    return cls.rpartition(".")[2]

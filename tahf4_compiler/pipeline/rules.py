@@ -1,0 +1,105 @@
+"""Whether a linear runs in 4 bits: the rules, over facts that a graph or a tree of modules gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..model.attachments import Attachment
+from ..model.linears import matching
+from ..model.reasons import Cause, Reason
+
+__all__ = ["MIN_FEATURES", "Facts", "Role", "decide", "dtype_obstacle", "role_of"]
+
+MIN_FEATURES = 64
+"""Input and output features, at least: less than one unit of 64 values is mostly padding."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Role:
+    """Where a linear stands.
+
+    Attributes:
+        body: inside a repeated block (True), or on the boundary of the network (False).
+        reason: in words, for the report.
+    """
+
+    body: bool
+    reason: Reason
+
+
+def role_of(block: tuple[str, str] | None, alone: bool) -> Role:
+    """Return where a linear stands.
+
+    Args:
+        block: path and class name of the repeated block around it, or None.
+        alone: whether the model has no repeated blocks, and so counts as one.
+    """
+    if block is not None:
+        return Role(True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})"))
+    if alone:
+        return Role(True, Reason(Cause.BODY, "the model has no repeated blocks and counts as one block"))
+    return Role(False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks"))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a linear.
+
+    Attributes:
+        path: of its module.
+        k: input features.
+        n: output features.
+        obstacle: why it cannot be packed, or None.
+        attachment: what was attached to its weight, or None.
+        role: where it stands, or None if nobody looked.
+        beside_packed: whether the model holds other linears in 4 bits, and this one not.
+    """
+
+    path: str
+    k: int
+    n: int
+    obstacle: Reason | None
+    attachment: Attachment | None
+    role: Role | None
+    beside_packed: bool = False
+
+
+def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) -> tuple[bool, str]:
+    """Return whether a linear runs in 4 bits, and why.
+
+    In order: what cannot be packed, what the user keeps, what a recipe decided, what stands on the boundary, what is
+    too small; all else runs in 4 bits.
+
+    Args:
+        facts: about it.
+        keep: regular expressions, searched in its path.
+        min_features: with fewer input or output features it stays in high precision, unless a recipe names it.
+    """
+    if facts.obstacle is not None:
+        return False, facts.obstacle
+    if (pattern := matching(keep, facts.path)) is not None:
+        return False, Reason(Cause.KEPT, f"kept: {pattern!r} matches")
+    said = facts.attachment
+    if said is not None and said.decision == "high_precision":
+        return False, said.reason
+    if said is None and facts.role is not None and not facts.role.body:
+        return False, facts.role.reason
+    if facts.beside_packed:
+        return False, Reason(Cause.NOT_PACKED, "not packed: it came to the model after quantize_, or was left out")
+    if said is not None:
+        return True, said.reason
+    if min(facts.n, facts.k) < min_features:
+        return False, Reason(Cause.SMALL, f"shape: {facts.k} -> {facts.n} features, less than {min_features}")
+    return True, facts.role.reason if facts.role is not None else Reason(Cause.OTHER, "not classified")
+
+
+def dtype_obstacle(name: str, dtype: torch.dtype) -> Reason | None:
+    """Return why a weight or an activation of a type cannot be packed, or None."""
+    if dtype in _DTYPES:
+        return None
+    return Reason(Cause.DTYPE, f"dtype: {name} is {str(dtype).removeprefix('torch.')}")

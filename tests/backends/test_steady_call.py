@@ -1,0 +1,66 @@
+"""What a call of a compiled graph costs in Python once everything is known."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from models import wan
+from tahf4_compiler.backends import dynamo
+
+import tahf4_compiler as tahf4
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Record the compiled graphs and what they are called with."""
+    made = []
+    run = dynamo.CompiledGraph.__call__
+
+    def called(self, *args):
+        made.append((self, args))
+        return run(self, *args)
+
+    monkeypatch.setattr(dynamo.CompiledGraph, "__call__", called)
+    yield made, run
+
+
+def python_calls(run) -> Counter[str]:
+    found: Counter[str] = Counter()
+    sys.setprofile(lambda frame, event, _: found.update([frame.f_code.co_qualname]) if event == "call" else None)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@torch.no_grad()
+def test_blocks_that_are_known_are_not_looked_up_again(calls):
+    made, run = calls
+    model, inputs = wan(num_layers=3)
+    model.compile_repeated_blocks(backend="tahf4", options={"inductor": False})
+    for _ in range(3):
+        model(**inputs)
+    (first, args), (again, others), _ = made[-3:]
+    assert first is again, "the blocks share one graph"
+    for given in (args, others):
+        found = python_calls(lambda given=given: run(first, *given))
+        assert found["_find"] == found["CompiledGraph._look_up"] == 0
+        # Ten weights, seven packed inputs; 1,001 calls before what is known was kept.
+        assert found.total() < 500, found.most_common(20)
+
+
+@torch.no_grad()
+def test_what_is_attached_later_is_noticed():
+    model, inputs = wan(num_layers=2)
+    model.compile_repeated_blocks(backend="tahf4", options={"inductor": False})
+    before = model(**inputs)[0]
+    assert torch.equal(model(**inputs)[0], before)
+    tahf4.keep(model, [r"blocks\.1\.ffn"])
+    kept = model(**inputs)[0]
+    assert not torch.equal(kept, before)
+    tahf4.keep(model, [])
+    assert torch.equal(model(**inputs)[0], before)

@@ -1,0 +1,108 @@
+"""A model's plan is the same whether a graph or its tree of modules is looked at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Block, flux, pixart, sd3, wan
+from torch import nn
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.model.reasons import Cause
+from tahf4_compiler.passes import DEFAULT
+
+PLANNING = DEFAULT[:3]
+
+
+class Embedder(nn.Module):
+    """Two linears that stand beside others of their kind: no block."""
+
+    def __init__(self, k: int, dim: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(k, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.second(nn.functional.silu(self.first(x)))
+
+
+class Wide(nn.Module):
+    """A block of four linears."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(dim, hidden) for _ in range(3))
+        self.out = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return x + self.out(self.q(x) * torch.sigmoid(self.k(x)) + self.v(x))
+
+
+class Network(nn.Module):
+    """Embedders side by side, then one or two kinds of blocks in containers or as attributes, then a linear."""
+
+    def __init__(self, dim: int, hidden: int, embedders: int, depths: tuple[int, ...], attributes: bool) -> None:
+        super().__init__()
+        self.embedders = nn.ModuleList(Embedder(48, dim) for _ in range(embedders))
+        self.stages = []
+        for i, depth in enumerate(depths):
+            kind = (Block, Wide)[i % 2]
+            members = [kind(dim, hidden) for _ in range(depth)]
+            if attributes:
+                names = [f"stage{i}{letter}" for letter in "abcdef"[:depth]]
+                for name, member in zip(names, members, strict=True):
+                    setattr(self, name, member)
+                self.stages.append(names)
+            else:
+                setattr(self, f"blocks{i}", nn.ModuleList(members))
+                self.stages.append([f"blocks{i}.{j}" for j in range(depth)])
+        self.last = nn.Linear(dim, 16)
+
+    def forward(self, x, c):
+        for embedder in self.embedders:
+            x = x + embedder(c)
+        for names in self.stages:
+            for name in names:
+                x = self.get_submodule(name)(x)
+        return self.last(x)
+
+
+def plans(model: nn.Module, args=(), kwargs=None, **options):
+    """Return both plans as ``path -> (decision, cause)``."""
+    modules = tahf4.plan_modules(model, keep=options.get("keep", ()), min_features=options.get("plan.min_features", 64))
+    with torch.no_grad():
+        captured = tahf4.capture(model, args, kwargs)
+        graph = tahf4.lower(captured, passes=[p() for p in PLANNING], options=options).plan
+    found = [{d.module: (d.decision, d.cause) for d in plan} for plan in (graph, modules)]
+    # No pass of the rewrite runs: what was planned for 4 bits is said not to be rewritten.
+    found[0] = {
+        path: ("hif4", Cause.BODY) if cause is Cause.NOT_REWRITTEN else (decision, cause)
+        for path, (decision, cause) in found[0].items()
+    }
+    return found
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    dim=st.sampled_from([32, 64, 128]),
+    hidden=st.sampled_from([32, 64, 160]),
+    embedders=st.integers(0, 3),
+    depths=st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
+    attributes=st.booleans(),
+    least=st.sampled_from([32, 64]),
+    kept=st.booleans(),
+)
+def test_random_networks(dim, hidden, embedders, depths, attributes, least, kept):
+    model = Network(dim, hidden, embedders, depths, attributes)
+    options = {"plan.min_features": least, "keep": ["last"] if kept else []}
+    graph, modules = plans(model, (torch.randn(2, dim), torch.randn(2, 48)), **options)
+    assert graph == modules
+
+
+@pytest.mark.parametrize("network", [wan, flux, sd3, pixart])
+def test_transformers_of_diffusers(network):
+    model, inputs = network()
+    graph, modules = plans(model, (), inputs)
+    assert {path: graph[path] for path in modules if path in graph} == {p: d for p, d in modules.items() if p in graph}
+    assert sum(decision == "hif4" for decision, _ in modules.values()) > 10
