@@ -57,4 +57,7 @@ def test_a_packed_checkpoint_loads_and_is_saved_again(tmp_path):
     assert sum(isinstance(m, tahf4.HiF4Linear) for m in model.modules()) == 9
     model.save_pretrained(tmp_path)
     same(load_file(tmp_path / WEIGHTS), load_file(EARLIER / "packed" / WEIGHTS))
-    assert settings(tmp_path) == settings(EARLIER / "packed")
+    again, earlier = settings(tmp_path), settings(EARLIER / "packed")
+    for linear in (*again["linears"].values(), *earlier["linears"].values()):
+        del linear["dtype"]  # the one that the model was loaded in
+    assert again == earlier
