@@ -322,6 +322,53 @@ def test_dynamic_rows_are_no_obstacle_and_others_do_not_fit():
         )
 
 
+def test_a_gate_of_a_wider_type_gives_a_wider_result():
+    head = "x: bf16[4, 64]\n g: f32[64]\n w: hif4[64, 64]\n c, s = tahf4.quantize(x, None, 0)\n"
+    assert_pass(
+        head + "y = tahf4.linear(c, s, w, None, bf16)\n z = mul(y, g)\n return z",
+        ALWAYS,
+        head + 'z, = tahf4.fused_linear(c, s, w, None, bf16, [64], [g], "v0: float32 = mul(y, x0)", f32)\n return z',
+    )
+
+
+def test_what_is_read_on_two_ways_is_drawn_in():
+    program = "v0: float32 = relu(x0); v1: float32 = neg(v0); v2: float32 = mul(v0, v1); v3: float32 = mul(v2, v2)"
+    assert_pass(
+        QUANTIZATION
+        + f"""
+        a = relu(x)
+        b = neg(a)
+        d = mul(a, b)
+        h = mul(d, d)
+        c, s = tahf4.quantize(h, None, 0)
+        {LINEAR}
+        return y
+        """,
+        ALWAYS,
+        QUANTIZATION + f'c, s = tahf4.fused_quantize([x], "{program}", None, 0)\n {LINEAR}\n return y',
+    )
+
+
+def test_what_only_a_cast_that_stays_reads_stays_with_it():
+    head = "x: bf16[4, 64]\n w: hif4[64, 64]\n n = neg(x)\n wide = to.dtype(n, f32)\n"
+    rest = f"{LINEAR}\n return y, wide"
+    assert_pass(
+        head + f"h = relu(wide)\n c, s = tahf4.quantize(h, None, 0)\n {rest}",
+        ALWAYS,
+        head + f'c, s = tahf4.fused_quantize([n], "v0: float32 = to(x0); v1: float32 = relu(v0)", None, 0)\n {rest}',
+    )
+
+
+def test_numbers_without_axes_are_computed_among_themselves():
+    head = "x: f32[4, 64]\n o: f32[]\n p: bf16[]\n w: hif4[64, 64]\n"
+    assert_pass(
+        head + f"a = add(o, p)\n h = mul(x, a)\n c, s = tahf4.quantize(h, None, 0)\n {LINEAR}\n return y",
+        ALWAYS,
+        head + 'c, s = tahf4.fused_quantize([o, p, x], "v0: float32 = add(x0, x1); v1: float32 = mul(x2, v0)", None, 0)\n'
+        f"{LINEAR}\n return y",
+    )
+
+
 # What must stay outside of a product.
 
 
@@ -336,6 +383,7 @@ def test_dynamic_rows_are_no_obstacle_and_others_do_not_fit():
         pytest.param("z = gelu(y)\n return z, y", id="a product that is a result too"),
         pytest.param("a = relu(y)\n b = neg(y)\n return a, b", id="two readers"),
         pytest.param("z = type_as(r, y)\n return z", id="only its dtype is read"),
+        pytest.param("d, t = tahf4.quantize(y, None, 0)\n u = neg(y)\n return d, u", id="codes and another reader"),
         pytest.param("v = view(y, [2, 2, 64])\n z = neg(v)\n return z", id="a view"),
         pytest.param("a = add_(y, 1)\n b = add(a, r)\n return b", id="in place"),
         pytest.param("return y", id="nothing"),
@@ -343,6 +391,49 @@ def test_dynamic_rows_are_no_obstacle_and_others_do_not_fit():
 )
 def test_stays_behind_a_product(rest):
     assert_pass(PRODUCT + rest, ALWAYS)
+
+
+def test_of_a_product_whose_dtype_alone_is_read_nothing_is_drawn_in():
+    assert_pass(
+        """
+        x: bf16[4, 64]
+        r: f32[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, bf16)
+        z = type_as(r, y)
+        return z
+        """,
+        ALWAYS,
+    )
+
+
+def test_a_product_that_is_a_multiplier_is_not_what_is_quantized():
+    assert_pass(
+        """
+        x: f32[64]
+        h: f32[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        d, t = tahf4.quantize(h, y, 0)
+        return d, t
+        """,
+        ALWAYS,
+    )
+
+
+@pytest.mark.parametrize(("own", "cast"), [("f32", "bf16"), ("f64", "f32"), ("i64", "f32")])
+def test_an_operand_that_is_cast_from_no_narrower_float_is_read_as_cast(own, cast):
+    head = f"x: bf16[4, 64]\n r: {own}[4, 64]\n w: hif4[64, 64]\n e = to.dtype(r, {cast})\n"
+    codes = "c, s = tahf4.quantize(x, None, 0)\n"
+    word = {"f32": "float32", "bf16": "bfloat16"}[cast]
+    assert_pass(
+        head + codes + f"y = tahf4.linear(c, s, w, None, {cast})\n z = add(e, y)\n return z",
+        ALWAYS,
+        head + codes
+        + f'z, = tahf4.fused_linear(c, s, w, None, {cast}, [64], [e], "v0: {word} = add(x0, y)", {cast})\n return z',
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -377,7 +468,7 @@ def test_a_channels_last_residual_gives_its_memory_format_to_the_sum():
 
 
 def test_strides_of_an_axis_of_one_mean_nothing():
-    head = "x: f32[1, 64]\n r: f32[1, 64] strides 3, 1\n w: hif4[64, 64]\n c, s = tahf4.quantize(x, None, 0)\n"
+    head = "x: f32[1, 64]\n r: f32[1, 64] strides 1, 3\n w: hif4[64, 64]\n c, s = tahf4.quantize(x, None, 0)\n"
     assert_pass(
         head + "y = tahf4.linear(c, s, w, None, f32)\n z = add(r, y)\n return z",
         ALWAYS,
@@ -612,6 +703,10 @@ MERGED = """
         pytest.param("a, b = split_with_sizes(p, [2, 2])\n d = add(a, b)\n return d", id="rows, by default"),
         pytest.param("a, b = split_with_sizes(p, [2, 2], 0)\n d = add(a, b)\n return d", id="rows"),
         pytest.param("a, b = split_with_sizes(p, [64, 64], -1)\n d = add(a, b)\n return d, p", id="the whole as well"),
+        pytest.param(
+            "e = sym_size.int(x, 1)\n a, b = split_with_sizes(p, [e, 64], -1)\n d = add(a, b)\n return d",
+            id="sizes that are computed",
+        ),
         pytest.param("a, b = split(p, 64, -1)\n d = add(a, b)\n return d", id="another operator"),
         pytest.param(
             "a, b = split_with_sizes(p, [64, 64], -1)\n d = clone(a, memory_format=contiguous)\n e = mul_(a, 2)\n"
