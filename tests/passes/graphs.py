@@ -112,6 +112,7 @@ class Text:
         kept: Mapping[str, Attachment] | None = None,
         blocks: Mapping[str, dict[str, str]] | None = None,
         values: Mapping[str, Tensor] | None = None,
+        tied: Mapping[int, int] | None = None,
         **options: Any,
     ) -> Text:
         """Read a text.
@@ -122,9 +123,12 @@ class Text:
             kept: what ``tahf4.keep`` attached, by module path.
             blocks: repeated containers of the module that the graph is a part of.
             values: of inputs, by name; others are random.
+            tied: for the multipliers of packed linears, by position: that of the first one that is equal.
             options: of the compilation.
         """
-        return _Reader(text, values or {}).text(recipe or {}, kept or {}, blocks or {}, Options.parse(options))
+        made = _Reader(text, values or {}).text(recipe or {}, kept or {}, blocks or {}, Options.parse(options))
+        made.context.tied.update(tied or {})
+        return made
 
     def shown(self, comments: str = "", like: str = "") -> str:
         """Return the graph as text.
