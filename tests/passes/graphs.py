@@ -39,7 +39,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from tahf4_compiler import fused_ops  # noqa: F401  (defines torch.ops.tahf4)
+from tahf4_compiler import ops as our_ops
 from tahf4_compiler.attach import _KEPT, _RECIPE, Attachment, attach
+from tahf4_compiler.backends import cpu
 from tahf4_compiler.errors import OptionError, PackedError, PassError, PatternError
 from tahf4_compiler.graph import DECISION, INPUT, ROLE, GraphInput, PackedInput, PackedWeight
 from tahf4_compiler.hif4 import quantize as to_hif4
@@ -54,7 +56,7 @@ from tahf4_compiler.transforms import seed_of
 
 __all__ = [
     "DECISION", "INPUT", "KERNEL", "Attachment", "OptionError", "PackedError", "PassError", "PatternError", "Ran", "Text",
-    "assert_pass", "plug_in", "results", "seed_of", "to_hif4",
+    "assert_pass", "cpu", "other_linear", "plug_in", "results", "seed_of", "to_hif4",
 ]  # fmt: skip
 
 DTYPES = {
@@ -206,13 +208,34 @@ def assert_pass(
     return Ran(text, record)
 
 
+@torch.library.custom_op("tahf4_tests::linear", mutates_args=())
+def other_linear(
+    codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """A kernel of a plug-in for ``tahf4::linear``."""
+    return our_ops.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+
+
+@other_linear.register_fake
+def _(
+    codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
+
+
 @contextlib.contextmanager
-def plug_in(names: Mapping[str, str]) -> Iterator[None]:
-    """Register kernels of a plug-in: operator of ``torch.ops.tahf4`` -> name of the kernel, which runs the reference."""
+def plug_in(names: Mapping[str, str], serves: Callable[[fx.Node], bool] = lambda node: True) -> Iterator[None]:
+    """Register kernels of a plug-in: operator of ``torch.ops.tahf4`` -> name of the kernel.
+
+    A kernel ``other`` for ``linear`` runs an operator of its own, all others run the reference.
+    """
     made = []
     for operation, name in names.items():
-        target = getattr(torch.ops.tahf4, operation).default
-        made.append(register_kernel(name, target, target, lambda node: True))
+        own = getattr(torch.ops.tahf4, operation).default
+        target = torch.ops.tahf4_tests.linear.default if (operation, name) == ("linear", "other") else own
+        made.append(register_kernel(name, own, target, serves))
     try:
         yield
     finally:
@@ -466,10 +489,13 @@ def _weight(weights: tuple[int, ...], how: str, paths: Mapping[str, str]) -> Pac
     return PackedWeight(weights, **found)
 
 
+_SPACES = ("tahf4.", "tahf4_tests.", "prims.")
+
+
 def _target(function: str, args: Sequence[Any]) -> Any:
     if function == "getitem":
         return operator.getitem
-    space, *names = function.split(".") if function.startswith(("tahf4.", "prims.")) else ["aten", *function.split(".")]
+    space, *names = function.split(".") if function.startswith(_SPACES) else ["aten", *function.split(".")]
     packet = getattr(getattr(torch.ops, space), names[0])
     if len(names) > 1:
         return getattr(packet, names[1])
@@ -602,7 +628,8 @@ def _function(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
     target = node.target
-    assert isinstance(target, torch._ops.OpOverload), f"{node.target} is no operator"
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__name__", str(target))
     space = "" if target.namespace == "aten" else f"{target.namespace}."
     name = f"{space}{target._opname}"
     return name if _target(name, ()) is target else f"{name}.{target._overloadname}"
