@@ -56,7 +56,7 @@ from tahf4_compiler.transforms import seed_of
 
 __all__ = [
     "DECISION", "INPUT", "KERNEL", "Attachment", "OptionError", "PackedError", "PassError", "PatternError", "Ran", "Text",
-    "assert_pass", "cpu", "other_linear", "plug_in", "results", "seed_of", "to_hif4",
+    "assert_pass", "assert_same", "cpu", "other_linear", "plug_in", "results", "run_passes", "seed_of", "to_hif4",
 ]  # fmt: skip
 
 DTYPES = {
@@ -204,7 +204,7 @@ def assert_pass(
     if pass_.name != "lower":  # another target of the same name is no other text
         assert record.modified == changed, f"{pass_.name} says modified={record.modified}"
     if old is not None:
-        _assert_same(old, results(text), TOLERANCE.get(pass_.name, 0.0))
+        assert_same(old, results(text), TOLERANCE.get(pass_.name, 0.0))
     return Ran(text, record)
 
 
@@ -223,6 +223,12 @@ def _(
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
+
+
+def run_passes(text: Text, *passes: Pass) -> list[PassRecord]:
+    """Run passes over a graph and return what each did."""
+    text.graph_module, (_, *records) = PassManager(passes).run(text.graph_module, text.context)
+    return records
 
 
 @contextlib.contextmanager
@@ -259,7 +265,8 @@ def results(text: Text) -> list[Tensor]:
     return [value for value in (*leaves, *held) if isinstance(value, Tensor)]
 
 
-def _assert_same(old: Sequence[Tensor], new: Sequence[Tensor], tolerance: float) -> None:
+def assert_same(old: Sequence[Tensor], new: Sequence[Tensor], tolerance: float = 0.0) -> None:
+    """Assert that results are the same: shapes, types, strides and values, or these up to a relative error."""
     assert len(old) == len(new)
     for i, (a, b) in enumerate(zip(old, new, strict=True)):
         assert (a.shape, a.dtype, _strides(a)) == (b.shape, b.dtype, _strides(b)), f"result {i}"

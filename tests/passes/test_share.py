@@ -172,6 +172,12 @@ def test_who_sees_strides_gets_a_copy(rest):
     assert_pass(QK + TWICE.format(None, None) + rest, Share(), merged_inputs(QK) + COPIED.format(None) + rest)
 
 
+def test_a_view_of_three_axes_that_cuts_the_last_and_joins_it_with_rows_gets_a_copy():
+    head = QK.replace("x: f32[4, 64]", "x: f32[2, 4, 64]")
+    rest = "h = view(y, [2, 8, 32])\n a = neg(h)\n b = neg(z)\n return a, b"
+    assert_pass(head + TWICE.format(None, None) + rest, Share(), merged_inputs(head) + COPIED.format(None) + rest)
+
+
 @pytest.mark.parametrize(
     "rest",
     [
@@ -237,4 +243,22 @@ def test_packed_linears_share_a_quantization_if_their_multipliers_are_equal():
     """
     before = (Normalize(),)
     assert_pass(HELD, Share(), apart, first=before, run=False)
+    assert_pass(HELD, Share(), apart, first=before, run=False, tied={3: 3, 6: 6})
     assert_pass(HELD, Share(), together, first=before, run=False, tied={3: 3, 6: 3})
+
+
+def test_a_packed_linear_and_one_that_is_packed_by_this_compilation_stay_apart():
+    text = """
+        x: f32[4, 64]
+        {}
+        {}
+        k: hif4[32, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, qc, qs, None, f32)
+        z = tahf4.linear(c, s, k, None, f32)
+        return y, z
+    """
+    given = 'qc: param.u8[64, 32] = "q.weight_codes"', 'qs: param.i32[64, 1] = "q.weight_scales"'
+    assert_pass(
+        text.format(*given), Share(), text.format("qc: held codes of qc", "qs: held scales of qs"), first=[Normalize()]
+    )
