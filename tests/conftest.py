@@ -13,6 +13,8 @@ os.environ.pop("TAHF4_DUMP_DIR", None)
 import pytest
 import torch
 
+from tahf4_compiler import kernels, pass_base, weight_formats
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
@@ -20,3 +22,25 @@ def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    """A test leaves no pass, kernel or number format behind that it defines, and takes none away.
+
+    What a plug-in's package registers when it is imported stays: it is imported once in a process.
+    """
+    kernels.kernels()  # those of this project are registered when somebody first asks
+    known = list(kernels._kernels)
+    named = [(registry, dict(registry)) for registry in (pass_base._registry, weight_formats._formats)]
+    yield
+    kernels._kernels[:] = [k for k in kernels._kernels if k not in known and not _of_a_test(k.serves)] + known
+    for registry, before in named:
+        for name, found in list(registry.items()):
+            if name not in before and _of_a_test(found):
+                del registry[name]
+        registry.update(before)
+
+
+def _of_a_test(found: object) -> bool:
+    return getattr(found, "__module__", "").rpartition(".")[2].startswith(("test_", "graphs", "conftest"))

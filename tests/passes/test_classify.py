@@ -89,7 +89,9 @@ def test_a_member_with_one_linear_is_no_block_unless_that_is_enough():
 
 def test_a_graph_without_repetition_is_one_block_but_not_beside_others():
     text = "x: f32[4, 64]\n w: param[64, 64]\n y = linear(x, w){}\n return y"
-    assert_pass(text.format(""), Classify(), text.format("  # body: the graph has no repeated blocks and counts as one block"))
+    assert_pass(
+        text.format(""), Classify(), text.format("  # body: the graph has no repeated blocks and counts as one block")
+    )
     blocks = {"blocks": {"blocks.0": "Block", "blocks.1": "Block"}}
     after = text.format("  # boundary: outside the repeated blocks")
     assert_pass(text.format(""), Classify(), after, blocks=blocks)
@@ -119,9 +121,7 @@ def test_where_all_members_are_in_the_graph_the_flow_between_them_decides():
         text = text.replace(f"{name}: param[64, 64]", f'{name}: param[64, 64] = "{path}.weight"')
     blocks = {"blocks": {"blocks.0": "Block", "blocks.1": "Block"}}
     outside = "  # boundary: outside the repeated blocks"
-    assert_pass(
-        plain(text), Classify(), text.format(boundary=outside, block0=outside, block1=outside), blocks=blocks
-    )
+    assert_pass(plain(text), Classify(), text.format(boundary=outside, block0=outside, block1=outside), blocks=blocks)
 
 
 # Blocks that are attributes of one parent.
@@ -135,7 +135,11 @@ def test_attributes_of_one_structure_that_hold_nearly_all_weights_are_blocks():
         block0="  # body: in repeated block early (Block)",
         block1="  # body: in repeated block late (Block)",
     )
-    small = {"a: param[64, 64]": "a: param[64, 16]", "z: param[64, 64]": "z: param[16, 64]", "x: f32[4, 64]": "x: f32[4, 16]"}
+    small = {
+        "a: param[64, 64]": "a: param[64, 16]",
+        "z: param[64, 64]": "z: param[16, 64]",
+        "x: f32[4, 64]": "x: f32[4, 16]",
+    }
 
     def fit(text):
         for old, new in small.items():
@@ -152,8 +156,16 @@ def test_attributes_that_hold_less_than_three_quarters_of_the_weights_are_none()
 
 def test_attributes_of_another_structure_are_none():
     text = ATTRIBUTES.replace("h1 = linear(y1, d1)", "g = gelu(y1)\n h1 = linear(g, d1)")
-    text = text.replace("@ first Linear", "").replace("a: param[64, 64]", "a: param[64, 16]").replace("x: f32[4, 64]", "x: f32[4, 16]")
-    text = text.replace("z: param[64, 64]", "z: param[16, 64]").replace("@ last Linear", "@").replace("\n    \n", "\n    @\n")
+    text = (
+        text.replace("@ first Linear", "")
+        .replace("a: param[64, 64]", "a: param[64, 16]")
+        .replace("x: f32[4, 64]", "x: f32[4, 16]")
+    )
+    text = (
+        text.replace("z: param[64, 64]", "z: param[16, 64]")
+        .replace("@ last Linear", "@")
+        .replace("\n    \n", "\n    @\n")
+    )
     text = text.replace("    @\n    h = linear", "    h = linear")
     assert_pass(plain(text), Classify(), alone(text))
 
@@ -205,7 +217,9 @@ def test_an_attribute_alone_is_no_block():
 def test_beside_blocks_the_only_member_of_another_container_is_one_whatever_it_holds():
     names = ["h2", "h3", "h4", "h5"]
     extra = "".join(f"{name}: param[8, {64 if i == 0 else 8}]\n" for i, name in enumerate(f"m{n}" for n in range(4)))
-    lines = "".join(f"{name} = linear({'h1' if i == 0 else names[i - 1]}, m{i}){{lone}}\n" for i, name in enumerate(names))
+    lines = "".join(
+        f"{name} = linear({'h1' if i == 0 else names[i - 1]}, m{i}){{lone}}\n" for i, name in enumerate(names)
+    )
     text = BLOCKS.replace("    @ last Linear\n", f"    @ single.0 net.Single\n{lines}    @ last Linear\n")
     text = text.replace("z: param[64, 64]\n", f"z: param[64, 8]\n{extra}").replace("linear(h1, z)", "linear(h5, z)")
     comment = "  # body: in repeated block single.0 (Single)"
@@ -213,7 +227,9 @@ def test_beside_blocks_the_only_member_of_another_container_is_one_whatever_it_h
 
 
 def test_members_that_follow_no_other_are_no_lone_blocks():
-    four = LONE.replace("blocks.0 net", "blocks.1 net").replace("    h = linear(x, a){1}", "    @ blocks.0 net.Block\n    h = linear(x, a){1}")
+    four = LONE.replace("blocks.0 net", "blocks.1 net").replace(
+        "    h = linear(x, a){1}", "    @ blocks.0 net.Block\n    h = linear(x, a){1}"
+    )
     assert_pass(four.format("", "", rows=64, outer=64), Classify(), four.format(*WHOLE, rows=64, outer=64))
 
 

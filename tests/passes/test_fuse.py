@@ -364,7 +364,8 @@ def test_numbers_without_axes_are_computed_among_themselves():
     assert_pass(
         head + f"a = add(o, p)\n h = mul(x, a)\n c, s = tahf4.quantize(h, None, 0)\n {LINEAR}\n return y",
         ALWAYS,
-        head + 'c, s = tahf4.fused_quantize([o, p, x], "v0: float32 = add(x0, x1); v1: float32 = mul(x2, v0)", None, 0)\n'
+        head
+        + 'c, s = tahf4.fused_quantize([o, p, x], "v0: float32 = add(x0, x1); v1: float32 = mul(x2, v0)", None, 0)\n'
         f"{LINEAR}\n return y",
     )
 
@@ -579,7 +580,8 @@ def test_a_value_that_others_read_is_computed_once():
     assert_pass(
         QUANTIZATION + f"a = gelu(x)\n h = mul(a, g)\n c, s = tahf4.quantize(h, None, 0)\n {rest}",
         ALWAYS,
-        QUANTIZATION + f'a = gelu(x)\n c, s = tahf4.fused_quantize([a, g], "v0: float32 = mul(x0, x1)", None, 0)\n {rest}',
+        QUANTIZATION
+        + f'a = gelu(x)\n c, s = tahf4.fused_quantize([a, g], "v0: float32 = mul(x0, x1)", None, 0)\n {rest}',
     )
 
 
@@ -696,7 +698,7 @@ MERGED = """
     [
         pytest.param("a, b = split_with_sizes(p, [64, 64], -1)\n return a, b", id="who gets parts sees strides"),
         pytest.param(
-            "a, b = split_with_sizes(p, [64, 64], -1)\n d = as_strided(a, [4, 8], [128, 1])\n e = add(d, 1)\n f = neg(b)\n"
+            "a, b = split_with_sizes(p, [64, 64], -1)\n d = as_strided(a, [4, 8], [128, 1])\n e = neg(d)\n f = neg(b)\n"
             "return e, f",
             id="who reads strides sees them",
         ),
@@ -714,7 +716,7 @@ MERGED = """
             id="a write to a part",
         ),
         pytest.param(
-            "a, b = split_with_sizes(p, [64, 64], -1)\n h = view(a, [4, 8, 8])\n e = mul_(h, 2)\n f = add(a, b)\n return f",
+            "a, b = split_with_sizes(p, [64, 64], -1)\n h = view(a, [4, 64])\n e = neg_(h)\n f = add(a, b)\n return f",
             id="a write to a view of a part",
         ),
         pytest.param(
@@ -745,8 +747,8 @@ def test_columns_by_either_name_of_their_axis(axis):
 @pytest.mark.parametrize(
     "rest",
     [
-        pytest.param("d = clone(a, memory_format=contiguous)\n e = mul_(d, 2)\n f = add(a, d)\n g = add(f, b)\n return g",
-                     id="a copy that is written to, beside its source"),
+        pytest.param("d = clone(a, memory_format=contiguous)\n e = mul_(d, 2)\n f = add(a, d)\n g = add(f, b)\n"
+                     "return g", id="a copy that is written to, beside its source"),
         pytest.param("d = clone(a)\n e = neg(d)\n f = neg(b)\n return e, f", id="a copy in another format"),
     ],
 )  # fmt: skip
@@ -754,7 +756,9 @@ def test_a_copy_of_a_part_stays_a_copy(rest):
     assert_pass(
         MERGED + f"a, b = split_with_sizes(p, [64, 64], -1)\n {rest}",
         ALWAYS,
-        MERGED[: MERGED.index("p =")] + 'a, b = tahf4.fused_linear(c, s, q+k, None, f32, [64, 64], [], "", f32)\n' + rest,
+        MERGED[: MERGED.index("p =")]
+        + 'a, b = tahf4.fused_linear(c, s, q+k, None, f32, [64, 64], [], "", f32)\n'
+        + rest,
     )
 
 
@@ -765,7 +769,10 @@ def test_a_split_that_is_a_result_as_a_whole_stays():
         output.args = ((split, *output.args[0]),)
 
     before = MERGED + "a, b = split_with_sizes(p, [64, 64], -1)\n d = neg(a)\n"
-    after = MERGED + "parts = split_with_sizes(p, [64, 64], -1)\n a = getitem(parts, 0)\n b = getitem(parts, 1)\n d = neg(a)\n"
+    after = (
+        MERGED
+        + "parts = split_with_sizes(p, [64, 64], -1)\n a = getitem(parts, 0)\n b = getitem(parts, 1)\n d = neg(a)\n"
+    )
     assert_pass(before + "return d", ALWAYS, after + "return parts, d", prepare=whole)
 
 
@@ -796,14 +803,19 @@ def test_nothing_is_fused_where_only_the_reference_could_run_it():
 )
 def test_only_the_kernel_that_runs_the_parts_takes_their_place(kernels, fused):
     before = QUANTIZATION + f"h = mul(x, g)\n c, s = tahf4.quantize(h, None, 0)\n {LINEAR}\n return y"
-    after = QUANTIZATION + f'c, s = tahf4.fused_quantize([x, g], "v0: float32 = mul(x0, x1)", None, 0)\n {LINEAR}\n return y'
+    after = (
+        QUANTIZATION
+        + f'c, s = tahf4.fused_quantize([x, g], "v0: float32 = mul(x0, x1)", None, 0)\n {LINEAR}\n return y'
+    )
     with plug_in(kernels):
         assert_pass(before, Fuse(), after if fused else None)
 
 
 def test_both_parts_of_a_product_with_its_quantization_are_asked_for_their_kernel():
-    before = PRODUCT.replace("w:", "w: hif4[64, 64]\n v:") + "d, t = tahf4.quantize(y, None, 0)\n" \
+    before = (
+        PRODUCT.replace("w:", "w: hif4[64, 64]\n v:") + "d, t = tahf4.quantize(y, None, 0)\n"
         " z = tahf4.linear(d, t, v, None, f32)\n return z"
+    )
     kernels = {"linear": "mine", "linear_quantize": "mine", "quantize": "other"}
     with plug_in(kernels):
         assert_pass(before, Fuse())

@@ -21,14 +21,18 @@ LINEAR = """
 def test_a_product_with_a_transposed_parameter_is_a_linear(turned):
     rest = "" if turned == "t(w)" else f"u = {turned}\n"
     ran = assert_pass(
-        LINEAR + f"u = {turned}\n y = mm(x, u)\n return y", Normalize(), LINEAR + f"{rest} y = linear(x, w, None)\n return y"
+        LINEAR + f"u = {turned}\n y = mm(x, u)\n return y",
+        Normalize(),
+        LINEAR + f"{rest} y = linear(x, w, None)\n return y",
     )
     assert ran.record.matches == 1
 
 
 def test_any_number_of_rows():
     head = LINEAR.replace("[4, 64]", "[2, 4, 64]")
-    assert_pass(head + "u = t(w)\n y = matmul(x, u)\n return y", Normalize(), head + "y = linear(x, w, None)\n return y")
+    assert_pass(
+        head + "u = t(w)\n y = matmul(x, u)\n return y", Normalize(), head + "y = linear(x, w, None)\n return y"
+    )
 
 
 def test_a_bias_is_part_of_it():
@@ -45,7 +49,9 @@ def test_a_cast_of_the_parameter_stays():
 def test_it_was_called_in_the_module_that_the_product_was_called_in():
     head, where = LINEAR, "@ blocks.0 Block\n"
     assert_pass(
-        head + where + "u = t(w)\n y = mm(x, u)\n return y", Normalize(), head + where + "y = linear(x, w, None)\n return y"
+        head + where + "u = t(w)\n y = mm(x, u)\n return y",
+        Normalize(),
+        head + where + "y = linear(x, w, None)\n return y",
     )
 
 

@@ -23,9 +23,9 @@ def before(first="  # hif4: in a block", second="  # hif4: in a block", write=""
 def after(weights, where=1, write=""):
     handle, call = f"h: observer of {weights}\n    ", "o = tahf4.observe(x, h)\n    "
     second = write + (call if where == 2 else "")
-    return TWO.format("", "", h="" if weights.startswith("k") else handle, o=call if where == 1 else "", w=second).replace(
-        "k: param", (handle if weights.startswith("k") else "") + "k: param"
-    )
+    return TWO.format(
+        "", "", h="" if weights.startswith("k") else handle, o=call if where == 1 else "", w=second
+    ).replace("k: param", (handle if weights.startswith("k") else "") + "k: param")
 
 
 def test_an_activation_is_observed_once_for_all_linears_that_read_it():

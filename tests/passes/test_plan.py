@@ -96,7 +96,9 @@ def test_what_cannot_be_quantized_says_why(inputs, weight, reason):
 
 def test_few_input_features():
     text = "x: f32[4, 8]\n w: param[64, 8]\n y = linear(x, w)"
-    assert_pass(f"{text}\n return y", Plan(), f"{text}  # high_precision: shape: 8 -> 64 features, less than 64\n return y")
+    assert_pass(
+        f"{text}\n return y", Plan(), f"{text}  # high_precision: shape: 8 -> 64 features, less than 64\n return y"
+    )
     assert_pass(f"{text}\n return y", Plan(min_features=8), f"{text}  # hif4: not classified\n return y")
 
 
@@ -145,7 +147,9 @@ def test_a_keep_pattern_may_match_what_is_not_in_this_graph_or_cannot_be_quantiz
 def test_what_was_kept_on_the_model_comes_first_then_the_recipe():
     kept = {"blocks.0.w": Attachment("high_precision", "kept by tahf4.keep")}
     recipe = {"blocks.0.w": Attachment("hif4", "in the budget")}
-    assert_pass(ONE.format("body: b"), Plan(), ONE.format("high_precision: kept by tahf4.keep"), kept=kept, recipe=recipe)
+    assert_pass(
+        ONE.format("body: b"), Plan(), ONE.format("high_precision: kept by tahf4.keep"), kept=kept, recipe=recipe
+    )
     assert_pass(ONE.format("body: b"), Plan(), ONE.format("hif4: in the budget"), recipe=recipe)
 
 

@@ -26,12 +26,16 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
-# ``{0}`` is a value [4, 64], ``{1}`` another one of its type, ``{2}`` a row of its type, ``{3}`` a float32 row, ``{4}`` a
-# number without axes.
+# ``{0}`` is a value [4, 64], ``{1}`` another one of its type, ``{2}`` a row of its type, ``{3}`` a float32 row, ``{4}``
+# a number without axes.
 POINTWISE = ("relu({0})", "silu({0})", "neg({0})", "add({0}, 1)", "add({0}, {1})", "mul({0}, {1})", "mul({1}, {0})",
              "add({0}, {2})", "mul({2}, {0})", "mul({0}, {4})", "sub({1}, {0})", "gelu({0}, approximate='tanh')",
              "pow.Tensor_Scalar({0}, 2)", "softmax.int({0}, -1)", "type_as({0}, {1})")  # fmt: skip
-NORMS = ("layer_norm({0}, [64], None, None, 1e-05)", "rms_norm({0}, [64], {2}, 1e-06)", "rms_norm({0}, [64], None, 1e-06)")
+NORMS = (
+    "layer_norm({0}, [64], None, None, 1e-05)",
+    "rms_norm({0}, [64], {2}, 1e-06)",
+    "rms_norm({0}, [64], None, 1e-06)",
+)
 WIDER = ("to.dtype({0}, f32)", "mul({0}, {3})", "add({3}, {0})")
 VIEWS = ("view({0}, [2, 2, 64])", "view({0}, [4, 2, 32])", "t({0})", "view({0}, [4, 64])", "slice({0}, 1, 0, 32)",
          "view({0}, [256])", "transpose.int({0}, 0, 1)")  # fmt: skip
@@ -68,7 +72,9 @@ class _Made:
         dtype = self.values[source]
         row = {"f32": "wide0" if self.dtype != "f32" else "row0", "bf16": "row0"}[dtype]
         parts = (source, self.one(*(k for k, v in self.values.items() if v == dtype)), row, "wide0", "num0")
-        kind = self.one("linear", "linear", "siblings", "point", "point", "norm", "wider", "back", "view", "copy", "write")
+        kind = self.one(
+            "linear", "linear", "siblings", "point", "point", "norm", "wider", "back", "view", "copy", "write"
+        )
         if kind in ("linear", "siblings"):
             if dtype != self.dtype:
                 self.lines.append(f"{name}_c = to.dtype({source}, {self.dtype})")

@@ -50,7 +50,9 @@ def test_all_products_that_read_an_activation_are_divided_by_its_mask():
     assert_pass(before, Smooth(), after, recipe={"q": MASKED, "k": MASKED})
     # A recipe that says nothing about one of them, or something else, says nothing about the activation.
     assert_pass(before, Smooth(), recipe={"q": MASKED})
-    assert_pass(before, Smooth(), recipe={"q": MASKED, "k": Attachment("hif4", "", masked=True, activation="b", mask=MASK)})
+    assert_pass(
+        before, Smooth(), recipe={"q": MASKED, "k": Attachment("hif4", "", masked=True, activation="b", mask=MASK)}
+    )
 
 
 def test_a_weight_that_is_read_in_two_ways_is_packed_in_two():
