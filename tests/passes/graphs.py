@@ -56,7 +56,8 @@ from tahf4_compiler.transforms import seed_of, signs
 
 __all__ = [
     "DECISION", "INPUT", "KERNEL", "Attachment", "OptionError", "PackedError", "PassError", "PatternError", "Ran",
-    "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear", "plug_in", "results", "run_passes", "signs",
+    "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear", "plug_in", "results",
+    "run_passes", "seed_of", "signs",
 ]  # fmt: skip
 
 DTYPES = {

@@ -52,6 +52,12 @@ def test_bytes_are_those_of_whole_units_and_flops_of_the_example():
     assert decision.flops == 2 * 5 * 3 * 100 * 65
 
 
+def test_bytes_before_are_those_of_the_parameter_not_of_its_cast():
+    text = "x: bf16[4, 64]\n w: param[64, 64]\n v = to.dtype(w, bf16)\n y = linear(x, v){0}\n return y"
+    (decision,) = assert_pass(text.format(""), Plan(), text.format("  # hif4: not classified")).plan
+    assert decision.bytes_before == 64 * 64 * 4
+
+
 def test_one_weight_is_planned_once():
     text = "x: f32[4, 64]\n w: param[64, 64]\n y = linear(x, w){0}\n z = linear(y, w){0}\n return z"
     ran = assert_pass(text.format(""), Plan(), text.format("  # hif4: not classified"))

@@ -3,7 +3,7 @@
 Graphs are made as texts (``graphs.py``): a failure shows one that can be put into a test as it is. Rows of 64 values
 are one unit of HiF4, whose products are exact, so that merging them changes no bit either.
 
-``TAHF4_EXAMPLES`` in the environment is the number of graphs, 100 by default.
+``TAHF4_EXAMPLES`` in the environment is the number of graphs, 60 by default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tahf4_compiler.passes.quantize import Quantize
 from tahf4_compiler.passes.share import Share
 
 SETTINGS = settings(
-    max_examples=int(os.environ.get("TAHF4_EXAMPLES", "100")),
+    max_examples=int(os.environ.get("TAHF4_EXAMPLES", "60")),
     derandomize=True,
     deadline=None,
     database=None,
