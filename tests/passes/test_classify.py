@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from graphs import assert_pass
 from tahf4_compiler.passes.classify import Classify
@@ -65,6 +67,20 @@ def test_inside_a_block_nothing_is_a_block_of_its_own():
         "@ blocks.1 net.Block", "@ outer.1 net.Outer, outer.1.blocks.0 net.Block"
     )
     assert_pass(plain(inner), Classify(), found(inner, "outer", "Outer"))
+
+
+def test_repeated_blocks_inside_of_repeated_blocks_are_not_counted():
+    text = "x: f32[4, 64]\n" + "".join(f"w{i}: param[64, 64]\n" for i in range(8))
+    last = "x"
+    for i in range(8):
+        outer = f"outer.{i // 4}"
+        if i % 2 == 0:
+            text += f"@ {outer} net.Outer, {outer}.blocks.{i // 2 % 2} net.Block\n"
+        text += f"h{i} = linear({last}, w{i})  # body: in repeated block {outer} (Outer)\n"
+        last = f"h{i}"
+    text += f"return {last}"
+    ran = assert_pass(re.sub("  # .*", "", text), Classify(), text)
+    assert ran.notes == ["2 repeated blocks: outer.0-1"]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def test_a_tensor_of_the_graphs_own_may_be_written_to():
         ("p, q = split(x, 2)\n b = add_(p, 1)", "writes to a tensor that the graph was given"),
         ("t_ = type_as(x, x)\n b = add_(t_, 1)", "writes to a tensor that the graph was given"),
         ("a = neg(x)\n b = view.dtype(a, i16)", "reads the bits of a number"),
+        ("b = to.dtype(x, f32)\n d = add_(b, 1)", "copies a tensor that is written"),
+        ("a = neg(x)\n d = add_(a, 1)\n b = to.dtype(d, f32)", "copies a tensor that is written"),
         ("a = neg(x)\n b = to.dtype(a, f32)\n d = add_(b, 1)", "copies a tensor that is written"),
         ("a = neg(x)\n b = to.dtype(a, f32)\n d = add_(a, 1)", "copies a tensor that is written"),
         ("a = neg(x)\n d = add_(a, 1)\n b = to.dtype(a, f32)", "copies a tensor that is written"),
