@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from graphs import Text, assert_same, results, run_passes
 from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
@@ -18,8 +19,10 @@ from tahf4_compiler.passes.plan import Plan
 from tahf4_compiler.passes.quantize import Quantize
 from tahf4_compiler.passes.share import Share
 
+EXAMPLES = int(os.environ.get("TAHF4_EXAMPLES", "60"))
+pytestmark = pytest.mark.timeout(600 + EXAMPLES)
 SETTINGS = settings(
-    max_examples=int(os.environ.get("TAHF4_EXAMPLES", "60")),
+    max_examples=EXAMPLES,
     derandomize=True,
     deadline=None,
     database=None,
