@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 WORKERS ?= 2
+# Folders of tests that need no compilation and no model.
+FAST := tests/passes
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types docs fuzz sanitize tiny-wan clean
+.PHONY: help env demo check test mutants lint types docs fuzz sanitize tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,9 +24,15 @@ $(STAMP): constraints.txt pyproject.toml
 demo: $(STAMP) ## Generate clips with the shipped tiny Wan2.2, original beside W4A4, into out/
 	$(BIN)/tahf4 demo
 
+check: $(STAMP) ## Run the fast tests: every pass on small graphs, in less than a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(FAST)
+
 test: $(STAMP) ## Run the tests (no GPU, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests --ignore tests/interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/interpreter
+
+mutants: $(STAMP) ## Put faults into the source one at a time (tests/mutants.toml): the tests must notice each
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --workers $(WORKERS)
 
 lint: $(STAMP) ## Check style with ruff
 	$(BIN)/ruff check .

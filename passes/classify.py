@@ -49,7 +49,7 @@ class Classify(Pass):
             if block is None and (path := _path(node, context)) is not None:
                 known = context.surroundings.block_of(path)
                 block = known if known is not None and known[0].rpartition(".")[0] in partial else None
-            node.meta[ROLE] = role_of(block, alone)
+            node.meta[ROLE] = role_of(block, alone, "graph")
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         return PassResult(graph_module, modified=False)
@@ -59,10 +59,12 @@ class Classify(Pass):
         modules, flow = _modules(graph), _dataflow(graph)
         members = {
             path: Member(
-                module.cls, len(module.linears), sum(map(_weight_size, module.linears)), _structure(module)
+                module.cls,
+                len(module.linears),
+                sum(map(_weight_size, module.linears)),
+                _structure(module) if len(module.linears) >= self.min_linears and not _indexed(path) else None,
             )
             for path, module in modules.items()
-            if len(module.linears) >= min(self.min_linears, self.min_linears_alone)
         }
 
         @functools.cache
@@ -140,6 +142,10 @@ def _dataflow(graph: fx.Graph) -> nx.DiGraph:
     flow.add_nodes_from(graph.nodes)
     flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
     return flow
+
+
+def _indexed(path: str) -> bool:
+    return path.rpartition(".")[2].isdigit()
 
 
 def _structure(module: _Module) -> str:

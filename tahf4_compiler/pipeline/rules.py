@@ -32,17 +32,18 @@ class Role:
     reason: Reason
 
 
-def role_of(block: tuple[str, str] | None, alone: bool) -> Role:
+def role_of(block: tuple[str, str] | None, alone: bool, whole: str = "model") -> Role:
     """Return where a linear stands.
 
     Args:
         block: path and class name of the repeated block around it, or None.
-        alone: whether the model has no repeated blocks, and so counts as one.
+        alone: whether there are no repeated blocks, so that all counts as one.
+        whole: what all is called.
     """
     if block is not None:
         return Role(True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})"))
     if alone:
-        return Role(True, Reason(Cause.BODY, "the model has no repeated blocks and counts as one block"))
+        return Role(True, Reason(Cause.BODY, f"the {whole} has no repeated blocks and counts as one block"))
     return Role(False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks"))
 
 

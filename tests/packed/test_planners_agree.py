@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Block, flux, pixart, sd3, wan
+from tahf4_compiler.passes import DEFAULT
 from torch import nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.model.reasons import Cause
-from tahf4_compiler.passes import DEFAULT
 
 PLANNING = DEFAULT[:3]
 

@@ -1,207 +1,285 @@
-"""Repeated blocks are found by structure, in models whose names differ."""
+"""Repeated blocks are found by structure: who holds linears, is of one class and reads what the one before wrote."""
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 
 import pytest
-import torch
-from helpers import GRAPH, expected, plans, relative
-from models import Block, Stack, encoder, flux, output, pixart, sd3, wan
-from torch import Tensor, nn
+from graphs import assert_pass
+from tahf4_compiler.passes.classify import Classify
+from tahf4_compiler.passes.normalize import Normalize
 
-import tahf4_compiler as tahf4
+BLOCKS = """
+    x: f32[4, 64]
+    a: param[64, 64]
+    u0: param[64, 64]
+    d0: param[64, 64]
+    u1: param[64, 64]
+    d1: param[64, 64]
+    z: param[64, 64]
+    @ first Linear
+    h = linear(x, a){boundary}
+    @ blocks.0 net.Block
+    y0 = linear(h, u0){block0}
+    h0 = linear(y0, d0){block0}
+    @ blocks.1 net.Block
+    y1 = linear(h0, u1){block1}
+    h1 = linear(y1, d1){block1}
+    @ last Linear
+    out = linear(h1, z){boundary}
+    return out
+"""
 
-WAN_BOUNDARY = {
-    "condition_embedder.time_embedder.linear_1",
-    "condition_embedder.time_embedder.linear_2",
-    "condition_embedder.time_proj",
-    "condition_embedder.text_embedder.linear_1",
-    "condition_embedder.text_embedder.linear_2",
-    "proj_out",
-}
+
+def plain(text):
+    return text.format(boundary="", block0="", block1="")
 
 
-def compiled_plan(model, inputs, dump_dir, **options):
-    """Return the plan of a model compiled as one graph, and its output."""
-    with torch.no_grad():
-        model = torch.compile(
-            model, backend="tahf4", options={**GRAPH, "dump_dir": str(dump_dir), **options}, fullgraph=True
+def found(text, container="blocks", cls="Block"):
+    return text.format(
+        boundary="  # boundary: outside the repeated blocks",
+        block0=f"  # body: in repeated block {container}.0 ({cls})",
+        block1=f"  # body: in repeated block {container}.1 ({cls})",
+    )
+
+
+def alone(text):
+    return text.format(
+        **dict.fromkeys(
+            ("boundary", "block0", "block1"), "  # body: the graph has no repeated blocks and counts as one block"
         )
-        result = output(model(**inputs))
-    (plan,) = plans(dump_dir)
-    return plan, result
+    )
 
 
-def quantized(plan):
-    return {d["module"] for d in plan if d["decision"] == "hif4"}
+def test_members_of_a_container_that_follow_each_other_are_repeated_blocks():
+    ran = assert_pass(plain(BLOCKS), Classify(), found(BLOCKS))
+    assert ran.notes == ["2 repeated blocks: blocks.0-1"]
+    assert ran.record.matches == 6
 
 
-def kept(plan):
-    return {d["module"] for d in plan if d["decision"] == "high_precision"}
+def test_what_a_block_holds_belongs_to_it():
+    inner = BLOCKS.replace("@ blocks.0 net.Block", "@ blocks.0 net.Block, blocks.0.attn net.Attention")
+    assert_pass(plain(inner), Classify(), found(inner))
 
 
-def test_wan_quantizes_ten_linears_a_block_and_keeps_the_six_of_the_boundary(tmp_path):
-    model, inputs = wan(num_layers=3)
-    plan, result = compiled_plan(model, inputs, tmp_path)
-    assert kept(plan) == WAN_BOUNDARY
-    assert Counter(path.split(".")[1] for path in quantized(plan)) == {"0": 10, "1": 10, "2": 10}
-    assert all(d["reason"] for d in plan)
-    with torch.no_grad():
-        assert 1e-3 < relative(result, output(model(**inputs))) < 0.1
+def test_inside_a_block_nothing_is_a_block_of_its_own():
+    inner = BLOCKS.replace("@ blocks.0 net.Block", "@ outer.0 net.Outer, outer.0.blocks.0 net.Block").replace(
+        "@ blocks.1 net.Block", "@ outer.1 net.Outer, outer.1.blocks.0 net.Block"
+    )
+    assert_pass(plain(inner), Classify(), found(inner, "outer", "Outer"))
 
 
-def test_wan_i2v_keeps_its_image_embedder_too(tmp_path):
-    model, inputs = wan(image_dim=64, added_kv_proj_dim=128)
-    plan, _ = compiled_plan(model, inputs, tmp_path)
-    image = {f"condition_embedder.image_embedder.ff.net.{leaf}" for leaf in ("0.proj", "2")}
-    assert kept(plan) == WAN_BOUNDARY | image
-    assert len(quantized(plan)) == 2 * 12
-
-
-def test_wan_ti2v_takes_a_timestep_for_each_token(tmp_path):
-    model, inputs = wan()
-    inputs["timestep"] = torch.full((1, 32), 10.0)
-    plan, _ = compiled_plan(model, inputs, tmp_path)
-    assert kept(plan) == WAN_BOUNDARY
+def test_repeated_blocks_inside_of_repeated_blocks_are_not_counted():
+    text = "x: f32[4, 64]\n" + "".join(f"w{i}: param[64, 64]\n" for i in range(8))
+    last = "x"
+    for i in range(8):
+        outer = f"outer.{i // 4}"
+        if i % 2 == 0:
+            text += f"@ {outer} net.Outer, {outer}.blocks.{i // 2 % 2} net.Block\n"
+        text += f"h{i} = linear({last}, w{i})  # body: in repeated block {outer} (Outer)\n"
+        last = f"h{i}"
+    text += f"return {last}"
+    ran = assert_pass(re.sub("  # .*", "", text), Classify(), text)
+    assert ran.notes == ["2 repeated blocks: outer.0-1"]
 
 
 @pytest.mark.parametrize(
-    ("build", "containers", "boundary"),
+    ("old", "new"),
     [
-        (flux, ("transformer_blocks", "single_transformer_blocks"), 10),
-        (sd3, ("transformer_blocks",), 7),
-        (pixart, ("transformer_blocks",), 10),
-        (encoder, ("layers",), 0),
+        pytest.param("@ blocks.1 net.Block", "@ blocks.1 net.Other", id="another class"),
+        pytest.param("y1 = linear(h0, u1)", "y1 = linear(h, u1)", id="side by side"),
+        pytest.param("@ blocks.1 net.Block", "@ others.1 net.Block", id="in another container"),
     ],
 )
-def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary, tmp_path):
-    model, inputs = build()
-    plan, _ = compiled_plan(model, inputs, tmp_path)
-    inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in containers}
-    if build is encoder:  # its q, k and v projection is a parameter of the attention module
-        inside |= {f"layers.{i}.self_attn.in_proj_weight" for i in range(3)}
-    assert quantized(plan) == inside
-    assert len(kept(plan)) == boundary
-    assert {d["reason"] for d in plan if d["module"] in kept(plan)} <= {"boundary: outside the repeated blocks"}
+def test_no_blocks(old, new):
+    text = BLOCKS.replace(old, new)
+    assert old in BLOCKS
+    assert_pass(plain(text), Classify(), alone(text))
 
 
-@pytest.mark.parametrize("build", [wan, flux, sd3, pixart, encoder])
-def test_both_captures_give_the_same_plan_and_numbers(build, tmp_path):
-    model, inputs = build()
-    plan, result = compiled_plan(model, inputs, tmp_path)
-    lowered = tahf4.lower(tahf4.capture(model, (), inputs), options=GRAPH)
-    assert {(d.module, d.decision, d.reason) for d in lowered.plan} == {
-        (d["module"], d["decision"], d["reason"]) for d in plan
+def test_a_member_with_one_linear_is_no_block_unless_that_is_enough():
+    text = BLOCKS.replace("h1 = linear(y1, d1){block1}", "h1 = neg(y1)").replace("d1: param[64, 64]\n", "")
+    assert_pass(plain(text), Classify(), alone(text))
+    assert_pass(plain(text), Classify(min_linears=1), found(text))
+
+
+def test_a_graph_without_repetition_is_one_block_but_not_beside_others():
+    text = "x: f32[4, 64]\n w: param[64, 64]\n y = linear(x, w){}\n return y"
+    assert_pass(
+        text.format(""), Classify(), text.format("  # body: the graph has no repeated blocks and counts as one block")
+    )
+    blocks = {"blocks": {"blocks.0": "Block", "blocks.1": "Block"}}
+    after = text.format("  # boundary: outside the repeated blocks")
+    assert_pass(text.format(""), Classify(), after, blocks=blocks)
+
+
+def test_a_piece_of_a_model_after_a_graph_break_knows_the_containers_of_the_whole():
+    text = """
+        x: f32[4, 64]
+        u: param[64, 64] = "blocks.1.up.weight"
+        e: param[64, 64] = "embed.weight"
+        y = linear(x, u){0}
+        z = linear(y, e){1}
+        return z
+    """
+    blocks = {"blocks": {"blocks.0": "Block", "blocks.1": "Block"}}
+    assert_pass(
+        text.format("", ""),
+        Classify(),
+        text.format("  # body: in repeated block blocks.1 (Block)", "  # boundary: outside the repeated blocks"),
+        blocks=blocks,
+    )
+
+
+def test_where_all_members_are_in_the_graph_the_flow_between_them_decides():
+    text = BLOCKS.replace("y1 = linear(h0, u1)", "y1 = linear(h, u1)")
+    for name, path in (("u0", "blocks.0.up"), ("d0", "blocks.0.down"), ("u1", "blocks.1.up"), ("d1", "blocks.1.down")):
+        text = text.replace(f"{name}: param[64, 64]", f'{name}: param[64, 64] = "{path}.weight"')
+    blocks = {"blocks": {"blocks.0": "Block", "blocks.1": "Block"}}
+    outside = "  # boundary: outside the repeated blocks"
+    assert_pass(plain(text), Classify(), text.format(boundary=outside, block0=outside, block1=outside), blocks=blocks)
+
+
+# Blocks that are attributes of one parent.
+
+ATTRIBUTES = BLOCKS.replace("blocks.0", "early").replace("blocks.1", "late")
+
+
+def test_attributes_of_one_structure_that_hold_nearly_all_weights_are_blocks():
+    after = ATTRIBUTES.format(
+        boundary="  # boundary: outside the repeated blocks",
+        block0="  # body: in repeated block early (Block)",
+        block1="  # body: in repeated block late (Block)",
+    )
+    small = {
+        "a: param[64, 64]": "a: param[64, 16]",
+        "z: param[64, 64]": "z: param[16, 64]",
+        "x: f32[4, 64]": "x: f32[4, 16]",
     }
-    assert relative(output(lowered(**inputs)), result) < 1e-5
+
+    def fit(text):
+        for old, new in small.items():
+            text = text.replace(old, new)
+        return text
+
+    ran = assert_pass(fit(plain(ATTRIBUTES)), Classify(), fit(after))
+    assert ran.notes == ["2 repeated blocks: early, late"]
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_fused_encoder_layer_is_written_out_exactly(norm_first, masked):
-    model, inputs = encoder(norm_first=norm_first)
-    if masked:
-        inputs["mask"] = nn.Transformer.generate_square_subsequent_mask(10)
-    with torch.no_grad():
-        compiled = torch.compile(model, backend="tahf4", options={**GRAPH, "keep": ["."]}, fullgraph=True)
-        assert relative(compiled(**inputs), model(**inputs)) < 1e-5
+def test_attributes_that_hold_less_than_three_quarters_of_the_weights_are_none():
+    assert_pass(plain(ATTRIBUTES), Classify(), alone(ATTRIBUTES))
 
 
-class Attributes(nn.Module):
-    """Blocks that are attributes, not members of a container."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entry = nn.Linear(64, 64)
-        self.early, self.middle, self.late = Block(), Block(), Block()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.late(self.middle(self.early(self.entry(x))))
-
-
-def test_blocks_need_no_container(tmp_path):
-    plan, _ = compiled_plan(Attributes().eval(), {"x": torch.randn(4, 64)}, tmp_path)
-    assert kept(plan) == {"entry"}
-
-
-class Parallel(nn.Module):
-    """Embedders of one class side by side, before the blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedders = nn.ModuleList(Block() for _ in range(2))
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embedders[0](x) + self.embedders[1](x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+def test_attributes_of_another_structure_are_none():
+    text = ATTRIBUTES.replace("h1 = linear(y1, d1)", "g = gelu(y1)\n h1 = linear(g, d1)")
+    text = (
+        text.replace("@ first Linear", "")
+        .replace("a: param[64, 64]", "a: param[64, 16]")
+        .replace("x: f32[4, 64]", "x: f32[4, 16]")
+    )
+    text = (
+        text.replace("z: param[64, 64]", "z: param[16, 64]")
+        .replace("@ last Linear", "@")
+        .replace("\n    \n", "\n    @\n")
+    )
+    text = text.replace("    @\n    h = linear", "    h = linear")
+    assert_pass(plain(text), Classify(), alone(text))
 
 
-def test_embedders_side_by_side_are_no_repeated_blocks(tmp_path):
-    plan, _ = compiled_plan(Parallel().eval(), {"x": torch.randn(4, 64)}, tmp_path)
-    assert quantized(plan) == {f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("up", "down")}
+# A container with one member.
+
+LONE = """
+    x: f32[4, 64]
+    a: param[64, 64]
+    p: param[64, 64]
+    q: param[64, 64]
+    r: param[64, 64]
+    s: param[{rows}, 64]
+    o: param[{outer}, {rows}]
+    h = linear(x, a){1}
+    @ blocks.0 net.Block
+    h1 = linear(h, p){0}
+    h2 = linear(h1, q){0}
+    h3 = linear(h2, r){0}
+    h4 = linear(h3, s){0}
+    @
+    y = linear(h4, o){1}
+    return y
+"""
 
 
-def test_a_block_compiled_alone_is_all_body(tmp_path):
-    model, inputs = wan()
-    with torch.no_grad():
-        model.compile_repeated_blocks(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)}, fullgraph=True)
-        model(**inputs)
-    (plan,) = plans(tmp_path)
-    assert len(quantized(plan)) == len(plan) == 10
+def lone(block, outside, rows=64, outer=64):
+    return LONE.format(block, outside, rows=rows, outer=outer)
 
 
-class Embed(nn.Module):
-    """A boundary module of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(nn.functional.silu(self.one(x)))
+BODY = ("  # body: in repeated block blocks.0 (Block)", "  # boundary: outside the repeated blocks")
+WHOLE = ("  # body: the graph has no repeated blocks and counts as one block",) * 2
 
 
-class Broken(Stack):
-    """A graph break inside the loop over blocks: Dynamo compiles what the loop calls, piece by piece."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = Embed()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            torch._dynamo.graph_break()
-            x = block(x)
-        return x
+def test_the_only_member_of_a_container_is_a_block_if_it_holds_four_linears():
+    assert_pass(lone("", ""), Classify(), lone(*BODY))
+    assert_pass(lone("", ""), Classify(min_linears_alone=5), lone(*WHOLE))
 
 
-class BrokenOnce(Broken):
-    """A graph break between the embedder and the blocks."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(self.embed(x))
-        torch._dynamo.graph_break()
-        for block in self.blocks:
-            x = block(x)
-        torch._dynamo.graph_break()
-        return self.last(x)
+def test_the_only_member_is_none_if_it_holds_less_than_half_of_the_weights():
+    assert_pass(lone("", "", outer=512), Classify(), lone(*WHOLE, outer=512))
 
 
-@pytest.mark.parametrize("build", [Broken, BrokenOnce])
-def test_graph_breaks_do_not_move_the_boundary(build, tmp_path):
-    models, x = [build().eval() for _ in range(2)], torch.randn(4, 64)
-    chosen = {f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("up", "down")} - {"blocks.0.up"}
-    options = {**GRAPH, "dump_dir": str(tmp_path), "keep": ["blocks.0.up"]}
-    with torch.no_grad():
-        for model in models:
-            want = expected(model, chosen)(x)
-            model.compile(backend="tahf4", options=options)
-            assert relative(model(x), want) < 1e-5
-    together = [d for plan in plans(tmp_path) for d in plan]
-    assert {"embed.one", "embed.two", "blocks.0.up"} <= kept(together)
-    assert quantized(together) <= chosen
+def test_an_attribute_alone_is_no_block():
+    text = LONE.replace("blocks.0", "block")
+    assert_pass(text.format("", "", rows=64, outer=64), Classify(), text.format(*WHOLE, rows=64, outer=64))
+
+
+def test_beside_blocks_the_only_member_of_another_container_is_one_whatever_it_holds():
+    names = ["h2", "h3", "h4", "h5"]
+    extra = "".join(f"{name}: param[8, {64 if i == 0 else 8}]\n" for i, name in enumerate(f"m{n}" for n in range(4)))
+    lines = "".join(
+        f"{name} = linear({'h1' if i == 0 else names[i - 1]}, m{i}){{lone}}\n" for i, name in enumerate(names)
+    )
+    text = BLOCKS.replace("    @ last Linear\n", f"    @ single.0 net.Single\n{lines}    @ last Linear\n")
+    text = text.replace("z: param[64, 64]\n", f"z: param[64, 8]\n{extra}").replace("linear(h1, z)", "linear(h5, z)")
+    comment = "  # body: in repeated block single.0 (Single)"
+    assert_pass(plain(text.replace("{lone}", "")), Classify(), found(text.replace("{lone}", comment)))
+
+
+def test_members_that_follow_no_other_are_no_lone_blocks():
+    four = LONE.replace("blocks.0 net", "blocks.1 net").replace(
+        "    h = linear(x, a){1}", "    @ blocks.0 net.Block\n    h = linear(x, a){1}"
+    )
+    assert_pass(four.format("", "", rows=64, outer=64), Classify(), four.format(*WHOLE, rows=64, outer=64))
+
+
+# Models that hold their linears in HiF4.
+
+
+def test_packed_linears_are_classified_like_others():
+    text = """
+        x: f32[4, 64]
+        {inputs}
+        @ blocks.0 net.Block
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, ac, as_, None, f32){0}
+        h = linear(y, u){0}
+        @ blocks.1 net.Block
+        d, t = tahf4.quantize(h, None, 0)
+        z = tahf4.linear(d, t, bc, bs, None, f32){1}
+        o = linear(z, v){1}
+        return o
+    """
+    others = "u: param[64, 64]\n v: param[64, 64]\n"
+    given = "".join(
+        f'{n}c: param.u8[64, 32] = "{n}.weight_codes"\n {n}{s}: param.i32[64, 1] = "{n}.weight_scales"\n'
+        for n, s in (("a", "s_"), ("b", "s"))
+    )
+    held = "".join(f"{n}c: held codes of {n}c\n {n}{s}: held scales of {n}{s}\n" for n, s in (("a", "s_"), ("b", "s")))
+    assert_pass(
+        text.format("", "", inputs=given + others),
+        Classify(),
+        text.format(
+            "  # body: in repeated block blocks.0 (Block)",
+            "  # body: in repeated block blocks.1 (Block)",
+            inputs=held + others,
+        ),
+        first=[Normalize()],
+        run=False,
+    )

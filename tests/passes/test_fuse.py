@@ -1,384 +1,821 @@
-"""What is drawn into quantizations and products, and what must not be; the numbers stay the same bits."""
+"""Norms and activations become part of quantizations, gates and residuals part of products."""
 
 from __future__ import annotations
 
-import operator
-
 import pytest
 import torch
-from models import wan
-from torch import nn
+from graphs import DECISION, assert_pass, plug_in
+from tahf4_compiler.passes.fuse import MAX_INPUTS, Fuse
 
-import tahf4_compiler as tahf4
-from tahf4_compiler.ops.program import Program
+ALWAYS = Fuse(always=True)
 
+PRODUCT = """
+    x: f32[4, 64]
+    r: f32[4, 64]
+    w: hif4[64, 64]
+    c, s = tahf4.quantize(x, None, 0)
+    y = tahf4.linear(c, s, w, None, f32)
+"""
+"""A product; what follows is drawn into it or is not."""
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+AFTER = """
+    x: f32[4, 64]
+    r: f32[4, 64]
+    w: hif4[64, 64]
+    c, s = tahf4.quantize(x, None, 0)
+"""
 
+QUANTIZATION = """
+    x: f32[4, 64]
+    g: f32[64]
+    w: hif4[64, 64]
+"""
+"""The inputs of a quantization; what comes before it is drawn into it or is not."""
 
-@pytest.fixture(autouse=True)
-def _reference(monkeypatch):
-    """The reference gives the same bits fused and not."""
-    monkeypatch.setenv("TAHF4_NO_CPP", "1")
-
-
-def lowered(model, *args, **options):
-    """Return a model lowered with and without fusion."""
-    captured = tahf4.capture(model, args)
-    return [
-        tahf4.lower(captured, options={"fuse.always": True, **options}),
-        tahf4.lower(captured, options={"disable_passes": ["fuse"], **options}),
-    ]
-
-
-def calls(low):
-    return [n for n in low.graph_module.graph.nodes if n.op == "call_function"]
-
-
-def named(low, name):
-    return [n for n in calls(low) if getattr(n.target, "_opname", "") == name]
+LINEAR = "y = tahf4.linear(c, s, w, None, f32)"
 
 
-def programs(low):
-    found = []
-    for node in calls(low):
-        found += [a for a in node.args if isinstance(a, str) and a]
-    return found
+def test_a_norm_and_its_modulation_become_part_of_the_quantization():
+    assert_pass(
+        """
+        x: bf16[2, 4, 64]
+        scale: f32[2, 1, 64]
+        shift: f32[2, 1, 64]
+        m: f32[64]
+        w: hif4[64, 64]
+        b: param.bf16[64]
+        wide = to.dtype(x, f32)
+        normed = layer_norm(wide, [64], None, None, 1e-06)
+        plus = add(scale, 1)
+        scaled = mul(normed, plus)
+        moved = add(scaled, shift)
+        h = to.dtype(moved, bf16)
+        c, s = tahf4.quantize(h, m, 64)
+        y = tahf4.linear(c, s, w, b, bf16)
+        return y
+        """,
+        ALWAYS,
+        """
+        x: bf16[2, 4, 64]
+        scale: f32[2, 1, 64]
+        shift: f32[2, 1, 64]
+        m: f32[64]
+        w: hif4[64, 64]
+        b: param.bf16[64]
+        c, s = tahf4.fused_quantize([x, scale, shift], "v0: float32 = to(x0);
+            v1: float32 = layer_norm(v0, None, None, 1e-06); v2: float32 = add(x1, 1); v3: float32 = mul(v1, v2);
+            v4: float32 = add(v3, x2); v5: bfloat16 = to(v4)", m, 64)
+        y = tahf4.linear(c, s, w, b, bf16)
+        return y
+        """,
+    )
 
 
-class Blocks(nn.Module):
-    """Two alike blocks, so that their linears are in a repeated body."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.blocks = nn.ModuleList([block() for _ in range(2)])
-
-    def forward(self, *args):
-        x, *rest = args
-        for block in self.blocks:
-            x = block(x, *rest)
-        return x
-
-
-class Mlp(nn.Module):
-    def __init__(self, middle):
-        super().__init__()
-        self.norm = nn.LayerNorm(128)
-        self.up, self.down = nn.Linear(128, 256), nn.Linear(256, 128)
-        self.middle = middle
-
-    def forward(self, x):
-        return x + self.down(self.middle(self.up(self.norm(x))))
-
-
-def same(pair, *args):
-    a, b = (low(*args) for low in pair)
-    assert torch.equal(a, b)
-
-
-def test_norm_gelu_and_residual_are_drawn_in():
-    model, x = Blocks(lambda: Mlp(nn.GELU("tanh"))), torch.randn(3, 128)
-    pair = lowered(model, x)
-    assert [len(named(pair[0], n)) for n in ("fused_quantize", "linear_quantize", "fused_linear")] == [2, 2, 2]
-    assert not named(pair[0], "gelu") and not named(pair[0], "layer_norm") and not named(pair[0], "add")
-    assert programs(pair[0])[:3] == [
-        "v0: float32 = layer_norm(x0, x1, x2, 1e-05)",
-        "v0: float32 = gelu_tanh(y)",
-        "v0: float32 = add(x0, y)",
-    ]
-    same(pair, x)
+def test_a_gate_and_a_residual_become_part_of_the_product():
+    ran = assert_pass(
+        """
+        x: bf16[2, 4, 64]
+        r: bf16[2, 4, 64]
+        gate: f32[2, 1, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, bf16)
+        gated = mul(y, gate)
+        wide = to.dtype(r, f32)
+        total = add(wide, gated)
+        z = to.dtype(total, bf16)
+        return z
+        """,
+        ALWAYS,
+        """
+        x: bf16[2, 4, 64]
+        r: bf16[2, 4, 64]
+        gate: f32[2, 1, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        z, = tahf4.fused_linear(c, s, w, None, bf16, [64], [gate, r], "v0: float32 = mul(y, x0);
+            v1: float32 = to(x1); v2: float32 = add(v1, v0); v3: bfloat16 = to(v2)", bf16)
+        return z
+        """,
+    )
+    assert ran.node("fused_linear").meta[DECISION][0].node == "y", "it stands for the linear of the plan"
+    assert ran.record.matches == 1
+    assert ran.notes == ["1 products, 0 quantizations, 0 products with their quantization, 0 split products"]
 
 
-def test_nothing_is_fused_where_only_the_reference_could_run_it():
-    model, x = Blocks(lambda: Mlp(nn.GELU())), torch.randn(3, 128)
-    low = tahf4.lower(tahf4.capture(model, (x,)))
-    assert not programs(low)
-    assert "fuse: 0 products" in low.report()
-
-
-class Twice(nn.Module):
-    """The activation between the linears is read a second time."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(128, 128), nn.Linear(128, 128)
-
-    def forward(self, x):
-        middle = torch.nn.functional.silu(self.up(x))
-        return self.down(middle) + middle
-
-
-def test_a_value_that_others_read_is_computed_once_and_kept():
-    model, x = Blocks(Twice), torch.randn(3, 128)
-    pair = lowered(model, x)
-    assert not any("silu" in node.args[7] for node in named(pair[0], "linear_quantize"))
-    assert named(pair[0], "fused_linear")[0].args[8] == "v0: float32 = silu(y)"
-    assert "".join(programs(pair[0])).count("silu") == 2
-    same(pair, x)
-
-
-class Writes(nn.Module):
-    """A buffer that the epilogue reads is written between the product and its reader."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(128, 128)
-        self.register_buffer("state", torch.zeros(128))
-
-    def forward(self, x):
-        y = self.up(x * self.state)
-        self.state.add_(1.0)
-        return y + self.state
-
-
-def test_nothing_moves_across_a_write():
-    model, x = Blocks(Writes), torch.randn(3, 128)
-    captured = tahf4.capture(model, (x,))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    a = tahf4.lower(captured, options={"fuse.always": True})(x)
-    model.load_state_dict(before)
-    b = tahf4.lower(captured, options={"disable_passes": ["fuse"]})(x)
-    assert torch.equal(a, b)
-
-
-class Merged(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(128, n) for n in (128, 64, 128))
-
-    def forward(self, x):
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return (q.view(-1, 8, 16) * k[:, :1, None]).flatten(1) + v
+def test_a_product_that_is_quantized_next_writes_codes_alone():
+    ran = assert_pass(
+        """
+        x: f32[4, 64]
+        m: f32[128]
+        up: hif4[128, 64]
+        down: hif4[64, 128]
+        b: param[128]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, up, b, f32)
+        h = gelu(y, approximate='tanh')
+        d, t = tahf4.quantize(h, m, 64)
+        z = tahf4.linear(d, t, down, None, f32)
+        return z
+        """,
+        ALWAYS,
+        """
+        x: f32[4, 64]
+        m: f32[128]
+        up: hif4[128, 64]
+        down: hif4[64, 128]
+        b: param[128]
+        c, s = tahf4.quantize(x, None, 0)
+        d, t = tahf4.linear_quantize(c, s, up, b, f32, [], "v0: float32 = gelu_tanh(y)", m, 64)
+        z = tahf4.linear(d, t, down, None, f32)
+        return z
+        """,
+    )
+    assert ran.node("linear_quantize").meta[DECISION][0].node == "y"
 
 
 def test_merged_products_have_one_contiguous_result_each():
-    model, x = Blocks(Merged), torch.randn(3, 128)
-    pair = lowered(model, x)
-    (first, *_) = named(pair[0], "fused_linear")
-    assert first.args[6] == [128, 64, 128]
-    assert not named(pair[0], "split_with_sizes")
-    same(pair, x)
+    assert_pass(
+        """
+        x: f32[4, 64]
+        q+k: hif4[64+32, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        p = tahf4.linear(c, s, q+k, None, f32)
+        a, b = split_with_sizes(p, [64, 32], -1)
+        flat = clone(a, memory_format=contiguous)
+        u = view(flat, [-1])
+        v = relu(b)
+        return u, v
+        """,
+        ALWAYS,
+        """
+        x: f32[4, 64]
+        q+k: hif4[64+32, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        a, b = tahf4.fused_linear(c, s, q+k, None, f32, [64, 32], [], "", f32)
+        u = view(a, [-1])
+        v = relu(b)
+        return u, v
+        """,
+    )
 
 
-class Casts(nn.Module):
-    """As Wan's blocks: norms and gates in float32 around bfloat16 linears."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(1, 3, 128))
-        self.up = nn.Linear(128, 128)
-
-    def forward(self, x, temb):
-        shift, scale, gate = (self.table + temb.float()).chunk(3, dim=1)
-        h = (nn.functional.layer_norm(x.float(), (128,)) * (1 + scale) + shift).type_as(x)
-        return (x.float() + self.up(h) * gate).type_as(x)
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-def test_casts_and_modulation(rows):
-    model = Blocks(Casts)
-    for block in model.blocks:
-        block.up.to(torch.bfloat16)
-    args = torch.randn(2, rows, 128).bfloat16(), torch.randn(2, 3, 128).bfloat16()
-    pair = lowered(model, *args)
-    quantizations, products = named(pair[0], "fused_quantize"), named(pair[0], "fused_linear")
-    assert len(quantizations) == len(products) == 2
-    text = Program.parse(quantizations[0].args[1])
-    assert [s.function for s in text.statements] == ["to", "layer_norm", "add", "mul", "add", "to"]
-    # The residual is read in bfloat16, not in the float32 that the graph made of it.
-    assert all(leaf.meta["val"].dtype == torch.bfloat16 for leaf in products[0].args[7][1:])
-    same(pair, *args)
-
-
-class Wide(nn.Module):
-    """The result is cast to a wider type: the narrow one is written."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(128, 128)
-
-    def forward(self, x):
-        y = torch.nn.functional.silu(self.up(x)).float()
-        return (y * y.mean()).bfloat16()
+def test_what_is_both_a_result_and_quantized_is_a_product_and_a_quantization():
+    ran = assert_pass(
+        """
+        x: f32[4, 64]
+        r: f32[4, 64]
+        w: hif4[64, 64]
+        v: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        z = add(r, y)
+        h = relu(z)
+        d, t = tahf4.quantize(h, None, 0)
+        u = tahf4.linear(d, t, v, None, f32)
+        return z, u
+        """,
+        ALWAYS,
+        """
+        x: f32[4, 64]
+        r: f32[4, 64]
+        w: hif4[64, 64]
+        v: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], "v0: float32 = add(x0, y)", f32)
+        d, t = tahf4.fused_quantize([z], "v0: float32 = relu(x0)", None, 0)
+        u = tahf4.linear(d, t, v, None, f32)
+        return z, u
+        """,
+    )
+    assert ran.record.matches == 2
 
 
-def test_a_widening_cast_at_the_end_stays_outside():
-    model, x = Blocks(Wide).bfloat16(), torch.randn(3, 128).bfloat16()
-    pair = lowered(model, x)
-    assert all(p == "v0: bfloat16 = silu(y)" for p in programs(pair[0]) if "silu" in p)
-    assert "".join(programs(pair[0])).count("silu") == 2
-    same(pair, x)
+def test_the_product_may_be_read_twice_by_one_operator():
+    assert_pass(
+        PRODUCT + "z = mul(y, y)\n return z",
+        ALWAYS,
+        AFTER + 'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [], "v0: float32 = mul(y, y)", f32)\n return z',
+    )
 
 
-class Inner(nn.Module):
-    """Two norms in a row, a norm over two axes, a sum over rows: one reduction along the last axis is taken."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(128, 128)
-
-    def forward(self, x):
-        h = nn.functional.layer_norm(nn.functional.layer_norm(x, (128,)), (128,))
-        h = self.up(h)
-        return self.up(nn.functional.layer_norm(h, h.shape[-2:])) * h.sum(-2, keepdim=True)
+def test_an_operand_is_one_input_however_often_it_is_read():
+    program = '"v0: float32 = add(y, x0); v1: float32 = mul(v0, x0)"'
+    assert_pass(
+        PRODUCT + "a = add(y, r)\n z = mul(a, r)\n return z",
+        ALWAYS,
+        AFTER + f"z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], {program}, f32)\n return z",
+    )
 
 
-def test_only_one_reduction_along_the_last_axis_is_drawn_in():
-    model, x = Blocks(Inner), torch.randn(2, 3, 128)
-    pair = lowered(model, x)
-    norms = [p.count("layer_norm") for p in programs(pair[0])]
-    assert max(norms) == 1 and sum(norms) == 2
-    assert len(named(pair[0], "layer_norm")) == 4
-    same(pair, x)
+def test_a_narrow_operand_is_read_as_it_is_however_often_it_is_cast():
+    program = '"v0: float32 = to(x0); v1: float32 = add(y, v0); v2: float32 = to(x0); v3: float32 = mul(v1, v2)"'
+    head = PRODUCT.replace("r: f32", "r: bf16")
+    assert_pass(
+        head + "a = to.dtype(r, f32)\n b = add(y, a)\n d = to.dtype(r, f32)\n z = mul(b, d)\n return z",
+        ALWAYS,
+        AFTER.replace("r: f32", "r: bf16")
+        + f"z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], {program}, f32)\n return z",
+    )
 
 
-@pytest.mark.parametrize("block", [0, 64])
-def test_a_whole_wan_keeps_its_bits_and_decisions(block):
-    model, args = wan()
-    captured = tahf4.capture(model, (), args)
-    pair = [
-        tahf4.lower(captured, options={"rotate.block": block, **o})
-        for o in ({"fuse.always": True, "verify": True}, {"disable_passes": ["fuse"]})
-    ]
-    assert torch.equal(*(low(**args)[0] for low in pair))
-    added = [r.error for r in pair[0].history if r.name == "fuse"]
-    assert added == [0.0]
-    decided = [[(d.module, d.decision, bool(d.kernel)) for d in low.plan] for low in pair]
-    assert decided[0] == decided[1]
-    quantized = sum(d.decision == "hif4" for d in pair[0].plan)
-    assert quantized and all(d.kernel for d in pair[0].plan if d.decision == "hif4")
+def test_a_cast_that_others_read_is_drawn_in_and_stays():
+    assert_pass(
+        """
+        x: bf16[4, 64]
+        w: hif4[64, 64]
+        n = neg(x)
+        wide = to.dtype(n, f32)
+        h = relu(wide)
+        c, s = tahf4.quantize(h, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        z = add(wide, y)
+        return z, wide
+        """,
+        ALWAYS,
+        """
+        x: bf16[4, 64]
+        w: hif4[64, 64]
+        n = neg(x)
+        wide = to.dtype(n, f32)
+        c, s = tahf4.fused_quantize([n], "v0: float32 = to(x0); v1: float32 = relu(v0)", None, 0)
+        z, = tahf4.fused_linear(c, s, w, None, f32, [64], [n], "v0: float32 = to(x0); v1: float32 = add(v0, y)", f32)
+        return z, wide
+        """,
+    )
 
 
-def test_dynamic_sizes_stay_dynamic():
-    model = Blocks(lambda: Mlp(nn.GELU("tanh")))
-    inputs = [torch.randn(rows, 128) for rows in (3, 17, 40)]
-    results = []
-    for options in ({"fuse.always": True}, {"disable_passes": ["fuse"]}):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        compiled = torch.compile(model, backend="tahf4", dynamic=True, options={"inductor": False, **options})
-        results.append([compiled(x) for x in inputs])
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+def test_a_widening_cast_at_the_end_is_not_written():
+    assert_pass(
+        """
+        x: bf16[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, bf16)
+        h = silu(y)
+        z = to.dtype(h, f32)
+        return z
+        """,
+        ALWAYS,
+        """
+        x: bf16[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        h, = tahf4.fused_linear(c, s, w, None, bf16, [64], [], "v0: bfloat16 = silu(y)", bf16)
+        z = to.dtype(h, f32)
+        return z
+        """,
+    )
 
 
-class Awkward(nn.Module):
-    """Things around a linear that must keep their meaning."""
+def test_a_cast_alone_is_no_program():
+    for dtype in ("bf16", "f32"):
+        assert_pass(
+            f"""
+            x: bf16[4, 64]
+            w: hif4[64, 64]
+            c, s = tahf4.quantize(x, None, 0)
+            y = tahf4.linear(c, s, w, None, bf16)
+            z = to.dtype(y, {dtype})
+            return z
+            """,
+            ALWAYS,
+        )
 
-    def __init__(self, kind):
-        super().__init__()
-        self.up, self.kind = nn.Linear(128, 128), kind
-        self.register_buffer("zero_dim", torch.tensor(1.5, dtype=torch.float64))
 
-    def forward(self, x):
-        y = self.up(x)
-        if self.kind == "infinite scalar":
-            return torch.nn.functional.relu(y) * float("inf")
-        if self.kind == "permuted residual":
-            return y + x.t().contiguous().t()
-        if self.kind == "zero-dimensional":
-            return y * self.zero_dim + x
-        if self.kind == "alpha":
-            return torch.add(x, y, alpha=2)
-        if self.kind == "in place":
-            y.mul_(2)
-            return y + x
-        if self.kind == "more axes":
-            return (y[None] * torch.ones(2, 1, 1)).sum(0)
-        if self.kind == "view":
-            return (y.view(-1, 64) * 2).view_as(x)
-        if self.kind == "both sides":
-            return y * y + y
-        assert self.kind == "comparison"
-        return torch.where(y > 0, y, x)
+def test_an_assertion_of_a_dtype_is_no_reader_and_goes():
+    assert_pass(
+        PRODUCT + "a = _assert_tensor_metadata(y, dtype=f32)\n z = add(r, y)\n return z",
+        ALWAYS,
+        AFTER + 'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], "v0: float32 = add(x0, y)", f32)\n return z',
+    )
+
+
+def test_a_mean_and_a_square_are_a_norm_written_out():
+    program = "v0: float32 = square(x0); v1: float32 = mean(v0); v2: float32 = rsqrt(v1); v3: float32 = mul(x0, v2)"
+    assert_pass(
+        QUANTIZATION
+        + f"""
+        a = pow.Tensor_Scalar(x, 2)
+        b = mean.dim(a, [-1], True)
+        d = rsqrt(b)
+        h = mul(x, d)
+        c, s = tahf4.quantize(h, None, 0)
+        {LINEAR}
+        return y
+        """,
+        ALWAYS,
+        QUANTIZATION + f'c, s = tahf4.fused_quantize([x], "{program}", None, 0)\n {LINEAR}\n return y',
+    )
+
+
+def test_dynamic_rows_are_no_obstacle_and_others_do_not_fit():
+    head = "x: f32[n, 64]\n r: f32[{rows}, 64]\n w: hif4[64, 64]\n"
+    product = "c, s = tahf4.quantize(x, None, 0)\n y = tahf4.linear(c, s, w, None, f32)\n"
+    fused = 'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], "v0: float32 = add(x0, y)", f32)\n'
+    for rows in ("n", "1"):
+        start = head.format(rows=rows)
+        assert_pass(
+            start + product + "z = add(r, y)\n return z",
+            ALWAYS,
+            start + f"c, s = tahf4.quantize(x, None, 0)\n {fused} return z",
+        )
+
+
+def test_a_gate_of_a_wider_type_gives_a_wider_result():
+    head = "x: bf16[4, 64]\n g: f32[64]\n w: hif4[64, 64]\n c, s = tahf4.quantize(x, None, 0)\n"
+    assert_pass(
+        head + "y = tahf4.linear(c, s, w, None, bf16)\n z = mul(y, g)\n return z",
+        ALWAYS,
+        head + 'z, = tahf4.fused_linear(c, s, w, None, bf16, [64], [g], "v0: float32 = mul(y, x0)", f32)\n return z',
+    )
+
+
+def test_what_is_read_on_two_ways_is_drawn_in():
+    program = "v0: float32 = relu(x0); v1: float32 = neg(v0); v2: float32 = mul(v0, v1); v3: float32 = mul(v2, v2)"
+    assert_pass(
+        QUANTIZATION
+        + f"""
+        a = relu(x)
+        b = neg(a)
+        d = mul(a, b)
+        h = mul(d, d)
+        c, s = tahf4.quantize(h, None, 0)
+        {LINEAR}
+        return y
+        """,
+        ALWAYS,
+        QUANTIZATION + f'c, s = tahf4.fused_quantize([x], "{program}", None, 0)\n {LINEAR}\n return y',
+    )
+
+
+def test_what_only_a_cast_that_stays_reads_stays_with_it():
+    head = "x: bf16[4, 64]\n w: hif4[64, 64]\n n = neg(x)\n wide = to.dtype(n, f32)\n"
+    rest = f"{LINEAR}\n return y, wide"
+    assert_pass(
+        head + f"h = relu(wide)\n c, s = tahf4.quantize(h, None, 0)\n {rest}",
+        ALWAYS,
+        head + f'c, s = tahf4.fused_quantize([n], "v0: float32 = to(x0); v1: float32 = relu(v0)", None, 0)\n {rest}',
+    )
+
+
+def test_numbers_without_axes_are_computed_among_themselves():
+    head = "x: f32[4, 64]\n o: f32[]\n p: bf16[]\n w: hif4[64, 64]\n"
+    assert_pass(
+        head + f"a = add(o, p)\n h = mul(x, a)\n c, s = tahf4.quantize(h, None, 0)\n {LINEAR}\n return y",
+        ALWAYS,
+        head
+        + 'c, s = tahf4.fused_quantize([o, p, x], "v0: float32 = add(x0, x1); v1: float32 = mul(x2, v0)", None, 0)\n'
+        f"{LINEAR}\n return y",
+    )
+
+
+# What must stay outside of a product.
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["infinite scalar", "permuted residual", "zero-dimensional", "alpha", "in place", "more axes", "view", "both sides",
-     "comparison"],
-)  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_awkward_neighbours_keep_their_meaning(kind, dtype):
-    model, x = Blocks(lambda: Awkward(kind)).to(dtype), torch.randn(3, 128, dtype=dtype)
-    pair = lowered(model, x)
-    a, b = (low(x) for low in pair)
-    assert torch.equal(a.nan_to_num(3.0), b.nan_to_num(3.0)) and a.dtype == b.dtype
-    if kind == "permuted residual":
-        assert a.stride() == b.stride()
-
-
-def test_getitem_is_only_a_result():
-    model, x = Blocks(lambda: Mlp(nn.GELU())), torch.randn(3, 128)
-    low, _ = lowered(model, x)
-    for node in named(low, "fused_linear"):
-        assert [(u.target, u.args[1]) for u in node.users] == [(operator.getitem, 0)]
-
-
-class Around(nn.Module):
-    """A linear in a repeated block with something around it."""
-
-    def __init__(self, width, function):
-        super().__init__()
-        self.up, self.function = nn.Linear(128, width), function
-
-    def forward(self, x):
-        return self.function(self.up, x)
-
-
-def copied_and_written(up, x):
-    q, k = up(x).split([128, 128], -1)
-    a = q.contiguous()
-    a.mul_(2.0)
-    return a + q + k
-
-
-def copied_twice(up, x):
-    q, k = up(x).split([128, 128], -1)
-    a, b = q.contiguous(), q.contiguous()
-    a.add_(1.0)
-    return a + b + k
-
-
-ZERO_DIM = torch.tensor(0.1)
-
-
-@pytest.mark.parametrize(
-    ("width", "function"),
+    "rest",
     [
-        (256, copied_and_written),
-        (256, copied_twice),
-        (128, lambda up, x: x.type_as(nn.functional.silu(up(x)))),
-        (128, lambda up, x: up(x - x.mean(dim=None, keepdim=True))),
-        (128, lambda up, x: up(x - x.mean(dim=[0, 1], keepdim=True))),
-        (128, lambda up, x: up(x * 1e-40 / 1e-40)),
+        pytest.param("n = layer_norm(y, [64], None, None, 1e-05)\n return n", id="a reduction"),
+        pytest.param("z = softmax.int(y, -1)\n return z", id="what programs cannot say"),
+        pytest.param("z = add(y, r, alpha=2)\n return z", id="a factor"),
+        pytest.param("z = mul(y, inf)\n return z", id="an infinite number"),
+        pytest.param("z = mul(y, 1e-40)\n return z", id="a subnormal number"),
+        pytest.param("z = gelu(y)\n return z, y", id="a product that is a result too"),
+        pytest.param("a = relu(y)\n b = neg(y)\n return a, b", id="two readers"),
+        pytest.param("z = type_as(r, y)\n return z", id="only its dtype is read"),
+        pytest.param("d, t = tahf4.quantize(y, None, 0)\n u = neg(y)\n return d, u", id="codes and another reader"),
+        pytest.param("v = view(y, [2, 2, 64])\n z = neg(v)\n return z", id="a view"),
+        pytest.param("a = add_(y, 1)\n b = add(a, r)\n return b", id="in place"),
+        pytest.param("return y", id="nothing"),
     ],
 )
-def test_what_a_fused_node_would_get_wrong(width, function):
-    model, x = Blocks(lambda: Around(width, function)), torch.randn(3, 128)
-    same(lowered(model, x, **{"rotate.block": 0}), x)
+def test_stays_behind_a_product(rest):
+    assert_pass(PRODUCT + rest, ALWAYS)
 
 
-def test_an_operand_without_axes_is_rounded_first_and_not_drawn_in():
-    model = Blocks(lambda: Around(128, lambda up, x: up(x) * ZERO_DIM + x)).bfloat16()
-    x = torch.randn(3, 128, dtype=torch.bfloat16)
-    pair = lowered(model, x)
-    assert not any("mul" in program for program in programs(pair[0]))
-    same(pair, x)
+def test_of_a_product_whose_dtype_alone_is_read_nothing_is_drawn_in():
+    assert_pass(
+        """
+        x: bf16[4, 64]
+        r: f32[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, bf16)
+        z = type_as(r, y)
+        return z
+        """,
+        ALWAYS,
+    )
 
 
-def test_parts_that_leave_the_graph_keep_their_strides():
-    class Parts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(128, 128) for _ in range(3)])
+def test_a_product_that_is_a_multiplier_is_not_what_is_quantized():
+    assert_pass(
+        """
+        x: f32[64]
+        h: f32[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        d, t = tahf4.quantize(h, y, 0)
+        return d, t
+        """,
+        ALWAYS,
+    )
 
-        def forward(self, x):
-            return self.blocks[2](self.blocks[1](self.blocks[0](x))).split([64, 64], -1)
 
-    pair = lowered(Parts(), torch.randn(3, 128))
-    a, b = (low(torch.ones(3, 128)) for low in pair)
-    assert [t.stride() for t in a] == [t.stride() for t in b]
+@pytest.mark.parametrize(("own", "cast"), [("f32", "bf16"), ("f64", "f32"), ("i64", "f32")])
+def test_an_operand_that_is_cast_from_no_narrower_float_is_read_as_cast(own, cast):
+    head = f"x: bf16[4, 64]\n r: {own}[4, 64]\n w: hif4[64, 64]\n e = to.dtype(r, {cast})\n"
+    codes = "c, s = tahf4.quantize(x, None, 0)\n"
+    word = {"f32": "float32", "bf16": "bfloat16"}[cast]
+    assert_pass(
+        head + codes + f"y = tahf4.linear(c, s, w, None, {cast})\n z = add(e, y)\n return z",
+        ALWAYS,
+        head + codes
+        + f'z, = tahf4.fused_linear(c, s, w, None, {cast}, [64], [e], "v0: {word} = add(x0, y)", {cast})\n return z',
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operand", "result"),
+    [
+        pytest.param("[2, 4, 64]", "z = add(y, o)", id="more axes"),
+        pytest.param(".i64[4, 64]", "z = add(y, o)", id="integers"),
+        pytest.param(".f64[4, 64]", "z = add(y, o)", id="float64"),
+        pytest.param(".bool[4, 64]", "z = mul(y, o)", id="booleans"),
+        pytest.param("[4, 64] strides 1, 4", "z = add(o, y)", id="another memory format of two axes"),
+        pytest.param(".f64[]", "z = mul(y, o)", id="a double without axes"),
+    ],
+)
+def test_an_operand_that_does_not_fit_a_product(operand, result):
+    head = PRODUCT.replace("r: f32[4, 64]", f"o: {operand.removeprefix('.') if operand[0] == '.' else 'f32' + operand}")
+    assert_pass(head + f"{result}\n return z", ALWAYS)
+
+
+def test_a_channels_last_residual_gives_its_memory_format_to_the_sum():
+    assert_pass(
+        """
+        x: f32[2, 3, 4, 64]
+        r: f32[2, 3, 4, 64] strides 768, 1, 192, 3
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        z = add(r, y)
+        return z
+        """,
+        ALWAYS,
+    )
+
+
+def test_strides_of_an_axis_of_one_mean_nothing():
+    head = "x: f32[1, 64]\n r: f32[1, 64] strides 1, 3\n w: hif4[64, 64]\n c, s = tahf4.quantize(x, None, 0)\n"
+    assert_pass(
+        head + "y = tahf4.linear(c, s, w, None, f32)\n z = add(r, y)\n return z",
+        ALWAYS,
+        head + 'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], "v0: float32 = add(x0, y)", f32)\n return z',
+    )
+
+
+def test_an_operand_without_axes_is_rounded_first_so_it_stays_outside():
+    head = """
+        x: bf16[4, 64]
+        o: {dtype}[]
+        w: hif4[64, 64]
+    """
+    quantize = "c, s = tahf4.quantize(x, None, 0)\n"
+    before = quantize + "y = tahf4.linear(c, s, w, None, bf16)\n z = mul(y, o)\n return z"
+    assert_pass(head.format(dtype="f32") + before, ALWAYS)
+    assert_pass(
+        head.format(dtype="bf16") + before,
+        ALWAYS,
+        head.format(dtype="bf16") + quantize
+        + 'z, = tahf4.fused_linear(c, s, w, None, bf16, [64], [o], "v0: bfloat16 = mul(y, x0)", bf16)\n return z',
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", [torch.empty(4, 64, device="meta"), torch.eye(4, 64).to_sparse()], ids=["another device", "sparse"]
+)
+def test_an_operand_of_another_kind_is_no_input(value):
+    def change(graph_module):
+        (node,) = (n for n in graph_module.graph.nodes if n.name == "r")
+        node.meta["val"] = value
+
+    assert_pass(PRODUCT + "z = add(y, r)\n return z", ALWAYS, run=False, prepare=change)
+
+
+def test_a_program_has_no_more_inputs_than_a_kernel_takes():
+    inputs = [f"i{n}" for n in range(MAX_INPUTS + 1)]
+    declared = "".join(f"{i}: f32[64]\n" for i in inputs) + "x: f32[4, 64]\n w: hif4[64, 64]\n"
+    quantize = "c, s = tahf4.quantize(x, None, 0)\n"
+    chain = "".join(f"a{n} = add({'y' if n == 0 else f'a{n - 1}'}, i{n})\n" for n in range(MAX_INPUTS + 1))
+    program = "; ".join(f"v{n}: float32 = add({'y' if n == 0 else f'v{n - 1}'}, x{n})" for n in range(MAX_INPUTS))
+    last = MAX_INPUTS
+    assert_pass(
+        declared + quantize + f"{LINEAR}\n{chain} return a{last}",
+        ALWAYS,
+        declared + quantize
+        + f'a{last - 1}, = tahf4.fused_linear(c, s, w, None, f32, [64], [{", ".join(inputs[:-1])}], "{program}", f32)\n'
+        + f"a{last} = add(a{last - 1}, i{last})\n return a{last}",
+    )  # fmt: skip
+    before = "".join(f"a{n} = add({'x' if n == 0 else f'a{n - 1}'}, i{n})\n" for n in range(MAX_INPUTS))
+    assert_pass(
+        declared + before + f"c, s = tahf4.quantize(a{last - 1}, None, 0)\n {LINEAR}\n return y, i{last}", ALWAYS
+    )
+
+
+# What must stay before a quantization.
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param("h = softmax.int(x, -1)", id="what programs cannot say"),
+        pytest.param("h = layer_norm(x, [4, 64], None, None, 1e-05)", id="a norm over two axes"),
+        pytest.param("h = rms_norm(x, [64], None, None)", id="a norm with the machine's epsilon"),
+        pytest.param("h = mean.dim(x, [0], True)", id="a mean over rows"),
+        pytest.param("h = add(x, g, alpha=2)", id="a factor"),
+        pytest.param("h = to.dtype(x, f64)", id="to a type that programs do not know"),
+        pytest.param("i = to.dtype(g, i64)\n h = mul(x, i)", id="integers"),
+    ],
+)
+def test_stays_before_a_quantization(before):
+    assert_pass(QUANTIZATION + f"{before}\n c, s = tahf4.quantize(h, None, 0)\n {LINEAR}\n return y", ALWAYS)
+
+
+def test_only_the_last_of_two_norms_is_drawn_in():
+    rest = f"{LINEAR}\n return y"
+    assert_pass(
+        QUANTIZATION
+        + f"""
+        a = layer_norm(x, [64], None, None, 1e-05)
+        h = rms_norm(a, [64], g, 1e-06)
+        c, s = tahf4.quantize(h, None, 0)
+        {rest}
+        """,
+        ALWAYS,
+        QUANTIZATION
+        + f"""
+        a = layer_norm(x, [64], None, None, 1e-05)
+        c, s = tahf4.fused_quantize([a, g], "v0: float32 = rms_norm(x0, x1, 1e-06)", None, 0)
+        {rest}
+        """,
+    )
+
+
+def test_a_norm_of_fewer_rows_stays_outside():
+    rest = f"{LINEAR}\n return y"
+    assert_pass(
+        QUANTIZATION + f"a = layer_norm(g, [64], None, None, 1e-05)\n h = add(x, a)\n"
+        f"c, s = tahf4.quantize(h, None, 0)\n {rest}",
+        ALWAYS,
+        QUANTIZATION + "a = layer_norm(g, [64], None, None, 1e-05)\n"
+        f'c, s = tahf4.fused_quantize([x, a], "v0: float32 = add(x0, x1)", None, 0)\n {rest}',
+    )
+
+
+def test_a_value_that_others_read_is_computed_once():
+    rest = f"{LINEAR}\n return y, a"
+    assert_pass(
+        QUANTIZATION + f"a = gelu(x)\n h = mul(a, g)\n c, s = tahf4.quantize(h, None, 0)\n {rest}",
+        ALWAYS,
+        QUANTIZATION
+        + f'a = gelu(x)\n c, s = tahf4.fused_quantize([a, g], "v0: float32 = mul(x0, x1)", None, 0)\n {rest}',
+    )
+
+
+def test_a_quantized_value_that_is_a_result_too_is_computed_once():
+    assert_pass(QUANTIZATION + f"h = gelu(x)\n c, s = tahf4.quantize(h, None, 0)\n {LINEAR}\n return y, h", ALWAYS)
+
+
+def test_a_factor_without_axes_is_rounded_first_so_its_product_stays_before():
+    assert_pass(
+        """
+        x: bf16[4, 64]
+        o: f32[]
+        w: hif4[64, 64]
+        h = mul(x, o)
+        c, s = tahf4.quantize(h, None, 0)
+        y = tahf4.linear(c, s, w, None, bf16)
+        return y
+        """,
+        ALWAYS,
+    )
+
+
+# Writes to memory.
+
+
+@pytest.mark.parametrize("written", ["x", "view(x, [64, 4])"])
+def test_a_norm_does_not_cross_a_write_to_its_input(written):
+    assert_pass(
+        f"""
+        x: f32[4, 64]
+        w: hif4[64, 64]
+        h = layer_norm(x, [64], None, None, 1e-05)
+        part = {written if "view" in written else "view(x, [4, 64])"}
+        a = add_(part, 1)
+        c, s = tahf4.quantize(h, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        return y
+        """,
+        ALWAYS,
+    )
+
+
+def test_what_comes_before_a_write_stays_there_and_the_rest_is_drawn_in():
+    assert_pass(
+        QUANTIZATION
+        + f"""
+        a = relu(x)
+        b = add_(x, 1)
+        h = mul(a, g)
+        c, s = tahf4.quantize(h, None, 0)
+        {LINEAR}
+        return y
+        """,
+        ALWAYS,
+        QUANTIZATION
+        + f"""
+        a = relu(x)
+        b = add_(x, 1)
+        c, s = tahf4.fused_quantize([a, g], "v0: float32 = mul(x0, x1)", None, 0)
+        {LINEAR}
+        return y
+        """,
+    )
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param("z = add(r, y)\n return z", id="a residual"),
+        pytest.param("d, t = tahf4.quantize(y, None, 0)\n z = tahf4.linear(d, t, v, None, f32)\n return z", id="codes"),
+    ],
+)
+def test_a_product_does_not_cross_a_write_to_its_bias(rest):
+    assert_pass(
+        f"""
+        x: f32[4, 64]
+        r: f32[4, 64]
+        b: buffer[64]
+        w: hif4[64, 64]
+        v: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, b, f32)
+        a = add_(b, 1)
+        {rest}
+        """,
+        ALWAYS,
+    )
+
+
+def test_a_cast_of_an_operand_does_not_cross_a_write():
+    head = PRODUCT.replace("r: f32", "r: bf16")
+    cut = head.index("c, s")
+    before = "e = to.dtype(r, f32)\n f = add_(r, 1)\n"
+    assert_pass(
+        head[:cut] + before + head[cut:] + "z = add(e, y)\n return z",
+        ALWAYS,
+        head[:cut] + before + "c, s = tahf4.quantize(x, None, 0)\n"
+        'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [e], "v0: float32 = add(x0, y)", f32)\n return z',
+    )
+
+
+# Parts of merged products.
+
+MERGED = """
+    x: f32[4, 64]
+    q+k: hif4[64+64, 64]
+    c, s = tahf4.quantize(x, None, 0)
+    p = tahf4.linear(c, s, q+k, None, f32)
+"""
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param("a, b = split_with_sizes(p, [64, 64], -1)\n return a, b", id="who gets parts sees strides"),
+        pytest.param(
+            "a, b = split_with_sizes(p, [64, 64], -1)\n d = as_strided(a, [4, 8], [128, 1])\n e = neg(d)\n f = neg(b)\n"
+            "return e, f",
+            id="who reads strides sees them",
+        ),
+        pytest.param("a, b = split_with_sizes(p, [2, 2])\n d = add(a, b)\n return d", id="rows, by default"),
+        pytest.param("a, b = split_with_sizes(p, [2, 2], 0)\n d = add(a, b)\n return d", id="rows"),
+        pytest.param("a, b = split_with_sizes(p, [64, 64], -1)\n d = add(a, b)\n return d, p", id="the whole as well"),
+        pytest.param(
+            "e = sym_size.int(x, 1)\n a, b = split_with_sizes(p, [e, 64], -1)\n d = add(a, b)\n return d",
+            id="sizes that are computed",
+        ),
+        pytest.param("a, b = split(p, 64, -1)\n d = add(a, b)\n return d", id="another operator"),
+        pytest.param(
+            "a, b = split_with_sizes(p, [64, 64], -1)\n d = clone(a, memory_format=contiguous)\n e = mul_(a, 2)\n"
+            "f = add(a, d)\n g = add(f, b)\n return g",
+            id="a write to a part",
+        ),
+        pytest.param(
+            "a, b = split_with_sizes(p, [64, 64], -1)\n h = view(a, [4, 64])\n e = neg_(h)\n f = add(a, b)\n return f",
+            id="a write to a view of a part",
+        ),
+        pytest.param(
+            "a, b = split_with_sizes(p, [64, 64], -1)\n h, i = split(a, 32, -1)\n e = mul_(h, 2)\n f = add(a, b)\n"
+            "return f",
+            id="a write to a part of a part",
+        ),
+        pytest.param(
+            "a, b = split_with_sizes(p, [64, 64], -1)\n h = type_as(a, x)\n e = mul_(h, 2)\n f = add(a, b)\n return f",
+            id="a write to a part that type_as gave back",
+        ),
+    ],
+)
+def test_a_product_keeps_its_split(rest):
+    assert_pass(MERGED + rest, ALWAYS)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_columns_by_either_name_of_their_axis(axis):
+    assert_pass(
+        MERGED + f"a, b = split_with_sizes(p, [64, 64], {axis})\n d = mul(a, b)\n return d",
+        ALWAYS,
+        MERGED[: MERGED.index("p =")] + "a, b = tahf4.fused_linear(c, s, q+k, None, f32, [64, 64], [], \"\", f32)\n"
+        "d = mul(a, b)\n return d",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param("d = clone(a, memory_format=contiguous)\n e = mul_(d, 2)\n f = add(a, d)\n g = add(f, b)\n"
+                     "return g", id="a copy that is written to, beside its source"),
+        pytest.param("d = clone(a)\n e = neg(d)\n f = neg(b)\n return e, f", id="a copy in another format"),
+    ],
+)  # fmt: skip
+def test_a_copy_of_a_part_stays_a_copy(rest):
+    assert_pass(
+        MERGED + f"a, b = split_with_sizes(p, [64, 64], -1)\n {rest}",
+        ALWAYS,
+        MERGED[: MERGED.index("p =")]
+        + 'a, b = tahf4.fused_linear(c, s, q+k, None, f32, [64, 64], [], "", f32)\n'
+        + rest,
+    )
+
+
+def test_a_split_that_is_a_result_as_a_whole_stays():
+    def whole(graph_module):
+        (split,) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.split_with_sizes.default)
+        (output,) = graph_module.graph.find_nodes(op="output")
+        output.args = ((split, *output.args[0]),)
+
+    before = MERGED + "a, b = split_with_sizes(p, [64, 64], -1)\n d = neg(a)\n"
+    after = (
+        MERGED
+        + "parts = split_with_sizes(p, [64, 64], -1)\n a = getitem(parts, 0)\n b = getitem(parts, 1)\n d = neg(a)\n"
+    )
+    assert_pass(before + "return d", ALWAYS, after + "return parts, d", prepare=whole)
+
+
+# When it runs at all.
+
+
+def test_reference_kernels_fuse_nothing_unless_asked_to():
+    before = PRODUCT + "z = add(r, y)\n return z"
+    ran = assert_pass(before, Fuse(), kernels="reference")
+    assert ran.notes == ["nothing: reference kernels are asked for"]
+    after = AFTER + 'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], "v0: float32 = add(x0, y)", f32)\n return z'
+    assert_pass(before, ALWAYS, after, kernels="reference")
+
+
+def test_nothing_is_fused_where_only_the_reference_could_run_it():
+    ran = assert_pass(PRODUCT + "z = add(r, y)\n return z", Fuse())
+    assert ran.notes == ["0 products, 0 quantizations, 0 products with their quantization, 0 split products"]
+    assert ran.record.matches == 0
+
+
+@pytest.mark.parametrize(
+    ("kernels", "fused"),
+    [
+        ({"fused_quantize": "mine"}, False),
+        ({"fused_quantize": "mine", "quantize": "other"}, False),
+        ({"fused_quantize": "mine", "quantize": "mine"}, True),
+    ],
+)
+def test_only_the_kernel_that_runs_the_parts_takes_their_place(kernels, fused):
+    before = QUANTIZATION + f"h = mul(x, g)\n c, s = tahf4.quantize(h, None, 0)\n {LINEAR}\n return y"
+    after = (
+        QUANTIZATION
+        + f'c, s = tahf4.fused_quantize([x, g], "v0: float32 = mul(x0, x1)", None, 0)\n {LINEAR}\n return y'
+    )
+    with plug_in(kernels):
+        assert_pass(before, Fuse(), after if fused else None)
+
+
+def test_both_parts_of_a_product_with_its_quantization_are_asked_for_their_kernel():
+    before = (
+        PRODUCT.replace("w:", "w: hif4[64, 64]\n v:") + "d, t = tahf4.quantize(y, None, 0)\n"
+        " z = tahf4.linear(d, t, v, None, f32)\n return z"
+    )
+    kernels = {"linear": "mine", "linear_quantize": "mine", "quantize": "other"}
+    with plug_in(kernels):
+        assert_pass(before, Fuse())

@@ -2,109 +2,204 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from helpers import GRAPH, plans
-from models import Stack, wan
-from torch import Tensor, nn
+from graphs import Attachment, PackedError, PatternError, assert_pass
+from tahf4_compiler.passes.normalize import Normalize
+from tahf4_compiler.passes.plan import Plan
 
-import tahf4_compiler as tahf4
+TWO = """
+    x: f32[4, 64]
+    up: param[128, 64] = "blocks.0.up.weight"
+    out: param[64, 64] = "out.weight"
+    y = linear(x, up)  # {0}
+    z = linear(x, out)  # {1}
+    return y, z
+"""
+
+ONE = """
+    x: f32[4, 64]
+    w: param[64, 64] = "blocks.0.w.weight"
+    y = linear(x, w)  # {0}
+    return y
+"""
 
 
-def plan_of(model, *args, **options):
-    return {d.module: d for d in tahf4.lower(tahf4.capture(model, args), options=options).plan}
+def test_the_body_runs_in_hif4_and_the_boundary_in_high_precision():
+    ran = assert_pass(
+        TWO.format("body: in a repeated block", "boundary: boundary: outside"),
+        Plan(),
+        TWO.format("hif4: in a repeated block", "high_precision: boundary: outside"),
+    )
+    first, second = ran.plan
+    assert (first.module, first.k, first.n, first.node, first.weight_index) == ("blocks.0.up", 64, 128, "y", 1)
+    assert (first.bytes_before, first.bytes_after, first.flops) == (128 * 64 * 4, 128 * 36, 2 * 4 * 64 * 128)
+    assert (second.bytes_before, second.bytes_after) == (64 * 64 * 4, 64 * 64 * 4)
+    assert ran.record.matches == 2
 
 
-def test_keep_takes_regular_expressions_on_module_paths():
-    plan = plan_of(Stack().eval(), torch.randn(4, 64), keep=[r"blocks\.0\.", r"\.down$"])
-    high = {path for path, d in plan.items() if d.decision == "high_precision"}
-    assert high == {"first", "last", "blocks.0.up", "blocks.0.down", "blocks.1.down", "blocks.2.down"}
-    assert plan["blocks.0.up"].reason == r"kept: 'blocks\\.0\\.' matches"
+def test_it_plans_what_was_not_classified():
+    assert_pass(ONE.replace("  # {0}", ""), Plan(), ONE.format("hif4: not classified"))
+
+
+def test_bytes_are_those_of_whole_units_and_flops_of_the_example():
+    (decision,) = assert_pass(
+        "x: bf16[n, 3, 100]\n w: param.bf16[65, 100]\n y = linear(x, w)\n return y",
+        Plan(),
+        "x: bf16[n, 3, 100]\n w: param.bf16[65, 100]\n y = linear(x, w)  # hif4: not classified\n return y",
+    ).plan
+    assert (decision.bytes_before, decision.bytes_after) == (65 * 100 * 2, 65 * 2 * 36)
+    assert decision.flops == 2 * 5 * 3 * 100 * 65
+
+
+def test_bytes_before_are_those_of_the_parameter_not_of_its_cast():
+    text = "x: bf16[4, 64]\n w: param[64, 64]\n v = to.dtype(w, bf16)\n y = linear(x, v){0}\n return y"
+    (decision,) = assert_pass(text.format(""), Plan(), text.format("  # hif4: not classified")).plan
+    assert decision.bytes_before == 64 * 64 * 4
+
+
+def test_one_weight_is_planned_once():
+    text = "x: f32[4, 64]\n w: param[64, 64]\n y = linear(x, w){0}\n z = linear(y, w){0}\n return z"
+    ran = assert_pass(text.format(""), Plan(), text.format("  # hif4: not classified"))
+    (decision,) = ran.plan
+    assert decision.flops == 2 * (2 * 4 * 64 * 64)
+
+
+def test_one_weight_with_two_decisions_is_planned_twice():
+    text = "x: f32[4, 64]\n w: param[64, 64]\n y = linear(x, w)  # {}\n z = linear(y, w)  # {}\n return z"
+    ran = assert_pass(
+        text.format("body: in a block", "boundary: boundary: outside"),
+        Plan(),
+        text.format("hif4: in a block", "high_precision: boundary: outside"),
+    )
+    assert len(ran.plan) == 2
+
+
+def test_a_second_plan_takes_the_place_of_the_first():
+    ran = assert_pass(ONE.format("body: in a block"), Plan(), ONE.format("hif4: in a block"), first=[Plan()])
+    assert len(ran.plan) == 1
+
+
+# What cannot be quantized.
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weight", "reason"),
+    [
+        ("w: f32[64, 64]", "w", "weight: w is an argument or buffer of the graph, not a parameter"),
+        ("w: buffer[64, 64]", "w", "weight: w is an argument or buffer of the graph, not a parameter"),
+        ("w: param[64, 64]\n v = neg(w)", "v", "weight: computed in the graph (aten.neg.default), not a parameter"),
+        ("w: param[64, 64]\n v = to.dtype(w, f32)\n a = add_(w, 1)", "v", "weight: the graph writes to it"),
+        ("w: param[64, 64]\n v = view(w, [4096])\n a = add_(v, 1)", "w", "weight: the graph writes to it"),
+        ("w: param[64]", "w", "shape: the weight has 1 axes, not 2"),
+        ("w: param[8, 64]", "w", "shape: 64 -> 8 features, less than 64"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_quantized_says_why(inputs, weight, reason):
+    text = f"x: f32[4, 64]\n {inputs}\n y = linear(x, {weight})"
+    assert_pass(f"{text}\n return y", Plan(), f"{text}  # high_precision: {reason}\n return y")
+
+
+def test_few_input_features():
+    text = "x: f32[4, 8]\n w: param[64, 8]\n y = linear(x, w)"
+    assert_pass(
+        f"{text}\n return y", Plan(), f"{text}  # high_precision: shape: 8 -> 64 features, less than 64\n return y"
+    )
+    assert_pass(f"{text}\n return y", Plan(min_features=8), f"{text}  # hif4: not classified\n return y")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
+def test_floats_are_quantized(dtype):
+    text = f"x: {dtype}[4, 64]\n w: param.{dtype}[64, 64]\n y = linear(x, w)"
+    assert_pass(f"{text}\n return y", Plan(), f"{text}  # hif4: not classified\n return y")
+
+
+def test_integers_are_not():
+    text = "x: i64[4, 64]\n w: param.i64[64, 64]\n y = linear(x, w)"
+    assert_pass(
+        f"{text}\n return y", Plan(), f"{text}  # high_precision: dtype: weight is int64\n return y",
+    )  # fmt: skip
+
+
+def test_a_weight_that_is_no_plain_tensor_stays():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    weight = TwoTensor(torch.randn(64, 64), torch.randn(64, 64))
+    text = "x: f32[4, 64]\n w: param[64, 64]\n y = linear(x, w)"
+    after = f"{text}  # high_precision: weight: a TwoTensor, not a plain tensor\n return y"
+    assert_pass(f"{text}\n return y", Plan(), after, values={"w": torch.nn.Parameter(weight, False)}, run=False)
+
+
+# What the user and a recipe say.
+
+
+def test_keep_takes_patterns_of_paths():
+    before, after = TWO.format("body: b", "body: b"), TWO.format("high_precision: kept: 'up$' matches", "hif4: b")
+    assert_pass(before, Plan(), after, keep=["up$"])
 
 
 def test_a_keep_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(tahf4.PatternError, match=r"'blocks\\\\.9' matches none of the 8 linears"):
-        plan_of(Stack().eval(), torch.randn(4, 64), keep=[r"blocks\.9"])
-    with pytest.raises(tahf4.PatternError, match="not a regular expression"):
-        plan_of(Stack().eval(), torch.randn(4, 64), keep=["("])
-    with torch.no_grad(), pytest.raises(Exception, match="matches none of"):
-        torch.compile(Stack().eval(), backend="tahf4", options={**GRAPH, "keep": ["nothing"]})(torch.randn(4, 64))
+    with pytest.raises(PatternError, match="matches none of the 2 linears"):
+        assert_pass(TWO.format("body: b", "body: b"), Plan(), keep=["nothing"])
 
 
-def test_keep_on_the_model_holds_for_regional_compilation(tmp_path):
-    model, inputs = wan()
-    names = tahf4.keep(model, [r"blocks\.1\.ffn"])
-    assert names == ["blocks.1.ffn.net.0.proj", "blocks.1.ffn.net.2"]
-    with torch.no_grad():
-        model.compile_repeated_blocks(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
-        model(**inputs)
-    first, second = plans(tmp_path)
-    assert all(d["decision"] == "hif4" for d in first)
-    assert [d["module"] for d in second if d["decision"] != "hif4"] == ["ffn.net.0.proj", "ffn.net.2"]
-    with pytest.raises(tahf4.PatternError):
-        tahf4.keep(model, ["nothing"])
+def test_a_keep_pattern_may_match_what_is_not_in_this_graph_or_cannot_be_quantized():
+    assert_pass(ONE.replace("  # {0}", "").replace("return", "v: param[8, 8] = \"other.weight\"\n return"), Plan(),
+                ONE.format("hif4: not classified").replace("return", "v: param[8, 8] = \"other.weight\"\n return"),
+                keep=["other"])  # fmt: skip
+    assert_pass("x: f32[4, 64]\n y = neg(x)\n return y", Plan(), keep=["anything"])
 
 
-def test_bytes_are_those_of_36_byte_units():
-    plan = plan_of(Stack(dim=100, hidden=130).eval(), torch.randn(4, 100))
-    up = plan["blocks.0.up"]
-    assert (up.k, up.n, up.bytes_before, up.bytes_after) == (100, 130, 100 * 130 * 4, 130 * 2 * 36)
-    assert up.flops == 2 * 4 * 100 * 130
-    first = plan["first"]
-    assert first.bytes_after == first.bytes_before
+def test_what_was_kept_on_the_model_comes_first_then_the_recipe():
+    kept = {"blocks.0.w": Attachment("high_precision", "kept by tahf4.keep")}
+    recipe = {"blocks.0.w": Attachment("hif4", "in the budget")}
+    assert_pass(
+        ONE.format("body: b"), Plan(), ONE.format("high_precision: kept by tahf4.keep"), kept=kept, recipe=recipe
+    )
+    assert_pass(ONE.format("body: b"), Plan(), ONE.format("hif4: in the budget"), recipe=recipe)
 
 
-class Odd(nn.Module):
-    """Linears that cannot or should not be quantized."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plain = nn.Linear(64, 64)
-        self.small = nn.Linear(64, 8)
-        self.computed = nn.Linear(64, 64)
-        self.register_buffer("table", torch.randn(64, 64))
-
-    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        linear = nn.functional.linear
-        twice = self.plain(self.plain(x))
-        return twice, self.small(x), linear(x, self.computed.weight * 2), linear(x, self.table), linear(x, w)
+def test_a_recipe_decides_on_the_boundary_too():
+    recipe = {"blocks.0.w": Attachment("hif4", "in the budget")}
+    assert_pass(ONE.format("boundary: boundary: outside"), Plan(), ONE.format("hif4: in the budget"), recipe=recipe)
+    recipe = {"blocks.0.w": Attachment("high_precision", "sensitivity 0.3")}
+    assert_pass(ONE.format("body: b"), Plan(), ONE.format("high_precision: sensitivity 0.3"), recipe=recipe)
 
 
-def test_what_cannot_be_quantized_says_why(tmp_path):
-    x, w = torch.randn(4, 64), torch.randn(64, 64)
-    with torch.no_grad():
-        torch.compile(Odd().eval(), backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})(x, w)
-    (plan,) = plans(tmp_path)
-    reasons = [(d["module"], d["decision"], d["reason"]) for d in plan]
-    assert reasons[0][:2] == ("plain", "hif4"), "called twice, planned once"
-    assert reasons[1] == ("small", "high_precision", "shape: 64 -> 8 features, less than 64")
-    assert "computed in the graph" in reasons[2][2]
-    assert "not a parameter" in reasons[3][2]
-    assert "not a parameter" in reasons[4][2]
-    assert len(plan) == 5
+# Models that hold their linears in HiF4.
+
+HELD = """
+    x: f32[4, 100]
+    wc: {codes} = "blocks.0.up.weight_codes"
+    ws: {scales} = "blocks.0.up.weight_scales"
+    v: param[128, 64] = "blocks.0.down.weight"
+    c, s = tahf4.quantize(x, None, 0)
+    y = tahf4.linear(c, s, wc, ws, None, f32)
+    z = linear(y, v)
+    return z
+"""
+
+PLANNED = """
+    x: f32[4, 100]
+    wc: held codes of wc
+    ws: held scales of ws
+    v: param[128, 64] = "blocks.0.down.weight"
+    c, s = tahf4.quantize(x, None, 0)
+    y = tahf4.linear(c, s, wc, ws, None, f32)  # hif4: packed
+    z = linear(y, v)  # high_precision: not packed: it came to the model after quantize_, or was left out
+    return z
+"""
 
 
-def test_min_features_is_an_option_of_the_pass():
-    plan = plan_of(Odd().eval(), torch.randn(4, 64), torch.randn(64, 64), **{"plan.min_features": 8})
-    assert plan["small"].decision == "hif4"
-    with pytest.raises(tahf4.OptionError, match="expected int"):
-        plan_of(Stack().eval(), torch.randn(4, 64), **{"plan.min_features": "many"})
-    with pytest.raises(tahf4.OptionError, match="no option 'typo'"):
-        plan_of(Stack().eval(), torch.randn(4, 64), **{"plan.typo": 1})
+def test_a_packed_linear_is_planned_as_such_and_the_others_of_its_model_stay():
+    held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
+    ran = assert_pass(held, Plan(), PLANNED, first=[Normalize()], run=False)
+    first = ran.plan[0]
+    assert (first.module, first.k, first.n, first.weight_index) == ("blocks.0.up", 100, 64, 1)
+    assert (first.bytes_before, first.bytes_after, first.flops) == (64 * 100 * 4, 64 * 2 * 36, 2 * 4 * 100 * 64)
 
 
-def test_zero_matches_is_a_warning(caplog):
-    with torch.no_grad():
-        torch.compile(nn.Linear(8, 8), backend="tahf4", options=GRAPH)(torch.randn(2, 8))
-    assert "none of 1 linears runs in 4 bits" in caplog.text
-
-
-def test_plan_json_has_one_object_a_linear():
-    lowered = tahf4.lower(tahf4.capture(Stack().eval(), (torch.randn(4, 64),)))
-    plan = json.loads(lowered.plan_json())
-    assert len(plan) == 8
-    needed = {"module", "k", "n", "decision", "reason", "bytes_before", "bytes_after"}
-    assert all(needed <= set(entry) for entry in plan)
-    assert {entry["decision"] for entry in plan} == {"hif4", "high_precision"}
+def test_a_packed_linear_cannot_be_kept_any_more():
+    held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
+    with pytest.raises(PackedError, match=r"matches blocks\.0\.up, which is packed"):
+        assert_pass(held, Plan(), first=[Normalize()], run=False, keep=["up"])

@@ -1,205 +1,160 @@
-"""A 16-bit model that is computed in float32, between inputs, weights and outputs as they are."""
+"""A 16-bit graph computes in float32, between inputs, weights and outputs as they are."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from helpers import GRAPH, relative
-from models import Stack, output, wan
-from tahf4_compiler.backends import cpu
+from graphs import OptionError, assert_pass, cpu
 from tahf4_compiler.passes import upcast
-from torch import nn
+from tahf4_compiler.passes.upcast import Upcast
 
-import tahf4_compiler as tahf4
-
-ON = {**GRAPH, "upcast.dtype": "float32"}
-aten = torch.ops.aten
+ON = Upcast(dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_inputs_are_cast_where_they_are_read_first_and_results_back(dtype):
+    assert_pass(
+        f"""
+        x: {dtype}[4, 64]
+        u: {dtype}[4, 64]
+        g: f32[64]
+        w: hif4[64, 64]
+        b: param.{dtype}[64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, b, {dtype})
+        h = gelu(y)
+        k = mul(h, x)
+        v = to.dtype(k, f32)
+        o = mul(v, g)
+        return h, o, x, c
+        """,
+        ON,
+        f"""
+        x: {dtype}[4, 64]
+        u: {dtype}[4, 64]
+        g: f32[64]
+        w: hif4[64, 64]
+        b: param.{dtype}[64]
+        d = to.dtype(x, f32)
+        c, s = tahf4.quantize(d, None, 0)
+        e = to.dtype(b, f32)
+        y = tahf4.linear(c, s, w, e, f32)
+        h = gelu(y)
+        k = mul(h, d)
+        v = to.dtype(k, f32)
+        o = mul(v, g)
+        r = to.dtype(h, {dtype})
+        return r, o, x, c
+        """,
+    )
 
 
-def stack(dtype):
-    torch.manual_seed(0)
-    return Stack().to(dtype).eval(), torch.randn(2, 16, 64).to(dtype)
+def test_a_dtype_by_its_name_is_widened_too():
+    text = "x: bf16[4]\n {}a = ones_like({}, dtype={})\n {}return {}"
+    assert_pass(
+        text.format("", "x", "bf16", "", "a"),
+        ON,
+        text.format("e = to.dtype(x, f32)\n ", "e", "f32", "r = to.dtype(a, bf16)\n ", "r"),
+    )
 
 
-def graph_of(model, *args, **options):
-    return tahf4.lower(tahf4.capture(model, args), options={**ON, **options}).graph_module.graph
+def test_a_float32_graph_and_the_default_change_nothing():
+    assert_pass("x: f32[4]\n a = neg(x)\n return a", ON)
+    assert_pass("x: bf16[4]\n a = neg(x)\n return a", Upcast())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fused", [True, False])
-def test_it_is_the_float32_model_with_the_same_weights(dtype, fused):
-    model, x = stack(dtype)
-    options = {} if fused else {"disable_passes": ["fuse"]}
-    wide = torch.compile(copy.deepcopy(model).float(), backend="tahf4", options={**GRAPH, **options})(x.float())
-    found = torch.compile(model, backend="tahf4", options={**ON, **options})(x)
-    plain = torch.compile(model, backend="tahf4", options={**GRAPH, **options})(x)
-    assert found.dtype == plain.dtype == dtype
-    assert torch.equal(found, wide.to(dtype))
-    assert not torch.equal(plain, found)  # the 16-bit graph rounds on the way
-
-
-def test_only_inputs_weights_and_outputs_stay_narrow():
-    model, x = stack(torch.bfloat16)
-    graph = graph_of(model, x, disable_passes=["fuse"])
-    narrow = [n for n in graph.nodes if getattr(n.meta.get("val"), "dtype", None) is torch.bfloat16]
-    result = next(iter(graph.find_nodes(op="output"))).all_input_nodes
-    assert {n.op for n in narrow if n not in result} == {"placeholder"}
-    assert [n.target for n in result] == [aten.to.dtype]
-    # The weights of linears that stay in high precision are stored as they were.
-    kept = [n for n in graph.nodes if n.target is aten.linear.default]
-    assert kept and all(n.args[1].args[0] in narrow for n in kept)
-
-
-def test_wan_in_bfloat16():
-    model, inputs = wan()
-    model = model.to(torch.bfloat16)
-    inputs = {k: v.to(torch.bfloat16) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
-    wide = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
-    wanted = output(torch.compile(copy.deepcopy(model).float(), backend="tahf4", options=GRAPH)(**wide))
-    found = output(torch.compile(model, backend="tahf4", options=ON)(**inputs))
-    plain = output(torch.compile(model, backend="tahf4", options=GRAPH)(**inputs))
-    assert found.dtype == torch.bfloat16
-    assert relative(found, wanted) < relative(plain, wanted)
-    assert relative(found, wanted) < 0.01
-
-
-def test_through_inductor():
-    model, x = stack(torch.bfloat16)
-    options = {name: value for name, value in ON.items() if name != "inductor"}
-    found = torch.compile(model, backend="tahf4", options=options)(x)
-    assert relative(found, torch.compile(model, backend="tahf4", options=ON)(x)) < 0.01
-
-
-class Returns(nn.Module):
-    """Gives back its input, a part of it, and two results of other dtypes."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(2))
-
-    def forward(self, x):
-        y = x
-        for block in self.blocks:
-            y = block(y)
-        return x, y, y.float(), y.argmax(-1), y.to(torch.float16)
-
-
-def test_outputs_keep_dtypes_and_an_input_comes_back_itself():
-    model, x = Returns().bfloat16().eval(), torch.randn(3, 64).bfloat16()
-    dtypes = [torch.bfloat16, torch.bfloat16, torch.float32, torch.int64, torch.float16]
-    found = torch.compile(model, backend="tahf4", options={**ON, "verify": True})(x)
-    assert [t.dtype for t in found] == dtypes
-    assert torch.equal(found[0], x)
-    lowered = tahf4.lower(tahf4.capture(model, (x,)), options=ON)
-    result = next(iter(lowered.graph_module.graph.find_nodes(op="output"))).args[0]
-    assert result[0].op == "placeholder" and result[1].target is aten.to.dtype
-
-
-class Bits(Returns):
-    """Reads the bits of its result."""
-
-    def forward(self, x):
-        return self.blocks[1](self.blocks[0](x)).view(torch.int16)
-
-
-class Writes(Returns):
-    """Counts in a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(64))
-
-    def forward(self, x):
-        y = self.blocks[1](self.blocks[0](x))
-        self.seen.add_(y.sum(0))
-        return y
-
-
-class Inside(Returns):
-    """Writes to a tensor of its own, as Wan's rotary embedding does."""
-
-    def forward(self, x):
-        y = self.blocks[0](x)
-        z = torch.empty_like(y)
-        z[..., ::2], z[..., 1::2] = y[..., 1::2], -y[..., ::2]
-        return self.blocks[1](z)
+def test_a_graph_that_only_gives_its_input_back_reads_no_cast():
+    assert_pass("x: bf16[4]\n y: bf16[4]\n a = neg(y)\n return x, a", ON,
+                "x: bf16[4]\n y: bf16[4]\n e = to.dtype(y, f32)\n a = neg(e)\n"
+                " r = to.dtype(a, bf16)\n return x, r")  # fmt: skip
 
 
 def test_a_tensor_of_the_graphs_own_may_be_written_to():
-    torch.manual_seed(1)
-    model, x = Inside().bfloat16().eval(), torch.randn(3, 64).bfloat16()
-    wanted = torch.compile(copy.deepcopy(model).float(), backend="tahf4", options=GRAPH)(x.float())
-    assert torch.equal(torch.compile(model, backend="tahf4", options=ON)(x), wanted.bfloat16())
-
-
-class Copies(Returns):
-    """Reads a copy in float32 after it wrote to the original, or the other way round."""
-
-    def forward(self, x):
-        y = self.blocks[1](self.blocks[0](x))
-        z = y + 0
-        copy = z.float()
-        z.add_(1)
-        return copy, z
+    assert_pass(
+        """
+        x: bf16[4]
+        a = neg(x)
+        v = view(a, [2, 2])
+        b = add_(v, 1)
+        d = mul_(b, 2)
+        return a
+        """,
+        ON,
+        """
+        x: bf16[4]
+        e = to.dtype(x, f32)
+        a = neg(e)
+        v = view(a, [2, 2])
+        b = add_(v, 1)
+        d = mul_(b, 2)
+        r = to.dtype(a, bf16)
+        return r
+        """,
+    )
 
 
 @pytest.mark.parametrize(
-    ("model", "why"), [(Bits, "reads the bits"), (Writes, "writes to a tensor"), (Copies, "copies a tensor")]
-)
-def test_what_cannot_be_computed_otherwise_is_left_and_said(model, why, caplog):
-    torch.manual_seed(1)
-    model, x = model().bfloat16().eval(), torch.randn(3, 64).bfloat16()
-    other = copy.deepcopy(model)
-    found = torch.compile(model, backend="tahf4", options=ON)(x)
-    assert why in caplog.text
-    wanted = torch.compile(other, backend="tahf4", options=GRAPH)(x)
-    pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
-    assert all(torch.equal(a, b) for a, b in pairs)
-    if isinstance(model, Writes):
-        assert torch.equal(model.seen, other.seen) and model.seen.abs().sum() > 0
+    ("body", "why"),
+    [
+        ("a = add_(x, 1)", "writes to a tensor that the graph was given"),
+        ("a = view(x, [2, 2])\n b = add_(a, 1)", "writes to a tensor that the graph was given"),
+        ("p, q = split(x, 2)\n b = add_(p, 1)", "writes to a tensor that the graph was given"),
+        ("t_ = type_as(x, x)\n b = add_(t_, 1)", "writes to a tensor that the graph was given"),
+        ("a = neg(x)\n b = view.dtype(a, i16)", "reads the bits of a number"),
+        ("b = to.dtype(x, f32)\n d = add_(b, 1)", "copies a tensor that is written"),
+        ("a = neg(x)\n d = add_(a, 1)\n b = to.dtype(d, f32)", "copies a tensor that is written"),
+        ("a = neg(x)\n b = to.dtype(a, f32)\n d = add_(b, 1)", "copies a tensor that is written"),
+        ("a = neg(x)\n b = to.dtype(a, f32)\n d = add_(a, 1)", "copies a tensor that is written"),
+        ("a = neg(x)\n d = add_(a, 1)\n b = to.dtype(a, f32)", "copies a tensor that is written"),
+        ("a = neg(x)\n d = add_(a, 1)\n d2 = mul_(d, 2)\n b = to.dtype(d, f32)", "copies a tensor that is written"),
+        ("a = neg(x)\n v = view(a, [4])\n d = add_(v, 1)\n b = to.dtype(a, f32)", "copies a tensor that is written"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_computed_otherwise_is_left_and_said(body, why):
+    ran = assert_pass(f"x: bf16[4]\n {body}\n z = neg(x)\n return z", ON)
+    assert len(ran.notes) == 1 and why in ran.notes[0]
 
 
-def test_a_float32_graph_is_not_touched():
-    model, x = stack(torch.float32)
-    with_it, without = (graph_of(model, x, **{"upcast.dtype": dtype}) for dtype in ("float32", ""))
-    assert [n.name for n in with_it.nodes] == [n.name for n in without.nodes]
+def test_a_write_to_a_list_of_tensors_is_seen():
+    ran = assert_pass("x: bf16[4]\n y: bf16[4]\n f = _foreach_add_.Scalar([y, x], 1)\n z = neg(x)\n return z", ON)
+    assert "writes to a tensor that the graph was given" in ran.notes[0]
 
 
-@pytest.mark.parametrize("value", ["bfloat16", "float64", torch.float32, True])
+@pytest.mark.parametrize("target", [torch._C._set_grad_enabled, torch.ops.higher_order.cond])
+def test_what_is_no_operator_is_left(target):
+    def insert(graph_module):
+        graph = graph_module.graph
+        (output,) = graph.find_nodes(op="output")
+        with graph.inserting_before(output):
+            node = graph.call_function(target, (True,))
+            node.meta["val"] = None
+
+    text = "x: bf16[4]\n a = neg(x)\n {}return a"
+    name = getattr(target, "__name__", "")
+    ran = assert_pass(text.format(""), ON, text.format(f"b = {name}(True)\n "), prepare=insert, run=False)
+    assert "changes a mode" in ran.notes[0]
+
+
+@pytest.mark.parametrize("value", ["bfloat16", "float64"])
 def test_an_unknown_dtype_is_refused(value):
-    model, x = stack(torch.bfloat16)
-    with pytest.raises(tahf4.OptionError, match=r"upcast\.dtype"):
-        graph_of(model, x, **{"upcast.dtype": value})
+    with pytest.raises(OptionError, match=r"upcast\.dtype"):
+        assert_pass("x: bf16[4]\n a = neg(x)\n return a", Upcast(dtype=value))
 
 
-@pytest.mark.parametrize(("slow", "times"), [(True, 1), (False, 0)])
-def test_it_is_offered_once_where_16_bits_are_slow(slow, times, monkeypatch, caplog):
+LINEAR = """
+    x: {dtype}[4, 64]
+    w: hif4[64, 64]
+    c, s = tahf4.quantize(x, None, 0)
+    y = tahf4.linear(c, s, w, None, {dtype})
+    return y
+"""
+
+
+@pytest.mark.parametrize(("dtype", "slow", "said"), [("bf16", True, 1), ("bf16", False, 0), ("f32", True, 0)])
+def test_it_is_offered_once_where_16_bits_are_slow(dtype, slow, said, monkeypatch, caplog):
     monkeypatch.setattr(cpu, "slow_dtype", lambda dtype: slow)
     monkeypatch.setattr(upcast, "_told", set())
-    model, x = stack(torch.bfloat16)
     for _ in range(2):
-        lowered = tahf4.lower(tahf4.capture(model, (x,)), options=GRAPH)
-    assert caplog.text.count("options={'upcast.dtype': 'float32'}") == times
-    assert ("upcast: this processor has no arithmetic" in lowered.report()) == slow
-
-
-def test_which_processors_are_slow(monkeypatch):
-    from tahf4_compiler.backends.cpu import build
-
-    for flags, slow in (
-        ("x86_64 sse2 avx2 fma", True), ("x86_64 sse2 avx512f", True), ("x86_64 sse2 avx512_bf16", False),
-        ("x86_64 sse2 amx_bf16", False), ("aarch64 asimd bf16", False), ("", False),
-    ):
-        monkeypatch.setattr(build, "processor", lambda flags=flags: flags)
-        cpu.slow_dtype.cache_clear()
-        assert cpu.slow_dtype(torch.bfloat16) == slow
-    cpu.slow_dtype.cache_clear()
-    assert not cpu.slow_dtype(torch.float32)
+        ran = assert_pass(LINEAR.format(dtype=dtype), Upcast())
+        assert len(ran.notes) == said, "each report has it"
+    assert caplog.text.count("options={'upcast.dtype': 'float32'}") == said, "the log has it once"

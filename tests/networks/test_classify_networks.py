@@ -1,0 +1,207 @@
+"""Repeated blocks are found by structure, in models whose names differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import GRAPH, expected, plans, relative
+from models import Block, Stack, encoder, flux, output, pixart, sd3, wan
+from torch import Tensor, nn
+
+import tahf4_compiler as tahf4
+
+WAN_BOUNDARY = {
+    "condition_embedder.time_embedder.linear_1",
+    "condition_embedder.time_embedder.linear_2",
+    "condition_embedder.time_proj",
+    "condition_embedder.text_embedder.linear_1",
+    "condition_embedder.text_embedder.linear_2",
+    "proj_out",
+}
+
+
+def compiled_plan(model, inputs, dump_dir, **options):
+    """Return the plan of a model compiled as one graph, and its output."""
+    with torch.no_grad():
+        model = torch.compile(
+            model, backend="tahf4", options={**GRAPH, "dump_dir": str(dump_dir), **options}, fullgraph=True
+        )
+        result = output(model(**inputs))
+    (plan,) = plans(dump_dir)
+    return plan, result
+
+
+def quantized(plan):
+    return {d["module"] for d in plan if d["decision"] == "hif4"}
+
+
+def kept(plan):
+    return {d["module"] for d in plan if d["decision"] == "high_precision"}
+
+
+def test_wan_quantizes_ten_linears_a_block_and_keeps_the_six_of_the_boundary(tmp_path):
+    model, inputs = wan(num_layers=3)
+    plan, result = compiled_plan(model, inputs, tmp_path)
+    assert kept(plan) == WAN_BOUNDARY
+    assert Counter(path.split(".")[1] for path in quantized(plan)) == {"0": 10, "1": 10, "2": 10}
+    assert all(d["reason"] for d in plan)
+    with torch.no_grad():
+        assert 1e-3 < relative(result, output(model(**inputs))) < 0.1
+
+
+def test_wan_i2v_keeps_its_image_embedder_too(tmp_path):
+    model, inputs = wan(image_dim=64, added_kv_proj_dim=128)
+    plan, _ = compiled_plan(model, inputs, tmp_path)
+    image = {f"condition_embedder.image_embedder.ff.net.{leaf}" for leaf in ("0.proj", "2")}
+    assert kept(plan) == WAN_BOUNDARY | image
+    assert len(quantized(plan)) == 2 * 12
+
+
+def test_wan_ti2v_takes_a_timestep_for_each_token(tmp_path):
+    model, inputs = wan()
+    inputs["timestep"] = torch.full((1, 32), 10.0)
+    plan, _ = compiled_plan(model, inputs, tmp_path)
+    assert kept(plan) == WAN_BOUNDARY
+
+
+@pytest.mark.parametrize(
+    ("build", "containers", "boundary"),
+    [
+        (flux, ("transformer_blocks", "single_transformer_blocks"), 10),
+        (sd3, ("transformer_blocks",), 7),
+        (pixart, ("transformer_blocks",), 10),
+        (encoder, ("layers",), 0),
+    ],
+)
+def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary, tmp_path):
+    model, inputs = build()
+    plan, _ = compiled_plan(model, inputs, tmp_path)
+    inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in containers}
+    if build is encoder:  # its q, k and v projection is a parameter of the attention module
+        inside |= {f"layers.{i}.self_attn.in_proj_weight" for i in range(3)}
+    assert quantized(plan) == inside
+    assert len(kept(plan)) == boundary
+    assert {d["reason"] for d in plan if d["module"] in kept(plan)} <= {"boundary: outside the repeated blocks"}
+
+
+@pytest.mark.parametrize("build", [wan, flux, sd3, pixart, encoder])
+def test_both_captures_give_the_same_plan_and_numbers(build, tmp_path):
+    model, inputs = build()
+    plan, result = compiled_plan(model, inputs, tmp_path)
+    lowered = tahf4.lower(tahf4.capture(model, (), inputs), options=GRAPH)
+    assert {(d.module, d.decision, d.reason) for d in lowered.plan} == {
+        (d["module"], d["decision"], d["reason"]) for d in plan
+    }
+    assert relative(output(lowered(**inputs)), result) < 1e-5
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_encoder_layer_is_written_out_exactly(norm_first, masked):
+    model, inputs = encoder(norm_first=norm_first)
+    if masked:
+        inputs["mask"] = nn.Transformer.generate_square_subsequent_mask(10)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="tahf4", options={**GRAPH, "keep": ["."]}, fullgraph=True)
+        assert relative(compiled(**inputs), model(**inputs)) < 1e-5
+
+
+class Attributes(nn.Module):
+    """Blocks that are attributes, not members of a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry = nn.Linear(64, 64)
+        self.early, self.middle, self.late = Block(), Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.late(self.middle(self.early(self.entry(x))))
+
+
+def test_blocks_need_no_container(tmp_path):
+    plan, _ = compiled_plan(Attributes().eval(), {"x": torch.randn(4, 64)}, tmp_path)
+    assert kept(plan) == {"entry"}
+
+
+class Parallel(nn.Module):
+    """Embedders of one class side by side, before the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedders = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedders[0](x) + self.embedders[1](x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_embedders_side_by_side_are_no_repeated_blocks(tmp_path):
+    plan, _ = compiled_plan(Parallel().eval(), {"x": torch.randn(4, 64)}, tmp_path)
+    assert quantized(plan) == {f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("up", "down")}
+
+
+def test_a_block_compiled_alone_is_all_body(tmp_path):
+    model, inputs = wan()
+    with torch.no_grad():
+        model.compile_repeated_blocks(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)}, fullgraph=True)
+        model(**inputs)
+    (plan,) = plans(tmp_path)
+    assert len(quantized(plan)) == len(plan) == 10
+
+
+class Embed(nn.Module):
+    """A boundary module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(nn.functional.silu(self.one(x)))
+
+
+class Broken(Stack):
+    """A graph break inside the loop over blocks: Dynamo compiles what the loop calls, piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = Embed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
+class BrokenOnce(Broken):
+    """A graph break between the embedder and the blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.embed(x))
+        torch._dynamo.graph_break()
+        for block in self.blocks:
+            x = block(x)
+        torch._dynamo.graph_break()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("build", [Broken, BrokenOnce])
+def test_graph_breaks_do_not_move_the_boundary(build, tmp_path):
+    models, x = [build().eval() for _ in range(2)], torch.randn(4, 64)
+    chosen = {f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("up", "down")} - {"blocks.0.up"}
+    options = {**GRAPH, "dump_dir": str(tmp_path), "keep": ["blocks.0.up"]}
+    with torch.no_grad():
+        for model in models:
+            want = expected(model, chosen)(x)
+            model.compile(backend="tahf4", options=options)
+            assert relative(model(x), want) < 1e-5
+    together = [d for plan in plans(tmp_path) for d in plan]
+    assert {"embed.one", "embed.two", "blocks.0.up"} <= kept(together)
+    assert quantized(together) <= chosen

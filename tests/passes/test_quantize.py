@@ -1,0 +1,156 @@
+"""Linears that the plan put in HiF4 become a quantization and a product in 4 bits."""
+
+from __future__ import annotations
+
+import pytest
+from graphs import DECISION, assert_pass
+from tahf4_compiler.passes.quantize import Quantize
+
+
+def test_a_planned_linear_is_rewritten():
+    ran = assert_pass(
+        """
+        x: f32[n, 64]
+        w: param[128, 64] = "blocks.0.up.weight"
+        b: param[128] = "blocks.0.up.bias"
+        @ blocks.0 Block, blocks.0.up Linear
+        y = linear(x, w, b)  # hif4: in a block
+        return y
+        """,
+        Quantize(),
+        """
+        x: f32[n, 64]
+        w: hif4[128, 64]
+        b: param[128] = "blocks.0.up.bias"
+        @ blocks.0 Block, blocks.0.up Linear
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, b, f32)
+        return y
+        """,
+    )
+    assert ran.node("linear").meta[DECISION][0].node == "y"
+    assert ran.record.matches == 1
+
+
+@pytest.mark.parametrize("call", ["linear(x, w)", "linear(x, w, None)", "linear(x, w, bias=None)"])
+def test_no_bias(call):
+    head = "x: f32[4, 64]\n {}\n"
+    assert_pass(
+        head.format("w: param[64, 64]") + f"y = {call}  # hif4\n return y",
+        Quantize(),
+        head.format("w: hif4[64, 64]")
+        + "c, s = tahf4.quantize(x, None, 0)\n y = tahf4.linear(c, s, w, None, f32)\n return y",
+    )
+
+
+def test_a_bias_by_its_name():
+    head = "x: f32[4, 64]\n {}\n b: param[64]\n"
+    assert_pass(
+        head.format("w: param[64, 64]") + "y = linear(x, w, bias=b)  # hif4\n return y",
+        Quantize(),
+        head.format("w: hif4[64, 64]")
+        + "c, s = tahf4.quantize(x, None, 0)\n y = tahf4.linear(c, s, w, b, f32)\n return y",
+    )
+
+
+def test_casts_of_the_weight_go_with_it_and_the_result_keeps_its_type():
+    assert_pass(
+        """
+        x: bf16[4, 64]
+        w: param[64, 64]
+        v = to.dtype(w, bf16)
+        y = linear(x, v, None)  # hif4
+        return y
+        """,
+        Quantize(),
+        """
+        x: bf16[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, bf16)
+        return y
+        """,
+    )
+
+
+def test_one_weight_that_is_read_twice_is_one_input():
+    assert_pass(
+        """
+        x: f32[4, 64]
+        w: param[64, 64]
+        y = linear(x, w, None)  # hif4
+        z = linear(y, w, None)  # hif4
+        return z
+        """,
+        Quantize(),
+        """
+        x: f32[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        d, t = tahf4.quantize(y, None, 0)
+        z = tahf4.linear(d, t, w, None, f32)
+        return z
+        """,
+    )
+
+
+def test_a_weight_that_others_read_stays_an_input_beside_its_codes():
+    assert_pass(
+        """
+        x: f32[4, 64]
+        w: param[64, 64]
+        y = linear(x, w, None)  # hif4
+        z = neg(w)
+        return y, z
+        """,
+        Quantize(),
+        """
+        x: f32[4, 64]
+        w: hif4[64, 64]
+        w: param[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        z = neg(w)
+        return y, z
+        """,
+    )
+
+
+@pytest.mark.parametrize("comment", ["  # high_precision: kept", "  # nvfp4: a plug-in's own", ""])
+def test_other_linears_stay(comment):
+    ran = assert_pass(
+        f"""
+        x: f32[4, 64]
+        w: param[64, 64]
+        y = linear(x, w, None){comment}
+        return y
+        """,
+        Quantize(),
+        "x: f32[4, 64]\n w: param[64, 64]\n y = linear(x, w, None)\n return y",
+    )
+    assert ran.record.matches == 0
+
+
+def test_parameters_that_nothing_reads_stay_if_nothing_is_rewritten_and_others_stay_anyway():
+    before = """
+        x: f32[4, 64]
+        u: f32[4, 64]
+        w: param[64, 64]
+        p: param[64]
+        y = linear(x, w, None)  # {}
+        return y
+    """
+    assert_pass(before.format("high_precision"), Quantize(), before.format("!").replace("  # !", ""))
+    assert_pass(
+        before.format("hif4"),
+        Quantize(),
+        """
+        x: f32[4, 64]
+        u: f32[4, 64]
+        w: hif4[64, 64]
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, w, None, f32)
+        return y
+        """,
+    )
