@@ -64,7 +64,7 @@ def make_runner(
 
 # GCC 12.2 at -O3 makes the last loop of Inductor's AVX-512 transposition of 32 x 32 halves a copy of memory, and then
 # deletes the stores that fill what is copied: a kernel that transposes two tiles reads leftovers of the stack. Without
-# this step the loop stays a loop. Other versions of GCC are told the same; no kernel measured became slower by it.
+# this step the loop stays a loop. Other versions of GCC are told the same.
 _NO_COPY = "-fno-tree-loop-distribute-patterns"
 
 
