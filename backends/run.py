@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..options import Options
@@ -38,6 +40,7 @@ def make_runner(
     config = options.inductor_options()
     if config is None:
         return graph_module
+    config = {**config, **_around_gcc(graph_module, config)}
     from torch._inductor.compile_fx import compile_fx
 
     if example is None:
@@ -57,3 +60,32 @@ def make_runner(
     ]
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
         return cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=config or None))
+
+
+# GCC 12.2 at -O3 makes the last loop of Inductor's AVX-512 transposition of 32 x 32 halves a copy of memory, and then
+# deletes the stores that fill what is copied: a kernel that transposes two tiles reads leftovers of the stack. Without
+# this step the loop stays a loop. Other versions of GCC are told the same.
+_NO_COPY = "-fno-tree-loop-distribute-patterns"
+
+
+def _around_gcc(graph_module: fx.GraphModule, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of Inductor with which GCC translates the transpositions of a lowered graph rightly."""
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph_module.graph.nodes])
+    halves = (torch.bfloat16, torch.float16)
+    if platform.machine() not in ("x86_64", "AMD64") or not any(
+        isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in halves for value in values
+    ):
+        return {}
+    import torch._inductor.config as inductor
+    from torch._inductor import cpp_builder, cpu_vec_isa
+
+    with inductor.patch(dict(config)):
+        try:
+            affected = cpp_builder.is_gcc() and cpu_vec_isa.pick_vec_isa().bit_width() == 512
+        except Exception:  # no compiler, which Inductor itself says if it needs one
+            return {}
+        if not affected:
+            return {}
+        # Inductor has no option for flags. What it writes behind -march= is split at spaces.
+        march = getattr(inductor.cpp, "march", "")
+        return {"cpp.march": f"{march or 'native'} {_NO_COPY}"} if march != "" else {"cpp.simdlen": 256}

@@ -1,0 +1,92 @@
+"""Inductor's part of a lowered graph on a CPU: kernels around which a compiler must be led."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._inductor
+from tahf4_compiler.backends import cpu, run
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tahf4_compiler.options import Options
+
+compiled = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
+flags = pytest.mark.skipif("cpp.march" not in torch._inductor.list_options(), reason="another Inductor")
+
+
+def _rows(x):
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _copies(x, y):
+    return _rows(x), _rows(x)
+
+
+def _both(x, y):
+    return _rows(x), _rows(y)
+
+
+def _widened(x, y):
+    return _rows(x).float() + 1, _rows(x) * 2
+
+
+def _there_and_back(x, y):
+    z = y.view(x.shape[0], x.shape[2], x.shape[1])
+    return x + z.transpose(1, 2), x.transpose(1, 2) - z
+
+
+def _graph(function, *inputs):
+    return make_fx(function, tracing_mode="fake")(*inputs)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("function", [_copies, _both, _widened, _there_and_back])
+def test_a_kernel_may_transpose_twice(function, dtype):
+    inputs = [torch.randn(2, 64, 64).to(dtype) for _ in range(2)]
+    got = run.make_runner(_graph(function, *inputs), Options.parse({}), inputs)(*inputs)
+    for value, right in zip(got, function(*inputs), strict=True):
+        torch.testing.assert_close(value, right)
+
+
+@pytest.fixture
+def _gcc(monkeypatch):
+    """GCC and AVX-512, wherever the test runs."""
+    from torch._inductor import config, cpp_builder, cpu_vec_isa
+
+    monkeypatch.setattr(run.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpp_builder, "is_gcc", lambda: True)
+    sets = cpu_vec_isa.VecAVX2, cpu_vec_isa.VecAVX512
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: sets[config.cpp.simdlen != 256]())
+    with config.patch({"cpp.march": None, "cpp.simdlen": None}):
+        yield
+
+
+@flags
+@pytest.mark.usefixtures("_gcc")
+def test_flags_go_to_gcc_where_it_errs(monkeypatch):
+    from torch._inductor import config, cpp_builder
+
+    def options(dtype, **given):
+        return run._around_gcc(_graph(_rows, torch.zeros(1, 4, 4, dtype=dtype)), given)
+
+    found = {"cpp.march": "native -fno-tree-loop-distribute-patterns"}
+    assert options(torch.bfloat16) == options(torch.float16, max_autotune=True) == found
+    assert options(torch.float32) == {}
+    assert options(torch.bfloat16, **{"cpp.simdlen": 256}) == {}
+    given = options(torch.bfloat16, **{"cpp.march": "x86-64-v4"})
+    assert given == {"cpp.march": "x86-64-v4 -fno-tree-loop-distribute-patterns"}
+    with config.patch({"cpp.march": ""}):  # none is written
+        assert options(torch.bfloat16) == {"cpp.simdlen": 256}
+    monkeypatch.setattr(cpp_builder, "is_gcc", lambda: False)
+    assert options(torch.bfloat16) == {}
+
+
+@flags
+def test_inductor_splits_what_stands_behind_march():
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import CppBuilder, CppOptions
+
+    with config.patch({"cpp.march": "native -fno-tree-loop-distribute-patterns"}):
+        line = CppBuilder(name="x", sources="x.cpp", BuildOption=CppOptions(compiler="g++")).get_command_line()
+    assert " -fno-tree-loop-distribute-patterns " in line
