@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import GRAPH
-from tahf4_compiler.graph_capture import capture_program
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.graph_capture import capture_program
 
 
 class Counts(nn.Module):
