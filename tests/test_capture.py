@@ -1,0 +1,49 @@
+"""What a captured graph was made for is checked when it is captured and when it is called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import GRAPH
+from torch import nn
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.graph_capture import capture_program
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return x + self.calls
+
+
+def test_a_program_that_gives_back_what_it_writes_to_buffers_is_refused() -> None:
+    program = torch.export.export(Counts(), (torch.ones(2),)).run_decompositions()
+    with pytest.raises(tahf4.CaptureError, match="writes to its buffers or inputs"):
+        capture_program(program)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.ones(5, 64), torch.ones(4, 64, dtype=torch.float64), torch.ones(64), torch.ones(4, 64, device="meta")],
+    ids=["rows", "dtype", "axes", "device"],
+)
+def test_an_argument_of_another_kind_than_captured_is_refused(other: torch.Tensor) -> None:
+    lowered = tahf4.lower(tahf4.capture(nn.Sequential(nn.Linear(64, 64)).eval(), (torch.ones(4, 64),)))
+    with pytest.raises(tahf4.CaptureError, match="the graph was captured for"):
+        lowered(other)
+
+
+def test_weights_without_a_version_counter_are_read_under_the_version_check() -> None:
+    with torch.inference_mode():
+        model, x = nn.Linear(64, 64), torch.ones(4, 64)
+        lowered = torch.compile(model, backend="tahf4", options={**GRAPH, "weight_check": "version"})
+        first = lowered(x).clone()
+        model.weight.mul_(2)
+        assert not torch.allclose(lowered(x), first), "the change was not seen"
