@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..graph.inputs import DECISION, INPUT, GraphInput, HeldWeight
-from ..graph.nodes import is_view, is_written, mutates, node_arg, size_hint
+from ..graph.nodes import is_written, may_share, mutates, node_arg, size_hint
 from ..pipeline.activations import activation_of, call, drop_unused_weights, packed_input
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
@@ -122,6 +122,9 @@ def seen_quantizations(graph: fx.Graph) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=QUANTIZE))
 
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.view_as.default)
+
+
 def _needs_contiguous(node: fx.Node) -> bool:
     """Whether somebody may notice that a tensor is a strided part of a wider one."""
     for user in node.users:
@@ -129,9 +132,11 @@ def _needs_contiguous(node: fx.Node) -> bool:
             return True
         if not isinstance(user.target, torch._ops.OpOverload) or user.target.namespace not in ("aten", "tahf4"):
             return True
-        if user.target is torch.ops.aten.view.default and not _splits_last_axis(user):
+        if user.target is torch.ops.aten.view_as_complex.default:
             return True
-        if is_view(user) and _needs_contiguous(user):
+        if user.target in _VIEWS and not _splits_last_axis(user):
+            return True
+        if may_share(user, node) and _needs_contiguous(user):
             return True
     return False
 

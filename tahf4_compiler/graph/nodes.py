@@ -8,6 +8,7 @@ graph says by itself what it must be called with.
 from __future__ import annotations
 
 import functools
+import operator
 import re
 from collections.abc import Container, Iterator
 from typing import Any
@@ -145,9 +146,15 @@ def is_product(node: fx.Node, weights: Container[fx.Node]) -> bool:
     return any(root in weights for root in input_roots(node, views=node.target is not LINEAR))
 
 
+def may_share(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a user's result may share memory with a node: a view of it, one of its parts, or ``type_as``."""
+    shares = is_view(user) or user.target in (operator.getitem, torch.ops.aten.type_as.default)
+    return shares and bool(user.args) and user.args[0] is node
+
+
 def is_written(node: fx.Node) -> bool:
-    """Whether the graph writes to a tensor, directly or through a view of it."""
-    return any(_writes(user, node) or (is_view(user) and is_written(user)) for user in node.users)
+    """Whether the graph writes to a tensor, directly or through what shares its memory."""
+    return any(_writes(user, node) or (may_share(user, node) and is_written(user)) for user in node.users)
 
 
 def _writes(user: fx.Node, node: fx.Node) -> bool:

@@ -60,7 +60,7 @@ def capture_program(program: Any) -> Capture:
     """Take an exported program (``torch.export.ExportedProgram``) with the example inputs that it holds.
 
     Raises:
-        CaptureError: it writes to its inputs, or has inputs of a kind that tahf4 does not run.
+        CaptureError: it gives back what it writes, or has inputs of a kind that tahf4 does not run.
     """
     args, kwargs = program.example_inputs
     return from_program(program, program.module(), tuple(args), dict(kwargs))
@@ -70,7 +70,7 @@ def from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs: 
     """Take an exported program, with the module that holds its parameters and the arguments it was exported with.
 
     Raises:
-        CaptureError: it writes to its buffers or inputs, or has inputs of a kind that tahf4 does not run.
+        CaptureError: it gives back what it writes, or has inputs of a kind that tahf4 does not run.
     """
     from torch.export.graph_signature import InputKind
 
@@ -82,8 +82,9 @@ def from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs: 
     }
     if program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate:
         raise CaptureError(
-            f"{type(model).__name__} writes to its buffers or inputs in forward; a captured graph must not. "
-            'Use torch.compile(model, backend="tahf4"), or model.eval() if a normalization layer is the reason.'
+            f"the program of {type(model).__name__} was decomposed: what it writes to its buffers or inputs it gives "
+            "back instead, and nobody would copy it. Take the program that torch.export.export returned, "
+            "without run_decompositions(), or model.eval() if a normalization layer is the reason."
         )
     graph_module = program.graph_module
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]

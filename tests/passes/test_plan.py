@@ -91,6 +91,8 @@ def test_a_second_plan_takes_the_place_of_the_first():
         ("w: param[64, 64]\n v = neg(w)", "v", "weight: computed in the graph (aten.neg.default), not a parameter"),
         ("w: param[64, 64]\n v = to.dtype(w, f32)\n a = add_(w, 1)", "v", "weight: the graph writes to it"),
         ("w: param[64, 64]\n v = view(w, [4096])\n a = add_(v, 1)", "w", "weight: the graph writes to it"),
+        ("w: param[64, 64]\n v, u = split(w, 32)\n a = add_(v, 1)", "w", "weight: the graph writes to it"),
+        ("w: param[64, 64]\n v = type_as(w, w)\n a = add_(v, 1)", "w", "weight: the graph writes to it"),
         ("w: param[64]", "w", "shape: the weight has 1 axes, not 2"),
         ("w: param[8, 64]", "w", "shape: 64 -> 8 features, less than 64"),
     ],

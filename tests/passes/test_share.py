@@ -158,6 +158,7 @@ COPIED = MERGED.replace("y, z =", "u, z =") + "y = clone(u, memory_format=contig
         pytest.param("h = view(y, [2, 128])\n a = neg(h)\n b = neg(z)\n return a, b", id="a view that joins rows"),
         pytest.param("h = view(y, [8, 32])\n a = neg(h)\n b = neg(z)\n return a, b", id="a view that cuts rows"),
         pytest.param("h = view(y, [4, 64])\n i = view(h, [-1])\n a = neg(z)\n b = neg(i)\n return a, b", id="views"),
+        pytest.param("h = type_as(y, z)\n i = view(h, [8, 32])\n a = neg(i)\n b = neg(z)\n return a, b", id="type_as"),
         pytest.param("h = prims.neg(y)\n b = neg(z)\n a = neg(h)\n return a, b", id="an operator of others"),
         pytest.param("h, i = split(y, 32, -1)\n a = neg(h)\n b = neg(z)\n e = neg(i)\n return a, b, e", id="parts"),
     ],
@@ -167,6 +168,12 @@ def test_who_sees_strides_gets_a_copy(rest):
     if "neg(z)" not in rest:
         rest = rest.replace("return", "e = neg(z)\n return e,")
     assert_pass(QK + TWICE.format(None, None) + rest, Share(), merged_inputs(QK) + COPIED.format(None) + rest)
+
+
+def test_a_view_as_another_tensor_that_cuts_rows_gets_a_copy():
+    head = QK.replace("x: f32[4, 64]", "x: f32[4, 64]\n o: f32[8, 32]")
+    rest = "h = view_as(y, o)\n a = neg(h)\n b = neg(z)\n return a, b"
+    assert_pass(head + TWICE.format(None, None) + rest, Share(), merged_inputs(head) + COPIED.format(None) + rest)
 
 
 def test_a_view_of_three_axes_that_cuts_the_last_and_joins_it_with_rows_gets_a_copy():
