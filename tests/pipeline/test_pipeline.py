@@ -155,7 +155,8 @@ def _stale(graph_module, context):
 
 def _raise_at_a_node(graph_module, context):
     for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
-        raise tahf4.FormatError(f"codes of the wrong dtype: {node.meta['val'].dtype}")
+        with context.at(node):
+            raise tahf4.FormatError(f"codes of the wrong dtype: {node.meta['val'].dtype}")
 
 
 def _attach_a_tensor(graph_module, context):
