@@ -161,7 +161,7 @@ def _dense(values: Tensor | None) -> Tensor | None:
 
 
 def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], list[Call]]:
-    from . import linear, tune
+    from . import linear, tiling, tune
 
     device, rows = codes.device, math.prod(codes.shape[:-1])
     capability, processors = _device_facts(device)
@@ -175,7 +175,7 @@ def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], l
     n, count = weight_codes.shape[0], scales.shape[-1]
     key = linear.key_of(codes, scales, *args)
     assert capability is not None
-    known = linear.candidates(rows, n, count, capability, processors, block, args[7] is None)
+    known = tiling.candidates(rows, n, count, capability, processors, block, args[7] is None)
     chip = torch.cuda.get_device_name(device)
     path, tile = tune.choose(tune.key_of(key, rows, n, count), chip, known, lambda choice: launched(*choice)[1])
     return launched(path, tile)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from .call import Call
-from .linear import Tile
 from .source import kernel_folder
+from .tiling import Tile
 
 __all__ = ["Choice", "choose", "key_of"]
 

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tahf4_compiler.backends.triton import linear, tune
-from tahf4_compiler.backends.triton.linear import Tile
+from tahf4_compiler.backends.triton import linear_source, tiling, tune
+from tahf4_compiler.backends.triton.tiling import Tile
 
 FAST, SLOW, BROKEN = ("int8", Tile(128, 128, 8, 3)), ("bf16", Tile(128, 128, 8, 4)), ("int8", Tile(128, 64, 4, 4))
 
@@ -67,7 +67,7 @@ def test_where_nothing_runs_the_default_says_why(measured):
 
 
 def test_rows_count_in_powers_of_two():
-    kernel = linear.kernel_for("", 1, True, torch.bfloat16, "", (), torch.bfloat16, False, 0)
+    kernel = linear_source.kernel_for("", 1, True, torch.bfloat16, "", (), torch.bfloat16, False, 0)
     keys = [tune.key_of(kernel, rows, 5120, 80) for rows in (1025, 2048, 2049)]
     assert keys[0] == keys[1] != keys[2]
     assert tune.key_of(kernel, 1025, 5120, 81) != keys[0]
@@ -75,12 +75,12 @@ def test_rows_count_in_powers_of_two():
 
 def test_candidates_start_with_the_default_and_stay_few():
     for capability, first, paths in (((8, 0), "int8", {"int8", "bf16"}), ((10, 0), "bf16", {"bf16"})):
-        found = linear.candidates(32760, 5120, 80, capability, 132, 64, quantized=False)
+        found = tiling.candidates(32760, 5120, 80, capability, 132, 64, quantized=False)
         assert found[0] == (first, Tile(128, 128, 8, 3)) and {p for p, _ in found} == paths
         assert len(found) <= 8
-        for _, tile in linear.candidates(32760, 5120, 80, capability, 132, 128, quantized=True):
+        for _, tile in tiling.candidates(32760, 5120, 80, capability, 132, 128, quantized=True):
             assert tile.columns % 128 == 0, "whole Hadamard blocks"
-    assert {p for p, _ in linear.candidates(1, 5120, 80, (9, 0), 132, 64, quantized=False)} == {"packed"}
+    assert {p for p, _ in tiling.candidates(1, 5120, 80, (9, 0), 132, 64, quantized=False)} == {"packed"}
 
 
 def test_a_cpu_is_never_measured():

@@ -44,9 +44,9 @@ def test_a_wrong_kernel_is_noticed(old, new, monkeypatch):
 
     assert old in Path(functions.__file__).read_text()
     monkeypatch.setattr(source, "functions_text", changed)
-    from tahf4_compiler.backends.triton import expand, linear, quantize
+    from tahf4_compiler.backends.triton import expand, linear_source, quantize
 
-    caches = [quantize.kernel_for, linear.kernel_for, expand.text]
+    caches = [quantize.kernel_for, linear_source.kernel_for, expand.text]
     for cache in caches:
         cache.cache_clear()
     try:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tahf4_compiler.backends.triton import linear
+from tahf4_compiler.backends.triton import linear, tiling
 
 from tahf4_compiler.format import hif4
 
@@ -14,7 +14,7 @@ reference = torch.ops.tahf4
 GATE = "v0: float32 = mul(y, x0)\nv1: float32 = to(x1)\nv2: float32 = add(v1, v0)\nv3: bfloat16 = to(v2)"
 
 
-@pytest.fixture(params=linear.PATHS)
+@pytest.fixture(params=tiling.PATHS)
 def path(request, monkeypatch):
     monkeypatch.setenv("TAHF4_LINEAR_PATH", request.param)
     return request.param
@@ -113,7 +113,7 @@ def test_the_split_along_k_adds_in_a_fixed_order():
     for split in (1, 4, 7, 32):
         out, calls = linear.calls(
             codes, scales, weight_codes, weight_scales, None, torch.float32, [128], [], "", torch.float32,
-            capability=None, processors=4, tile=linear.Tile(16, 64, 4, 3, split),
+            capability=None, processors=4, tile=tiling.Tile(16, 64, 4, 3, split),
         )  # fmt: skip
         for _ in range(2):
             for call in calls:
@@ -142,7 +142,7 @@ def test_default_tiles_compute_every_part_once(processors, rows, monkeypatch):
     [(1, (9, 0), "packed"), (4096, (9, 0), "int8"), (4096, (8, 0), "int8"), (4096, (10, 0), "bf16")],
 )
 def test_the_path_follows_from_shape_and_architecture(rows, capability, wanted):
-    assert linear.choose_path(rows, capability) == wanted
+    assert tiling.choose_path(rows, capability) == wanted
 
 
 def test_an_unknown_path_is_refused(monkeypatch):

@@ -139,14 +139,14 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
 
 def _check_tiles(device: torch.device, record: Callable[[str, bool, str], None], random: Callable[..., Tensor]) -> None:
     """Compare every tile that the autotuner may choose, and what it chooses."""
-    from ...backends.triton import linear
+    from ...backends.triton import tiling
 
     capability = torch.cuda.get_device_capability(device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     m, n, k = 2048 + 40, 1024 + 64, 1024
     operands = (*torch.ops.tahf4.quantize(random(m, k)), *torch.ops.tahf4.quantize(random(n, k)))
     exact = _exact(*operands)
-    for path, tile in linear.candidates(m, n, k // UNIT, capability, processors, 0, False):
+    for path, tile in tiling.candidates(m, n, k // UNIT, capability, processors, 0, False):
         got = own_on_path(path, *operands, None, torch.float32, [n], [], "", torch.float32, tile=tile)[0]
         error = float((got.double() - exact).norm() / exact.norm())
         record(f"linear {path}, {tile}", error < 1e-5, f"relative error {error:.1e}")

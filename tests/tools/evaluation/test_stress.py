@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from tahf4_compiler.tools.evaluation.stress import channel_ratios, sampled_inputs, stress_, stress_pipeline_
+from tahf4_compiler.tools.evaluation.sampling import channel_ratios, sampled_inputs
+from tahf4_compiler.tools.evaluation.stress import stress_, stress_pipeline_
 from tahf4_compiler.tools.tiny_wan import data, evaluate, model, settings
 from torch import Tensor
 

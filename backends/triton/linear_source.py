@@ -1,0 +1,230 @@
+"""The text of a product's kernel."""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...ops.program import DTYPES, Program
+from . import source
+from .expressions import Leaf, emit, leaf_parameters
+
+__all__ = ["LinearKernel"]
+
+_TL = {dtype: f"tl.{name}" for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class LinearKernel:
+    """What the file of a product's kernels depends on.
+
+    Attributes:
+        path: one of :data:`PATHS`.
+        outputs: how many; columns are split among them.
+        bias: whether there is one.
+        out_dtype: that the sum is rounded to.
+        program: text, of what follows.
+        leaves: how its inputs are read.
+        result_dtype: of the outputs; None where the result is quantized.
+        multiplier: whether the quantization has one.
+        block: its Hadamard block.
+    """
+
+    path: str
+    outputs: int
+    bias: bool
+    out_dtype: torch.dtype
+    program: str
+    leaves: tuple[Leaf, ...]
+    result_dtype: torch.dtype | None
+    multiplier: bool = False
+    block: int = 0
+
+    def targets(self) -> list[str]:
+        """Return the parameters of what is written."""
+        return ["codes", "scales"] if self.result_dtype is None else [f"out{i}" for i in range(self.outputs)]
+
+    def parameters(self, kernel: str) -> list[str]:
+        """Return the parameters, but for the constants, of ``kernel``, ``partial`` or ``finish``."""
+        sizes = ["rows", "U", *(f"N{i}" for i in range(self.outputs))]
+        sides = ["a", "a_scales", "b", "b_scales"] if self.path != "bf16" else ["a", "b"]
+        after = [*(["bias"] if self.bias else []), *(["multiplier"] if self.multiplier else [])]
+        after += leaf_parameters(self.leaves)
+        if kernel == "partial":
+            return [*sides, "sums", *sizes]
+        first = ["sums"] if kernel == "finish" else sides
+        return [*first, *self.targets(), *sizes, *after]
+
+    @functools.cached_property
+    def text(self) -> str:
+        """Return the file: ``kernel``, and ``partial`` with ``finish`` for a split along K."""
+        return _text(self)
+
+
+_WHERE = """
+    tiles_m = tl.cdiv(rows, BM)
+    tiles_n = {tiles}
+    tile = tl.program_id(0)
+    group = tile // (GROUP * tiles_n) * GROUP
+    group_rows = tl.minimum(tiles_m - group, GROUP)
+    tile_m = group + tile % (GROUP * tiles_n) % group_rows
+    tile_n = tile % (GROUP * tiles_n) // group_rows
+{output}
+    row = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
+    column = tile_n * BN + tl.arange(0, BN)
+    a_row = tl.minimum(row, rows - 1)
+    b_row = (start + tl.minimum(column, width - 1)).to(tl.int64)
+"""
+
+_LOOPS = {
+    "packed": """
+    byte = tl.arange(0, 32)
+    a_at = a + a_row[:, None] * (U * 32) + byte[None, :] + {first} * 32
+    b_at = b + b_row[:, None] * (U * 32) + byte[None, :] + {first} * 32
+    a_scale_at = a_scales + a_row * U + {first}
+    b_scale_at = b_scales + b_row * U + {first}
+    total = tl.zeros((BM, BN), tl.float32)
+    for u in range({first}, {last}):
+        a_meta = tl.load(a_scale_at)
+        b_meta = tl.load(b_scale_at)
+        a_even, a_odd = unpacked(tl.load(a_at), a_meta, BM)
+        b_even, b_odd = unpacked(tl.load(b_at), b_meta, BN)
+        total = tl.dot(a_even, tl.trans(b_even), total)
+        total = tl.dot(a_odd, tl.trans(b_odd), total)
+        a_at += 32
+        b_at += 32
+        a_scale_at += 1
+        b_scale_at += 1
+""",
+    "int8": """
+    k = tl.arange(0, 64)
+    a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
+    b_at = b + b_row[None, :] * (U * 64) + k[:, None] + {first} * 64
+    a_scale_at = a_scales + row + {first} * rows
+    b_scale_at = b_scales + start + column + {first} * ({all})
+    total = tl.zeros((BM, BN), tl.float32)
+    for u in range({first}, {last}):
+        # Sums stay below 2**22: added to the bits of 1.5 * 2**23 they are the mantissa of a float, and one fused
+        # multiply-add takes 1.5 * 2**23 off again while it scales, exactly.
+        magic = tl.full((BM, BN), 0x4B400000, tl.int32)
+        dot = tl.dot(tl.load(a_at), tl.load(b_at), magic, out_dtype=tl.int32)
+        a_scale = tl.load(a_scale_at, mask=row < rows, other=0.0)[:, None]
+        b_scale = tl.load(b_scale_at, mask=column < width, other=0.0)[None, :]
+        scaled = tl.fma(dot.to(tl.float32, bitcast=True), a_scale, a_scale * -12582912.0)
+        total = tl.fma(scaled, b_scale, total)
+        a_at += 64
+        b_at += 64
+        a_scale_at += rows
+        b_scale_at += {all}
+""",
+    "bf16": """
+    k = tl.arange(0, 64)
+    a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
+    b_at = b + b_row[None, :] * (U * 64) + k[:, None] + {first} * 64
+    total = tl.zeros((BM, BN), tl.float32)
+    for u in range({first}, {last}):
+        total = tl.dot(tl.load(a_at), tl.load(b_at), total)
+        a_at += 64
+        b_at += 64
+""",
+}
+
+
+def _text(kernel: LinearKernel) -> str:
+    what = f"Product of two HiF4 matrices ({kernel.path}).\n\nWhat follows the product y::\n\n"
+    what += textwrap.indent(kernel.program or "y as it is", "    ")
+    if kernel.result_dtype is None:
+        what += "\n\nThe result is quantized to HiF4 and only its codes are written."
+    needed = ["unpacked"] if kernel.path == "packed" else []
+    if kernel.result_dtype is None:
+        needed += ["to_hif4_tile", *(["hadamard_tile"] if kernel.block else [])]
+    every = " + ".join(f"N{i}" for i in range(kernel.outputs))
+
+    def where() -> str:
+        tiles = " + ".join(f"tl.cdiv(N{i}, BN)" for i in range(kernel.outputs))
+        return _WHERE.format(tiles=tiles, output=_output(kernel)).strip("\n")
+
+    def loop(first: str, last: str) -> str:
+        return _LOOPS[kernel.path].format(first=first, last=last, all=every).strip("\n")
+
+    constants = ", BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr"
+    epilogue = textwrap.indent("\n".join(_epilogue(kernel)), "    ")
+    one = f"@triton.jit\ndef kernel({', '.join(kernel.parameters('kernel'))}{constants}):\n"
+    one += f"{where()}\n{loop('0', 'U')}\n{epilogue}"
+    partial = f"@triton.jit\ndef partial({', '.join(kernel.parameters('partial'))}{constants}, SPLIT: tl.constexpr):\n"
+    partial += f"{where()}\n    part = tl.program_id(1)\n    share = tl.cdiv(U, SPLIT)\n    from_unit = part * share\n"
+    partial += f"    to_unit = tl.minimum(from_unit + share, U)\n{loop('from_unit', 'to_unit')}\n"
+    partial += (
+        f"    all = {every}\n"
+        "    at = sums + (part.to(tl.int64) * rows + row[:, None]) * all + start + column[None, :]\n"
+        "    tl.store(at, total, mask=(row < rows)[:, None] & (column < width)[None, :])"
+    )
+    finish = f"@triton.jit\ndef finish({', '.join(kernel.parameters('finish'))}{constants}, SPLIT: tl.constexpr):\n"
+    finish += f"{where()}\n    all = {every}\n    total = tl.zeros((BM, BN), tl.float32)\n"
+    finish += (
+        "    inside = (row < rows)[:, None] & (column < width)[None, :]\n"
+        "    for part in range(SPLIT):\n"
+        "        at = sums + (part * rows + row[:, None]) * all + start + column[None, :]\n"
+        "        total += tl.load(at, mask=inside, other=0.0)\n"
+        f"{epilogue}"
+    )
+    return source.module_text(what, needed, "\n\n\n".join([one, partial, finish]))
+
+
+def _output(kernel: LinearKernel) -> str:
+    lines = ["start = 0", "width = N0"]
+    for i in range(1, kernel.outputs):
+        before = f"other{i - 1} & " if i > 1 else ""
+        lines += [
+            f"other{i} = {before}(tile_n >= tl.cdiv(width, BN))",
+            f"tile_n = tl.where(other{i}, tile_n - tl.cdiv(width, BN), tile_n)",
+            f"start = tl.where(other{i}, start + width, start)",
+            f"width = tl.where(other{i}, N{i}, width)",
+        ]
+    return textwrap.indent("\n".join(lines), "    ")
+
+
+def _epilogue(kernel: LinearKernel) -> list[str]:
+    lines = ["row = row[:, None]", "row_mask = row < rows"]
+    if kernel.bias:
+        lines.append("bias_at = bias + start + column")
+        lines.append("total = total + tl.load(bias_at, mask=column < width, other=0.0).to(tl.float32)[None, :]")
+    lines += ["column = column[None, :]", "column_mask = row_mask & (column < width)", "y = total"]
+    if kernel.out_dtype != torch.float32:
+        lines[-1] += f".to({_TL[kernel.out_dtype]}).to(tl.float32)"
+    lines += emit(Program.parse(kernel.program), kernel.leaves) if kernel.program else ["result = y"]
+    if kernel.result_dtype is not None:
+        stored = f"result.to({_TL[kernel.result_dtype]})"
+        if kernel.outputs == 1:
+            return [*lines, f"tl.store(out0 + row * width + column, {stored}, mask=column_mask)"]
+        for i in range(kernel.outputs):
+            mine = f"not other{i + 1}" if i == 0 else f"other{i}"
+            if 0 < i < kernel.outputs - 1:
+                mine += f" and not other{i + 1}"
+            lines += [f"if {mine}:", f"    tl.store(out{i} + row * width + column, {stored}, mask=column_mask)"]
+        return lines
+    if kernel.multiplier:
+        lines.append("result = result * tl.load(multiplier + column, mask=column < width, other=0.0)")
+    lines.append("result = tl.where(column_mask, result, 0.0)")
+    if kernel.block:
+        levels = kernel.block.bit_length() - 1
+        lines.append(f"result = hadamard_tile(result, BM, BN, {levels}, {kernel.block**-0.5!r})")
+    return [
+        *lines,
+        "words, metadata = to_hif4_tile(result, BM, BN)",
+        "in_row = tl.cdiv(width, 64)",
+        "unit = tile_n * (BN // 64) + tl.arange(0, BN // 64)[None, :]",
+        "tl.store(scales + row * in_row + unit, metadata, mask=row_mask & (unit < in_row))",
+        "word = tile_n * (BN // 8) + tl.arange(0, BN // 8)[None, :]",
+        "tl.store(codes + row * (in_row * 8) + word, words, mask=row_mask & (word < in_row * 8))",
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_for(*key: Any) -> LinearKernel:
+    """Return the kernel of a key; its text is made once."""
+    return LinearKernel(*key)

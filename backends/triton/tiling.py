@@ -1,0 +1,104 @@
+"""How a product is cut into tiles."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ...errors import OptionError
+
+__all__ = ["PATHS", "Tile", "candidates", "choose_path", "tiles"]
+
+PATHS = ("packed", "int8", "bf16")
+
+FEW_ROWS = 192
+"""Rows below which the weights' bytes are the time."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of a launch.
+
+    Attributes:
+        rows: of the product that a block of threads computes.
+        columns: of it.
+        warps: of a block.
+        stages: of loads ahead.
+        split: parts of K.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    split: int = 1
+
+
+def choose_path(rows: int, capability: tuple[int, int] | None) -> str:
+    """Return how a product is computed.
+
+    Args:
+        rows: of the activation.
+        capability: of the device, or None for the interpreter.
+
+    Raises:
+        OptionError: ``TAHF4_LINEAR_PATH`` names no path.
+    """
+    forced = os.environ.get("TAHF4_LINEAR_PATH")
+    if forced:
+        if forced not in PATHS:
+            raise OptionError(f"TAHF4_LINEAR_PATH is {forced!r}; expected one of {', '.join(PATHS)}")
+        return forced
+    if rows < FEW_ROWS:
+        return "packed"
+    return "bf16" if capability is not None and capability >= (10, 0) else "int8"
+
+
+def tiles(
+    path: str, rows: int, columns: int, unit_count: int, processors: int, block: int = 0, tight: bool = False
+) -> list[Tile]:
+    """Return the sizes to try for a product, the default first.
+
+    Args:
+        path: one of :data:`PATHS`.
+        rows: of the activation.
+        columns: of the weight.
+        unit_count: units along K.
+        processors: of the chip.
+        block: Hadamard block of a result that is quantized: a tile holds whole ones.
+        tight: the result is quantized by a thread block whose accumulators take all registers (before Hopper): smaller
+            tiles, so that nothing spills.
+    """
+    width = max(64, block)
+    if path != "packed" and tight:
+        wide = Tile(64, 128, 8, 3)
+        return [wide, Tile(64, width, 4, 3)] if block > 64 else [Tile(128, 64, 8, 3), wide]
+    if path != "packed":
+        many = [Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(128, width, 4, 4)]
+        if path == "bf16":
+            many.append(Tile(128, 256, 8, 3))
+        return [Tile(64, width, 4, 3), *many[1:]] if rows < 512 and columns < 1024 else many
+    height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    blocks = -(-rows // height) * -(-columns // width)
+    split = max(1, min(2 * processors // max(1, blocks), unit_count // 4, 16))
+    return [Tile(height, width, 4, 3, split), Tile(height, width, 4, 4, max(1, split // 2))]
+
+
+def candidates(
+    rows: int,
+    columns: int,
+    unit_count: int,
+    capability: tuple[int, int],
+    processors: int,
+    block: int,
+    quantized: bool,
+) -> list[tuple[str, Tile]]:
+    """Return the paths and tiles to measure for a product, the default first."""
+    default = choose_path(rows, capability)
+    paths = [default]
+    if default != "packed" and not os.environ.get("TAHF4_LINEAR_PATH"):
+        # Two instructions a sum and unit for the scales may cost what the faster product of int8 gains.
+        paths += [path for path in ("int8", "bf16") if path != default and (path == "bf16" or capability < (10, 0))]
+    tight = quantized and capability < (9, 0)
+    sizes = (rows, columns, unit_count, processors, block, tight)
+    return [(path, tile) for path in paths for tile in tiles(path, *sizes)]
