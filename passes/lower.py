@@ -10,11 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..graph.nodes import node_words
 from ..ops.registry import KERNEL, OPERATORS, dispatch, served
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
 
 log = logging.getLogger(__name__)
+
+
+def _nothing_left(graph_module: fx.GraphModule, context: Context) -> str | None:
+    """Say which operator of ours no kernel was chosen for."""
+    known = served()
+    left = [node for node in graph_module.graph.nodes if node.target in known and KERNEL not in node.meta]
+    return f"no kernel was chosen for {node_words(left[0])}" if left else None
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Lower(Pass):
     """
 
     exact = True
+    ensures = (_nothing_left,)
     after = ("quantize", "share", "smooth", "rotate", "scale_search", "fuse")
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:

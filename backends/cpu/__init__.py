@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +24,10 @@ __all__ = [
     "available",
     "checksums",
     "dequantize",
-    "fused_linear",
-    "fused_quantize",
     "histogram",
     "instruction_set",
-    "linear",
-    "linear_quantize",
     "quantize",
     "register",
-    "serves",
     "slow_dtype",
 ]
 
@@ -44,14 +38,6 @@ BUCKETS = 98
 def available() -> bool:
     """Return whether the kernels can run here. The first call compiles them."""
     return build.library() is not None
-
-
-def serves(x: Tensor, multiplier: Tensor | None = None) -> bool:
-    """Return whether :func:`quantize` takes tensors: on the CPU, float32, bfloat16 or float16, and it is compiled."""
-    given = [x] if multiplier is None else [x, multiplier]
-    # A subclass (a fake tensor, for one) may have no memory of its own to read.
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
-    return plain and all(t.device.type == "cpu" and t.dtype in DTYPES for t in given) and available()
 
 
 def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
@@ -68,30 +54,10 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
     Raises:
         FormatError: dtype, device, the multiplier's shape or the block width do not fit.
     """
-    return _call("quantize", [x], x, multiplier, hadamard_block)
-
-
-def fused_quantize(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Compute a program and quantize its result, 64 values at a time: ``torch.ops.tahf4.fused_quantize``.
-
-    Norms add in another order than PyTorch's, and exponentials differ in their last bits: a value that lies on the
-    boundary of two codes may take the other one.
-
-    Args:
-        inputs: float32, bfloat16 or float16, on the CPU, that broadcast to ``[..., K]``.
-        program: see :mod:`tahf4_compiler.ops.program`; one that :func:`programs.encode` takes.
-        multiplier: as for :func:`quantize`.
-        hadamard_block: as for :func:`quantize`.
-
-    Returns:
-        As :func:`quantize`, of the program's result.
-
-    Raises:
-        FormatError: dtypes, devices or shapes do not fit.
-    """
-    return _call("fused_quantize", inputs, inputs, program, multiplier, hadamard_block)
+    build.loaded()
+    checks.on_cpu("quantize", x)  # a meta tensor would give one
+    codes, scales = operators.OPERATORS["quantize"](x, multiplier, hadamard_block)
+    return codes, scales
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
@@ -120,118 +86,6 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
             torch.get_num_threads(),
         )
     return out
-
-
-def linear(
-    codes: Tensor,
-    scales: Tensor,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """W4A4 linear in integers, scaled once a unit: ``torch.ops.tahf4.linear`` but for the order of the float32 sum.
-
-    Every unit's contribution is exact. Units are added in their order for each result alone, so the number of threads
-    and of rows changes nothing.
-
-    Args:
-        codes: uint8 ``[..., K / 2]`` of the activation, on the CPU.
-        scales: int32 ``[..., K / 64]`` of the activation.
-        weight_codes: uint8 ``[N, K / 2]``.
-        weight_scales: int32 ``[N, K / 64]``.
-        bias: ``[N]`` or None, added in float32.
-        out_dtype: of the result.
-
-    Returns:
-        ``[..., N]`` of ``out_dtype``.
-
-    Raises:
-        FormatError: shapes, dtypes or devices do not fit.
-        OptionError: as :func:`instruction_set`.
-    """
-    return _call("linear", [codes], codes, scales, weight_codes, weight_scales, bias, out_dtype)
-
-
-def fused_linear(
-    codes: Tensor,
-    scales: Tensor,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    sizes: Sequence[int],
-    inputs: Sequence[Tensor],
-    program: str,
-    result_dtype: torch.dtype,
-) -> list[Tensor]:
-    """W4A4 linear, then a program on its result, or several results: ``torch.ops.tahf4.fused_linear``.
-
-    Args:
-        codes: and the next five as for :func:`linear`; ``out_dtype`` float32, bfloat16 or float16.
-        scales: of the activation.
-        weight_codes: of the weight.
-        weight_scales: of the weight.
-        bias: or None.
-        out_dtype: of ``y`` of the program.
-        sizes: columns of each result; they sum to N. More than one only with an empty program.
-        inputs: as for :func:`fused_quantize`; they broadcast to ``[..., N]``.
-        program: see :mod:`tahf4_compiler.ops.program`.
-        result_dtype: of the results.
-
-    Returns:
-        Contiguous ``[..., size]`` for each of the sizes.
-
-    Raises:
-        FormatError: dtypes, devices, shapes or sizes do not fit.
-        OptionError: as :func:`instruction_set`.
-    """
-    product = codes, scales, weight_codes, weight_scales, bias, out_dtype
-    return _call("fused_linear", [codes], *product, sizes, inputs, program, result_dtype)
-
-
-def linear_quantize(
-    codes: Tensor,
-    scales: Tensor,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    inputs: Sequence[Tensor],
-    program: str,
-    multiplier: Tensor | None = None,
-    hadamard_block: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """W4A4 linear, a program on its result, and the quantization of that: ``torch.ops.tahf4.linear_quantize``.
-
-    Args:
-        codes: and the following as for :func:`fused_linear`.
-        scales: of the activation.
-        weight_codes: of the weight.
-        weight_scales: of the weight.
-        bias: or None.
-        out_dtype: of ``y`` of the program.
-        inputs: of the program.
-        program: see :mod:`tahf4_compiler.ops.program`.
-        multiplier: float32 ``[N]`` or None, as for :func:`quantize`.
-        hadamard_block: as for :func:`quantize`.
-
-    Returns:
-        Codes uint8 ``[..., ceil(N / 64) * 32]`` and scales int32 ``[..., ceil(N / 64)]``.
-
-    Raises:
-        FormatError: dtypes, devices or shapes do not fit.
-        OptionError: as :func:`instruction_set`.
-    """
-    product = codes, scales, weight_codes, weight_scales, bias, out_dtype
-    return _call("linear_quantize", [codes], *product, inputs, program, multiplier, hadamard_block)
-
-
-def _call(name: str, first: Sequence[Tensor], *given: Any) -> Any:
-    """Call one of :mod:`.operators`, where the kernels can run."""
-    build.loaded()
-    checks.on_cpu(name, *first)  # a meta tensor would give one
-    return operators.OPERATORS[name](*given)
 
 
 def checksums(words: Sequence[Tensor], factors: Tensor) -> list[int]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch._dynamo import external_utils, trace_rules
 
 from ..errors import CalibrationError
 from ..options import Options
+from ..torch_private import compiled_whole
 from .calls import copied
 from .schedule import Schedule
 from .seen import Seen
@@ -56,36 +55,17 @@ class Listener:
 @contextlib.contextmanager
 def observed(module: nn.Module, options: Options, listen: Listener) -> Iterator[None]:
     """Compile a module whole, show its calls to a listener, and put it back as it was."""
+
+    def around(call: Callable[..., Any]) -> Callable[..., Any]:
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            mark = listen.before(args, kwargs)
+            result = call(*args, **kwargs)
+            listen.after(mark)
+            return result
+
+        return heard
+
     # Equal options are one backend for Dynamo, which keeps what each compiled, up to a limit.
-    settings: Any = {"backend": "tahf4", "options": replace(options, pipeline="calibration")}
-    inner = getattr(module, "_orig_mod", module)  # of what torch.compile(module) returned
-    old = {m: m._compiled_call_impl for m in module.modules() if m._compiled_call_impl is not None}
-    for part in old:
-        part._compiled_call_impl = None
-    forward = inner.forward
-    while isinstance(forward, functools.partial):  # hooks of diffusers wrap it so
-        forward = forward.func
-    if trace_rules.check(forward):  # PyTorch's own modules: Dynamo skips their files unless they are inlined
-        call: Any = torch.compile(external_utils.wrap_inline(inner._call_impl), **settings)
-    else:
-        inner.compile(**settings)
-        call = inner._compiled_call_impl
-
-    def heard(*args: Any, **kwargs: Any) -> Any:
-        mark = listen.before(args, kwargs)
-        result = call(*args, **kwargs)
-        listen.after(mark)
-        return result
-
-    inner._compiled_call_impl = heard
-    own_forward = module.__dict__.get("forward")
-    if inner is not module:
-        module.forward = inner.__call__
-    try:
+    settings: dict[str, Any] = {"backend": "tahf4", "options": replace(options, pipeline="calibration")}
+    with compiled_whole(module, around, **settings):
         yield
-    finally:
-        inner._compiled_call_impl = None
-        if inner is not module:
-            module.forward = own_forward  # type: ignore[assignment]
-        for part, compiled in old.items():
-            part._compiled_call_impl = compiled

@@ -18,6 +18,7 @@ from ..format import hif4
 from ..format.transforms import multipliers
 from ..model.parts import Part, part_of, running_weights
 from ..ops import registry
+from ..torch_private import replaced_linear, without_compiled_calls
 from ..weights.packing import pack_weight
 
 __all__ = ["Network", "QuantizedWeight", "output_error", "sqnr_db", "squares"]
@@ -135,16 +136,8 @@ class Network:
             )
 
     def _outputs(self) -> list[Tensor]:
-        # Not a compiled one, whatever is compiled inside.
-        held = {m: m._compiled_call_impl for m in self._model.modules() if m._compiled_call_impl is not None}
-        for module in held:
-            module._compiled_call_impl = None
-        try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                return [_first(self._model(*args, **kwargs)).float() for args, kwargs in self._calls]
-        finally:
-            for module, call in held.items():
-                module._compiled_call_impl = call
+        with without_compiled_calls(self._model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return [_first(self._model(*args, **kwargs)).float() for args, kwargs in self._calls]
 
     def error(self, quantized: Mapping[str, QuantizedWeight]) -> float | None:
         """Return the mean over the calls of the relative squared error, with these linears quantized, by path.
@@ -190,30 +183,26 @@ class Network:
 @contextlib.contextmanager
 def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
     """Run linears whose weight has one of these identities in 4 bits; yield the identities that were met."""
-    original = nn.functional.linear
-    fast = torch.backends.mha.get_fastpath_enabled()
     used: set[int] = set()
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        whole = weight if id(weight) in products else getattr(weight, "_base", None)
-        product = products.get(id(whole)) if whole is not None else None
-        if product is None or whole is None:
-            return original(x, weight, bias)
-        used.add(id(whole))
-        rows = product.weight
-        if whole is not weight:  # some rows, as attention takes q, k and v out of one parameter
-            first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
-            rows = rows[first : first + len(weight)]
-        out = original(product.quantize(x), rows.float())
-        return (out if bias is None else out + bias.float()).to(x.dtype)
+    def around(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            whole = weight if id(weight) in products else getattr(weight, "_base", None)
+            product = products.get(id(whole)) if whole is not None else None
+            if product is None or whole is None:
+                return original(x, weight, bias)
+            used.add(id(whole))
+            rows = product.weight
+            if whole is not weight:  # some rows, as attention takes q, k and v out of one parameter
+                first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+                rows = rows[first : first + len(weight)]
+            out = original(product.quantize(x), rows.float())
+            return (out if bias is None else out + bias.float()).to(x.dtype)
 
-    nn.functional.linear = linear  # type: ignore[assignment]
-    torch.backends.mha.set_fastpath_enabled(False)  # one native operator, which reads no linear
-    try:
+        return linear
+
+    with replaced_linear(around):
         yield used
-    finally:
-        nn.functional.linear = original
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _first(value: Any) -> Tensor:

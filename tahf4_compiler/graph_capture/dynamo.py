@@ -15,6 +15,7 @@ from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import module_path, root_expression
 from ..model.tree import Surroundings
+from ..torch_private import dynamo_scope, dynamo_source, fake_input
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
 
@@ -44,8 +45,8 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         )
     inputs = tuple(example_inputs)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    sources = [_source_name(node) for node in placeholders]
-    fakes = [_fake(context, value) for value in inputs]
+    sources = [dynamo_source(node) for node in placeholders]
+    fakes = [fake_input(context, value) for value in inputs]
     _write_data_as_detach(graph_module)
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
@@ -110,28 +111,6 @@ def refuse_gradients(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Non
         )
 
 
-def _fake(context: Any, value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    symbolic = context.tensor_to_context.get(value)
-    if symbolic is None:
-        return context.fake_mode.from_tensor(value, static_shapes=True)
-    return context.fake_mode.from_tensor(
-        value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False
-    )
-
-
-def _source_name(node: fx.Node) -> str:
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        argument = node.meta.get("grapharg")
-        source = getattr(argument, "source", None)
-    if source is None:
-        return ""
-    name = source.name  # a property since torch 2.10, a method before
-    return name() if callable(name) else name
-
-
 def _kind(value: Any, source: str) -> Any:
     if isinstance(value, nn.Parameter):
         return "parameter"
@@ -178,14 +157,10 @@ def _rename(node: fx.Node, name: str) -> None:
 
 def _root_modules(roots: set[str]) -> list[nn.Module]:
     """Return the modules that Dynamo is compiling: one, or several that a function calls."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
     found = []
     for expression in roots:
         try:
-            output = InstructionTranslator.current_tx().output
-            scope = {"L": output.local_scope, "G": output.global_scope}
-            found.append(_value(ast.parse(expression, mode="eval").body, scope))
+            found.append(_value(ast.parse(expression, mode="eval").body, dynamo_scope()))
         except (SyntaxError, LookupError, AttributeError, TypeError):  # the graph's own names serve then
             continue
     return [module for module in found if isinstance(module, nn.Module)]

@@ -7,7 +7,6 @@ boundary must not depend on that, so both are decided by a weight's path in the 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..torch_private import caller_that_holds
 from .attachments import refresh
 from .blocks import block_of, module_blocks
 from .linears import linear_weights, packed_weights
@@ -48,7 +48,7 @@ class Surroundings:
         Args:
             root: the module whose frame is compiled.
         """
-        return cls(_compiled_module(root) or root)
+        return cls(caller_that_holds(root) or root)
 
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights."""
@@ -75,28 +75,5 @@ class Surroundings:
             if (root := reference()) is not None:
                 refresh(root)
         for weight in weights:
-            if self.path(weight) is None and (module := _compiled_module(weight)) is not None:
+            if self.path(weight) is None and (module := caller_that_holds(weight)) is not None:
                 self.add(module)
-
-
-def _compiled_module(part: object) -> nn.Module | None:
-    """Return the module on the call stack that was compiled and holds a module or parameter."""
-    if part is None:
-        return None
-    frame = sys._getframe(1)
-    outermost: nn.Module | None = None
-    while frame is not None:
-        called = frame.f_locals.get("self")
-        if isinstance(called, nn.Module):
-            module: nn.Module = getattr(called, "_orig_mod", called)
-            if _holds(module, part):
-                outermost = module
-                if module._compiled_call_impl is not None or module is not called:
-                    return module
-        frame = frame.f_back  # type: ignore[assignment]
-    return outermost
-
-
-def _holds(module: nn.Module, part: object) -> bool:
-    parts = module.modules() if isinstance(part, nn.Module) else module.parameters()
-    return any(other is part for other in parts)

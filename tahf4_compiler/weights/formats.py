@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 
-__all__ = ["Pack", "pack_rows", "register_weight_format", "unregister_weight_format"]
+__all__ = ["Pack", "pack_rows", "register_weight_format"]
 
 Pack = Callable[[Tensor, Tensor | None, int], Mapping[str, Tensor]]
 _formats: dict[str, Pack] = {}
@@ -44,11 +44,6 @@ def register_weight_format(name: str, pack: Pack) -> None:
             f"{pack.__module__}.{pack.__qualname__}. Give one another name."
         )
     _formats[name] = pack
-
-
-def unregister_weight_format(name: str) -> None:
-    """Take a format out again."""
-    _formats.pop(name, None)
 
 
 def pack_rows(name: str, weights: tuple[Tensor, ...], multiplier: Tensor | None, block: int) -> dict[str, Tensor]:

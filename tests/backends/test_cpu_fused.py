@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cpu_operators
 import pytest
 import torch
 from helpers import GRAPH, relative
@@ -89,7 +90,7 @@ def test_exact_programs_give_the_bits_of_the_reference(program, dtype):
         inputs = used(program, inputs_for(k, dtype))
         wanted = torch.broadcast_to(expected_values(program, inputs), (2, 5, k)).contiguous()
         multiplier = torch.rand(k) + 0.5
-        got = cpu.fused_quantize(inputs, program, multiplier, block)
+        got = cpu_operators.fused_quantize(inputs, program, multiplier, block)
         for a, b in zip(got, reference.quantize(wanted, multiplier, block), strict=True):
             assert torch.equal(a, b)
 
@@ -100,7 +101,7 @@ def test_norms_and_exponentials_are_near(program):
         inputs = used(program, inputs_for(k, torch.float32))
         wanted = torch.broadcast_to(expected_values(program, inputs), (2, 5, k)).contiguous()
         wanted = reference.quantize(wanted)
-        got = cpu.fused_quantize(inputs, program)
+        got = cpu_operators.fused_quantize(inputs, program)
         a, b = (hif4.dequantize(hif4.Packed(*p, k)) for p in (got, wanted))
         assert torch.equal(a.isnan(), b.isnan())
         # A value at a boundary takes another code; one at the boundary of a scale moves its unit.
@@ -117,13 +118,13 @@ def test_functions_keep_their_digits(name, function):
     # What a product of zero plus a bias is sent through: the bias itself.
     bias = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-120.0, 120.0, 0.0, -0.0, 1e-30])])
     weight, x = packed(len(bias), 64), reference.quantize(torch.zeros(2, 64))
-    (got,) = cpu.fused_linear(
+    (got,) = cpu_operators.fused_linear(
         *x, *weight, bias, torch.float32, [len(bias)], [], f"v0: float32 = {name}(y)", torch.float32
     )
     wanted = function(bias.double()).float()
     assert torch.allclose(got[0], wanted, rtol=2e-6, atol=1e-6 if name != "exp" else 1e-30)
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 3e38])
-    (got,) = cpu.fused_linear(
+    (got,) = cpu_operators.fused_linear(
         *x, *packed(4, 64), special, torch.float32, [4], [], f"v0: float32 = {name}(y)", torch.float32
     )
     if name in ("exp", "sigmoid"):
@@ -142,12 +143,12 @@ def test_gates_residuals_and_several_results(dtype, m, k, n):
     gate, residual = torch.randn(2, 1, n), torch.randn(2, m, 2 * n)[..., ::2].to(dtype)
     program = text((FLOAT, "mul(y, x0)"), (FLOAT, "add(x1, v0)"))
     args += ([n], [gate, residual], program, torch.float32)
-    (got,), (wanted,) = cpu.fused_linear(*args), reference.fused_linear(*args)
+    (got,), (wanted,) = cpu_operators.fused_linear(*args), reference.fused_linear(*args)
     assert got.is_contiguous() and got.dtype == torch.float32
     assert relative(got, wanted) < (1e-6 if dtype == torch.float32 else 4e-3)
-    whole = cpu.linear(*args[:6])
+    whole = cpu_operators.linear(*args[:6])
     sizes = [n // 3, n - n // 3 - n // 4, n // 4]
-    parts = cpu.fused_linear(*args[:6], sizes, [], "", dtype)
+    parts = cpu_operators.fused_linear(*args[:6], sizes, [], "", dtype)
     assert [p.shape[-1] for p in parts] == sizes and all(p.is_contiguous() for p in parts)
     assert torch.equal(torch.cat(parts, -1), whole)
 
@@ -163,8 +164,8 @@ def test_a_product_and_its_quantization_are_those_one_after_the_other(dtype, n, 
         multiplier = torch.rand(n) + 0.5
         for program in ("", f"v0: {name} = gelu_tanh(y)", f"v0: float32 = mul(y, x0)\nv1: {name} = to(v0)"):
             inputs = [torch.randn(n)] if "x0" in program else []
-            (y,) = cpu.fused_linear(*args, [n], inputs, program, dtype)
-            got = cpu.linear_quantize(*args, inputs, program, multiplier, block)
+            (y,) = cpu_operators.fused_linear(*args, [n], inputs, program, dtype)
+            got = cpu_operators.linear_quantize(*args, inputs, program, multiplier, block)
             for a, b in zip(got, reference.quantize(y, multiplier, block), strict=True):
                 assert torch.equal(a, b)
 
@@ -177,9 +178,9 @@ def test_threads_change_nothing():
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            (y,) = cpu.fused_linear(*args, [200], [x], text((FLOAT, "add(y, x0)")), torch.float32)
-            units = cpu.linear_quantize(*args, [], text((FLOAT, "gelu(y)")))
-            results.append((y, *units, *cpu.fused_quantize([x], norm)))
+            (y,) = cpu_operators.fused_linear(*args, [200], [x], text((FLOAT, "add(y, x0)")), torch.float32)
+            units = cpu_operators.linear_quantize(*args, [], text((FLOAT, "gelu(y)")))
+            results.append((y, *units, *cpu_operators.fused_quantize([x], norm)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -189,23 +190,23 @@ def test_threads_change_nothing():
 def test_bad_input_says_what_was_expected():
     x, args = torch.randn(2, 64), product_args(2, 64, 8, torch.float32)
     with pytest.raises(FormatError, match="more than one reduction"):
-        cpu.fused_quantize([x], text((FLOAT, "mean(x0)"), (FLOAT, "sub(x0, v0)"), (FLOAT, "mean(v1)")))
+        cpu_operators.fused_quantize([x], text((FLOAT, "mean(x0)"), (FLOAT, "sub(x0, v0)"), (FLOAT, "mean(v1)")))
     with pytest.raises(FormatError, match=r"torch.float64; expected"):
-        cpu.fused_quantize([x.double()], text((FLOAT, "to(x0)")))
+        cpu_operators.fused_quantize([x.double()], text((FLOAT, "to(x0)")))
     with pytest.raises(FormatError, match="expected one that broadcasts"):
-        cpu.fused_linear(*args, [8], [torch.randn(3, 8)], text((FLOAT, "add(y, x0)")), torch.float32)
+        cpu_operators.fused_linear(*args, [8], [torch.randn(3, 8)], text((FLOAT, "add(y, x0)")), torch.float32)
     with pytest.raises(FormatError, match="expected their sum"):
-        cpu.fused_linear(*args, [7], [], "", torch.float32)
+        cpu_operators.fused_linear(*args, [7], [], "", torch.float32)
     with pytest.raises(FormatError, match="result_dtype says"):
-        cpu.fused_linear(*args, [8], [], text((HALF, "to(y)")), torch.float32)
+        cpu_operators.fused_linear(*args, [8], [], text((HALF, "to(y)")), torch.float32)
     assert encode(text((FLOAT, "add(x0, x16)")), "x0") is None
 
 
 def test_empty_rows():
     args = product_args(0, 64, 8, torch.float32)
-    assert cpu.fused_linear(*args, [8], [], text((FLOAT, "relu(y)")), torch.float32)[0].shape == (0, 8)
-    assert cpu.linear_quantize(*args, [], "")[0].shape == (0, 32)
-    assert cpu.fused_quantize([torch.randn(0, 64)], text((FLOAT, "relu(x0)")))[0].shape == (0, 32)
+    assert cpu_operators.fused_linear(*args, [8], [], text((FLOAT, "relu(y)")), torch.float32)[0].shape == (0, 8)
+    assert cpu_operators.linear_quantize(*args, [], "")[0].shape == (0, 32)
+    assert cpu_operators.fused_quantize([torch.randn(0, 64)], text((FLOAT, "relu(x0)")))[0].shape == (0, 32)
 
 
 class Block(torch.nn.Module):

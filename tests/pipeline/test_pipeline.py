@@ -155,7 +155,8 @@ def _stale(graph_module, context):
 
 def _raise_at_a_node(graph_module, context):
     for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
-        raise tahf4.FormatError(f"codes of the wrong dtype: {node.meta['val'].dtype}")
+        with context.at(node):
+            raise tahf4.FormatError(f"codes of the wrong dtype: {node.meta['val'].dtype}")
 
 
 def _attach_a_tensor(graph_module, context):
@@ -357,6 +358,28 @@ def test_verify_names_the_pass_that_adds_error():
     assert 1e-3 < errors["quantize"] < 0.1
     assert all(errors[name] == 0 for name in ("normalize", "classify", "plan", "lower"))
     assert errors["share"] < 1e-6
+
+
+def test_the_passes_that_keep_results_say_so_and_are_held_to_it(monkeypatch):
+    """A fusion that computes something else is noticed by whoever asks for ``verify_tolerance``."""
+    from tahf4_compiler.passes import fuse
+
+    claims = {item.name for item in tahf4.default_passes() if item.exact}
+    assert claims == {"normalize", "share", "fuse", "lower"}
+    call = fuse.Fuse.__call__
+
+    def wrong(self, graph_module, context):
+        result = call(self, graph_module, context)
+        (product, *_) = graph_module.graph.find_nodes(op="call_function", target=torch.ops.tahf4.fused_linear.default)
+        product.update_arg(8, product.args[8].replace("add(", "sub("))
+        return result
+
+    monkeypatch.setenv("TAHF4_NO_CPP", "1")
+    options = {"fuse.always": True, "verify_tolerance": 1e-3}
+    assert lowered(**options)
+    monkeypatch.setattr(fuse.Fuse, "__call__", wrong)
+    with pytest.raises(tahf4.PassError, match="'fuse' says that it changed only how something is computed"):
+        lowered(**options)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tahf4_compiler.backends import cpu
 from tahf4_compiler.tools import cpu_bench
 
@@ -11,6 +12,8 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compile
 
 def test_every_part_is_measured_and_shown(monkeypatch):
     calls = []
+    # What is compiled is seen elsewhere; here it would take minutes.
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     monkeypatch.setattr(cpu_bench, "interleaved", lambda functions, rounds: (
         calls.append([f() is None for f in functions.values()]),
         {name: {"seconds": 0.5 + i, "spread": 0.1} for i, name in enumerate(functions)},

@@ -182,12 +182,13 @@ for name in ("finish", "_write_list", "publish", "partial"):
 slow(convert, "drop_list")
 out, chance, kills = Path(sys.argv[2]), random.Random(int(sys.argv[3])), 0
 place = out.parent / f".{out.name}.tahf4-partial"
-for _ in range(int(sys.argv[4])):  # a child at a time: importing takes longer than converting
+for i in range(int(sys.argv[4])):  # a child at a time: importing takes longer than converting
     if not (child := os.fork()):
         convert.quantize_checkpoint(sys.argv[1], out, shard_size=60_000)
         os._exit(0)
-    end = time.monotonic() + 20
-    while not place.exists() and not out.exists() and time.monotonic() < end:
+    end = time.monotonic() + 60
+    begun = place if i else place / manifest.PROGRESS  # the first has finished a part, however slow the machine is
+    while not begun.exists() and not out.exists() and time.monotonic() < end:
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.25))
     os.kill(child, signal.SIGKILL)

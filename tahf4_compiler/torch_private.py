@@ -1,0 +1,149 @@
+"""What only PyTorch's insides can tell or do; each function has a contract in ``tests/test_torch_private.py``.
+
+The contracts were seen on torch 2.13. A release that breaks one breaks its test, and nothing else needs to be searched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = [
+    "caller_that_holds",
+    "compiled_whole",
+    "dynamo_scope",
+    "dynamo_source",
+    "fake_input",
+    "replaced_linear",
+    "without_compiled_calls",
+]
+
+
+def dynamo_source(node: fx.Node) -> str:
+    """Return the expression that Dynamo reads an input of its graph from (``L['self']._modules['up']``), or ``""``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return ""
+    name = source.name  # a property since torch 2.10, a method before
+    return str(name() if callable(name) else name)
+
+
+def dynamo_scope() -> Mapping[str, Any]:
+    """Return the variables that Dynamo's expressions begin with: ``L`` and ``G`` of the frame that is compiled."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    return {"L": output.local_scope, "G": output.global_scope}
+
+
+def fake_input(context: Any, value: Any) -> Any:
+    """Return an input of Dynamo's graph in a ``TracingContext``'s fake mode, with the symbols that Dynamo gave it."""
+    if not isinstance(value, Tensor):
+        return value
+    symbolic = context.tensor_to_context.get(value)
+    if symbolic is None:
+        return context.fake_mode.from_tensor(value, static_shapes=True)
+    return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+
+def caller_that_holds(part: object) -> nn.Module | None:
+    """Return the module that was compiled, runs now, and holds a module or parameter.
+
+    Dynamo compiles the frames below a graph break one by one and does not say what called them, so the modules that run
+    are looked for where Python keeps them: on the stack, as ``self`` of a call.
+    """
+    if part is None:
+        return None
+    frame = sys._getframe(1)
+    outermost: nn.Module | None = None
+    while frame is not None:
+        called = frame.f_locals.get("self")
+        if isinstance(called, nn.Module):
+            module: nn.Module = getattr(called, "_orig_mod", called)
+            parts = module.modules() if isinstance(part, nn.Module) else module.parameters()
+            if any(other is part for other in parts):
+                outermost = module
+                if module._compiled_call_impl is not None or module is not called:
+                    return module
+        frame = frame.f_back  # type: ignore[assignment]
+    return outermost
+
+
+@contextlib.contextmanager
+def without_compiled_calls(model: nn.Module) -> Iterator[None]:
+    """Run a model's modules as they are, whatever of them ``nn.Module.compile`` compiled."""
+    held = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    for module in held:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in held.items():
+            module._compiled_call_impl = call
+
+
+@contextlib.contextmanager
+def compiled_whole(
+    module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]], **settings: Any
+) -> Iterator[None]:
+    """Let the calls of a module run compiled with other settings, and then as before.
+
+    PyTorch's own modules are compiled as well, whose files Dynamo skips unless they are inlined.
+
+    Args:
+        module: as it is, or what ``torch.compile(module)`` returned.
+        around: takes the compiled call and returns what is called in its place.
+        settings: of ``torch.compile``.
+    """
+    from torch._dynamo import external_utils, trace_rules
+
+    inner = getattr(module, "_orig_mod", module)
+    with without_compiled_calls(module):
+        forward = inner.forward
+        while isinstance(forward, functools.partial):  # hooks of diffusers wrap it so
+            forward = forward.func
+        if trace_rules.check(forward):
+            call: Any = torch.compile(external_utils.wrap_inline(inner._call_impl), **settings)
+        else:
+            inner.compile(**settings)
+            call = inner._compiled_call_impl
+        inner._compiled_call_impl = around(call)
+        own_forward = module.__dict__.get("forward")
+        if inner is not module:
+            module.forward = inner.__call__
+        try:
+            yield
+        finally:
+            inner._compiled_call_impl = None
+            if inner is not module:
+                module.forward = own_forward  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def replaced_linear(around: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """Let every linear of eager modules run another function.
+
+    They read ``torch.nn.functional.linear``: ``nn.Linear``, ``nn.MultiheadAttention`` and functional calls. A
+    ``TorchFunctionMode`` would not see those inside of Python functions that it is told of itself, such as
+    ``multi_head_attention_forward``.
+
+    Args:
+        around: takes the original function and returns what runs in its place.
+    """
+    original = nn.functional.linear
+    fast = torch.backends.mha.get_fastpath_enabled()
+    nn.functional.linear = around(original)
+    torch.backends.mha.set_fastpath_enabled(False)  # one native operator, which reads no linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = original
+        torch.backends.mha.set_fastpath_enabled(fast)

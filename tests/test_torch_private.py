@@ -1,0 +1,126 @@
+"""What tahf4 relies on in PyTorch's insides: each function of ``torch_private`` keeps its contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Block, Stack
+from torch import nn
+
+from tahf4_compiler import torch_private
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def recording(found):
+    def backend(graph_module, example_inputs):
+        nodes = graph_module.graph.find_nodes(op="placeholder")
+        scope, context = torch_private.dynamo_scope(), torch._guards.TracingContext.get()
+        found.append(
+            {
+                "sources": [torch_private.dynamo_source(node) for node in nodes],
+                "self": scope["L"].get("self"),
+                "fakes": [torch_private.fake_input(context, value) for value in example_inputs],
+                "fake_mode": context.fake_mode,
+                "caller": torch_private.caller_that_holds(scope["L"].get("self")),
+            }
+        )
+        return graph_module.forward
+
+    return backend
+
+
+def test_dynamo_says_where_inputs_come_from_and_what_it_compiles():
+    found = []
+    model = Stack(depth=1)
+    torch.compile(model, backend=recording(found), fullgraph=True)(torch.randn(3, 64))
+    (graph,) = found
+    assert graph["self"] is model
+    assert "L['x']" in graph["sources"]
+    assert any(name.startswith("L['self']._modules['first']") and "weight" in name for name in graph["sources"])
+
+
+def test_inputs_keep_their_symbols_in_the_fake_mode_of_the_compilation():
+    found = []
+    model = torch.compile(Block(), backend=recording(found), dynamic=True)
+    model(torch.randn(3, 64))
+    rows = [f for f in found[0]["fakes"] if isinstance(f, torch.Tensor) and isinstance((*f.shape, 0)[0], torch.SymInt)]
+    assert len(rows) == 1
+    assert all(f.fake_mode is found[0]["fake_mode"] for f in found[0]["fakes"] if isinstance(f, torch.Tensor))
+
+
+class Broken(nn.Module):
+    """Blocks that Dynamo compiles one by one: each breaks the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x)
+        return x
+
+
+def test_the_module_that_was_compiled_is_found_from_a_piece_of_it():
+    found = []
+    model = Broken()
+    model.compile(backend=recording(found))
+    model(torch.randn(3, 64))
+    pieces = [graph for graph in found if isinstance(graph["self"], Block)]
+    assert pieces and all(graph["caller"] is model for graph in pieces)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("own", [Stack, lambda: nn.TransformerEncoderLayer(64, 2, 64)])
+def test_a_module_runs_compiled_whole_and_then_as_before(own, wrapped):
+    graphs, calls = [], []
+    model = own().eval()
+    given = torch.compile(model, backend="eager") if wrapped else model
+    before = given(x := torch.randn(2, 3, 64))
+
+    def around(call):
+        return lambda *args, **kwargs: calls.append(1) or call(*args, **kwargs)
+
+    def backend(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    with torch_private.compiled_whole(given, around, backend=backend):
+        assert torch.allclose(given(x), before, atol=1e-5)
+    assert len(calls) == len(graphs) == 1
+    given(x)
+    assert len(calls) == 1
+    assert model._compiled_call_impl is None
+
+
+def test_what_was_compiled_inside_runs_as_it_is():
+    graphs = []
+    model = Stack(depth=1)
+    model.blocks[0].compile(backend=lambda graph_module, _: graphs.append(1) or graph_module.forward)
+    with torch_private.without_compiled_calls(model):
+        model(torch.randn(3, 64))
+    assert not graphs
+    model(torch.randn(3, 64))
+    assert graphs
+
+
+def test_every_eager_linear_can_be_another_function():
+    weights = []
+
+    def around(original):
+        return lambda x, weight, bias=None: weights.append(tuple(weight.shape)) or original(x, weight, bias)
+
+    model = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True).eval()
+    original = nn.functional.linear
+    with torch_private.replaced_linear(around):
+        model(torch.randn(1, 3, 64))
+    assert sorted(weights) == [(64, 64), (64, 128), (128, 64), (192, 64)]
+    assert nn.functional.linear is original
