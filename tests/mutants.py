@@ -2,6 +2,7 @@
 
 ``mutants.toml`` names for each fault the file, a text that stands in it exactly once, the text in its place, and the
 tests that must fail. A fault that no test can tell from the original says why (``equivalent``) and is not run.
+Importing PyTorch takes longer than most tests, so each worker imports it once and forks for each run.
 
 Usage: ``python tests/mutants.py [--workers 2] [part of a file's name or of a text ...]``
 """
@@ -9,9 +10,14 @@ Usage: ``python tests/mutants.py [--workers 2] [part of a file's name or of a te
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import importlib
+import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +35,9 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 FAILED = 1  # exit code of pytest where tests failed; others mean that it could not run them
 LIMIT = 600
+TIMED_OUT = -1
+WARM = ("hypothesis", "networkx", "pytest", "torch", "torch._dynamo", "torch.export", "torch.utils.weak", "tqdm.auto")
+"""What tests import, but for the package itself."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +96,27 @@ class Tree:
                     (folder / entry.name).symlink_to(entry)
         return cls(path)
 
-    def run(self, tests: tuple[str, ...]) -> tuple[int, str]:
-        """Run tests; return pytest's exit code and its last lines."""
-        where = [f"../{test}" for test in tests]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", "../pyproject.toml",
-                   "--rootdir", "..", *where]  # fmt: skip
-        # The folder that is run in comes first on the path, so that its packages are the ones imported.
-        done = subprocess.run(
-            command, cwd=self.path / "lib", env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=LIMIT,
+    @functools.cached_property
+    def server(self) -> subprocess.Popen[str]:
+        """The process that runs this tree's tests: see :func:`serve`."""
+        return subprocess.Popen(
+            [sys.executable, __file__, "--serve"], cwd=self.path / "lib", env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        return done.returncode, (done.stdout + done.stderr)[-3000:]
+
+    def run(self, tests: tuple[str, ...]) -> tuple[int, str]:
+        """Run tests; return pytest's exit code, or :data:`TIMED_OUT`, and its last lines."""
+        command = ["-q", "-x", "-p", "no:cacheprovider", "-c", "../pyproject.toml", "--rootdir", "..",
+                   *(f"../{test}" for test in tests)]  # fmt: skip
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(command) + "\n")
+        self.server.stdin.flush()
+        code, shown = json.loads(self.server.stdout.readline())
+        return code, shown
+
+    def close(self) -> None:
+        """End the process that runs tests."""
+        self.server.communicate()
 
     def write(self, file: str, text: str) -> None:
         """Change a file."""
@@ -111,15 +130,55 @@ class Tree:
         if (count := original.count(mutant.old)) != 1:
             return f"its text is in the file {count} times; expected once"
         self.write(mutant.file, original.replace(mutant.old, mutant.new))
-        try:
-            code, shown = self.run(mutant.tests)
-        except subprocess.TimeoutExpired:
-            return ""  # a test that never ends is noticed
-        finally:
-            self.write(mutant.file, original)
+        code, shown = self.run(mutant.tests)
+        self.write(mutant.file, original)
         if code == 0:
             return "survived"
-        return "" if code == FAILED else f"its tests could not be run (exit code {code}):\n{shown}"
+        # A test that never ends is noticed.
+        return "" if code in (FAILED, TIMED_OUT) else f"its tests could not be run (exit code {code}):\n{shown}"
+
+
+def serve() -> None:
+    """Run pytest in a fork for each line of arguments (JSON); answer with its exit code and its last lines."""
+    for name in WARM:
+        importlib.import_module(name)
+    # The folder that is run in comes first on the path, so that its packages are the ones imported.
+    sys.path[0] = os.getcwd()
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as output:
+            child = os.fork()
+            if not child:
+                _tests(json.loads(line), output.fileno())
+            code = _wait(child)
+            output.seek(0)
+            print(json.dumps([code, output.read().decode(errors="replace")[-3000:]]), flush=True)
+
+
+def _tests(arguments: list[str], output: int) -> NoReturn:
+    code = 3  # pytest's for an internal error
+    try:
+        os.setsid()  # so that what tests start can be ended with them
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        importlib.invalidate_caches()
+        code = int(importlib.import_module("pytest").main(arguments))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def _wait(child: int) -> int:
+    """Return the exit code of a process; end it if it takes too long."""
+    late = time.monotonic() + LIMIT
+    while time.monotonic() < late:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return TIMED_OUT
 
 
 def read(path: Path = ROOT / "tests" / "mutants.toml") -> list[Mutant]:
@@ -140,13 +199,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", help="run the faults with one of these texts in their file or change")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.serve:
+        serve()
+        return 0
     every = [m for m in read() if not arguments.parts or any(p in str(m) or p in m.old for p in arguments.parts)]
     mutants = [m for m in every if not m.equivalent]
     trees: queue.Queue[Tree] = queue.Queue()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for i in range(arguments.workers):
-            trees.put(Tree.copy(Path(folder, str(i))))
+            trees.put(tree := Tree.copy(Path(folder, str(i))))
+            stack.callback(tree.close)
 
         def with_tree(action: Any, argument: Any) -> Any:
             tree = trees.get()

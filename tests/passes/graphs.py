@@ -59,9 +59,9 @@ from tahf4_compiler.pipeline.shapes import propagate
 from tahf4_compiler.weights.store import store
 
 __all__ = [
-    "DECISION", "INPUT", "KERNEL", "Attachment", "OptionError", "PackedError", "PassError", "PatternError", "Ran",
-    "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear", "plug_in", "results",
-    "run_passes", "seed_of", "signs",
+    "DECISION", "INPUT", "KERNEL", "Attachment", "Cause", "OptionError", "PackedError", "PassError", "PatternError",
+    "Ran", "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear", "plug_in",
+    "results", "run_passes", "seed_of", "signs",
 ]  # fmt: skip
 
 DTYPES = {

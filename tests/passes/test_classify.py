@@ -249,6 +249,29 @@ def test_members_that_follow_no_other_are_no_lone_blocks():
     assert_pass(four.format("", "", rows=64, outer=64), Classify(), four.format(*WHOLE, rows=64, outer=64))
 
 
+def test_members_of_other_classes_beside_it_do_not_count():
+    text = LONE.replace("    h = linear(x, a){1}", "    @ blocks.1 net.Other\n    h = linear(x, a){1}")
+    assert_pass(text.format("", "", rows=64, outer=64), Classify(), text.format(*BODY, rows=64, outer=64))
+
+
+def test_members_of_its_class_in_other_containers_do_not_count():
+    text = LONE.replace("    h = linear(x, a){1}", "    @ others.0 net.Block\n    h = linear(x, a){1}")
+    assert_pass(text.format("", "", rows=64, outer=64), Classify(), text.format(*BODY, rows=64, outer=64))
+
+
+def test_a_member_follows_if_it_reads_what_any_linear_of_the_one_before_wrote():
+    text = BLOCKS.replace("h0 = linear(y0, d0){block0}", "h0 = linear(y0, d0){block0}\n g = add(y0, h)")
+    text = text.replace("y1 = linear(h0, u1)", "y1 = linear(g, u1)")
+    assert_pass(plain(text), Classify(), found(text))
+
+
+def test_attributes_with_weights_of_other_shapes_are_none():
+    text = ATTRIBUTES.replace("u1: param[64, 64]", "u1: param[128, 64]")
+    text = text.replace("d1: param[64, 64]", "d1: param[64, 128]").replace("a: param[64, 64]", "a: param[64, 16]")
+    text = text.replace("x: f32[4, 64]", "x: f32[4, 16]").replace("z: param[64, 64]", "z: param[16, 64]")
+    assert_pass(plain(text), Classify(), alone(text))
+
+
 # Models that hold their linears in HiF4.
 
 
@@ -283,3 +306,31 @@ def test_packed_linears_are_classified_like_others():
         first=[Normalize()],
         run=False,
     )
+
+
+def test_a_packed_weight_counts_as_many_values_as_it_holds():
+    text = """
+        x: f32[4, 64]
+        {inputs}
+        a: param[80, 64]
+        o: param[64, 80]
+        @ blocks.0 net.Block
+        c0, s0 = tahf4.quantize(x, None, 0)
+        h0 = tahf4.linear(c0, s0, pc, ps, None, f32){0}
+        c1, s1 = tahf4.quantize(h0, None, 0)
+        h1 = tahf4.linear(c1, s1, qc, qs, None, f32){0}
+        c2, s2 = tahf4.quantize(h1, None, 0)
+        h2 = tahf4.linear(c2, s2, rc, rs, None, f32){0}
+        c3, s3 = tahf4.quantize(h2, None, 0)
+        h3 = tahf4.linear(c3, s3, tc, ts, None, f32){0}
+        @
+        y = linear(h3, a){1}
+        z = linear(y, o){1}
+        return z
+    """
+    given = "".join(
+        f'{n}c: param.u8[64, 32] = "{n}.weight_codes"\n {n}s: param.i32[64, 1] = "{n}.weight_scales"\n' for n in "pqrt"
+    )
+    held = "".join(f"{n}c: held codes of {n}c\n {n}s: held scales of {n}s\n" for n in "pqrt")
+    before, after = text.format("", "", inputs=given), text.format(*BODY, inputs=held)
+    assert_pass(before, Classify(), after, first=[Normalize()], run=False)

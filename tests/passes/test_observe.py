@@ -45,6 +45,7 @@ def test_what_was_kept_in_high_precision_by_hand_is_observed_as_well(reason):
         pytest.param("  # high_precision: shape: too small", id="in high precision for another reason"),
         pytest.param("  # high_precision: weight: computed", id="whose weight is none"),
         pytest.param("", id="not planned"),
+        pytest.param("  # body: in a block", id="classified but not planned"),
     ],
 )
 def test_other_linears_are_not_observed(comment):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import Attachment, PackedError, PatternError, assert_pass
+from graphs import Attachment, Cause, PackedError, PatternError, Text, assert_pass, run_passes
 from tahf4_compiler.passes.normalize import Normalize
 from tahf4_compiler.passes.plan import Plan
 
@@ -161,6 +161,18 @@ def test_what_was_kept_on_the_model_comes_first_then_the_recipe():
     assert_pass(ONE.format("body: b"), Plan(), ONE.format("hif4: in the budget"), recipe=recipe)
 
 
+def test_what_the_user_keeps_comes_before_the_recipe():
+    recipe = {"blocks.0.w": Attachment("hif4", "in the budget")}
+    after = ONE.format("high_precision: kept: 'w$' matches")
+    assert_pass(ONE.format("body: b"), Plan(), after, recipe=recipe, keep=["w$"])
+
+
+def test_a_recipe_may_name_what_is_small():
+    text = ONE.replace("param[64, 64]", "param[8, 64]")
+    recipe = {"blocks.0.w": Attachment("hif4", "in the budget")}
+    assert_pass(text.format("body: b"), Plan(), text.format("hif4: in the budget"), recipe=recipe)
+
+
 def test_a_recipe_decides_on_the_boundary_too():
     recipe = {"blocks.0.w": Attachment("hif4", "in the budget")}
     assert_pass(ONE.format("boundary: boundary: outside"), Plan(), ONE.format("hif4: in the budget"), recipe=recipe)
@@ -205,3 +217,40 @@ def test_a_packed_linear_cannot_be_kept_any_more():
     held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
     with pytest.raises(PackedError, match=r"matches blocks\.0\.up, which is packed"):
         assert_pass(held, Plan(), first=[Normalize()], run=False, keep=["up"])
+
+
+def test_beside_packed_linears_a_recipe_puts_no_others_in_4_bits():
+    held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
+    recipe = {"blocks.0.down": Attachment("hif4", "in the budget")}
+    assert_pass(held, Plan(), PLANNED, first=[Normalize()], run=False, recipe=recipe)
+
+
+# Programs ask for the kind of a reason, not for its words.
+
+
+@pytest.mark.parametrize(
+    ("line", "keep", "cause"),
+    [
+        ("w: param[64, 64]", [], Cause.OTHER),
+        ("w: param[64, 64]", ["w"], Cause.KEPT),
+        ("w: param[8, 64]", [], Cause.SMALL),
+        ("w: param[64]", [], Cause.SHAPE),
+        ("w: buffer[64, 64]", [], Cause.WEIGHT),
+        ("w: param[64, 64]\n v = neg(w)\n a = add_(w, 1)", [], Cause.WEIGHT),
+    ],
+)
+def test_a_reason_knows_its_kind(line, keep, cause):
+    text = f"x: f32[4, 64]\n {line}\n y = linear(x, w)"
+    graph = Text.parse(f"{text}\n return y", keep=keep)
+    run_passes(graph, Plan())
+    assert [decision.cause for decision in graph.context.plan] == [cause]
+
+
+def test_the_kind_of_a_type_and_of_what_is_packed():
+    text = "x: i64[4, 64]\n w: param.i64[64, 64]\n y = linear(x, w)"
+    graph = Text.parse(f"{text}\n return y")
+    run_passes(graph, Plan())
+    assert [decision.cause for decision in graph.context.plan] == [Cause.DTYPE]
+    held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
+    ran = assert_pass(held, Plan(), PLANNED, first=[Normalize()], run=False)
+    assert [decision.cause for decision in ran.plan] == [Cause.PACKED, Cause.NOT_PACKED]

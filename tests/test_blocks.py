@@ -1,0 +1,89 @@
+"""Repeated blocks of a tree of modules, by sizes alone."""
+
+from __future__ import annotations
+
+import torch
+from models import Block, Stack
+from torch import nn
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.model.blocks import block_of, module_blocks
+from tahf4_compiler.model.reasons import Cause
+from tahf4_compiler.pipeline.rules import role_of
+
+
+class Four(nn.Module):
+    """Four linears, one after the other."""
+
+    def __init__(self, k: int = 64, n: int = 64) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(k, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, n)
+
+
+def tree(**children: nn.Module) -> nn.Module:
+    model = nn.Module()
+    for name, child in children.items():
+        model.add_module(name, child)
+    return model
+
+
+def test_members_that_fit_together_are_blocks():
+    assert module_blocks(Stack(depth=2)) == {"blocks.0": "Block", "blocks.1": "Block"}
+
+
+def test_members_that_read_other_sizes_than_those_before_write_are_none():
+    def embedder() -> nn.Module:
+        return nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 64))
+
+    assert module_blocks(tree(embedders=nn.ModuleList([embedder(), embedder()]))) == {}
+    # The last linear writes what the first one reads, whatever stands between them.
+    wide = [nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)) for _ in range(2)]
+    assert len(module_blocks(tree(blocks=nn.ModuleList(wide)))) == 2
+    apart = [nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48)) for _ in range(2)]
+    assert module_blocks(tree(blocks=nn.ModuleList(apart))) == {}
+
+
+def test_members_of_other_classes_are_none():
+    assert module_blocks(tree(blocks=nn.ModuleList([Block(), Four()]), last=nn.Linear(64, 1024))) == {}
+
+
+def test_attributes_of_one_structure_are_blocks_if_they_hold_nearly_all():
+    assert module_blocks(tree(early=Four(), late=Four())) == {"early": "Four", "late": "Four"}
+    assert module_blocks(tree(early=Four(), late=Four(n=128))) == {}
+    assert module_blocks(tree(early=Four(), late=Four(), last=nn.Linear(64, 1024))) == {}
+
+
+def test_a_container_is_no_block_itself():
+    down, up = (nn.ModuleList([Block(), Block()]) for _ in range(2))
+    assert set(module_blocks(tree(down=down, up=up))) == {"down.0", "down.1", "up.0", "up.1"}
+
+
+def test_the_only_member_of_a_container_is_a_block_if_it_holds_half_of_the_weights():
+    alone = {"blocks": nn.ModuleList([Four()])}
+    assert module_blocks(tree(**alone, last=nn.Linear(64, 256))) == {"blocks.0": "Four"}
+    assert module_blocks(tree(**alone, last=nn.Linear(64, 257))) == {}
+
+
+def test_tables_of_embeddings_are_no_linears():
+    model = tree(table=nn.Embedding(10_000, 64), blocks=nn.ModuleList([Four()]))
+    assert module_blocks(model) == {"blocks.0": "Four"}
+
+
+def test_packed_linears_count_as_they_did_before():
+    for model in (Stack(depth=2), tree(blocks=nn.ModuleList([Four()]), last=nn.Linear(64, 256))):
+        before = module_blocks(model)
+        with torch.no_grad():
+            assert any(decision.cause is Cause.BODY for decision in tahf4.quantize_(model))
+        assert before and module_blocks(model) == before
+
+
+def test_the_block_around_a_path():
+    blocks = {"blocks.1": "One", "blocks.10": "Ten"}
+    assert block_of("blocks.10.up", blocks) == ("blocks.10", "Ten")
+    assert block_of("blocks.2.up", blocks) is None
+
+
+def test_where_a_linear_stands_has_a_kind():
+    inside, whole, outside = role_of(("blocks.0", "Block"), False), role_of(None, True), role_of(None, False)
+    assert (inside.body, whole.body, outside.body) == (True, True, False)
+    assert [role.reason.cause for role in (inside, whole, outside)] == [Cause.BODY, Cause.BODY, Cause.BOUNDARY]

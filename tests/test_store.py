@@ -1,0 +1,140 @@
+"""Weights in HiF4 are made once, and again when they or what is attached to them changed."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tahf4_compiler.graph.inputs import PackedWeight
+from tahf4_compiler.model.attachments import Attachment, attach
+from tahf4_compiler.weights import store as module
+from tahf4_compiler.weights.store import PackedStore
+
+PLAIN = PackedWeight((0,))
+MASKED = PackedWeight((0,), masked=True)
+TWO = PackedWeight((0, 1))
+
+
+@pytest.fixture
+def model():
+    return nn.ModuleDict({name: nn.Linear(64, 32, bias=False).requires_grad_(False) for name in ("q", "k", "v")})
+
+
+@pytest.fixture
+def store():
+    return PackedStore()
+
+
+def weights(model: nn.ModuleDict, names: str) -> tuple[Tensor, ...]:
+    return tuple(model[name].weight for name in names)
+
+
+def get(store: PackedStore, given: tuple[Tensor, ...], how: PackedWeight = PLAIN, check: str = "content") -> Tensor:
+    (found,) = store.get([(given, how)], check)
+    return found.codes
+
+
+def mask(value: float) -> Attachment:
+    return Attachment("hif4", "", masked=True, mask=torch.linspace(1, value, 64))
+
+
+def test_a_weight_is_made_once_wherever_it_stands(store, model):
+    first = get(store, weights(model, "q"))
+    assert get(store, weights(model, "q"), PackedWeight((7,))) is first
+    assert store.conversions == 1
+
+
+def test_one_request_may_name_a_weight_twice(store, model):
+    first, second = store.get([(weights(model, "q"), PLAIN), (weights(model, "q"), PackedWeight((3,)))])
+    assert first is second and store.conversions == 1
+
+
+@pytest.mark.parametrize("check", ["content", "version"])
+@pytest.mark.parametrize("change", ["in place", "other memory"])
+def test_a_weight_that_changed_is_made_again(store, model, check, change):
+    (weight,) = weights(model, "q")
+    first = get(store, (weight,), check=check)
+    if change == "in place":
+        weight.mul_(-1)
+    else:
+        weight.data = torch.randn(32, 64)
+    again = get(store, (weight,), check=check)
+    assert not torch.equal(again, first)
+    assert torch.equal(again, get(PackedStore(), (weight,)))
+
+
+def test_under_the_version_check_weights_are_read_only_if_they_have_no_version(store, model, monkeypatch):
+    read = []
+    contents = module.contents
+    monkeypatch.setattr(module, "contents", lambda given: read.append(len(given)) or contents(given))
+    get(store, weights(model, "q"), check="version")
+    with torch.inference_mode():
+        weight = torch.randn(32, 64)
+    get(store, (weight,), check="version")
+    get(store, weights(model, "q"), check="content")
+    assert read == [0, 1, 1]
+
+
+def test_groups_that_begin_alike_are_made_apart_and_dropped_with_their_members(store, model):
+    first, second = get(store, weights(model, "qk"), TWO), get(store, weights(model, "qv"), TWO)
+    assert torch.equal(first[:32], second[:32]) and not torch.equal(first[32:], second[32:])
+    assert len(store._entries[model["q"].weight]) == 2
+    del model["k"]
+    gc.collect()
+    model["q"].weight.mul_(2)
+    get(store, weights(model, "qv"), TWO)
+    assert len(store._entries[model["q"].weight]) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "attachment"),
+    [
+        (MASKED, mask(3.0)),
+        (PackedWeight((0,), seed=1, hadamard_block=64), Attachment("hif4", "", seed=5)),
+        (PackedWeight((0,), search="weighted"), Attachment("hif4", "", second_moment=torch.linspace(1, 900, 64))),
+    ],
+    ids=["mask", "seed", "second moment"],
+)
+def test_what_is_attached_later_is_noticed_where_it_matters(store, model, how, attachment):
+    given = weights(model, "q")
+    plain, first = get(store, given), get(store, given, how)
+    attach(model, {"q": attachment})
+    again = get(store, given, how)
+    assert not torch.equal(again, first)
+    assert torch.equal(again, get(PackedStore(), given, how))
+    before = store.conversions
+    assert get(store, given) is plain and get(store, given, how) is again and store.conversions == before
+
+
+def test_a_multiplier_is_made_again_for_another_mask_only(store, model):
+    given = weights(model, "q")
+    attach(model, {"q": mask(3.0)})
+    first = store.multiplier(given, MASKED)
+    assert torch.equal(first, torch.linspace(1, 3, 64))
+    assert store.multiplier(given, MASKED) is first
+    attach(nn.Linear(2, 2), {})
+    assert store.multiplier(given, MASKED) is first, "nothing that it depends on has changed"
+    attach(model, {"q": mask(2.0)})
+    assert torch.equal(store.multiplier(given, MASKED), torch.linspace(1, 2, 64))
+
+
+def test_what_is_attached_is_looked_up_only_after_something_was_attached(store, model, monkeypatch):
+    given = weights(model, "q")
+    looked = []
+    recipe = module.attached_recipe
+    monkeypatch.setattr(module, "attached_recipe", lambda weight: looked.append(weight) or recipe(weight))
+
+    def count() -> int:
+        looked.clear()
+        get(store, given, MASKED)
+        store.multiplier(given, MASKED)
+        return len(looked)
+
+    attach(model, {"q": mask(3.0)})
+    count()
+    assert count() == 0
+    attach(nn.Linear(2, 2), {})
+    assert (count(), count()) == (2, 0)
