@@ -8,6 +8,7 @@ The reference lies beside its caller, which asks here first::
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from . import entry_points
 __all__ = ["find", "load_backends", "register"]
 
 _functions: dict[str, list[tuple[Callable[..., bool], Callable[..., Any]]]] = {}
-_loaded = False
+_lock = threading.RLock()
+_loaded = _loading = False
 
 
 def register(name: str, serves: Callable[..., bool], function: Callable[..., Any]) -> None:
@@ -37,9 +39,21 @@ def find(name: str, *given: Any) -> Callable[..., Any] | None:
 
 
 def load_backends() -> None:
-    """Let the backends that are installed register what they bring, once."""
-    global _loaded
-    if not _loaded:
-        _loaded = True
-        for join in entry_points.load(entry_points.KERNELS).values():
-            join()
+    """Let the backends that are installed register what they bring, once.
+
+    Raises:
+        PipelineError: one of them cannot be imported. Every later call raises it again.
+    """
+    global _loaded, _loading
+    if _loaded:
+        return
+    with _lock:  # another thread waits until all have registered; the backends themselves call this as well
+        if _loaded or _loading:
+            return
+        _loading = True
+        try:
+            for join in entry_points.load(entry_points.KERNELS).values():
+                join()
+            _loaded = True
+        finally:
+            _loading = False
