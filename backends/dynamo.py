@@ -19,7 +19,7 @@ from ..graph.nodes import linear_path, linears
 from ..graph_capture.captured import Capture
 from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
-from ..model.attachments import attached, attached_recipe, changes
+from ..model.attachments import attached, attached_recipe, changes, owner_of
 from ..model.linears import matching
 from ..model.reasons import Cause
 from ..model.steps import StepPrecision
@@ -137,7 +137,12 @@ class CompiledGraph:
         if unseen := [weight for weight in weights if id(weight) not in seen]:
             self._captured.surroundings.learn(unseen)  # another module's, or parameters that were replaced
         names: dict[str, int] = {}
+        now = changes()  # before anything is read: what another thread attaches meanwhile is looked up again
+        recipes = [attached_recipe(weight) for weight in weights]
+        steps = list({id(r.steps): r.steps for r in recipes if r is not None and r.steps is not None}.values())
+        high = [clock.high() for clock in steps]
         held = [attached(weight) for weight in weights]
+        owners = [(i, owner) for i, weight in enumerate(weights) if (owner := owner_of(weight)) is not None]
         # Which weights are transformed alike is part of the graph; what their activation is called is not.
         decisions: list[Any] = [
             (a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held
@@ -149,10 +154,7 @@ class CompiledGraph:
                 (decision, matching(keep, path) is not None, where.block_of(path) is not None)
                 for decision, path in zip(decisions, paths, strict=True)
             ]
-        recipes = [attached_recipe(weight) for weight in weights]
-        steps = list({id(r.steps): r.steps for r in recipes if r is not None and r.steps is not None}.values())
-        high = [clock.high() for clock in steps]
-        return _Known([weakref.ref(weight) for weight in weights], tuple(decisions), steps, high, changes())
+        return _Known([weakref.ref(weight) for weight in weights], tuple(decisions), owners, steps, high, now)
 
     def _called_with(self, graph: fx.Graph) -> int:
         return sum(n.op == "placeholder" and not n.meta.get("tahf4_lifted", False) for n in graph.nodes)
@@ -174,13 +176,19 @@ class _Known:
 
     weights: list[weakref.ref[Any]]
     decisions: tuple[Any, ...]
+    owners: list[tuple[int, tuple[weakref.ref[Any], str]]]
     steps: list[StepPrecision]
     high: list[bool]
     changes: int
 
     def holds(self, weights: Sequence[Any]) -> bool:
-        same = all(map(operator.is_, [ref() for ref in self.weights], weights))
-        return same and self.changes == changes() and self.high == [clock.high() for clock in self.steps]
+        same = all(map(operator.is_, [ref() for ref in self.weights], weights)) and self.changes == changes()
+        if not same or self.high != [clock.high() for clock in self.steps]:
+            return False
+        return all(
+            (module := reference()) is not None and module._parameters.get(name) is weights[i]
+            for i, (reference, name) in self.owners
+        )
 
     def alive(self) -> bool:
         return all(ref() is not None for ref in self.weights)

@@ -148,7 +148,7 @@ def _check(seen: Seen, headers: list[dict[str, Any]], over: str) -> None:
         if twice:
             raise CalibrationError(
                 f"several ranks saw {twice[0]!r} ({len(twice)} prompts in all), which would count twice; divide the "
-                "prompts: seen.run(prompts[rank::world_size])"
+                "prompts: calibration.run(prompts[rank::world_size])"
             )
 
 

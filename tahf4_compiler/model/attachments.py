@@ -30,6 +30,7 @@ __all__ = [
     "changes",
     "keep",
     "leave_as_they_are",
+    "owner_of",
     "refresh",
 ]
 
@@ -113,25 +114,39 @@ def attach(model: nn.Module, attachments: Mapping[str, Attachment], kind: str = 
         owner, name = _owner(model, path)
         owner.__dict__.setdefault(kind, {})[name] = attachment
     refresh(model)
+    _count()
 
 
 def changes() -> int:
-    """Return a number that is another one after anything was attached, or a module's parameters were looked at again.
+    """Return a number that is another one after anything was attached, or a parameter was found at another module.
 
-    While it stays, :func:`attached` says the same about the same parameter, but for denoising steps.
+    While it stays, :func:`attached` says the same about a parameter that its owner (:func:`owner_of`) still has, but
+    for denoising steps.
     """
     return _changes
 
 
+def owner_of(weight: object) -> tuple[weakref.ref[nn.Module], str] | None:
+    """Return the module that something is attached to for a parameter, and the parameter's name there; or None."""
+    return _attachments.get(weight) if isinstance(weight, torch.Tensor) else None
+
+
 def refresh(model: nn.Module) -> None:
     """Read what is attached to a model's modules again, for the parameters that they own now."""
-    global _changes
-    _changes += 1
     for module in model.modules():
         for kind in (_KEPT, _PACKED, _RECIPE):
             for name in module.__dict__.get(kind, {}):
-                if (parameter := module._parameters.get(name)) is not None:
+                if (parameter := module._parameters.get(name)) is None:
+                    continue
+                known = _attachments.get(parameter)
+                if known is None or known[0]() is not module or known[1] != name:
                     _attachments[parameter] = (weakref.ref(module), name)
+                    _count()
+
+
+def _count() -> None:
+    global _changes
+    _changes += 1
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -186,6 +201,7 @@ def _find(weight: object) -> dict[str, Attachment]:
     if owner is not None and held and owner._parameters.get(name) is weight:
         kinds = ((kind, owner.__dict__.get(kind, {}).get(name)) for kind in (_KEPT, _PACKED, _RECIPE))
         return {kind: found for kind, found in kinds if found is not None}
+    _count()
     del _attachments[weight]  # the module owns another parameter now, or nothing is attached to it any more
     if owner is not None:
         refresh(owner)

@@ -1,7 +1,8 @@
 """The repeated blocks of a model: one set of rules, over facts that a graph or a tree of modules gives.
 
 A graph knows which module reads what another wrote. A tree of modules knows sizes only, so there a module may follow
-another if it reads as many features as the other writes.
+another if it reads as many features as the other writes: its first linear as the other's last, or, in modules of
+several linears, whose order is not known, any as any.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
         if not isinstance(modules.get(path), _TABLES):
             shapes[path] = weight.shape[0], weight.shape[1]
     for path, codes in packed_weights(model):
-        shapes[path] = codes.shape[0], 2 * codes.shape[1]
+        shapes[path] = codes.shape[0], getattr(modules.get(path), "in_features", 2 * codes.shape[1])
     inside: dict[str, list[str]] = defaultdict(list)
     for path in shapes:
         parts = path.split(".")
@@ -113,7 +114,10 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             members[path] = Member(cls, len(mine), sum(n * k for _, (n, k) in mine), tuple(mine))
 
     def follows(first: str, second: str) -> bool:
-        return shapes[inside[first][-1]][0] == shapes[inside[second][0]][1]
+        written, read = ([shapes[name] for name in inside[path]] for path in (first, second))
+        if min(len(written), len(read)) < MIN_LINEARS_ALONE:  # few are declared in the order in which they run
+            written, read = written[-1:], read[:1]
+        return not {n for n, _ in written}.isdisjoint(k for _, k in read)
 
     return repeated_blocks(members, follows, sum(n * k for n, k in shapes.values()))
 

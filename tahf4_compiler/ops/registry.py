@@ -74,7 +74,7 @@ def _reference(operator: torch._ops.OpOverload) -> Kernel:
 
 
 _kernels: list[Kernel] = [_reference(operator) for operator in OPERATORS]
-_targets: dict[tuple[str, str], torch._ops.OpOverload] = {(op._opname, "reference"): op for op in OPERATORS}
+_targets: dict[tuple[str, str], torch._ops.OpOverload] = {(str(op), "reference"): op for op in OPERATORS}
 
 
 def register_kernel(
@@ -109,7 +109,7 @@ def register_kernel(
     if not any(other.operator is operator for other in _kernels):
         _kernels.append(_reference(operator))
     _kernels.insert(0, kernel)
-    _targets[operator._opname, name] = target
+    _targets[str(operator), name] = target
     _eager.cache_clear()
     return kernel
 
@@ -145,6 +145,7 @@ def served() -> frozenset[torch._ops.OpOverload]:
 def unregister_kernel(kernel: Kernel) -> None:
     """Take a kernel out again."""
     _kernels.remove(kernel)
+    del _targets[str(kernel.operator), kernel.name]
     _eager.cache_clear()
     rest = [other for other in _kernels if other.operator is kernel.operator]
     if kernel.operator not in OPERATORS and all(other.name == "reference" for other in rest):
@@ -196,8 +197,8 @@ def operators(x: torch.Tensor) -> tuple[torch._ops.OpOverload, torch._ops.OpOver
         return torch.ops.tahf4.quantize.default, torch.ops.tahf4.linear.default
     device, dtype = x.device, x.dtype
     return (
-        _targets["quantize", _eager_name("quantize", device, dtype)],
-        _targets["linear", _eager_name("linear", device, dtype)],
+        _targets["tahf4.quantize.default", _eager_name("quantize", device, dtype)],
+        _targets["tahf4.linear.default", _eager_name("linear", device, dtype)],
     )
 
 

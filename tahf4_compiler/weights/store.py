@@ -110,7 +110,7 @@ class PackedStore:
         return entry.packed if same and on_device else None
 
     def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Any:
-        recipe = _recipe(weights[0], how)
+        now, recipe = changes(), _recipe(weights[0], how)
         mask, seed = _values(recipe, how)
         packed: Any
         if how.format:
@@ -128,7 +128,7 @@ class PackedStore:
             if len(parts) > 1:
                 packed = Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
         self.conversions += len(weights)
-        entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed, changes())
+        entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed, now)
         mine = self._entries.setdefault(weights[0], {})
         for key in [key for key, old in mine.items() if any(ref() is None for ref in old.others)]:
             del mine[key]

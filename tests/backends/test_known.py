@@ -30,7 +30,7 @@ def weights():
 
 def known(weights, *clocks: Clock) -> _Known:
     high = [clock.high() for clock in clocks]
-    return _Known([weakref.ref(weight) for weight in weights], (), list(clocks), high, changes())  # type: ignore[arg-type]
+    return _Known([weakref.ref(weight) for weight in weights], (), [], list(clocks), high, changes())  # type: ignore[arg-type]
 
 
 def test_it_holds_for_these_parameters(weights):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import wan
 from tahf4_compiler.backends import dynamo
+from torch import nn
 
 import tahf4_compiler as tahf4
 
@@ -64,3 +65,19 @@ def test_what_is_attached_later_is_noticed():
     assert not torch.equal(kept, before)
     tahf4.keep(model, [])
     assert torch.equal(model(**inputs)[0], before)
+
+
+@torch.no_grad()
+def test_a_decision_ends_with_the_module_that_it_was_attached_to():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    x = torch.randn(8, 64)
+    tahf4.keep(model, ["0"])
+    compiled = torch.compile(model, backend="tahf4", options={"inductor": False})
+    kept = compiled(x)
+    other = nn.Linear(64, 64)
+    other.weight, other.bias = model[0].weight, model[0].bias  # the same parameters, and nothing attached
+    model[0] = other
+    changed = compiled(x)
+    assert not torch.equal(changed, kept)
+    torch._dynamo.reset()
+    assert torch.equal(changed, compiled(x))

@@ -43,6 +43,25 @@ def test_members_that_read_other_sizes_than_those_before_write_are_none():
     assert module_blocks(tree(blocks=nn.ModuleList(apart))) == {}
 
 
+def test_members_of_several_linears_may_declare_them_in_any_order():
+    class Llama(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.o = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.w1, self.w2, self.w3 = nn.Linear(64, 192), nn.Linear(192, 64), nn.Linear(64, 192)
+
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modulation = nn.Linear(32, 6 * 64)  # reads the time
+            self.q, self.o, self.up, self.down = (nn.Linear(64, 64) for _ in range(4))
+            self.last_modulation = nn.Linear(32, 2 * 64)
+
+    for kind in (Llama, Conditioned):
+        found = module_blocks(tree(layers=nn.ModuleList(kind() for _ in range(2)), final=nn.Linear(64, 8)))
+        assert found.keys() == {"layers.0", "layers.1"}
+
+
 def test_members_of_other_classes_are_none():
     assert module_blocks(tree(blocks=nn.ModuleList([Block(), Four()]), last=nn.Linear(64, 1024))) == {}
 

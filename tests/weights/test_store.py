@@ -138,3 +138,23 @@ def test_what_is_attached_is_looked_up_only_after_something_was_attached(store, 
     assert count() == 0
     attach(nn.Linear(2, 2), {})
     assert (count(), count()) == (2, 0)
+
+
+def test_a_recipe_that_comes_while_a_weight_is_packed_is_used_from_then_on(monkeypatch):
+    from tahf4_compiler.model.attachments import Attachment, attach
+    from tahf4_compiler.weights import store as module
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    weight, how = model[0].weight, PackedWeight((0,), masked=True)
+
+    def put(value: float) -> None:
+        attach(model, {"0": Attachment("hif4", "", masked=True, activation="a", mask=torch.full((64,), value))})
+
+    put(1.0)
+    pack = module.pack_transformed
+    monkeypatch.setattr(module, "pack_transformed", lambda *args: (put(3.0), pack(*args))[1])  # another thread's
+    store = module.PackedStore()
+    store.get([((weight,), how)])
+    monkeypatch.setattr(module, "pack_transformed", pack)
+    (found,), (wanted,) = store.get([((weight,), how)]), module.PackedStore().get([((weight,), how)])
+    assert torch.equal(found.scales, wanted.scales) and torch.equal(found.codes, wanted.codes)
