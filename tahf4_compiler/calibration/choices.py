@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import OptionError
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["check_choices"]
+__all__ = ["COMBINE", "MASKS", "SEARCHES", "Choices", "check_choices"]
 
 MASKS = (None, "max", "percentile", "layer_search", "network_search")
 SEARCHES = ("", "squared", "weighted")
@@ -22,6 +19,8 @@ COMBINE = ("max", "mean", "merged")
 
 @dataclass(frozen=True)
 class Choices:
+    """What :func:`~tahf4_compiler.calibration.making.make_recipe` was asked for."""
+
     mask: str | None
     percentile: float
     weight_exponent: float

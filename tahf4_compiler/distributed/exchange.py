@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CalibrationError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Exchange"]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..errors import OptionError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["experts"]
 

@@ -50,7 +50,7 @@ def test_blocks_that_are_known_are_not_looked_up_again(calls):
     for given in (args, others):
         found = python_calls(lambda given=given: run(first, *given))
         assert found["_find"] == found["CompiledGraph._look_up"] == 0
-        # Ten weights, seven packed inputs; 1,001 calls before what is known was kept.
+        # Of ten weights in seven packed inputs.
         assert found.total() < 500, found.most_common(20)
 
 
