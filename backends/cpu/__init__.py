@@ -168,6 +168,7 @@ def register() -> None:
     host.register("slow_dtype", lambda device: device.type == "cpu", lambda dtype: slow_dtype(dtype))
     host.register("checksums", _whole_words, checksums)
     host.register("search", search.serves, search.search)
+    host.register("round_unit", search.serves, search.round_unit)
     host.register("transform", search.transforms, search.transform)
 
 

@@ -3,6 +3,8 @@
 // All arithmetic is float64, in the order that the reference has. Four units are worked on side by side, one a lane of a
 // vector, so that sums over a unit's values add whole vectors.
 
+#include <cmath>
+
 #include "common.h"
 
 using namespace tahf4;
@@ -284,6 +286,26 @@ void tahf4_search(const float* x, int64_t rows, int64_t k, int64_t row_stride, c
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < blocks; ++i)
       search(i * kLanes, int(std::min<int64_t>(kLanes, rows * units - i * kLanes)), block);
+  }
+}
+
+// One unit of a reconstructed weight: _round_unit of tahf4_compiler/format/reconstruct.py, bit for bit. Rows do not meet.
+void tahf4_round_unit(float* values, int64_t rows, const float* steps, const float* factor, uint8_t* codes,
+                      float* errors, int threads) {
+#pragma omp parallel for schedule(static) num_threads(team_of(rows * kUnit * kUnit, threads))
+  for (int64_t row = 0; row < rows; ++row) {
+    float* value = values + row * kUnit;
+    const float* step = steps + row * kUnit;
+    for (int j = 0; j < kUnit; ++j) {
+      const float* moves = factor + j * kUnit;
+      const float magnitude = std::min(std::floor(std::fabs(value[j]) / step[j] + 0.5f), 7.0f);
+      const float error = (value[j] - std::copysign(magnitude, value[j]) * step[j]) / moves[j];
+      errors[row * kUnit + j] = error;
+      for (int i = j + 1; i < kUnit; ++i) value[i] -= error * moves[i];
+      const uint8_t nibble = uint8_t(uint8_t(magnitude) | (std::signbit(value[j]) ? 8 : 0));
+      uint8_t& code = codes[(row * kUnit + j) / 2];
+      code = j % 2 ? uint8_t(code | nibble << 4) : nibble;
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-"""The search of scales in C++, and the transform of weights before it, bit for bit those of the reference."""
+"""How weights are transformed, searched and reconstructed in C++, bit for bit as the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...format import hif4
 from . import build, checks, operators
 from .programs import DTYPES
 
-__all__ = ["search", "serves", "transform", "transforms"]
+__all__ = ["round_unit", "search", "serves", "transform", "transforms"]
 
 _CHUNK = 1 << 20  # values that are in float32 at a time
 _DTYPES = {*DTYPES, torch.float64}
@@ -52,6 +52,27 @@ def transform(x: Tensor, multiplier: Tensor | None, hadamard_block: int) -> Tens
         *(hadamard_block, hadamard_block**-0.5, out.data_ptr(), torch.get_num_threads()),
     )
     return out
+
+
+def round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Round one unit of a reconstructed weight channel by channel.
+
+    Args:
+        values: float32 ``[N, 64]``, contiguous, on the CPU; overwritten.
+        steps: float32 ``[N, 64]``.
+        factor: float32 ``[64, 64]``.
+
+    Returns:
+        Codes uint8 ``[N, 32]``, and what later channels make up for, float32 ``[N, 64]``.
+    """
+    steps, factor = steps.contiguous(), factor.contiguous()
+    codes = torch.empty((len(values), hif4.UNIT // 2), dtype=torch.uint8, device="cpu")
+    errors = torch.empty_like(values)
+    build.loaded().tahf4_round_unit(
+        *(values.data_ptr(), len(values), steps.data_ptr(), factor.data_ptr(), codes.data_ptr(), errors.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return codes, errors
 
 
 def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:

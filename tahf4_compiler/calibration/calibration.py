@@ -28,6 +28,7 @@ from ..recipe.recipe import Recipe
 from . import saved
 from .listening import Listener, observed
 from .making import make_recipe
+from .moments import WIDEST, Moments
 from .ranks import all_reduce, run_divided
 from .schedule import Schedule
 from .seen import Seen
@@ -53,6 +54,7 @@ class Calibration(Seen):
         percentile: float = 99.9,
         step_groups: int = 1,
         rows: int = 64,
+        moments: int = WIDEST,
         checkpoint: str | Path | None = None,
         options: Mapping[str, Any] | None = None,
         sequence_group: Any = None,
@@ -63,6 +65,7 @@ class Calibration(Seen):
             percentile=percentile,
             step_groups=step_groups,
             rows=rows,
+            moments=moments,
             options=Options.parse(options),
             checkpoint=Path(checkpoint) if checkpoint is not None else None,
         )
@@ -211,12 +214,19 @@ class Calibration(Seen):
         old = self.activations.get((expert, members[0]))
         if old is not None and len(old.activation.members) < len(members):
             old.activation = activation
-        cells = self.activations.setdefault((expert, members[0]), Cells(activation, self.rows, self.step_groups))
+        if old is None:
+            self.activations[(expert, members[0])] = Cells(activation, self.rows, self.step_groups)
+            if self.moments:
+                device = weights[0].device
+                self.activations[(expert, members[0])].moments = Moments(activation.channels, self.moments, device)
+        cells = self.activations[(expert, members[0])]
 
         def observe(x: Tensor) -> None:
             self.observed += 1
             sketch, sample = cells.cell(self._schedule.where(), x.device)
             sketch.update(x)
+            if cells.moments is not None:
+                cells.moments.update(x)
             if self.rows:
                 sample.update(x, self._schedule.source, self._part * x.shape[-2] if x.dim() > 1 else 0)
 
@@ -277,6 +287,7 @@ def calibrate(
     percentile: float = 99.9,
     step_groups: int = 1,
     rows: int = 64,
+    moments: int = WIDEST,
     checkpoint: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     sequence_group: Any = None,
@@ -290,6 +301,8 @@ def calibrate(
         percentile: of ``|x|``, the default of :meth:`Calibration.recipe`; any other can be asked for afterwards.
         step_groups: equal parts of the denoising schedule that are kept apart.
         rows: sample rows kept for each activation, step group and branch, for searches and sensitivity.
+        moments: channels whose second moments are kept together, a multiple of 64; wider activations are divided. 0
+            keeps none: then no weight can be reconstructed.
         checkpoint: file that :meth:`Calibration.run` writes after each prompt, and takes up if it exists.
         options: of the backend, such as ``{"inductor": False}``.
         sequence_group: the process group among whose ranks a model divides its sequence, in equal parts by rank
@@ -297,13 +310,14 @@ def calibrate(
 
     Memory: for each distinct activation, step group and branch ``channels * (404 + rows * bytes of a value)``
     bytes. Wan2.2 A14B has 1,781,760 observed channels an expert: 0.72 GB and, with 64 rows in bfloat16,
-    0.23 GB for each expert, step group and branch.
+    0.23 GB for each expert, step group and branch. The moments take ``4 * channels * moments`` bytes at most for each
+    activation: 7.3 GB an expert with 1024.
 
     Raises:
         OptionError: an argument is of the wrong type or range.
         CalibrationError: the checkpoint does not fit.
     """
     return Calibration(
-        model, percentile=percentile, step_groups=step_groups, rows=rows, checkpoint=checkpoint, options=options,
-        sequence_group=sequence_group,
+        model, percentile=percentile, step_groups=step_groups, rows=rows, moments=moments, checkpoint=checkpoint,
+        options=options, sequence_group=sequence_group,
     )  # fmt: skip

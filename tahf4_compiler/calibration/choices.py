@@ -13,7 +13,7 @@ from .statistics import check_percentile
 __all__ = ["COMBINE", "MASKS", "SEARCHES", "Choices", "check_choices"]
 
 MASKS = (None, "max", "percentile", "layer_search", "network_search")
-SEARCHES = ("", "squared", "weighted")
+SEARCHES = ("", "squared", "weighted", "reconstruct")
 COMBINE = ("max", "mean", "merged")
 
 

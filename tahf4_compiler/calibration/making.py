@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +17,15 @@ from tqdm.auto import tqdm
 
 from ..errors import CalibrationError
 from ..files.memo import Measured
-from ..format.transforms import hadamard_block, seed_of
+from ..format import hif4
+from ..format.reconstruct import damped_factor, reconstruct
+from ..format.transforms import hadamard_block, multipliers, seed_of, transform
 from ..model.parts import class_name
 from ..pipeline.order import provenance
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
-from ..weights.packing import moment_as_quantized
+from ..weights.packing import moment_as_quantized, moments_as_quantized
 from .choices import Choices, check_choices
 from .masks import SEARCHED, channel_mask
 from .seen import Seen
@@ -33,6 +37,8 @@ __all__ = ["make_recipe"]
 
 log = logging.getLogger(__name__)
 
+_FINALISTS = 2  # masks whose error is measured again with reconstructed weights
+
 
 def make_recipe(
     calibration: Seen,
@@ -43,7 +49,7 @@ def make_recipe(
     combine: str = "max",
     rotate: bool = True,
     block: int = 64,
-    scale_search: str = "squared",
+    scale_search: str = "reconstruct",
     sensitivity: bool = True,
     high_precision_steps: Sequence[int] = (),
     **budget: Any,
@@ -61,7 +67,8 @@ def make_recipe(
             their percentiles, or the percentile of all values ``"merged"``.
         rotate: whether to rotate by a block Hadamard.
         block: the widest Hadamard block.
-        scale_search: ``""``, ``"squared"`` or ``"weighted"``.
+        scale_search: how weights are rounded: ``""``, ``"squared"``, ``"weighted"`` or ``"reconstruct"``
+            (:func:`tahf4_compiler.format.reconstruct.reconstruct`; the recipe then holds the packed weights).
         sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
             effect on the network's output, and the output's error with everything quantized in each kept call.
         high_precision_steps: denoising steps that run in high precision.
@@ -144,9 +151,13 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
             return whole.percentile(percent).to(device)
         return (values.amax(0) if choices.combine == "max" else values.mean(0)).to(device)
 
-    def product(mask: Tensor | None, search: str) -> QuantizedWeight:
+    def product(mask: Tensor | None, search: str, packed: Mapping[str, hif4.Packed] | None = None) -> QuantizedWeight:
         importance = moment_as_quantized(moment, mask, block) if search == "weighted" else None
-        return QuantizedWeight(torch.cat([w.detach() for w in weights]), mask, seed, block, search, importance)
+        whole = None
+        if packed:
+            found = [packed[path] for path in activation.members]
+            whole = hif4.Packed(torch.cat([p.codes for p in found]), torch.cat([p.scales for p in found]), k)
+        return QuantizedWeight(torch.cat([w.detach() for w in weights]), mask, seed, block, search, importance, whole)
 
     def error(mask: Tensor | None) -> float:
         # Relative to each linear's own output: v may be much smaller than q.
@@ -168,7 +179,11 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
             if (value := error(candidate)) < best:
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
-    noise = _noise(cells, weights, product(mask, choices.scale_search)) if sensitivity and len(rows) else None
+    search, packed = choices.scale_search, dict[str, hif4.Packed]()
+    if search == "reconstruct":
+        packed = _reconstructed(cells, weights, mask, seed, block)
+        search = search if packed else "squared"
+    noise = _noise(cells, weights, product(mask, search, packed)) if sensitivity and len(rows) else None
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     linears = {}
     for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
@@ -182,12 +197,45 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
         linears,
         block,
         seed,
-        choices.scale_search,
+        search,
         percentile,
         exponent,
         mask.cpu() if mask is not None else None,
-        moment.cpu().to(torch.bfloat16) if choices.scale_search == "weighted" else None,
+        moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
+        packed,
     )
+
+
+def _reconstructed(
+    cells: Cells, weights: list[Tensor], mask: Tensor | None, seed: int | None, block: int
+) -> dict[str, hif4.Packed]:
+    """Return the weights that read an activation, rounded by its moments, on the CPU; nothing without moments."""
+    moments, k = cells.moments, cells.activation.channels
+    sizes = [len(part) for part in moments.blocks] if moments is not None else []
+    if not sizes or (block and any(size % block for size in sizes[:-1])):
+        log.warning(
+            "%s: weights are rounded by searched scales and not reconstructed, since the calibration kept %s; see "
+            "the argument moments of tahf4.calibrate",
+            cells.activation.name,
+            f"moments of {sizes[0]} channels, which a rotation of {block} does not divide" if sizes else "no moments",
+        )
+        return {}
+    assert moments is not None
+    forward, inverse = (None if m is None else m.to(weights[0].device) for m in multipliers(k, mask, seed))
+    parts: dict[str, list[hif4.Packed]] = {path: [] for path in cells.activation.members}
+    for first, size, seen in zip(itertools.accumulate(sizes, initial=0), sizes, moments.blocks):
+        at = slice(first, first + size)
+        mine = moments_as_quantized(seen.to(weights[0].device), None if forward is None else forward[at], block)
+        factor = damped_factor(mine)
+        for path, weight in zip(cells.activation.members, weights, strict=True):
+            moved = transform(weight.detach()[:, at], None if inverse is None else inverse[at], block)
+            parts[path].append(reconstruct(moved, mine, factor))
+    return {
+        path: hif4.Packed(
+            torch.cat([p.codes for p in found], 1).cpu(), torch.cat([p.scales for p in found], 1).cpu(), k
+        )
+        for path, found in parts.items()
+    }
 
 
 def _second_moment(cells: Cells) -> Tensor:
@@ -236,7 +284,7 @@ def _search_network(calibration: Seen, expert: str, choices: Choices, measured: 
         for percent, alpha in SEARCHED
     ]
     activations = [(key, cells) for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
-    best, chosen = float("inf"), choices
+    errors: dict[Choices, float] = {}
 
     def measure(quick: Choices) -> float | None:
         quantized: dict[str, QuantizedWeight] = {}
@@ -250,8 +298,17 @@ def _search_network(calibration: Seen, expert: str, choices: Choices, measured: 
     for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
         quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
         error = measured.value(f"error of {expert!r} under {quick}", functools.partial(measure, quick))
-        if error is not None and error < best:
-            best, chosen = error, candidate
+        if error is not None:
+            errors[candidate] = error
+    ranked = sorted(errors, key=errors.__getitem__)
+    if choices.scale_search == "reconstruct" and ranked:
+        # Reconstruction mends what a mask would have mended: the best masks are compared with none once more.
+        finalists = [*[c for c in ranked if c.mask is not None][:_FINALISTS], candidates[0]]
+        for candidate in tqdm(finalists, desc=f"reconstruction {expert}".strip(), unit="candidate", delay=1.0):
+            error = measured.value(f"error of {expert!r} under {candidate}", functools.partial(measure, candidate))
+            errors[candidate] = error if error is not None else math.inf
+        ranked = sorted(finalists, key=errors.__getitem__)
+    chosen = ranked[0] if ranked else choices
     log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
     return chosen
 
@@ -300,7 +357,10 @@ def _products(
         moment, importance = entry.second_moment, None
         if moment is not None:
             importance = moment_as_quantized(moment.to(weight.device), mask, entry.hadamard_block)
-        return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance)
+        packed = entry.packed.get(path)
+        if packed is not None:
+            packed = hif4.Packed(packed.codes.to(weight.device), packed.scales.to(weight.device), packed.k)
+        return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance, packed)
 
     for path in entry.linears:
         yield path, functools.partial(make, path)

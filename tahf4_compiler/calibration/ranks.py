@@ -23,6 +23,7 @@ from ..files.tensors import decode, digest, encode
 from ..model.linears import linear_weights
 from ..model.parts import part_of
 from .calls import KeptCalls, Place
+from .moments import Moments
 from .seen import Seen
 from .sketch import RowSample, Sketch
 from .statistics import Activation, Cells
@@ -46,6 +47,8 @@ def all_reduce(seen: Seen, group: Any = None, *, over: str = "inputs", calls: bo
             _join_channels(seen, exchange, place)
         else:
             _merge_cell(seen, exchange, place, found, over)
+    for expert, name in sorted({place[:2] for place in places}):
+        _merge_moments(seen, exchange, (expert, name), headers, over)
     if over == "inputs":
         if calls:
             _merge_calls(seen, exchange)
@@ -120,14 +123,14 @@ def _header(seen: Seen) -> dict[str, Any]:
                 ]
             )  # fmt: skip
     return {
-        "step_groups": seen.step_groups, "rows": seen.rows, "prompts": seen.prompts,
+        "step_groups": seen.step_groups, "rows": seen.rows, "moments": seen.moments, "prompts": seen.prompts,
         "cells": cells, "merged": seen.joined,
     }  # fmt: skip
 
 
 def _check(seen: Seen, headers: list[dict[str, Any]], over: str) -> None:
     """Raise the same error on every rank, before anything is changed."""
-    for what in ("step_groups", "rows", "merged"):
+    for what in ("step_groups", "rows", "moments", "merged"):
         values = [header[what] for header in headers]
         if any(value != values[0] for value in values):
             raise CalibrationError(f"{what} are {values} on the ranks; expected one value")
@@ -202,6 +205,24 @@ def _join_channels(seen: Seen, exchange: Exchange, place: tuple[Any, ...]) -> No
         merged.offer(join(rows, 1), sample.priorities.tolist())  # the same places on all ranks, so the same priorities
     held.activation = replace(held.activation, channels=len(whole.maxima))
     held.cells[(step, branch)] = whole, merged
+
+
+def _merge_moments(
+    seen: Seen, exchange: Exchange, key: tuple[str, str], headers: list[dict[str, Any]], over: str
+) -> None:
+    """Add the moments of all ranks; where all saw the same, take the first rank's."""
+    held = seen.activations[key]
+    if not seen.moments:
+        return
+    mine = held.moments or Moments(held.activation.channels, seen.moments, exchange.device)
+    if held.activation.channels != sum(len(block) for block in mine.blocks):
+        held.moments = None  # channels were joined: no rank saw those of two ranks together
+        return
+    listed = [[cell[2:4] + cell[7:8] for cell in header["cells"] if tuple(cell[:2]) == key] for header in headers]
+    same = over == "channels" or (over == "sequence" and all(cells == listed[0] for cells in listed))
+    for i, block in enumerate(mine.blocks):
+        mine.blocks[i] = exchange.gather(block)[0] if same else exchange.reduce(block, dist.ReduceOp.SUM)
+    held.moments = mine
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..files.tensors import load_tensors, save_tensors
+from .moments import Moments
 from .seen import Seen
 from .sketch import Sketch
 from .statistics import Activation, Cells
@@ -24,6 +25,8 @@ def write(seen: Seen, path: Path) -> None:
     index: list[dict[str, Any]] = []
     for i, ((expert, name), cells) in enumerate(sorted(seen.activations.items())):
         index.append({"expert": expert, "name": name, "members": list(cells.activation.members), "cells": []})
+        if cells.moments is not None:
+            tensors |= {f"{i}.{key}": value for key, value in cells.moments.tensors().items()}
         for j, ((group, branch), (sketch, sample)) in enumerate(sorted(cells.cells.items())):
             index[-1]["cells"].append([group, branch])
             for key, value in {**sketch.tensors(), **sample.tensors()}.items():
@@ -32,6 +35,7 @@ def write(seen: Seen, path: Path) -> None:
         "calls": seen.kept.header(tensors),
         "step_groups": seen.step_groups,
         "rows": seen.rows,
+        "moments": seen.moments,
         "prompts": seen.prompts,
         "arguments": seen.arguments,
         "weights": seen.weight_sums(),
@@ -51,7 +55,8 @@ def read(path: Path, like: Seen) -> Seen:
         CalibrationError: the file is no such file, or of other weights or settings.
     """
     tensors, header = load_tensors(path, FORMAT, CalibrationError)
-    for what, mine in (("step_groups", like.step_groups), ("rows", like.rows)):
+    header.setdefault("moments", 0)  # earlier versions kept none
+    for what, mine in (("step_groups", like.step_groups), ("rows", like.rows), ("moments", like.moments)):
         if header[what] != mine:
             raise CalibrationError(
                 f"{path} was made with {what}={header[what]}, this calibration has {mine}; use the same, or "
@@ -59,11 +64,16 @@ def read(path: Path, like: Seen) -> Seen:
             )
     if header["weights"] != like.weight_sums():
         raise CalibrationError(f"{path} was made with other weights; use another checkpoint file")
-    found = Seen(like.models, percentile=like.percentile, step_groups=like.step_groups, rows=like.rows)
+    found = Seen(
+        like.models, percentile=like.percentile, step_groups=like.step_groups, rows=like.rows, moments=like.moments
+    )
     for i, entry in enumerate(header["activations"]):
         first = tensors[f"{i}.0.counts"]
         activation = Activation(entry["expert"], entry["name"], tuple(entry["members"]), len(first))
         cells = found.activations[(entry["expert"], entry["name"])] = Cells(activation, like.rows, like.step_groups)
+        prefix = f"{i}.moments."
+        known = {key.removeprefix(f"{i}."): v for key, v in tensors.items() if key.startswith(prefix)}
+        cells.moments = Moments.from_tensors(known) if known else None
         for j, (group, branch) in enumerate(entry["cells"]):
             prefix = f"{i}.{j}."
             part = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..model.parts import whole
 from ..options import Options
 from ..weights.checksum import checksum
 from .calls import KeptCalls
+from .moments import WIDEST
 from .sketch import Sketch
 from .statistics import Cells, check_percentile, merged
 
@@ -48,6 +50,7 @@ class Seen:
         percentile: float = 99.9,
         step_groups: int = 1,
         rows: int = 64,
+        moments: int = WIDEST,
         options: Options | None = None,
         checkpoint: Path | None = None,
     ) -> None:
@@ -60,9 +63,12 @@ class Seen:
             raise OptionError(f"step_groups is {step_groups!r}; expected an integer of at least 1")
         if not isinstance(rows, int) or rows < 0:
             raise OptionError(f"rows is {rows!r}; expected an integer of at least 0")
+        if type(moments) is not int or moments < 0 or moments % 64:
+            raise OptionError(f"moments is {moments!r}; expected a multiple of 64 channels, or 0 for none")
         check_percentile(percentile)
         self.models = dict(models)
         self.percentile, self.step_groups, self.rows = float(percentile), step_groups, rows
+        self.moments = moments
         self.options = options if options is not None else Options()
         self.checkpoint = checkpoint
         self.activations: dict[tuple[str, str], Cells] = {}
@@ -107,6 +113,8 @@ class Seen:
         """
         if other.step_groups != self.step_groups:
             raise CalibrationError(f"step_groups are {self.step_groups} and {other.step_groups}; expected one number")
+        if other.moments != self.moments:
+            raise CalibrationError(f"moments are {self.moments} and {other.moments}; expected one number")
         if other is self:
             raise CalibrationError("a calibration cannot be merged with itself: everything would count twice")
         twice = [prompt for prompt in other.prompts if prompt in self.prompts]
@@ -124,7 +132,14 @@ class Seen:
                     f"{theirs.activation.channels} channels, which this model does not have"
                 )
         for key, theirs in other.activations.items():
+            new = key not in self.activations
             mine = self.activations.setdefault(key, Cells(theirs.activation, self.rows, self.step_groups))
+            if new:
+                mine.moments = copy.deepcopy(theirs.moments)
+            elif mine.moments is not None and theirs.moments is not None:
+                mine.moments.merge(theirs.moments)
+            else:  # those of some rows are not those of the activation
+                mine.moments = None
             for where, (sketch, sample) in theirs.cells.items():
                 own_sketch, own_sample = mine.cell(where, sketch.counts.device)
                 own_sketch.merge(sketch)
@@ -173,6 +188,7 @@ class Seen:
                 for name, value in [*module.named_parameters(), *module.named_buffers()]
             },
             "percentile": self.percentile,
+            "moments": self.moments,
         }
         for i, (_, cells) in enumerate(sorted(self.activations.items())):
             for j, (_, (sketch, sample)) in enumerate(sorted(cells.cells.items())):

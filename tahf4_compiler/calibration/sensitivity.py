@@ -25,7 +25,7 @@ __all__ = ["Network", "QuantizedWeight", "output_error", "sqnr_db", "squares"]
 
 
 class QuantizedWeight:
-    """A weight in HiF4 with its transform, dequantized once; calling it is a W4A4 product in float32."""
+    """A weight in HiF4 with its transform; calling it is a W4A4 product in float32."""
 
     def __init__(
         self,
@@ -35,15 +35,16 @@ class QuantizedWeight:
         block: int,
         search: str = "",
         importance: Tensor | None = None,
+        packed: hif4.Packed | None = None,
     ) -> None:
-        """Transform, convert and dequantize ``[N, K]``."""
+        """Transform and convert ``[N, K]``; or take what was packed before, on the weight's device."""
         forward, backward = multipliers(weight.shape[1], mask, seed)
         self.multiplier = forward.to(weight.device) if forward is not None else None
         self.block = block
         inverse = backward.to(weight.device) if backward is not None else None
-        packed = pack_weight(weight, inverse, block, search=search, importance=importance)
-        # Its values have no more significant bits than bfloat16 holds: half the memory, nothing lost.
-        self.weight = _whole(packed.codes, packed.scales).to(torch.bfloat16)
+        if packed is None:
+            packed = pack_weight(weight, inverse, block, search=search, importance=importance)
+        self.packed = packed
 
     def part(self, part: Part | None) -> QuantizedWeight:
         """Return what a rank that holds a part of the weight computes, or this if it holds all.
@@ -54,27 +55,23 @@ class QuantizedWeight:
         if part is None:
             return self
         mine = copy.copy(self)
-        mine.weight = part.of(self.weight)
+        k = self.packed.k
         if part.axis == 1:
-            if self.weight.shape[1] % (part.size * max(hif4.UNIT, self.block)):
+            if k % (part.size * max(hif4.UNIT, self.block)):
                 raise CalibrationError(
-                    f"a rotation of {self.block} channels does not fit {part.size} parts of {self.weight.shape[1]} "
+                    f"a rotation of {self.block} channels does not fit {part.size} parts of {k} "
                     "input features; choose a narrower block, or make the recipe on fewer ranks"
                 )
+            k //= part.size
             mine.multiplier = part.of(self.multiplier, 0) if self.multiplier is not None else None
+        mine.packed = hif4.Packed(part.of(self.packed.codes), part.of(self.packed.scales), k)
         return mine
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """Return what the product reads of an activation ``[..., K]``: float32, K in whole units of 64."""
-        return _whole(*registry.quantize(x, self.multiplier, self.block))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the W4A4 product of ``[..., K]``: float32 ``[..., N]``."""
-        return nn.functional.linear(self.quantize(x), self.weight.float())
-
-
-def _whole(codes: Tensor, scales: Tensor) -> Tensor:
-    return hif4.dequantize(hif4.Packed(codes, scales, scales.shape[-1] * hif4.UNIT))
+    def __call__(self, x: Tensor, first: int = 0, count: int | None = None) -> Tensor:
+        """Return the W4A4 product of ``[..., K]`` with some rows of the weight: float32 ``[..., count]``."""
+        rows = slice(first, None if count is None else first + count)
+        codes, scales = (part[rows].contiguous() for part in self.packed[:2])
+        return registry.linear(*registry.quantize(x.to(torch.float32), self.multiplier, self.block), codes, scales)
 
 
 def output_error(rows: Tensor, weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> list[float]:
@@ -192,11 +189,9 @@ def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
             if product is None or whole is None:
                 return original(x, weight, bias)
             used.add(id(whole))
-            rows = product.weight
-            if whole is not weight:  # some rows, as attention takes q, k and v out of one parameter
-                first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
-                rows = rows[first : first + len(weight)]
-            out = original(product.quantize(x), rows.float())
+            # Some rows, as attention takes q, k and v out of one parameter.
+            first = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+            out = product(x, first, len(weight))
             return (out if bias is None else out + bias.float()).to(x.dtype)
 
         return linear

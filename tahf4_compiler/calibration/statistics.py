@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+from .moments import Moments
 from .sketch import RowSample, Sketch
 
 __all__ = ["Activation", "Cells", "check_percentile", "merged"]
@@ -38,6 +39,7 @@ class Cells:
         activation: which one.
         groups: parts of the schedule.
         cells: a sketch and sample rows, by part and branch.
+        moments: over all parts and branches, or None if they are not kept.
     """
 
     def __init__(self, activation: Activation, rows: int, groups: int) -> None:
@@ -46,6 +48,7 @@ class Cells:
         self.groups = groups
         self._rows = rows
         self.cells: dict[tuple[int, str], tuple[Sketch, RowSample]] = {}
+        self.moments: Moments | None = None
 
     def cell(self, key: tuple[int, str], device: torch.device | str = "cpu") -> tuple[Sketch, RowSample]:
         """Return one cell, made on a device if it is new."""

@@ -197,9 +197,12 @@ def _job(source: Source, parts: list[_Part]) -> str:
                 values = [item.value]
                 if item.transform is not None:
                     values = [item.transform.mask, item.transform.second_moment]
+                    if (rounded := item.transform.reconstruction) is not None:
+                        values += [rounded.packed.codes, rounded.packed.scales]
                 for value in values:
                     if value is not None:
-                        found.update(value.detach().cpu().float().numpy().tobytes())
+                        plain = value.detach().cpu()
+                        found.update((plain.float() if plain.is_floating_point() else plain).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -71,7 +71,8 @@ class Workers:
         assert info is not None and transform is not None
         n, k = info.shape
         wanted = self.sums.get(item.path)
-        rows = n if wanted is not None else max(1, _ROWS // max(1, k))
+        whole = wanted is not None or transform.reconstruction is not None  # checksums are of whole weights
+        rows = n if whole else max(1, _ROWS // max(1, k))
         codes, scales = (torch.empty(shape, dtype=DTYPES[dtype]) for _, dtype, shape in item.outputs)
         with _opened(info.path) as file, torch.no_grad():
             for first in range(0, n, rows):

@@ -49,7 +49,8 @@ class PackedWeight:
         masked: whether channels are divided by the mask that a recipe attached to the weights.
         seed: of the rotation's signs, unless a recipe attached another; None for no rotation.
         hadamard_block: width of the rotation along K, 0 for none.
-        search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error).
+        search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error), or
+            ``"reconstruct"`` (as a recipe holds it).
         format: name of a format that a plug-in registered (:func:`tahf4_compiler.register_weight_format`); ``""``
             is HiF4.
     """

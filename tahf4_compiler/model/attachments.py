@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import PatternError
+from ..format.reconstruct import Reconstruction
 from ..options import patterns as check_patterns
 from .linears import linear_weights, matching, require_matches
 from .reasons import Cause, Reason
@@ -51,6 +52,7 @@ class Attachment:
         mask: float32 ``[K]``.
         seed: of the rotation's signs.
         second_moment: float32 ``[K]``, of the activation's channels.
+        reconstruction: the weight as the recipe rounded it, for ``search="reconstruct"``.
         steps: says whether the step at hand runs in high precision, or None.
     """
 
@@ -63,6 +65,7 @@ class Attachment:
     mask: torch.Tensor | None = field(default=None, compare=False, repr=False)
     seed: int | None = field(default=None, compare=False)
     second_moment: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    reconstruction: Reconstruction | None = field(default=None, compare=False, repr=False)
     steps: StepPrecision | None = field(default=None, compare=False, repr=False)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "dispatch",
     "generated_sources",
     "kernels",
+    "linear",
     "operators",
     "quantize",
     "register_kernel",
@@ -221,6 +222,27 @@ def quantize(
     kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=reference_forced())
     codes, scales = kernel.target(x, multiplier, hadamard_block)
     return codes, scales
+
+
+def linear(x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Run the best ``tahf4::linear`` for quantized operands outside of a graph.
+
+    Args:
+        x_codes: uint8 ``[..., units * 32]``.
+        x_scales: int32 ``[..., units]``.
+        codes: uint8 ``[N, units * 32]``, of the weight.
+        scales: int32 ``[N, units]``.
+
+    Returns:
+        float32 ``[..., N]``.
+    """
+    operator = torch.ops.tahf4.linear.default
+    if reference_forced():
+        kernel = dispatch(operator, x_codes, reference=True)
+    else:
+        kernel = _eager(operator, x_codes.device, torch.float32)
+    found: torch.Tensor = kernel.target(x_codes, x_scales, codes, scales, None, torch.float32)
+    return found
 
 
 def generated_sources(graph: fx.Graph) -> dict[str, tuple[str, list[str]]]:

@@ -75,6 +75,7 @@ def plan_transforms(
                 attachment.search,
                 attachment.mask if attachment.masked else None,
                 attachment.second_moment,
+                attachment.reconstruction,
             )
     return {path: found[path] for path in chosen}
 

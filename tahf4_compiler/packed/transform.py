@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..format import hif4
+from ..format.reconstruct import Reconstruction
 from ..format.transforms import multipliers
 from ..weights.packing import pack_transformed
 
@@ -25,6 +26,7 @@ class Transform:
         search: how scales of the weights are chosen, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
         mask: float32 ``[K]`` or None.
         second_moment: ``[K]`` or None, for ``search="weighted"``.
+        reconstruction: for ``search="reconstruct"``.
     """
 
     activation: str
@@ -33,6 +35,7 @@ class Transform:
     search: str = ""
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     second_moment: Tensor | None = field(default=None, repr=False, compare=False)
+    reconstruction: Reconstruction | None = field(default=None, repr=False, compare=False)
 
     @property
     def multiplies(self) -> bool:
@@ -45,4 +48,6 @@ class Transform:
 
     def pack(self, weight: Tensor) -> hif4.Packed:
         """Convert a weight ``[N, K]`` that reads the activation; the result is on the weight's device."""
-        return pack_transformed(weight, self.mask, self.seed, self.hadamard_block, self.search, self.second_moment)
+        return pack_transformed(
+            weight, self.mask, self.seed, self.hadamard_block, self.search, self.second_moment, self.reconstruction
+        )

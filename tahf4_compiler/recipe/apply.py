@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import RecipeError
+from ..format.reconstruct import Reconstruction
 from ..model.attachments import Attachment, attach
 from ..model.components import experts
 from ..model.linears import linear_weights
@@ -150,6 +151,9 @@ def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
                     mask=entry.mask,
                     seed=entry.seed,
                     second_moment=entry.second_moment,
+                    reconstruction=(
+                        Reconstruction(entry.packed[path], linear.weight_sum) if path in entry.packed else None
+                    ),
                     steps=steps,
                 ),
             )

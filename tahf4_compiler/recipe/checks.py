@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError
+from ..format import hif4
 from .entries import CallError, LinearEntry, RecipeEntry
 
 
@@ -42,8 +43,13 @@ def check_entry(entry: RecipeEntry, where: str) -> None:
     damaged = f"{where}: {{}}; the file is damaged or was edited"
     if entry.mask is not None and entry.mask.dtype != torch.float32:
         raise RecipeError(damaged.format(f"the mask is of {entry.mask.dtype}, expected float32"))
-    if entry.search not in ("", "squared", "weighted"):
+    if entry.search not in ("", "squared", "weighted", "reconstruct"):
         raise RecipeError(damaged.format(f"the search is {entry.search!r}"))
+    for path, linear in entry.linears.items():
+        if (path in entry.packed) != (entry.search == "reconstruct"):
+            raise RecipeError(damaged.format(f"the search is {entry.search!r}, and the packed weight of {path} is not"))
+        if path in entry.packed:
+            _check_packed(entry.packed[path], linear.shape, damaged.format(f"the packed weight of {path} does not fit"))
     block, padded = entry.hadamard_block, (k + 63) // 64 * 64
     if type(block) is not int or block < 0 or block & (block - 1) or (block and padded % block):
         raise RecipeError(
@@ -61,6 +67,14 @@ def check_entry(entry: RecipeEntry, where: str) -> None:
             raise RecipeError(damaged.format(f"the decision of {path} is {linear.decision!r}"))
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
         raise RecipeError(f"{where}: the mask holds values that are not positive and finite; the file is damaged")
+
+
+def _check_packed(packed: hif4.Packed, shape: tuple[int, int], message: str) -> None:
+    n, k = shape
+    count = hif4.units(k)
+    fits = tuple(packed.codes.shape) == (n, count * hif4.UNIT // 2) and tuple(packed.scales.shape) == (n, count)
+    if not fits or packed.codes.dtype != torch.uint8 or packed.scales.dtype != torch.int32:
+        raise RecipeError(message)
 
 
 def _is_seed(value: Any) -> bool:

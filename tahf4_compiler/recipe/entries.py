@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..format.hif4 import Packed
+
 __all__ = ["CallError", "LinearEntry", "RecipeEntry"]
 
 
@@ -62,11 +64,13 @@ class RecipeEntry:
         linears: by module path.
         hadamard_block: width of the rotation, 0 for none.
         seed: of its signs.
-        search: how scales of the weights are chosen.
+        search: how the weights are rounded.
         percentile: that the mask was made with, None without a mask.
         weight_exponent: that the mask was made with.
         mask: float32 ``[K]`` or None.
         second_moment: bfloat16 ``[K]`` or None, for ``search="weighted"``.
+        packed: weights by module path on the CPU, for ``search="reconstruct"``: they cannot be made again without
+            what the calibration saw.
     """
 
     linears: Mapping[str, LinearEntry]
@@ -77,3 +81,4 @@ class RecipeEntry:
     weight_exponent: float | None = None
     mask: Tensor | None = field(default=None, repr=False)
     second_moment: Tensor | None = field(default=None, repr=False)
+    packed: Mapping[str, Packed] = field(default_factory=dict, repr=False)

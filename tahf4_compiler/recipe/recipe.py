@@ -1,7 +1,7 @@
 """What a calibration decided, as a small file: masks, rotations, decisions, their numbers and where they come from.
 
-A recipe holds no weights. It is attached to a model (:func:`apply_recipe`); the transforms go into the weights
-when these are packed.
+A recipe is attached to a model (:func:`apply_recipe`); the transforms go into the weights when these are packed. With
+``scale_search="reconstruct"`` it holds the packed weights themselves, otherwise none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..files.tensors import load_tensors, save_tensors
+from ..format.hif4 import Packed
 from .budget import check_budget, choose
 from .checks import check_entry, read_call_error, read_linear
 from .entries import CallError, LinearEntry, RecipeEntry
@@ -94,8 +95,11 @@ class Recipe:
                 for part in ("mask", "second_moment"):
                     if (value := getattr(entry, part)) is not None:
                         tensors[f"{prefix}.{part}"] = value
+                for linear, packed in entry.packed.items():
+                    tensors[f"{expert}/{linear}.weight_codes"] = packed.codes
+                    tensors[f"{expert}/{linear}.weight_scales"] = packed.scales
                 values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
-                del values["mask"], values["second_moment"]
+                del values["mask"], values["second_moment"], values["packed"]
                 values["linears"] = {p: dataclasses.asdict(linear) for p, linear in entry.linears.items()}
                 entries.append({"expert": expert, "name": name, **values})
         header = {
@@ -122,7 +126,12 @@ class Recipe:
                 parts: dict[str, Any] = {
                     part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")
                 }
-                entry = RecipeEntry(linears=linears, **values, **parts)
+                packed = {
+                    p: Packed(codes, tensors[f"{expert}/{p}.weight_scales"], linear.shape[1])
+                    for p, linear in linears.items()
+                    if (codes := tensors.get(f"{expert}/{p}.weight_codes")) is not None
+                }
+                entry = RecipeEntry(linears=linears, **values, **parts, packed=packed)
                 check_entry(entry, f"{path}: {expert}/{name}")
                 found.setdefault(expert, {})[name] = entry
             errors = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..format import hif4
+from ..format.reconstruct import Reconstruction
 from ..format.scale_search import search_scales
 from ..format.transforms import multipliers, transform
 from ..ops import registry
 from ..plugins import host
+from .checksum import checksum
 
-__all__ = ["moment_as_quantized", "pack_transformed", "pack_weight", "warn_not_finite"]
+__all__ = ["moment_as_quantized", "moments_as_quantized", "pack_transformed", "pack_weight", "warn_not_finite"]
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +85,13 @@ def warn_not_finite(paths: Sequence[str], model: str = "") -> None:
 
 
 def pack_transformed(
-    weight: Tensor, mask: Tensor | None, seed: int | None, block: int, search: str = "", moment: Tensor | None = None
+    weight: Tensor,
+    mask: Tensor | None,
+    seed: int | None,
+    block: int,
+    search: str = "",
+    moment: Tensor | None = None,
+    reconstruction: Reconstruction | None = None,
 ) -> hif4.Packed:
     """Convert one weight with the inverse of its activation's transform.
 
@@ -93,6 +102,8 @@ def pack_transformed(
         block: width of the rotation, 0 for none.
         search: see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
         moment: ``[K]``, second moment of the activation's channels before the transform, for ``"weighted"``.
+        reconstruction: what ``"reconstruct"`` gives where the weight is the one that it was made of, under this
+            transform. Where it is not, scales are searched by squared error, and a warning says so.
 
     Returns:
         As :func:`pack_weight`, on the weight's device.
@@ -101,12 +112,44 @@ def pack_transformed(
         FormatError: as :func:`pack_weight`.
     """
     device = weight.device
+    if search == "reconstruct":
+        # The checksum of what has no storage is that of nothing.
+        if reconstruction is not None and int(checksum(weight)) == reconstruction.weight_sum:
+            codes, scales, k = reconstruction.packed
+            return hif4.Packed(codes.to(device), scales.to(device), k)
+        if device.type != "meta":
+            _warn_other_weight()
+        search = "squared"
     multiplier = multipliers(weight.shape[1], mask, seed)[1]
     multiplier = multiplier.to(device) if multiplier is not None else None
     importance = None
     if search == "weighted" and moment is not None:
         importance = moment_as_quantized(moment, mask, block).to(device)
     return pack_weight(weight, multiplier, block, search=search, importance=importance)
+
+
+@functools.cache
+def _warn_other_weight() -> None:
+    """Say it once: a merged adapter changes every weight."""
+    log.warning(
+        "weights are not those that the recipe reconstructed (an adapter was merged, a fine-tune was loaded, or a rank "
+        "holds a part of them): their scales are searched instead, which loses quality. Calibrate the model that you "
+        "run. This is said once."
+    )
+
+
+def moments_as_quantized(moments: Tensor, multiplier: Tensor | None, block: int) -> Tensor:
+    """Return the second moments of an activation's channels after the transform.
+
+    Args:
+        moments: float32 ``[K, K]``.
+        multiplier: float32 ``[K]`` of the activation's channels, or None.
+        block: width of the rotation, 0 for none.
+
+    Returns:
+        float32, ``[K, K]``; K in whole units of 64 where there is a rotation.
+    """
+    return transform(transform(moments, multiplier, block).t().contiguous(), multiplier, block)
 
 
 def moment_as_quantized(moment: Tensor, mask: Tensor | None, block: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
 from ..format.hif4 import Packed
+from ..format.reconstruct import Reconstruction
 from ..format.transforms import multipliers
 from ..graph.inputs import PackedWeight
 from ..model.attachments import Attachment, attached_recipe, changes
@@ -122,7 +123,8 @@ class PackedStore:
             moment = recipe.second_moment if recipe is not None else None
             parts = []
             for weight in weights:
-                parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment))
+                rounded = _reconstruction(weight, how, seed)
+                parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment, rounded))
                 bar.update(weight.numel())
             packed = parts[0]
             if len(parts) > 1:
@@ -148,7 +150,16 @@ def _transform(how: PackedWeight) -> PackedWeight:
 
 def _recipe(weight: Tensor, how: PackedWeight) -> Attachment | None:
     """Return what is attached to a weight if its packed form depends on it."""
-    return attached_recipe(weight) if how.masked or how.seed is not None or how.search == "weighted" else None
+    depends = how.masked or how.seed is not None or how.search in ("weighted", "reconstruct")
+    return attached_recipe(weight) if depends else None
+
+
+def _reconstruction(weight: Tensor, how: PackedWeight, seed: int | None) -> Reconstruction | None:
+    """Return the weight as its recipe rounded it, if the graph transforms it as the recipe did."""
+    recipe = attached_recipe(weight) if how.search == "reconstruct" else None
+    if recipe is None or (how.masked, how.hadamard_block) != (recipe.masked, recipe.hadamard_block):
+        return None
+    return recipe.reconstruction if seed == recipe.seed else None
 
 
 def _values(recipe: Attachment | None, how: PackedWeight) -> tuple[Tensor | None, int | None]:
