@@ -127,7 +127,7 @@ class Recipe:
                     part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")
                 }
                 packed = {
-                    p: Packed(codes, tensors[f"{expert}/{p}.weight_scales"], linear.shape[1])
+                    p: Packed(codes, tensors[f"{expert}/{p}.weight_scales"], linear.shape[-1] if linear.shape else 0)
                     for p, linear in linears.items()
                     if (codes := tensors.get(f"{expert}/{p}.weight_codes")) is not None
                 }

@@ -1,0 +1,187 @@
+"""Reconstructed weights, from the calibration's moments to every way in which a model runs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from helpers import relative
+from models import Stack
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.calibration.moments import Moments, widths
+from tahf4_compiler.format import hif4
+from tahf4_compiler.packed.convert import packed_linears
+from tahf4_compiler.recipe.recipe import Recipe
+from tahf4_compiler.weights import packing
+
+GRAPH = {"inductor": False}
+CHOICES = {"mask": "percentile", "weight_exponent": 0.7, "sensitivity": False}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def rows(seed, count=96):
+    """An activation whose channels are large together."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(64, 64, generator=torch.Generator().manual_seed(99))
+    return torch.randn(count, 64, generator=generator) @ mix / 8
+
+
+def calibrated(model, **choices):
+    with tahf4.calibrate(model, options=GRAPH, **choices) as calibration:
+        for seed in range(4):
+            model(rows(seed))
+    return calibration
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Stack(3).eval().requires_grad_(False)
+
+
+def test_the_network_is_closer_to_itself_on_what_the_calibration_did_not_see(model):
+    calibration, x = calibrated(model), rows(50, 256)
+    want, errors = model(x), {}
+    for search in ("squared", "reconstruct"):
+        packed = copy.deepcopy(model)
+        tahf4.quantize_(packed, calibration.recipe(scale_search=search, **CHOICES))
+        errors[search] = relative(packed(x), want)
+    assert errors["reconstruct"] < 0.9 * errors["squared"]
+
+
+def test_every_way_of_running_has_the_codes_of_the_recipe(model, tmp_path):
+    calibrated(model).recipe(**CHOICES).save(tmp_path / "r.safetensors")
+    recipe = Recipe.load(tmp_path / "r.safetensors")
+    recipe.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "r.safetensors").read_bytes()
+    held = {path: packed for entry in recipe.experts[""].values() for path, packed in entry.packed.items()}
+    assert len(held) == 6 and {e.search for e in recipe.experts[""].values()} == {"reconstruct"}
+    packed = copy.deepcopy(model)
+    tahf4.quantize_(packed, recipe)
+    for path, linear in packed_linears(packed).items():
+        assert torch.equal(linear.weight_codes, held[path].codes)
+        assert torch.equal(linear.weight_scales, held[path].scales)
+    x = rows(7)
+    compiled = copy.deepcopy(model)
+    tahf4.apply_recipe(compiled, recipe)
+    assert relative(torch.compile(compiled, backend="tahf4", options=GRAPH)(x), packed(x)) < 1e-6
+    lowered = tahf4.lower(tahf4.capture(compiled, (x,)), options=GRAPH)
+    assert relative(lowered(x), packed(x)) < 1e-6
+
+
+def test_a_weight_that_changed_is_searched_and_that_is_said(model, caplog):
+    packing._warn_other_weight.cache_clear()
+    recipe = calibrated(model).recipe(**CHOICES)
+    model.blocks[0].up.weight.mul_(1.5)  # as a merged adapter does
+    searched = Recipe(
+        {"": {name: _replaced(entry) for name, entry in recipe.experts[""].items()}}, (), recipe.provenance
+    )
+    packed, want = copy.deepcopy(model), copy.deepcopy(model)
+    tahf4.quantize_(packed, recipe, check_weights=False)
+    assert "weights are not those that the recipe reconstructed" in caplog.text
+    tahf4.quantize_(want, searched, check_weights=False)
+    mine, other = packed_linears(packed), packed_linears(want)
+    same = {path: torch.equal(mine[path].weight_codes, other[path].weight_codes) for path in mine}
+    assert [path for path in same if same[path]] == ["blocks.0.up"], "the others are reconstructed"
+
+
+def _replaced(entry):
+    return dataclasses.replace(entry, search="squared", packed={})
+
+
+class NoRotation(tahf4.Pass):
+    """Stands in for the rotation."""
+
+    replaces = "rotate"
+
+    def __call__(self, graph_module, context):
+        return tahf4.PassResult(graph_module, False)
+
+
+def test_a_graph_without_the_rotation_takes_no_weight_that_is_rotated(model, caplog):
+    packing._warn_other_weight.cache_clear()
+    recipe, x = calibrated(model).recipe(**CHOICES), rows(8)
+    want = model(x)
+    tahf4.apply_recipe(model, recipe)
+    passes = [*tahf4.default_passes(), NoRotation()]
+    assert relative(tahf4.lower(tahf4.capture(model, (x,)), passes=passes, options=GRAPH)(x), want) < 0.2
+    assert "weights are not those that the recipe reconstructed" in caplog.text
+
+
+def test_without_moments_scales_are_searched_and_that_is_said(model, caplog):
+    recipe = calibrated(model, moments=0).recipe(**CHOICES)
+    assert {entry.search for entry in recipe.experts[""].values()} == {"squared"}
+    assert "the calibration kept no moments" in caplog.text
+    caplog.clear()
+    recipe = calibrated(model, moments=64).recipe(**CHOICES, block=128)
+    found = {name: entry.search for name, entry in recipe.experts[""].items()}
+    assert found["blocks.0.up"] == "reconstruct" and found["blocks.0.down"] == "squared"
+    assert "moments of 64 channels, which a rotation of 128 does not divide" in caplog.text
+    with pytest.raises(tahf4.OptionError, match="multiple of 64"):
+        tahf4.calibrate(model, moments=100)
+
+
+def test_moments_survive_files_and_merging(model, tmp_path):
+    whole = calibrated(model)
+    parts = [tahf4.calibrate(model, options=GRAPH) for _ in range(2)]
+    for i, part in enumerate(parts):
+        with part:
+            for seed in (2 * i, 2 * i + 1):
+                model(rows(seed))
+    parts[0].save(tmp_path / "c")
+    taken = tahf4.calibrate(model, checkpoint=tmp_path / "c", options=GRAPH)
+    taken.merge(parts[1])
+    for key, cells in whole.activations.items():
+        for mine, want in zip(taken.activations[key].moments.blocks, cells.moments.blocks, strict=True):
+            torch.testing.assert_close(mine, want)
+    seen = []
+    with model.blocks[1].up.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        for seed in range(4):
+            model(rows(seed))
+    x = torch.cat(seen)
+    torch.testing.assert_close(whole.activations["", "blocks.1.up"].moments.blocks[0], x.t() @ x, rtol=1e-4, atol=1e-3)
+    with pytest.raises(tahf4.CalibrationError, match="made with moments=1024, this calibration has 64"):
+        tahf4.calibrate(model, checkpoint=tmp_path / "c", moments=64)
+    with pytest.raises(tahf4.CalibrationError, match="moments are 64 and 1024"):
+        calibrated(model, moments=64).merge(parts[0])
+
+
+@pytest.mark.parametrize(
+    ("channels", "widest", "want"),
+    [
+        (384, 1024, [384]),
+        (100, 1024, [100]),
+        (1536, 1024, [1024, 512]),
+        (5120, 1024, [1024] * 5),
+        (13824, 1024, [1024] * 13 + [512]),
+        (14336, 1024, [1024] * 14),
+        (200, 64, [64, 64, 64, 8]),
+    ],
+)
+def test_blocks_of_moments_are_bounded_and_fit_rotations(channels, widest, want):
+    assert widths(channels, widest) == want
+    moments = Moments(channels, widest)
+    x = torch.randn(5, channels)
+    moments.update(x.to(torch.bfloat16))
+    for block, piece in zip(moments.blocks, x.to(torch.bfloat16).float().split(want, 1), strict=True):
+        torch.testing.assert_close(block, piece.t() @ piece)
+
+
+def test_a_damaged_weight_of_a_recipe_is_refused(model, tmp_path):
+    recipe = calibrated(model).recipe(**CHOICES)
+    (name, entry), *_ = recipe.experts[""].items()
+    path = next(iter(entry.packed))
+    short = hif4.Packed(entry.packed[path].codes[:-1], entry.packed[path].scales, entry.packed[path].k)
+    for packed, message in (({path: short}, "does not fit"), ({}, "and the packed weight of")):
+        damaged = Recipe({"": {name: dataclasses.replace(entry, packed=packed)}}, (), {})
+        damaged.save(tmp_path / "d")
+        with pytest.raises(tahf4.RecipeError, match=message):
+            Recipe.load(tmp_path / "d")
