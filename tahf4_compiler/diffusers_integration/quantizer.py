@@ -39,8 +39,12 @@ class TaHF4Quantizer(DiffusersQuantizer):
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: TaHF4Config, **kwargs: Any) -> None:
-        """Keep a copy of the settings: two components may be given the same object."""
-        super().__init__(copy.copy(quantization_config), **kwargs)
+        """Keep a copy of the settings: two components may be given the same object.
+
+        ``from_single_file`` does not say whether its file is packed. diffusers then takes it for packed; a file of a
+        packed model is refused by :meth:`maybe_update_state_dict`, so here it is taken for plain.
+        """
+        super().__init__(copy.copy(quantization_config), **{"pre_quantized": False, **kwargs})
         self._transforms: dict[str, Transform] = {}
         self._reasons: dict[str, str] = {}
         self._sums: dict[str, int] = {}
@@ -72,9 +76,20 @@ class TaHF4Quantizer(DiffusersQuantizer):
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Hide multipliers as integers, so that they are not cast to the dtype of the model."""
-        paths = self.quantization_config.linears if self.pre_quantized else {}
-        for path in paths:
+        """Hide multipliers as integers, so that they are not cast to the dtype of the model.
+
+        Raises:
+            PackedError: the tensors are those of a packed model, and nothing says how it was packed.
+        """
+        if not self.pre_quantized:
+            if any(key.endswith(".weight_codes") for key in state_dict):
+                raise PackedError(
+                    "the checkpoint holds packed linears, but the settings that say how they were packed were not "
+                    "read with it. Load the folder with its config.json by from_pretrained(folder), without "
+                    "quantization_config; from_single_file reads plain weights only."
+                )
+            return state_dict
+        for path in self.quantization_config.linears:
             value = state_dict.get(f"{path}.multiplier")
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 state_dict[f"{path}.multiplier"] = value.view(torch.int32)
@@ -85,6 +100,11 @@ class TaHF4Quantizer(DiffusersQuantizer):
         if self.pre_quantized:
             _put_empty(model, config, self._keys)
             return
+        if config.linears:
+            raise PackedError(
+                "quantization_config describes a packed model, and the weights to load are plain. Make a new one, "
+                "TaHF4Config(recipe=..., keep=...), to pack them."
+            )
         plan = plan_modules(model, config.recipe, config.keep, expert=config.expert)
         self._transforms = plan_transforms(model, plan, config.recipe, expert=config.expert)
         self._reasons = {d.module: d.reason for d in plan if d.decision != "hif4"}

@@ -125,6 +125,35 @@ def test_quantizing_while_loading_gives_the_same_and_sets_experts_apart(packed_p
     assert type(plain.blocks[3].attn1.to_q) is nn.Linear
 
 
+def test_a_single_file_is_packed_while_loading_and_a_packed_one_is_refused(tmp_path):
+    from diffusers import WanTransformer3DModel
+    from safetensors.torch import load_file
+
+    model, _ = wan()
+    model.save_pretrained(tmp_path / "plain")
+    file = tmp_path / "plain" / "diffusion_pytorch_model.safetensors"
+    config = tahf4.TaHF4Config(keep=["ffn"])
+    for given in (file, load_file(file)):
+        loaded = WanTransformer3DModel.from_single_file(given, config=str(file.parent), quantization_config=config)
+        folder = WanTransformer3DModel.from_pretrained(file.parent, quantization_config=config)
+        assert len(packed_linears(loaded)) == 16 and equal(loaded, folder)
+    loaded.save_pretrained(tmp_path / "packed")
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "packed")
+    assert equal(again, loaded)
+    with pytest.raises(tahf4.PackedError, match="describes a packed model"):
+        WanTransformer3DModel.from_pretrained(
+            tmp_path / "plain", quantization_config=again.config["quantization_config"]
+        )
+    packed = tmp_path / "packed" / file.name
+    with pytest.raises(tahf4.PackedError, match=r"from_pretrained\(folder\)"):
+        WanTransformer3DModel.from_single_file(packed, config=str(packed.parent), quantization_config=config)
+    settings = json.loads((packed.parent / "config.json").read_text())
+    del settings["quantization_config"]
+    (packed.parent / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(tahf4.PackedError, match="were not read with it"):
+        WanTransformer3DModel.from_pretrained(packed.parent, quantization_config=config)
+
+
 def test_a_recipe_is_applied_while_loading_and_its_weights_are_checked(tmp_path):
     from diffusers import WanTransformer3DModel
 
