@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, RecipeError, Tahf4Error
 from ..files.reading import read_header
+from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules
 from ..packed.readers import plan_transforms
 from ..pipeline.context import Decision
@@ -134,8 +135,6 @@ def quantize_checkpoint(
 def _parts(
     source: Source, recipe: Recipe | None, expert: str | None, keep: Sequence[str], check_weights: bool, limit: int
 ) -> list[_Part]:
-    from ..diffusers_integration.config import TaHF4Config
-
     if recipe is not None and recipe.high_precision_steps:
         raise RecipeError(
             "the recipe runs some steps in high precision, which needs the original weights; a packed checkpoint has "
@@ -160,6 +159,7 @@ def _parts(
                 "hadamard_block": transforms[path].hadamard_block,
                 "activation": transforms[path].activation,
                 "dtype": str(component.model.get_submodule(path).weight.dtype).removeprefix("torch."),
+                **({} if transforms[path].multiplies else {"multiplier": False}),
             }
             for path, d in chosen.items()
         }

@@ -12,8 +12,9 @@ from ..format import hif4
 from ..format.transforms import hadamard
 from ..ops import registry
 from .no_weight import NoWeight
+from .saving import check_saver
 
-__all__ = ["HiF4Linear"]
+__all__ = ["HiF4Linear", "packed_product"]
 
 registry.kernels()  # defines the operators that forward calls, before anything traces it
 
@@ -121,17 +122,9 @@ class HiF4Linear(nn.Linear):
         Raises:
             GradientError: a gradient is asked for.
         """
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))
-        if torch.is_grad_enabled() and input.requires_grad:
-            raise GradientError(
-                "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
-                "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
-            )
-        quantize, linear = registry.operators(input)
-        codes, scales = quantize(input, self.multiplier, self.hadamard_block)
-        return linear(codes, scales, self.weight_codes, self.weight_scales, self.bias, input.dtype)
+        return packed_product(
+            input, self.multiplier, self.hadamard_block, self.weight_codes, self.weight_scales, self.bias
+        )
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
@@ -194,6 +187,7 @@ class HiF4Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Write down beside the tensors what they do not tell; torch keeps it in ``state_dict._metadata``."""
+        check_saver(prefix[:-1])
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (metadata := getattr(destination, "_metadata", None)) is not None:
             metadata.setdefault(prefix[:-1], {}).update(self._transform())
@@ -218,6 +212,30 @@ class HiF4Linear(nn.Linear):
     def _transform(self) -> dict[str, int]:
         """Return what the codes mean and no tensor's shape tells."""
         return {"in_features": self.in_features, "hadamard_block": self.hadamard_block}
+
+
+@torch.fx.wrap  # asks the input for its values' device and dtype, which nothing has that traces symbolically
+def packed_product(
+    input: Tensor,
+    multiplier: Tensor | None,
+    hadamard_block: int,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return what :meth:`HiF4Linear.forward` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):
+        input = input.to(torch.get_autocast_dtype(kind))
+    if torch.is_grad_enabled() and input.requires_grad:
+        raise GradientError(
+            "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
+            "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
+        )
+    quantize, linear = registry.operators(input)
+    codes, scales = quantize(input, multiplier, hadamard_block)
+    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, input.dtype)
+    return result
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:

@@ -26,6 +26,9 @@ class NoWeight(Tensor):
     an adapter would write to it, which must not pass in silence.
     """
 
+    _is_hf_initialized = True
+    """transformers initializes what lacks this mark; there is nothing to initialize."""
+
     @staticmethod
     def __new__(cls, n: int, k: int, dtype: torch.dtype, device: torch.device) -> NoWeight:
         """Stand for a weight ``[n, k]``."""

@@ -66,6 +66,13 @@ def plan_modules(
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     blocks = module_blocks(model)
+    others = {
+        id(weight): f"{type(owner).__name__} {name}"
+        for name, owner in model.named_modules()
+        if not isinstance(owner, nn.Linear)
+        for weight in owner._parameters.values()
+        if weight is not None
+    }
     return [
         _decide(
             path,
@@ -75,6 +82,7 @@ def plan_modules(
             attachment_of(path, module, given),
             role_of(block_of(path, blocks), not blocks),
             min_features,
+            others,
         )
         for path, module in linears.items()
     ]
@@ -98,6 +106,7 @@ def _decide(
     attachment: Attachment | None,
     role: Role,
     min_features: int,
+    others: Mapping[int, str],
 ) -> Decision:
     n, k = module.out_features, module.in_features
     after = n * hif4.units(k) * hif4.BYTES_PER_UNIT
@@ -109,7 +118,8 @@ def _decide(
             )
         size = module.weight_dtype.itemsize
         return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
-    chosen, reason = decide(Facts(path, k, n, _obstacle(path, module, model), attachment, role), keep, min_features)
+    obstacle = _obstacle(path, module, model, others)
+    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role), keep, min_features)
     before = n * k * module.weight.element_size()
     return Decision(
         module=path,
@@ -123,9 +133,11 @@ def _decide(
     )
 
 
-def _obstacle(path: str, module: nn.Linear, model: nn.Module) -> Reason | None:
-    """Return why a linear cannot be packed, or None."""
+def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[int, str]) -> Reason | None:
+    """Return why a linear cannot be packed, or None; ``others`` names the readers of weights that are no linears."""
     weight = module.weight
+    if (reader := others.get(id(weight))) is not None:
+        return Reason(Cause.WEIGHT, f"weight: {reader} reads it too, and needs it as it is")
     if is_traceable_wrapper_subclass(weight):
         return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
     if type(module) is not nn.Linear:

@@ -357,7 +357,7 @@ def test_diffusers_knows_the_quantizer_whichever_is_imported_first():
     "first",
     [
         "import tahf4_compiler as t; t.TaHF4Config",
-        "from tahf4_compiler.diffusers_integration.config import TaHF4Config",
+        "from tahf4_compiler.packed.config import TaHF4Config",
         "import tahf4_compiler",
         "import diffusers.quantizers.auto, tahf4_compiler",
     ],

@@ -35,6 +35,16 @@ def _no_grad():
         yield
 
 
+def test_symbolic_tracing_takes_a_packed_product_as_a_whole():
+    model, x = Stack().eval(), torch.randn(4, 64)
+    tahf4.quantize_(model)
+    traced = torch.fx.symbolic_trace(model)
+    assert sum(node.name.startswith("packed_product") for node in traced.graph.nodes) == len(packed_linears(model))
+    assert torch.equal(traced(x), model(x))
+    want = torch.compile(model, backend="tahf4", options=GRAPH)(x)
+    assert torch.equal(torch.compile(traced, backend="tahf4", options=GRAPH)(x), want)
+
+
 def packed_values(lowered, captured):
     """Return codes and scales of each linear as the compiled plain model has them, by module path."""
     found = {}

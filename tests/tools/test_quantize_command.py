@@ -166,7 +166,7 @@ KILLING = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from tahf4_compiler.checkpoint import convert, layout, manifest, source, stage, stream
-import diffusers.models.transformers.transformer_wan, tahf4_compiler.diffusers_integration.config
+import diffusers.models.transformers.transformer_wan, tahf4_compiler.packed.config
 
 def slow(holder, name):
     old = getattr(holder, name)
