@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
@@ -18,7 +17,7 @@ from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, decide, dtype_obstacle
+from ..pipeline.rules import MIN_FEATURES, Facts, decide, dtype_obstacle, tensor_obstacle
 from ..weights.held import packed_products
 from .classify import all_linears
 
@@ -105,8 +104,8 @@ def _obstacle(node: fx.Node, source: fx.Node | None, example: Any) -> Reason | N
         return Reason(Cause.WEIGHT, f"weight: computed in the graph ({weight.target}), not a parameter")
     if is_written(source):
         return Reason(Cause.WEIGHT, "weight: the graph writes to it")
-    if is_traceable_wrapper_subclass(example):
-        return Reason(Cause.WEIGHT, f"weight: a {type(example).__name__}, not a plain tensor")
+    if (reason := tensor_obstacle(example)) is not None:
+        return reason
     value = source.meta["val"]
     if value.dim() != 2:
         return Reason(Cause.SHAPE, f"shape: the weight has {value.dim()} axes, not 2")

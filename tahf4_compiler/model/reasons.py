@@ -30,7 +30,7 @@ class Cause(str, Enum):
     WEIGHT = "weight"
     """Its weight is no plain parameter."""
     SHAPE = "shape"
-    """Its weight does not have two axes."""
+    """Its weight does not have two axes, or other sizes than its features."""
     SMALL = "small"
     """It has few features: a unit would be mostly padding."""
     DTYPE = "dtype"

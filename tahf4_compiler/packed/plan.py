@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
@@ -20,7 +19,7 @@ from ..model.linears import matching, named_linears, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, Role, decide, dtype_obstacle, role_of
+from ..pipeline.rules import MIN_FEATURES, Facts, Role, decide, dtype_obstacle, role_of, tensor_obstacle
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
@@ -84,10 +83,11 @@ def attachment_of(path: str, module: nn.Linear, given: Mapping[str, Attachment] 
     """Return what was kept, else what the recipe says."""
     if isinstance(module, HiF4Linear):
         return None
-    kept = attached_keep(module.weight)
+    weight = module._parameters.get("weight")
+    kept = attached_keep(weight)
     if kept is not None:
         return kept
-    return given.get(path) if given is not None else attached_recipe(module.weight)
+    return given.get(path) if given is not None else attached_recipe(weight)
 
 
 def _decide(
@@ -110,7 +110,9 @@ def _decide(
         size = module.weight_dtype.itemsize
         return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
     chosen, reason = decide(Facts(path, k, n, _obstacle(path, module, model), attachment, role), keep, min_features)
-    before = n * k * module.weight.element_size()
+    # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
+    held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
+    before = n * k * next((tensor.element_size() for tensor in held if tensor is not None), 0)
     return Decision(
         module=path,
         k=k,
@@ -125,13 +127,21 @@ def _decide(
 
 def _obstacle(path: str, module: nn.Linear, model: nn.Module) -> Reason | None:
     """Return why a linear cannot be packed, or None."""
-    weight = module.weight
-    if is_traceable_wrapper_subclass(weight):
-        return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
+    weight = module._parameters.get("weight")
+    if weight is None:
+        text = "weight: no parameter of the linear; a parametrization, a hook or a property computes it"
+        return Reason(Cause.WEIGHT, text)
+    if (reason := tensor_obstacle(weight)) is not None:
+        return reason
     if type(module) is not nn.Linear:
         text = f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
         return Reason(Cause.CLASS, text)
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, _READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
+    if others := sorted(set(module._parameters) - {"weight", "bias"}):
+        text = f"class: a Linear with parameters that nn.Linear does not have ({', '.join(others)})"
+        return Reason(Cause.CLASS, text)
+    if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
+        return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")
     return dtype_obstacle("weight", weight.dtype)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses import FakeTensor
 
 from ..model.attachments import Attachment
 from ..model.linears import matching
 from ..model.reasons import Cause, Reason
 
-__all__ = ["MIN_FEATURES", "Facts", "Role", "decide", "dtype_obstacle", "role_of"]
+__all__ = ["MIN_FEATURES", "Facts", "Role", "decide", "dtype_obstacle", "role_of", "tensor_obstacle"]
 
 MIN_FEATURES = 64
 """Input and output features, at least: less than one unit of 64 values is mostly padding."""
@@ -104,3 +105,10 @@ def dtype_obstacle(name: str, dtype: torch.dtype) -> Reason | None:
     if dtype in _DTYPES:
         return None
     return Reason(Cause.DTYPE, f"dtype: {name} is {str(dtype).removeprefix('torch.')}")
+
+
+def tensor_obstacle(weight: object) -> Reason | None:
+    """Return why a weight cannot be packed if it is a tensor of some other class, whose values may lie elsewhere."""
+    if not isinstance(weight, torch.Tensor) or type(weight) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+        return None
+    return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
