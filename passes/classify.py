@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -40,7 +40,8 @@ class Classify(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""
         graph = graph_module.graph
-        blocks = self.repeated_blocks(graph)
+        adapters = {node for node in all_linears(graph) if _is_adapter(node, context)}
+        blocks = self.repeated_blocks(graph, adapters)
         partial = _partial_containers(graph, context)
         alone = not blocks and not context.surroundings.blocks
         for node in all_linears(graph):
@@ -54,9 +55,14 @@ class Classify(Pass):
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         return PassResult(graph_module, modified=False)
 
-    def repeated_blocks(self, graph: fx.Graph) -> dict[str, str]:
-        """Return ``module path -> class name`` of the outermost repeated blocks of a graph."""
-        modules, flow = _modules(graph), _dataflow(graph)
+    def repeated_blocks(self, graph: fx.Graph, adapters: Container[fx.Node] = ()) -> dict[str, str]:
+        """Return ``module path -> class name`` of the outermost repeated blocks of a graph.
+
+        Args:
+            graph: any.
+            adapters: linears that do not count.
+        """
+        modules, flow = _modules(graph, adapters), _dataflow(graph)
         members = {
             path: Member(
                 module.cls,
@@ -75,7 +81,7 @@ class Classify(Pass):
         def follows(first: str, second: str) -> bool:
             return any(node in reached(first) for node in modules[second].linears)
 
-        total = sum(map(_weight_size, all_linears(graph)))
+        total = sum(_weight_size(node) for node in all_linears(graph) if node not in adapters)
         return repeated_blocks(
             members, follows, total, min_linears=self.min_linears, min_linears_alone=self.min_linears_alone
         )
@@ -126,13 +132,19 @@ class _Module:
     linears: list[fx.Node] = field(default_factory=list)
 
 
-def _modules(graph: fx.Graph) -> dict[str, _Module]:
+def _is_adapter(node: fx.Node, context: Context) -> bool:
+    weight = weight_of(node)
+    source = weight_input(weight) if weight is not None else None
+    return source is not None and context.surroundings.adapts(context.inputs[source.meta[INPUT].index]) is not None
+
+
+def _modules(graph: fx.Graph, adapters: Container[fx.Node]) -> dict[str, _Module]:
     modules: dict[str, _Module] = {}
     for node in graph.nodes:
         for path, cls in module_classes(node).items():
             module = modules.setdefault(path, _Module(cls))
             module.nodes.append(node)
-            if weight_of(node) is not None:
+            if weight_of(node) is not None and node not in adapters:
                 module.linears.append(node)
     return modules
 

@@ -17,7 +17,7 @@ from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, decide, dtype_obstacle, tensor_obstacle
+from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
 from ..weights.held import packed_products
 from .classify import all_linears
 
@@ -73,8 +73,9 @@ class Plan(Pass):
         source = weight_input(weight)
         module = context.module_of(source) if source is not None else _module_name(node)
         example = _example(source, context) if source is not None else None
+        obstacle = adapter_obstacle(context.surroundings.adapts(example)) or _obstacle(node, source, example)
         facts = Facts(
-            module, k, n, _obstacle(node, source, example), attached(example), node.meta.get(ROLE), beside_packed
+            module, k, n, obstacle, attached(example), node.meta.get(ROLE), beside_packed
         )
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:

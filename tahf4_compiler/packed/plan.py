@@ -15,11 +15,20 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import matching, named_linears, require_matches
+from ..model.linears import adapters, matching, named_linears, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, Role, decide, dtype_obstacle, role_of, tensor_obstacle
+from ..pipeline.rules import (
+    MIN_FEATURES,
+    Facts,
+    Role,
+    adapter_obstacle,
+    decide,
+    dtype_obstacle,
+    role_of,
+    tensor_obstacle,
+)
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
@@ -64,13 +73,13 @@ def plan_modules(
     given = (
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
-    blocks = module_blocks(model)
+    blocks, beside = module_blocks(model), adapters(model)
     return [
         _decide(
             path,
             module,
-            model,
             checked,
+            adapter_obstacle(beside.get(path)) or _obstacle(path, module, model),
             attachment_of(path, module, given),
             role_of(block_of(path, blocks), not blocks),
             min_features,
@@ -93,8 +102,8 @@ def attachment_of(path: str, module: nn.Linear, given: Mapping[str, Attachment] 
 def _decide(
     path: str,
     module: nn.Linear,
-    model: nn.Module,
     keep: Sequence[str],
+    obstacle: Reason | None,
     attachment: Attachment | None,
     role: Role,
     min_features: int,
@@ -109,7 +118,7 @@ def _decide(
             )
         size = module.weight_dtype.itemsize
         return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
-    chosen, reason = decide(Facts(path, k, n, _obstacle(path, module, model), attachment, role), keep, min_features)
+    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role), keep, min_features)
     # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
     held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
     before = n * k * next((tensor.element_size() for tensor in held if tensor is not None), 0)
@@ -139,6 +148,8 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module) -> Reason | None:
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, _READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
+    if any(getattr(parent, "use_dora", {}).values()):
+        return Reason(Cause.CLASS, "class: DoRA reads the weight itself")
     if others := sorted(set(module._parameters) - {"weight", "bias"}):
         text = f"class: a Linear with parameters that nn.Linear does not have ({', '.join(others)})"
         return Reason(Cause.CLASS, text)

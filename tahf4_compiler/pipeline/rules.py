@@ -12,7 +12,16 @@ from ..model.attachments import Attachment
 from ..model.linears import matching
 from ..model.reasons import Cause, Reason
 
-__all__ = ["MIN_FEATURES", "Facts", "Role", "decide", "dtype_obstacle", "role_of", "tensor_obstacle"]
+__all__ = [
+    "MIN_FEATURES",
+    "Facts",
+    "Role",
+    "adapter_obstacle",
+    "decide",
+    "dtype_obstacle",
+    "role_of",
+    "tensor_obstacle",
+]
 
 MIN_FEATURES = 64
 """Input and output features, at least: less than one unit of 64 values is mostly padding."""
@@ -105,6 +114,17 @@ def dtype_obstacle(name: str, dtype: torch.dtype) -> Reason | None:
     if dtype in _DTYPES:
         return None
     return Reason(Cause.DTYPE, f"dtype: {name} is {str(dtype).removeprefix('torch.')}")
+
+
+def adapter_obstacle(linear: str | None) -> Reason | None:
+    """Return why a weight is not packed that belongs to an adapter, or None.
+
+    An adapter is small. Libraries write to it, switch it and train it while the model runs.
+
+    Args:
+        linear: path of the linear that it adapts; None if it adapts nothing.
+    """
+    return Reason(Cause.ADAPTER, f"adapter: it runs beside {linear or 'its linear'}") if linear is not None else None
 
 
 def tensor_obstacle(weight: object) -> Reason | None:

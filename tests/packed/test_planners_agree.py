@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Block, flux, pixart, sd3, wan
+from models import Block, Stack, flux, pixart, sd3, wan
+from peft import LoraConfig, inject_adapter_in_model
 from tahf4_compiler.passes import DEFAULT
 from torch import nn
 
@@ -98,6 +99,58 @@ def test_random_networks(dim, hidden, embedders, depths, attributes, least, kept
     options = {"plan.min_features": least, "keep": ["last"] if kept else []}
     graph, modules = plans(model, (torch.randn(2, dim), torch.randn(2, 48)), **options)
     assert graph == modules
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_adapters_of_peft(rank):
+    model, inputs = wan()
+    before = plans(model, (), inputs)[1]
+    targets = ["to_q", "to_v", "ffn.net.2", "proj_out", "linear_1", "time_proj"]
+    for name in ("first", "second"):
+        model.add_adapter(LoraConfig(r=rank, target_modules=targets, init_lora_weights=False), name)
+    graph, modules = plans(model, (), inputs)
+    adapters = {path for path in modules if ".lora_" in path}
+    assert graph.items() <= modules.items() and len(adapters) == 4 * (2 * 5 + 4)
+    assert {modules[path] for path in adapters} == {("high_precision", Cause.ADAPTER)}
+    rest = {path.removesuffix(".base_layer"): d for path, d in modules.items() if path not in adapters}
+    assert rest == before, "an adapter changes nothing about the linears of the model"
+
+
+def test_adapters_around_a_linear_that_stands_alone_in_a_container():
+    """With two adapters there are five linears where one was, enough for a block."""
+    model = Stack(2)
+    model.last = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    config = LoraConfig(r=64, target_modules=["last.1", "up"], init_lora_weights=False)
+    for name in ("first", "second"):
+        inject_adapter_in_model(config, model, name)
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph.items() <= modules.items()
+    assert {path for path, (decision, _) in modules.items() if decision == "hif4"} == {
+        f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("up.base_layer", "down")
+    }
+
+
+class Adapted(nn.Linear):
+    """A linear that holds its adapter, as the older diffusers have it."""
+
+    def __init__(self, k, n):
+        super().__init__(k, n)
+        self.lora_layer = nn.Sequential(nn.Linear(k, 64, bias=False), nn.Linear(64, n, bias=False))
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_layer(x)
+
+
+def test_adapters_inside_of_linears():
+    model = Stack(2)
+    for block in model.blocks:
+        block.up = Adapted(64, 128)
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    inside = {path for path in graph if "lora" in path}
+    assert len(inside) == 4 and {graph[path] for path in inside} == {("high_precision", Cause.ADAPTER)}
+    assert {p: d for p, d in graph.items() if not p.endswith("up")} == {
+        p: d for p, d in modules.items() if not p.endswith("up")
+    }
 
 
 @pytest.mark.parametrize("network", [wan, flux, sd3, pixart])
