@@ -17,7 +17,7 @@ from ..graph.nodes import LINEAR, module_classes, node_arg, weight_input
 from ..model.blocks import MIN_LINEARS, MIN_LINEARS_ALONE, Member, repeated_blocks
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
-from ..pipeline.rules import role_of
+from ..pipeline.rules import Role, role_of
 
 PACKED_LINEAR = torch.ops.tahf4.linear.default
 
@@ -44,6 +44,7 @@ class Classify(Pass):
         blocks = self.repeated_blocks(graph, adapters)
         partial = _partial_containers(graph, context)
         alone = not blocks and not context.surroundings.blocks
+        bodies: dict[fx.Node, Role] = {}
         for node in all_linears(graph):
             context.matched(node)
             block = next(((path, blocks[path]) for path in module_classes(node) if path in blocks), None)
@@ -51,6 +52,11 @@ class Classify(Pass):
                 known = context.surroundings.block_of(path)
                 block = known if known is not None and known[0].rpartition(".")[0] in partial else None
             node.meta[ROLE] = role_of(block, alone, "graph")
+            if node.meta[ROLE].body:
+                bodies.setdefault(_source(node), node.meta[ROLE])
+        for node in all_linears(graph):  # one weight has one place, also where it is called outside of its block
+            if not node.meta[ROLE].body:
+                node.meta[ROLE] = bodies.get(_source(node), node.meta[ROLE])
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         return PassResult(graph_module, modified=False)
@@ -130,6 +136,13 @@ class _Module:
     cls: str
     nodes: list[fx.Node] = field(default_factory=list)
     linears: list[fx.Node] = field(default_factory=list)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """Return the input that holds a linear's weight, or what computes it."""
+    weight = weight_of(node)
+    assert weight is not None
+    return weight_input(weight) or weight
 
 
 def _is_adapter(node: fx.Node, context: Context) -> bool:

@@ -56,8 +56,8 @@ class Surroundings:
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights."""
         self.watch(module)
-        for path, weight in (*linear_weights(module), *packed_weights(module)):
-            self._paths[weight] = path
+        for path, weight in reversed([*linear_weights(module), *packed_weights(module)]):
+            self._paths[weight] = path  # of several names the first
 
     def watch(self, module: nn.Module) -> None:
         """Read what is attached to a module, now and whenever a parameter is new."""

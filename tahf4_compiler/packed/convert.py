@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import experts
+from ..model.linears import linear_weights
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
@@ -39,6 +41,7 @@ class PackingObserver(Protocol):
 
 
 observers: list[PackingObserver] = []
+log = logging.getLogger(__name__)
 
 
 def quantize_(
@@ -54,7 +57,7 @@ def quantize_(
     All linears are converted before the first is replaced, so that an error or an interrupt leaves the model as it was.
     Until then memory holds the packed weights beside the model. Linears that are packed already stay as they are. The
     others carry their reason, so that compiling the model leaves them, too. Weights with NaN or infinities are packed
-    as NaN, with a warning.
+    as NaN, with a warning. A model in which nothing is packed is told of in a warning, too.
 
     Args:
         model: a module, or a pipeline whose denoisers are packed. It is changed in place.
@@ -103,8 +106,20 @@ def quantize_(
     decisions: list[Decision] = []
     for name, module, plan, _ in work:
         leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
+        if not any(d.decision == "hif4" for d in plan):
+            log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, _why_nothing(module, plan))
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
+
+
+def _why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
+    if plan:
+        reasons = Counter(str(d.reason) for d in plan).most_common(3)
+        return "; ".join(f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons)
+    modules = dict(model.named_modules())
+    others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
+    found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
+    return f"it holds no nn.Linear ({found}), and no other module is packed"
 
 
 def pack_modules(model: nn.Module, transforms: Mapping[str, Transform]) -> list[str]:

@@ -15,7 +15,7 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import adapters, matching, named_linears, require_matches
+from ..model.linears import adapters, linear_weights, matching, named_linears, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision
@@ -74,6 +74,8 @@ def plan_modules(
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     blocks, beside = module_blocks(model), adapters(model)
+    named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
+    shared = {id(weight): block for weight, block in named if block is not None}  # one weight may have several names
     return [
         _decide(
             path,
@@ -81,7 +83,7 @@ def plan_modules(
             checked,
             adapter_obstacle(beside.get(path)) or _obstacle(path, module, model),
             attachment_of(path, module, given),
-            role_of(block_of(path, blocks), not blocks),
+            role_of(block_of(path, blocks) or shared.get(id(module._parameters.get("weight"))), not blocks),
             min_features,
         )
         for path, module in linears.items()

@@ -211,3 +211,38 @@ def test_a_recipe_is_packed_after_a_run_that_was_stopped(monkeypatch):
         tahf4.quantize_(one, recipe)
     x = torch.randn(4, 128)
     assert torch.equal(model(x), other(x))
+
+
+class Conv1D(nn.Module):
+    """What GPT-2 of transformers has in the place of a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.zeros(64))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def test_a_conversion_that_packs_nothing_says_so_and_why(caplog):
+    stored = Stack()
+    for linear in stored.modules():
+        if isinstance(linear, nn.Linear):
+            linear.to(torch.float8_e4m3fn)  # as layerwise casting of diffusers does
+    others = nn.Sequential(nn.Embedding(64, 64), Conv1D(), Conv1D())
+    small = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    for model, words in (
+        (stored, "Stack: nothing runs in 4 bits: 8 of 8 linears: dtype: weight is float8_e4m3fn"),
+        (others, "no nn.Linear (1 Embedding, 2 Conv1D)"),
+        (small, "2 of 2 linears: shape: 16 -> 16 features"),
+        (nn.ReLU(), "no nn.Linear (no other module"),
+    ):
+        caplog.clear()
+        tahf4.quantize_(model)
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert words in message
+    caplog.clear()
+    model = Stack()
+    for _ in range(2):
+        tahf4.quantize_(model)
+    assert not caplog.records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Block, Stack, flux, pixart, sd3, wan
@@ -153,7 +154,62 @@ def test_adapters_inside_of_linears():
     }
 
 
-@pytest.mark.parametrize("network", [wan, flux, sd3, pixart])
+def dit():
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=16,
+    ).eval()  # fmt: skip
+    labels = torch.tensor([3])
+    return model, {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([10]), "class_labels": labels}
+
+
+def test_a_linear_of_a_block_that_is_called_outside_of_it_too():
+    model, inputs = dit()
+    with torch.no_grad():
+        plan = tahf4.lower(tahf4.capture(model, (), inputs), options={"inductor": False}).plan
+    rows = {d.module: d for d in plan}
+    assert len(rows) == len(plan), "one decision for each weight"
+    shared = rows["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"]
+    assert shared.decision == "hif4" and shared.flops == 2 * (2 * 1 * 256 * 128), "both calls"
+
+
+class Reader(Block):
+    """A block that reads a linear of others."""
+
+    def __init__(self, shared):
+        super().__init__(64, 128)
+        self.shared = shared
+
+    def forward(self, x):
+        return super().forward(self.shared(x))
+
+
+class Sharing(nn.Module):
+    """Blocks that read one linear under a name of each, besides the one that the network has for it."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.shared = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(Reader(nn.Linear(64, 64) if tied else self.shared) for _ in range(3))
+        for block in self.blocks:
+            block.shared.weight = self.shared.weight
+
+    def forward(self, x):
+        x = self.shared(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_weight_of_several_names(tied):
+    model = Sharing(tied)
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph.items() <= modules.items() and graph["shared"] == ("hif4", Cause.BODY)
+    assert all(modules[path] == modules["shared"] for path in modules if path.endswith("shared"))
+
+
+@pytest.mark.parametrize("network", [wan, flux, sd3, pixart, dit])
 def test_transformers_of_diffusers(network):
     model, inputs = network()
     graph, modules = plans(model, (), inputs)
