@@ -19,6 +19,8 @@ class Cause(str, Enum):
     """The user keeps it in high precision."""
     RECIPE = "recipe"
     """A recipe puts it in 4 bits."""
+    NO_STATISTICS = "no statistics"
+    """It stands in a repeated block, and the model's recipe does not know it."""
     SENSITIVITY = "sensitivity"
     """A recipe protects it, by its measured effect."""
     STEP = "step"

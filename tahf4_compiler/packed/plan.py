@@ -76,6 +76,7 @@ def plan_modules(
     blocks, beside = module_blocks(model), adapters(model)
     named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
     shared = {id(weight): block for weight, block in named if block is not None}  # one weight may have several names
+    has_recipe = given is not None or any(attached_recipe(weight) is not None for _, weight in linear_weights(model))
     return [
         _decide(
             path,
@@ -85,6 +86,7 @@ def plan_modules(
             attachment_of(path, module, given),
             role_of(block_of(path, blocks) or shared.get(id(module._parameters.get("weight"))), not blocks),
             min_features,
+            has_recipe,
         )
         for path, module in linears.items()
     ]
@@ -109,6 +111,7 @@ def _decide(
     attachment: Attachment | None,
     role: Role,
     min_features: int,
+    has_recipe: bool,
 ) -> Decision:
     n, k = module.out_features, module.in_features
     after = n * hif4.units(k) * hif4.BYTES_PER_UNIT
@@ -120,7 +123,7 @@ def _decide(
             )
         size = module.weight_dtype.itemsize
         return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
-    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role), keep, min_features)
+    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
     # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
     held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
     before = n * k * next((tensor.element_size() for tensor in held if tensor is not None), 0)

@@ -69,6 +69,7 @@ class Facts:
         attachment: what was attached to its weight, or None.
         role: where it stands, or None if nobody looked.
         beside_packed: whether the model holds other linears in 4 bits, and this one not.
+        has_recipe: whether there is a recipe, which may not know this one.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Facts:
     attachment: Attachment | None
     role: Role | None
     beside_packed: bool = False
+    has_recipe: bool = False
 
 
 def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) -> tuple[bool, str]:
@@ -106,6 +108,8 @@ def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) 
         return True, said.reason
     if min(facts.n, facts.k) < min_features:
         return False, Reason(Cause.SMALL, f"shape: {facts.k} -> {facts.n} features, less than {min_features}")
+    if facts.has_recipe:
+        return True, Reason(Cause.NO_STATISTICS, "no statistics: in a repeated block, and the recipe does not know it")
     return True, facts.role.reason if facts.role is not None else Reason(Cause.OTHER, "not classified")
 
 
