@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Block, Stack, flux, pixart, sd3, wan
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tahf4_compiler.passes import DEFAULT
 from torch import nn
 
@@ -124,6 +125,10 @@ def test_adapters_around_a_linear_that_stands_alone_in_a_container():
     config = LoraConfig(r=64, target_modules=["last.1", "up"], init_lora_weights=False)
     for name in ("first", "second"):
         inject_adapter_in_model(config, model, name)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(["first", "second"])  # both run
+    model.requires_grad_(False)
     graph, modules = plans(model, (torch.randn(4, 64),))
     assert graph.items() <= modules.items()
     assert {path for path, (decision, _) in modules.items() if decision == "hif4"} == {
