@@ -215,7 +215,7 @@ def _announce(lowered: LoweredGraph) -> None:
         totals.linears,
         ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
     )
-    wanted = bool(lowered.plan) and all(d.cause in (Cause.BOUNDARY, Cause.STEP) for d in lowered.plan)
+    wanted = bool(lowered.plan) and all(d.cause in (Cause.BOUNDARY, Cause.STEP, Cause.ADAPTER) for d in lowered.plan)
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
     if totals.linears and not totals.quantized and not wanted:

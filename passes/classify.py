@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -17,7 +17,7 @@ from ..graph.nodes import LINEAR, module_classes, node_arg, weight_input
 from ..model.blocks import MIN_LINEARS, MIN_LINEARS_ALONE, Member, repeated_blocks
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
-from ..pipeline.rules import role_of
+from ..pipeline.rules import Role, role_of
 
 PACKED_LINEAR = torch.ops.tahf4.linear.default
 
@@ -40,9 +40,11 @@ class Classify(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""
         graph = graph_module.graph
-        blocks = self.repeated_blocks(graph)
+        adapters = {node for node in all_linears(graph) if _is_adapter(node, context)}
+        blocks = self.repeated_blocks(graph, adapters)
         partial = _partial_containers(graph, context)
         alone = not blocks and not context.surroundings.blocks
+        bodies: dict[fx.Node, Role] = {}
         for node in all_linears(graph):
             context.matched(node)
             block = next(((path, blocks[path]) for path in module_classes(node) if path in blocks), None)
@@ -50,13 +52,23 @@ class Classify(Pass):
                 known = context.surroundings.block_of(path)
                 block = known if known is not None and known[0].rpartition(".")[0] in partial else None
             node.meta[ROLE] = role_of(block, alone, "graph")
+            if node.meta[ROLE].body:
+                bodies.setdefault(_source(node), node.meta[ROLE])
+        for node in all_linears(graph):  # one weight has one place, also where it is called outside of its block
+            if not node.meta[ROLE].body:
+                node.meta[ROLE] = bodies.get(_source(node), node.meta[ROLE])
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         return PassResult(graph_module, modified=False)
 
-    def repeated_blocks(self, graph: fx.Graph) -> dict[str, str]:
-        """Return ``module path -> class name`` of the outermost repeated blocks of a graph."""
-        modules, flow = _modules(graph), _dataflow(graph)
+    def repeated_blocks(self, graph: fx.Graph, adapters: Container[fx.Node] = ()) -> dict[str, str]:
+        """Return ``module path -> class name`` of the outermost repeated blocks of a graph.
+
+        Args:
+            graph: any.
+            adapters: linears that do not count.
+        """
+        modules, flow = _modules(graph, adapters), _dataflow(graph)
         members = {
             path: Member(
                 module.cls,
@@ -75,7 +87,7 @@ class Classify(Pass):
         def follows(first: str, second: str) -> bool:
             return any(node in reached(first) for node in modules[second].linears)
 
-        total = sum(map(_weight_size, all_linears(graph)))
+        total = sum(_weight_size(node) for node in all_linears(graph) if node not in adapters)
         return repeated_blocks(
             members, follows, total, min_linears=self.min_linears, min_linears_alone=self.min_linears_alone
         )
@@ -126,13 +138,26 @@ class _Module:
     linears: list[fx.Node] = field(default_factory=list)
 
 
-def _modules(graph: fx.Graph) -> dict[str, _Module]:
+def _source(node: fx.Node) -> fx.Node:
+    """Return the input that holds a linear's weight, or what computes it."""
+    weight = weight_of(node)
+    assert weight is not None
+    return weight_input(weight) or weight
+
+
+def _is_adapter(node: fx.Node, context: Context) -> bool:
+    weight = weight_of(node)
+    source = weight_input(weight) if weight is not None else None
+    return source is not None and context.surroundings.adapts(context.inputs[source.meta[INPUT].index]) is not None
+
+
+def _modules(graph: fx.Graph, adapters: Container[fx.Node]) -> dict[str, _Module]:
     modules: dict[str, _Module] = {}
     for node in graph.nodes:
         for path, cls in module_classes(node).items():
             module = modules.setdefault(path, _Module(cls))
             module.nodes.append(node)
-            if weight_of(node) is not None:
+            if weight_of(node) is not None and node not in adapters:
                 module.linears.append(node)
     return modules
 

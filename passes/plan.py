@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
 from ..graph.inputs import DECISION, INPUT, ROLE, GraphInput
 from ..graph.nodes import is_written, module_classes, node_arg, size_hint, weight_input
-from ..model.attachments import attached
+from ..model.attachments import attached, attached_recipe
 from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, decide, dtype_obstacle
+from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
 from ..weights.held import packed_products
 from .classify import all_linears
 
@@ -46,9 +45,10 @@ class Plan(Pass):
         context.plan.clear()
         by_weight: dict[fx.Node, Decision] = {}
         held = set(packed_products(graph_module.graph))
+        has_recipe = any(attached_recipe(value) is not None for value in context.inputs)
         for node in all_linears(graph_module.graph):
             context.matched(node)
-            decision = _held(node, context) if node in held else self.decide(node, context, bool(held))
+            decision = _held(node, context) if node in held else self.decide(node, context, bool(held), has_recipe)
             weight = node_arg(node, 2) if node in held else weight_input(node_arg(node, 1))
             first = by_weight.get(weight) if weight is not None else None
             if first is not None and first.decision == decision.decision:
@@ -65,8 +65,10 @@ class Plan(Pass):
             require_matches(context.options.keep, paths, "the compiled module" if known else "this graph")
         return PassResult(graph_module, modified=False)
 
-    def decide(self, node: fx.Node, context: Context, beside_packed: bool = False) -> Decision:
-        """Return the decision for one ``aten.linear`` node; ``beside_packed`` says that its model is packed."""
+    def decide(
+        self, node: fx.Node, context: Context, beside_packed: bool = False, has_recipe: bool = False
+    ) -> Decision:
+        """Return the decision for one ``aten.linear`` node; the flags are those of ``Facts``."""
         weight = node_arg(node, 1)
         value = weight.meta["val"]
         n, k = (value.shape[0], value.shape[1]) if value.dim() == 2 else (1, value.shape[-1])
@@ -74,8 +76,9 @@ class Plan(Pass):
         source = weight_input(weight)
         module = context.module_of(source) if source is not None else _module_name(node)
         example = _example(source, context) if source is not None else None
+        obstacle = adapter_obstacle(context.surroundings.adapts(example)) or _obstacle(node, source, example)
         facts = Facts(
-            module, k, n, _obstacle(node, source, example), attached(example), node.meta.get(ROLE), beside_packed
+            module, k, n, obstacle, attached(example), node.meta.get(ROLE), beside_packed, has_recipe
         )
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
@@ -105,8 +108,8 @@ def _obstacle(node: fx.Node, source: fx.Node | None, example: Any) -> Reason | N
         return Reason(Cause.WEIGHT, f"weight: computed in the graph ({weight.target}), not a parameter")
     if is_written(source):
         return Reason(Cause.WEIGHT, "weight: the graph writes to it")
-    if is_traceable_wrapper_subclass(example):
-        return Reason(Cause.WEIGHT, f"weight: a {type(example).__name__}, not a plain tensor")
+    if (reason := tensor_obstacle(example)) is not None:
+        return reason
     value = source.meta["val"]
     if value.dim() != 2:
         return Reason(Cause.SHAPE, f"shape: the weight has {value.dim()} axes, not 2")

@@ -78,7 +78,7 @@ class Calibration(Seen):
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for expert, module in self.models.items():
             for path, weight in running_weights(module):
-                self._paths[weight] = (expert, path)
+                self._paths.setdefault(weight, (expert, path))  # of several names the first
         self._listeners: list[Listener] = []
         self._heard = 0  # calls inside of run()
         self._running = False

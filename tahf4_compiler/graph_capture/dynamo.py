@@ -81,7 +81,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     traced.recompile()
     modules = _root_modules(roots)
     root = modules[0] if len(roots) == len(modules) == 1 else None
-    surroundings = Surroundings.find(root)
+    surroundings = Surroundings.find(modules)
     for module in modules:
         surroundings.watch(module)
     name = type(root).__name__ if root is not None else "function"

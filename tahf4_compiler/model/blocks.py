@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .linears import linear_weights, packed_weights, plain_path
+from .linears import adapters, linear_weights, named_linears, packed_weights, plain_path
 from .parts import class_name
 
 __all__ = ["MIN_LINEARS", "MIN_LINEARS_ALONE", "Member", "block_of", "module_blocks", "repeated_blocks"]
@@ -101,6 +101,12 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             shapes[path] = weight.shape[0], weight.shape[1]
     for path, codes in packed_weights(model):
         shapes[path] = codes.shape[0], getattr(modules.get(path), "in_features", 2 * codes.shape[1])
+    for path, linear in named_linears(model):  # also those whose weight is no parameter of their own
+        shapes.setdefault(path, (linear.out_features, linear.in_features))
+    for path in adapters(model):
+        shapes.pop(path, None)
+    order = {path: i for i, path in enumerate(modules)}
+    shapes = dict(sorted(shapes.items(), key=lambda e: order.get(e[0], order.get(e[0].rpartition(".")[0], 0))))
     inside: dict[str, list[str]] = defaultdict(list)
     for path in shapes:
         parts = path.split(".")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from ..errors import PatternError
 
-__all__ = ["linear_weights", "named_linears", "packed_weights", "plain_path"]
+__all__ = ["adapters", "inner_linear", "linear_weights", "named_linears", "packed_weights", "place_of", "plain_path"]
 
 
 def plain_path(path: str) -> str:
@@ -37,6 +38,42 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith("weight_codes"):
             yield name.replace("_orig_mod.", "").removesuffix(".weight_codes"), parameter
+
+
+_WRAPPED = ("base_layer", "original_module")  # what peft calls the module that it puts an adapter around
+
+
+def adapters(model: nn.Module) -> dict[str, str]:
+    """Return the paths of modules that stand beside a linear and are trained apart from it, with the linear's path.
+
+    These are what a wrapper of peft holds beside the module that it wraps (the matrices of a LoRA), and what an
+    ``nn.Linear`` holds inside of itself (those of the older diffusers; parametrizations).
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        wraps = hasattr(module, "adapter_layer_names")
+        inner = next((name for name in _WRAPPED if wraps and name in module._modules), None)
+        if inner is None and not isinstance(module, nn.Linear):
+            continue
+        linear, prefix = plain_path(".".join(filter(None, (path, inner)))), f"{path}." if path else ""
+        for name, child in module.named_children():
+            if name != inner:
+                found |= {plain_path(p): linear for p, _ in child.named_modules(prefix=f"{prefix}{name}")}
+    return found
+
+
+def inner_linear(module: Any) -> Any:
+    """Return what an adapter of peft was put around, at any depth; a module without one is its own."""
+    while isinstance(module, nn.Module) and isinstance(inner := module._modules.get("base_layer"), nn.Module):
+        module = inner
+    return module
+
+
+def place_of(path: str) -> str:
+    """Return the path that a linear has without an adapter of peft around it."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
 
 
 def matching(patterns: Sequence[str], path: str) -> str | None:

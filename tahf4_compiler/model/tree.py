@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..torch_private import caller_that_holds
 from .attachments import refresh
 from .blocks import block_of, module_blocks
-from .linears import linear_weights, packed_weights
+from .linears import adapters, linear_weights, packed_weights
 
 __all__ = ["Surroundings"]
 
@@ -33,6 +33,7 @@ class Surroundings:
     def __init__(self, module: nn.Module | None) -> None:
         """Read a module, or nothing."""
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._beside: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._roots: list[weakref.ref[nn.Module]] = []
         self.linear_paths: list[str] = []
         self.blocks: dict[str, str] = {}
@@ -42,28 +43,38 @@ class Surroundings:
             self.blocks = module_blocks(module)
 
     @classmethod
-    def find(cls, root: nn.Module | None) -> Surroundings:
+    def find(cls, roots: Sequence[nn.Module]) -> Surroundings:
         """Return the surroundings of a graph that Dynamo is compiling.
 
         Args:
-            root: the module whose frame is compiled.
+            roots: the module whose frame is compiled, or those that a function calls.
         """
-        return cls(caller_that_holds(root) or root)
+        callers = {caller_that_holds(root) for root in roots}
+        caller = callers.pop() if len(callers) == 1 else None
+        return cls(caller or (roots[0] if len(roots) == 1 else None))
 
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights."""
         self.watch(module)
-        for path, weight in (*linear_weights(module), *packed_weights(module)):
-            self._paths[weight] = path
+        for path, weight in reversed([*linear_weights(module), *packed_weights(module)]):
+            self._paths[weight] = path  # of several names the first
 
     def watch(self, module: nn.Module) -> None:
         """Read what is attached to a module, now and whenever a parameter is new."""
         self._roots.append(weakref.ref(module))
         refresh(module)
+        if found := adapters(module):
+            for path, weight in linear_weights(module):
+                if path in found:
+                    self._beside[weight] = found[path]
 
     def path(self, weight: object) -> str | None:
         """Return the module path of a weight, or None if it belongs to another module."""
         return self._paths.get(weight) if isinstance(weight, torch.Tensor) else None
+
+    def adapts(self, weight: object) -> str | None:
+        """Return the path of the linear that a weight of an adapter stands beside; None for any other weight."""
+        return self._beside.get(weight) if isinstance(weight, torch.Tensor) else None
 
     def block_of(self, path: str) -> tuple[str, str] | None:
         """Return ``(block path, class name)`` of the repeated block around a module path, if there is one."""

@@ -10,17 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import matching, named_linears, require_matches
+from ..model.linears import adapters, linear_weights, matching, named_linears, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, Role, decide, dtype_obstacle, role_of
+from ..pipeline.rules import (
+    MIN_FEATURES,
+    Facts,
+    Role,
+    adapter_obstacle,
+    decide,
+    dtype_obstacle,
+    role_of,
+    tensor_obstacle,
+)
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
@@ -65,7 +73,10 @@ def plan_modules(
     given = (
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
-    blocks = module_blocks(model)
+    blocks, beside = module_blocks(model), adapters(model)
+    named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
+    shared = {id(weight): block for weight, block in named if block is not None}  # one weight may have several names
+    has_recipe = given is not None or any(attached_recipe(weight) is not None for _, weight in linear_weights(model))
     others = {
         id(weight): f"{type(owner).__name__} {name}"
         for name, owner in model.named_modules()
@@ -77,12 +88,12 @@ def plan_modules(
         _decide(
             path,
             module,
-            model,
             checked,
+            adapter_obstacle(beside.get(path)) or _obstacle(path, module, model, others),
             attachment_of(path, module, given),
-            role_of(block_of(path, blocks), not blocks),
+            role_of(block_of(path, blocks) or shared.get(id(module._parameters.get("weight"))), not blocks),
             min_features,
-            others,
+            has_recipe,
         )
         for path, module in linears.items()
     ]
@@ -92,21 +103,22 @@ def attachment_of(path: str, module: nn.Linear, given: Mapping[str, Attachment] 
     """Return what was kept, else what the recipe says."""
     if isinstance(module, HiF4Linear):
         return None
-    kept = attached_keep(module.weight)
+    weight = module._parameters.get("weight")
+    kept = attached_keep(weight)
     if kept is not None:
         return kept
-    return given.get(path) if given is not None else attached_recipe(module.weight)
+    return given.get(path) if given is not None else attached_recipe(weight)
 
 
 def _decide(
     path: str,
     module: nn.Linear,
-    model: nn.Module,
     keep: Sequence[str],
+    obstacle: Reason | None,
     attachment: Attachment | None,
     role: Role,
     min_features: int,
-    others: Mapping[int, str],
+    has_recipe: bool,
 ) -> Decision:
     n, k = module.out_features, module.in_features
     after = n * hif4.units(k) * hif4.BYTES_PER_UNIT
@@ -118,9 +130,10 @@ def _decide(
             )
         size = module.weight_dtype.itemsize
         return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
-    obstacle = _obstacle(path, module, model, others)
-    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role), keep, min_features)
-    before = n * k * module.weight.element_size()
+    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
+    # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
+    held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
+    before = n * k * next((tensor.element_size() for tensor in held if tensor is not None), 0)
     return Decision(
         module=path,
         k=k,
@@ -135,15 +148,25 @@ def _decide(
 
 def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[int, str]) -> Reason | None:
     """Return why a linear cannot be packed, or None; ``others`` names the readers of weights that are no linears."""
-    weight = module.weight
+    weight = module._parameters.get("weight")
+    if weight is None:
+        text = "weight: no parameter of the linear; a parametrization, a hook or a property computes it"
+        return Reason(Cause.WEIGHT, text)
     if (reader := others.get(id(weight))) is not None:
         return Reason(Cause.WEIGHT, f"weight: {reader} reads it too, and needs it as it is")
-    if is_traceable_wrapper_subclass(weight):
-        return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
+    if (reason := tensor_obstacle(weight)) is not None:
+        return reason
     if type(module) is not nn.Linear:
         text = f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
         return Reason(Cause.CLASS, text)
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, _READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
+    if any(getattr(parent, "use_dora", {}).values()):
+        return Reason(Cause.CLASS, "class: DoRA reads the weight itself")
+    if others := sorted(set(module._parameters) - {"weight", "bias"}):
+        text = f"class: a Linear with parameters that nn.Linear does not have ({', '.join(others)})"
+        return Reason(Cause.CLASS, text)
+    if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
+        return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")
     return dtype_obstacle("weight", weight.dtype)

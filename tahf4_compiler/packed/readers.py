@@ -9,7 +9,7 @@ from torch import nn
 
 from ..format.transforms import hadamard_block, seed_of
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import named_linears
+from ..model.linears import inner_linear, named_linears, place_of
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
@@ -60,7 +60,7 @@ def plan_transforms(
     order = {path: (_position(path, blocks), _rank(path), i) for i, path in enumerate(linears)}
     found = {}
     for paths in groups.values():
-        first = min(paths, key=order.__getitem__)
+        first = place_of(min(paths, key=order.__getitem__))
         for path in paths:
             attachment = said[path]
             if attachment is None:
@@ -86,7 +86,7 @@ def _position(path: str, blocks: Mapping[str, str]) -> int:
 
 def _rank(path: str) -> int:
     """Return where a linear stands among its siblings in the order of execution."""
-    leaf = path.rpartition(".")[2]
+    leaf = place_of(path).rpartition(".")[2]
     return next((names.index(leaf) for names in (*_SELF, _ADDED, *_GATED) if leaf in names), 0)
 
 
@@ -96,15 +96,17 @@ def _activation(path: str, model: nn.Module) -> tuple[str, str]:
     A key too wide or too narrow does no harm: linears of one key have the same random signs, and nothing more. A graph
     may find more, such as text that all blocks read unchanged.
     """
-    parent, _, leaf = path.rpartition(".")
+    parent, _, leaf = place_of(path).rpartition(".")
     module = model.get_submodule(parent)
     for triple in _SELF:
-        if leaf not in triple or not all(isinstance(getattr(module, name, None), nn.Linear) for name in triple):
+        siblings = [inner_linear(getattr(module, name, None)) for name in triple]
+        if leaf not in triple or not all(isinstance(sibling, nn.Linear) for sibling in siblings):
             continue
-        query, key = getattr(module, triple[0]), getattr(module, triple[1])
+        query, key = siblings[:2]
         crossed = bool(getattr(module, "is_cross_attention", False)) or query.in_features != key.in_features
         if not crossed:
-            beside = getattr(model.get_submodule(parent.rpartition(".")[0]), "proj_mlp", None) if parent else None
+            outside = model.get_submodule(parent.rpartition(".")[0]) if parent else None
+            beside = inner_linear(getattr(outside, "proj_mlp", None))
             joined = isinstance(beside, nn.Linear) and beside.in_features == query.in_features
             return (parent.rpartition(".")[0], "proj_mlp") if joined else (parent, "self")
         return (path, "") if leaf == triple[0] else (parent, "context")

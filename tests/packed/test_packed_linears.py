@@ -415,7 +415,7 @@ def test_a_pipeline_packs_its_experts():
     assert len(tahf4.dequantize_(pipe)) == 12
 
 
-def test_packing_needs_no_more_memory_than_the_model_and_one_layer():
+def test_packing_needs_no_more_memory_than_the_model_and_its_packed_weights():
     script = """
         import gc, torch, tahf4_compiler as tahf4
         from torch import nn
@@ -435,5 +435,5 @@ def test_packing_needs_no_more_memory_than_the_model_and_one_layer():
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     above, freed = map(float, result.stdout.split())
-    assert above < 110, f"{above} MB above the model: one layer has 36 MB, its conversion some more"
+    assert above < 75, f"{above} MB above the model: the packed weights have 40 MB, converting a layer takes some more"
     assert freed > 220, f"{freed} MB of 288 freed"
