@@ -23,6 +23,7 @@ from ..model.attachments import attached, attached_recipe, changes, owner_of
 from ..model.linears import matching
 from ..model.reasons import Cause
 from ..model.steps import StepPrecision
+from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
 from ..weights.held import multiplier_groups, ties
@@ -106,7 +107,7 @@ class CompiledGraph:
             first.binding(captured.example_inputs, store, options.weight_check)  # convert now, not in the first step
         # The example's tensors must not live as long as the compiled code.
         self._captured = replace(captured, example_inputs=())
-        _announce(first)
+        _announce(first, captured.surroundings)
 
     def __call__(self, *args: Any) -> Any:
         """Run the lowering that fits the parameters among ``args``."""
@@ -167,7 +168,7 @@ class CompiledGraph:
             lowered = lower_graph(replace(self._captured, example_inputs=args), self._options)
             bound = lowered.binding(args, store, self._options.weight_check)
             self._variants[key] = (lowered, _finish(lowered, self._options, bound))
-            _announce(lowered)
+            _announce(lowered, self._captured.surroundings)
 
 
 @dataclass
@@ -206,7 +207,7 @@ def _finish(lowered: LoweredGraph, options: Options, example: Sequence[Any] | No
     return run
 
 
-def _announce(lowered: LoweredGraph) -> None:
+def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
     totals = Totals.of(lowered.plan)
     log.info(
         "%s: %d of %d linears in HiF4; %s",
@@ -215,7 +216,10 @@ def _announce(lowered: LoweredGraph) -> None:
         totals.linears,
         ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
     )
-    wanted = bool(lowered.plan) and all(d.cause in (Cause.BOUNDARY, Cause.STEP) for d in lowered.plan)
+    wanted = all(
+        d.cause is Cause.STEP or (d.cause is Cause.BOUNDARY and surroundings.block_of(d.module) is None)
+        for d in lowered.plan
+    )
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
     if totals.linears and not totals.quantized and not wanted:

@@ -79,12 +79,12 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     _name_modules(traced, roots)
     inputs += _lift_attributes(traced, context.fake_mode)
     traced.recompile()
-    modules = _root_modules(roots)
-    root = modules[0] if len(roots) == len(modules) == 1 else None
-    surroundings = Surroundings.find(root)
+    values = _root_values(roots)
+    surroundings = Surroundings.find(values)
+    modules = [value for value in values if isinstance(value, nn.Module)]
     for module in modules:
         surroundings.watch(module)
-    name = type(root).__name__ if root is not None else "function"
+    name = type(modules[0]).__name__ if len(roots) == len(modules) == 1 else "function"
     return Capture(traced, inputs, context.fake_mode, surroundings, name)
 
 
@@ -155,15 +155,15 @@ def _rename(node: fx.Node, name: str) -> None:
     node.target = node.name
 
 
-def _root_modules(roots: set[str]) -> list[nn.Module]:
-    """Return the modules that Dynamo is compiling: one, or several that a function calls."""
+def _root_values(roots: set[str]) -> list[Any]:
+    """Return what the graph's parameters were reached from: modules, one or several, and parameters by themselves."""
     found = []
     for expression in roots:
         try:
             found.append(_value(ast.parse(expression, mode="eval").body, dynamo_scope()))
         except (SyntaxError, LookupError, AttributeError, TypeError):  # the graph's own names serve then
             continue
-    return [module for module in found if isinstance(module, nn.Module)]
+    return found
 
 
 def _value(node: ast.expr, scope: Mapping[str, Any]) -> Any:

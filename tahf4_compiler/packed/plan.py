@@ -16,7 +16,7 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import matching, named_linears, require_matches
+from ..model.linears import matching, named_linears, plain_path, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision
@@ -66,6 +66,8 @@ def plan_modules(
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     blocks = module_blocks(model)
+    names = model.named_modules(remove_duplicate=False)  # a module with several is in a block by any of them
+    around = {module: block for name, module in names if (block := block_of(plain_path(name), blocks)) is not None}
     return [
         _decide(
             path,
@@ -73,7 +75,7 @@ def plan_modules(
             model,
             checked,
             attachment_of(path, module, given),
-            role_of(block_of(path, blocks), not blocks),
+            role_of(around.get(module), not blocks),
             min_features,
         )
         for path, module in linears.items()
