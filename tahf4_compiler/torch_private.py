@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
+    "AUTOCAST",
+    "Interpreter",
     "caller_that_holds",
     "compiled_whole",
     "dynamo_scope",
@@ -23,6 +25,28 @@ __all__ = [
     "replaced_linear",
     "without_compiled_calls",
 ]
+
+
+AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+"""What stands in a graph where autocast begins and ends; the end takes the node of the begin."""
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph, also while it is traced, with autocast on where the graph switches it on.
+
+    PyTorch's own functions only write themselves into the trace. The types of what follows would be those without
+    autocast.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call."""
+        if target is AUTOCAST[0]:
+            mode = torch.autocast(*args, **kwargs)
+            mode.__enter__()
+            return mode
+        if target is AUTOCAST[1]:
+            return args[0].__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
 
 
 def dynamo_source(node: fx.Node) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import Block, Stack
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tahf4_compiler import torch_private
 
@@ -124,3 +125,27 @@ def test_every_eager_linear_can_be_another_function():
         model(torch.randn(1, 3, 64))
     assert sorted(weights) == [(64, 64), (64, 128), (128, 64), (192, 64)]
     assert nn.functional.linear is original
+
+
+def test_a_traced_graph_has_the_types_of_its_autocast_regions():
+    begin, end = torch_private.AUTOCAST
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    mode = graph.call_function(begin, ("cpu", torch.bfloat16, True, True))
+    inside = graph.call_function(nn.functional.linear, (x, weight))
+    graph.call_function(end, (mode,))
+    graph.output((inside, graph.call_function(nn.functional.linear, (x, weight))))
+    graph_module = torch.fx.GraphModule(nn.Module(), graph)
+    inputs = (torch.randn(4, 8), torch.randn(8, 8))
+    traced = make_fx(torch_private.Interpreter(graph_module).run, pre_dispatch=True)(*inputs)
+    nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
+    assert [node.target for node in nodes] == [
+        begin,
+        torch.ops.aten.linear.default,
+        end,
+        torch.ops.aten.linear.default,
+    ]
+    assert nodes[2].args == (nodes[0],)
+    assert [nodes[i].meta["val"].dtype for i in (1, 3)] == [torch.bfloat16, torch.float32]
+    assert [value.dtype for value in traced(*inputs)] == [torch.bfloat16, torch.float32]
+    assert not torch.is_autocast_enabled("cpu")

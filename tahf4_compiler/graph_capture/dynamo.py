@@ -15,9 +15,10 @@ from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import module_path, root_expression
 from ..model.tree import Surroundings
-from ..torch_private import dynamo_scope, dynamo_source, fake_input
+from ..torch_private import Interpreter, dynamo_scope, dynamo_source, fake_input
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
+from .regions import inline_regions
 
 __all__ = ["capture_dynamo"]
 
@@ -47,11 +48,12 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     sources = [dynamo_source(node) for node in placeholders]
     fakes = [fake_input(context, value) for value in inputs]
+    graph_module = inline_regions(graph_module)
     _write_data_as_detach(graph_module)
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
             # The interpreter, unlike the module's own code, says which node it is at: module paths survive.
-            run = fx.Interpreter(graph_module).run
+            run = Interpreter(graph_module).run
             # Inputs are fake already; another tracing mode would copy them and lose their symbolic values.
             trace = make_fx(run, DECOMPOSITIONS, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*fakes)

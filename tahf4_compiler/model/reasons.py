@@ -37,6 +37,8 @@ class Cause(str, Enum):
     """Weight or activation are of a type that HiF4 does not hold."""
     CLASS = "class"
     """A module reads the weight in its own way."""
+    REGION = "region"
+    """It stands in a branch or loop, which stays as it is."""
     NOT_REWRITTEN = "not rewritten"
     """It was planned for 4 bits, and no pass carried that out."""
     OTHER = "other"
