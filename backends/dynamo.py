@@ -28,6 +28,7 @@ from ..options import Options
 from ..reporting.report import Totals
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
+from .coverage import covered, watch
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -98,6 +99,7 @@ class CompiledGraph:
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options)
+        self._planned = {decision.weight_index for decision in first.plan}
         self._known: dict[tuple[int, ...], _Known] = {}
         first_key = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
@@ -108,6 +110,8 @@ class CompiledGraph:
         # The example's tensors must not live as long as the compiled code.
         self._captured = replace(captured, example_inputs=())
         _announce(first, captured.surroundings)
+        if (root := captured.surroundings.root) is not None and options.pipeline == "default":
+            watch(root, options.keep)
 
     def __call__(self, *args: Any) -> Any:
         """Run the lowering that fits the parameters among ``args``."""
@@ -136,6 +140,7 @@ class CompiledGraph:
             self._known.pop(key, None)
         seen = {id(ref()) for known in list(self._known.values()) for ref in known.weights}
         if unseen := [weight for weight in weights if id(weight) not in seen]:
+            covered(weight for index, weight in zip(self._weights, weights, strict=True) if index in self._planned)
             self._captured.surroundings.learn(unseen)  # another module's, or parameters that were replaced
         names: dict[str, int] = {}
         now = changes()  # before anything is read: what another thread attaches meanwhile is looked up again

@@ -149,3 +149,35 @@ def test_a_traced_graph_has_the_types_of_its_autocast_regions():
     assert [nodes[i].meta["val"].dtype for i in (1, 3)] == [torch.bfloat16, torch.float32]
     assert [value.dtype for value in traced(*inputs)] == [torch.bfloat16, torch.float32]
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_next_calls_of_a_compiled_module_go_through_a_function_until_it_has_seen_enough(whole):
+    model, x, seen = Stack(depth=1), torch.randn(3, 64), []
+
+    def around(call, args, kwargs):
+        seen.append(args)
+        return call(*args, **kwargs), len(seen) == 2
+
+    def backend(graph_module, example_inputs):
+        torch_private.around_next_calls(model, around)
+        return graph_module.forward
+
+    given = torch.compile(model, backend=backend) if whole else model
+    if not whole:
+        model.compile(backend=backend)
+    results = [given(x) for _ in range(4)]
+    assert len(seen) == 2 and all(args[0] is x for args in seen)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_dynamo_says_why_it_broke_graphs():
+    torch._dynamo.utils.counters.clear()
+
+    @torch.compiler.disable
+    def hidden(x):
+        return x + 1
+
+    torch.compile(lambda x: hidden(x) * 2, backend="eager")(torch.randn(3))
+    (why,) = torch_private.graph_breaks()
+    assert "hidden" in why and "torch.compiler.disable" in why

@@ -62,6 +62,11 @@ class Surroundings:
         holders.discard(None)
         return cls(holders.pop() if len(holders) == 1 else None)
 
+    @property
+    def root(self) -> nn.Module | None:
+        """The module that was compiled, if it is known and alive."""
+        return self._roots[0]() if self.linear_paths else None
+
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights; of several paths of one weight, that inside a repeated block."""
         self.watch(module)
