@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,14 +16,40 @@ import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
+    "AUTOCAST",
+    "Interpreter",
+    "around_next_calls",
     "caller_that_holds",
     "compiled_whole",
     "dynamo_scope",
     "dynamo_source",
     "fake_input",
+    "graph_breaks",
     "replaced_linear",
     "without_compiled_calls",
 ]
+
+
+AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+"""What stands in a graph where autocast begins and ends; the end takes the node of the begin."""
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph, also while it is traced, with autocast on where the graph switches it on.
+
+    PyTorch's own functions only write themselves into the trace. The types of what follows would be those without
+    autocast.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call."""
+        if target is AUTOCAST[0]:
+            mode = torch.autocast(*args, **kwargs)
+            mode.__enter__()
+            return mode
+        if target is AUTOCAST[1]:
+            return args[0].__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
 
 
 def dynamo_source(node: fx.Node) -> str:
@@ -75,6 +102,53 @@ def caller_that_holds(part: object) -> nn.Module | None:
                     return module
         frame = frame.f_back  # type: ignore[assignment]
     return outermost
+
+
+def around_next_calls(
+    model: nn.Module, around: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
+) -> None:
+    """Let the next calls of a compiled module, which runs now, go through a function until it has seen enough.
+
+    Nothing happens if the module was not compiled itself, as where a function that calls it was.
+
+    Args:
+        model: as it was before ``torch.compile``.
+        around: takes the compiled call with its arguments; returns the result, and whether this was the last one.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        host = frame.f_locals.get("self")
+        if isinstance(host, nn.Module) and getattr(host, "_orig_mod", None) is model:
+            name = "forward"
+            break
+        if host is model and model._compiled_call_impl is not None:
+            name = "_compiled_call_impl"
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    else:
+        return
+    held: nn.Module = host
+    original = getattr(held, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result, last = around(original, args, kwargs)
+        if last and held.__dict__.get(name) is call:
+            setattr(held, name, original)
+        return result
+
+    setattr(held, name, call)
+
+
+def graph_breaks() -> list[str]:
+    """Return in one line each why Dynamo did not put code of this process into a graph, the most frequent first."""
+    from torch._dynamo.utils import counters
+
+    found: Counter[str] = Counter()
+    for text, count in (*counters["unimplemented"].items(), *counters["graph_break"].items()):
+        title, _, rest = text.partition("\n")
+        explained = rest.strip().partition("Explanation: ")[2].splitlines()
+        found[explained[0] if explained else title] += count
+    return [text for text, _ in found.most_common()]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import Block, Stack
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tahf4_compiler import torch_private
 
@@ -124,3 +125,59 @@ def test_every_eager_linear_can_be_another_function():
         model(torch.randn(1, 3, 64))
     assert sorted(weights) == [(64, 64), (64, 128), (128, 64), (192, 64)]
     assert nn.functional.linear is original
+
+
+def test_a_traced_graph_has_the_types_of_its_autocast_regions():
+    begin, end = torch_private.AUTOCAST
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    mode = graph.call_function(begin, ("cpu", torch.bfloat16, True, True))
+    inside = graph.call_function(nn.functional.linear, (x, weight))
+    graph.call_function(end, (mode,))
+    graph.output((inside, graph.call_function(nn.functional.linear, (x, weight))))
+    graph_module = torch.fx.GraphModule(nn.Module(), graph)
+    inputs = (torch.randn(4, 8), torch.randn(8, 8))
+    traced = make_fx(torch_private.Interpreter(graph_module).run, pre_dispatch=True)(*inputs)
+    nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
+    assert [node.target for node in nodes] == [
+        begin,
+        torch.ops.aten.linear.default,
+        end,
+        torch.ops.aten.linear.default,
+    ]
+    assert nodes[2].args == (nodes[0],)
+    assert [nodes[i].meta["val"].dtype for i in (1, 3)] == [torch.bfloat16, torch.float32]
+    assert [value.dtype for value in traced(*inputs)] == [torch.bfloat16, torch.float32]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_next_calls_of_a_compiled_module_go_through_a_function_until_it_has_seen_enough(whole):
+    model, x, seen = Stack(depth=1), torch.randn(3, 64), []
+
+    def around(call, args, kwargs):
+        seen.append(args)
+        return call(*args, **kwargs), len(seen) == 2
+
+    def backend(graph_module, example_inputs):
+        torch_private.around_next_calls(model, around)
+        return graph_module.forward
+
+    given = torch.compile(model, backend=backend) if whole else model
+    if not whole:
+        model.compile(backend=backend)
+    results = [given(x) for _ in range(4)]
+    assert len(seen) == 2 and all(args[0] is x for args in seen)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_dynamo_says_why_it_broke_graphs():
+    torch._dynamo.utils.counters.clear()
+
+    @torch.compiler.disable
+    def hidden(x):
+        return x + 1
+
+    torch.compile(lambda x: hidden(x) * 2, backend="eager")(torch.randn(3))
+    (why,) = torch_private.graph_breaks()
+    assert "hidden" in why and "torch.compiler.disable" in why

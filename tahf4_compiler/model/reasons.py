@@ -41,6 +41,8 @@ class Cause(str, Enum):
     """A module reads the weight in its own way."""
     ADAPTER = "adapter"
     """It belongs to an adapter, beside the linear that it adapts."""
+    REGION = "region"
+    """It stands in a branch or loop, which stays as it is."""
     NOT_REWRITTEN = "not rewritten"
     """It was planned for 4 bits, and no pass carried that out."""
     OTHER = "other"

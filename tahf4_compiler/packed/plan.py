@@ -15,7 +15,7 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import adapters, linear_weights, matching, named_linears, require_matches
+from ..model.linears import adapters, linear_weights, matching, named_linears, plain_path, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision
@@ -74,6 +74,8 @@ def plan_modules(
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     blocks, beside = module_blocks(model), adapters(model)
+    names = model.named_modules(remove_duplicate=False)  # a module with several is in a block by any of them
+    around = {module: block for name, module in names if (block := block_of(plain_path(name), blocks)) is not None}
     named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
     shared = {id(weight): block for weight, block in named if block is not None}  # one weight may have several names
     has_recipe = given is not None or any(attached_recipe(weight) is not None for _, weight in linear_weights(model))
@@ -91,7 +93,7 @@ def plan_modules(
             checked,
             adapter_obstacle(beside.get(path)) or _obstacle(path, module, model, others),
             attachment_of(path, module, given),
-            role_of(block_of(path, blocks) or shared.get(id(module._parameters.get("weight"))), not blocks),
+            role_of(around.get(module) or shared.get(id(module._parameters.get("weight"))), not blocks),
             min_features,
             has_recipe,
         )
@@ -164,8 +166,8 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
     if any(getattr(parent, "use_dora", {}).values()):
         return Reason(Cause.CLASS, "class: DoRA reads the weight itself")
-    if others := sorted(set(module._parameters) - {"weight", "bias"}):
-        text = f"class: a Linear with parameters that nn.Linear does not have ({', '.join(others)})"
+    if beyond := sorted(set(module._parameters) - {"weight", "bias"}):
+        text = f"class: a Linear with parameters that nn.Linear does not have ({', '.join(beyond)})"
         return Reason(Cause.CLASS, text)
     if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
         return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")

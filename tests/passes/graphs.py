@@ -358,6 +358,7 @@ class _Reader:
     ) -> Text:
         surroundings = Surroundings(self.root)
         surroundings.blocks = {path: cls for members in blocks.values() for path, cls in members.items()}
+        surroundings.classes = {}  # only names: the modules that a text's line stands in are those of its "@"
         attach(self.root, recipe, _RECIPE)
         attach(self.root, kept, _KEPT)
         context = Context(options, tuple(self.values), surroundings, self.fake_mode)
