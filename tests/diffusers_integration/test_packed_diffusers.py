@@ -96,7 +96,7 @@ def test_a_packed_linear_takes_at_most_three_tenths_of_its_bytes_on_disk(folder)
     assert (weights + multipliers) / original < 0.30
 
 
-def test_a_model_saved_after_its_products_were_merged_loads_again(tmp_path):
+def test_a_model_saved_after_compiled_calls_loads_again(tmp_path):
     from diffusers import WanTransformer3DModel
 
     model, inputs = wan()

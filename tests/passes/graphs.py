@@ -585,8 +585,8 @@ class _Writer:
         if isinstance(weight, HeldWeight):
             held = {n.meta[INPUT].index: n.name for n in self.graph.find_nodes(op="placeholder")
                     if isinstance(n.meta[INPUT], GraphInput)}  # fmt: skip
-            rows = "+".join(held.get(i, self.text_.weights.get(i, str(i))) for i in source.positions)
-            return [f"{self.name(node)}: held {source.part} of {rows}"]
+            (i,) = source.positions
+            return [f"{self.name(node)}: held {source.part} of {held.get(i, self.text_.weights.get(i, str(i)))}"]
         name = self.weights(source)
         if source.part in ("multiplier", "observer"):
             how = f" {_how(weight, self.of_seed)}".rstrip()
