@@ -15,8 +15,7 @@ from ..errors import PackedError, RecipeError
 from ..model.attachments import leave_as_they_are
 from ..packed.convert import dequantize_, observers, pack_modules, packed_linears
 from ..packed.linear import HiF4Linear
-from ..packed.plan import plan_modules
-from ..packed.readers import plan_transforms
+from ..packed.plan import plan_modules, plan_transforms
 from ..packed.transform import Transform
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum

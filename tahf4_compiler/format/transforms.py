@@ -17,9 +17,13 @@ from torch import Tensor
 from ..errors import FormatError
 from . import hif4
 
-__all__ = ["check_transform", "hadamard", "hadamard_block", "multipliers", "seed_of", "signs", "transform"]
+__all__ = ["SEED", "check_transform", "hadamard", "hadamard_block", "multipliers", "seed_of", "signs", "transform"]
 
 DEFAULT_BLOCK = 64
+
+SEED = 0
+"""Seed of the signs where no recipe says another. It is one number, because a graph runs with weights that it does not
+know: whichever graph reads a weight, and beside whichever others, the weight is packed in one way."""
 
 
 def seed_of(path: str) -> int:

@@ -20,8 +20,7 @@ from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.packing import warn_not_finite
 from .linear import HiF4Linear
-from .plan import plan_modules
-from .readers import plan_transforms
+from .plan import plan_modules, plan_transforms
 from .transform import Transform
 
 __all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_"]
@@ -108,7 +107,7 @@ def pack_modules(
 
     Args:
         model: changed in place.
-        transforms: by module path, see :func:`tahf4_compiler.packed.readers.plan_transforms`.
+        transforms: by module path, see :func:`tahf4_compiler.packed.plan.plan_transforms`.
         done: is told how many values were converted.
 
     Returns:
