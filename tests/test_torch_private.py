@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import Block, Stack
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tahf4_compiler import torch_private
 
@@ -124,3 +125,37 @@ def test_every_eager_linear_can_be_another_function():
         model(torch.randn(1, 3, 64))
     assert sorted(weights) == [(64, 64), (64, 128), (128, 64), (192, 64)]
     assert nn.functional.linear is original
+
+
+def test_regions_under_transforms_of_functions_are_told_in_a_graph():
+    def function(x):
+        first = torch.vmap(torch.vmap(torch.sin))(x).exp()
+        value, pull = torch.func.vjp(torch.cos, first)
+        return pull(value.relu())[0] + x.tan()
+
+    found = []
+
+    def backend(graph_module, example_inputs):
+        regions = torch_private.transformed_regions(graph_module.graph)
+        found.extend({getattr(n.target, "__name__", n.target) for n in region} for region in regions)
+        found.append([n.target for n in graph_module.graph.nodes if not any(n in region for region in regions)])
+        return graph_module.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(torch.randn(2, 3))
+    first, second, outside = found
+    assert "sin" in first and "cos" not in first
+    assert {"cos", "relu", "_autograd_grad"} <= second
+    assert {"exp", "tan"} <= set(outside) and not {"sin", "cos", "relu"} & set(outside)
+
+
+def test_tracing_can_be_left_and_nothing_is_recorded_meanwhile():
+    def function(x):
+        with torch_private.outside_of_tracing():
+            real = torch.ones(2, device="cpu", dtype=torch.float32).sin()
+        assert not isinstance(real, torch._subclasses.FakeTensor)
+        return x.cos()
+
+    for before in (True, False):
+        traced = make_fx(function, tracing_mode="fake", pre_dispatch=before)(torch.randn(2))
+        assert [n.target for n in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)] == []
+        assert len(traced.graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)) == 1

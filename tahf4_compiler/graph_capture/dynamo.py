@@ -18,6 +18,7 @@ from ..model.tree import Surroundings
 from ..torch_private import dynamo_scope, dynamo_source, fake_input
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
+from .functions import Tracing
 
 __all__ = ["capture_dynamo"]
 
@@ -50,8 +51,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     _write_data_as_detach(graph_module)
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
-            # The interpreter, unlike the module's own code, says which node it is at: module paths survive.
-            run = fx.Interpreter(graph_module).run
+            run = Tracing(graph_module, context.fake_mode).run
             # Inputs are fake already; another tracing mode would copy them and lose their symbolic values.
             trace = make_fx(run, DECOMPOSITIONS, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*fakes)
