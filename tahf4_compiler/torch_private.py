@@ -21,6 +21,7 @@ __all__ = [
     "dynamo_source",
     "fake_input",
     "outside_of_tracing",
+    "refuse_in_inductor",
     "replaced_linear",
     "transformed_regions",
     "without_compiled_calls",
@@ -84,6 +85,19 @@ def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def refuse_in_inductor(operator: Any, error: Callable[[], Exception]) -> None:
+    """Let Inductor raise an error where it would compile an operator whose result is read.
+
+    ``torch._inductor.lowering`` must be imported.
+    """
+    from torch._inductor.lowering import register_lowering
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise error()
+
+    register_lowering(operator, type_promotion_kind=None)(refuse)
 
 
 def caller_that_holds(part: object) -> nn.Module | None:

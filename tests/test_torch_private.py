@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from models import Block, Stack
@@ -159,3 +161,23 @@ def test_tracing_can_be_left_and_nothing_is_recorded_meanwhile():
         traced = make_fx(function, tracing_mode="fake", pre_dispatch=before)(torch.randn(2))
         assert [n.target for n in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)] == []
         assert len(traced.graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)) == 1
+
+
+@torch.library.custom_op("tahf4_tests::refused", mutates_args=())
+def refused(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@refused.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_inductor_refuses_an_operator_whose_result_is_read():
+    importlib.import_module("torch._inductor.lowering")
+    torch_private.refuse_in_inductor(refused._opoverload, lambda: ValueError("not to be read"))
+    options = {"fx_graph_cache": False}
+    asks = torch.compile(lambda x: x + refused(x).shape[0], options=options)
+    assert torch.equal(asks(torch.ones(2)), torch.full((2,), 3.0))
+    with pytest.raises(Exception, match="not to be read"):
+        torch.compile(lambda x: refused(x) + 1, options=options)(torch.ones(2))
