@@ -24,6 +24,7 @@ __all__ = [
     "refuse_in_inductor",
     "replaced_linear",
     "transformed_regions",
+    "weights_are_constants",
     "without_compiled_calls",
 ]
 
@@ -78,6 +79,13 @@ def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:
             found[-1] += behind
             behind = []
     return found
+
+
+def weights_are_constants() -> bool:
+    """Whether Dynamo, as it is set now, puts parameters into its graphs as constants."""
+    from torch._dynamo.utils import is_parameter_freezing
+
+    return bool(is_parameter_freezing())
 
 
 def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:

@@ -181,3 +181,17 @@ def test_inductor_refuses_an_operator_whose_result_is_read():
     assert torch.equal(asks(torch.ones(2)), torch.full((2,), 3.0))
     with pytest.raises(Exception, match="not to be read"):
         torch.compile(lambda x: refused(x) + 1, options=options)(torch.ones(2))
+
+
+def test_dynamo_says_when_it_makes_weights_constants():
+    found = []
+
+    def backend(graph_module, example_inputs):
+        found.append((torch_private.weights_are_constants(), len(list(graph_module.parameters()))))
+        return graph_module.forward
+
+    for freezing in (True, False):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(freezing=freezing):
+            torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    assert found == [(True, 2), (False, 0)]

@@ -199,7 +199,8 @@ def _second_moment(cells: Cells) -> Tensor:
 def _rows(cells: Cells, group: int | None = None) -> Tensor:
     """Return the sample rows of all cells, or of those of one part of the schedule, as many of each."""
     found = [s.rows for (part, _), (_, s) in cells.cells.items() if s.rows is not None and group in (None, part)]
-    return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
+    empty = torch.zeros(0, cells.activation.channels, dtype=torch.float32, device="cpu")
+    return torch.cat(found) if found else empty
 
 
 def _noise(

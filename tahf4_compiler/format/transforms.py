@@ -62,7 +62,7 @@ def multipliers(k: int, mask: Tensor | None, seed: int | None) -> tuple[Tensor |
     """
     if mask is None and seed is None:
         return None, None
-    flips = signs(seed, k) if seed is not None else torch.ones(k)
+    flips = signs(seed, k) if seed is not None else torch.ones(k, dtype=torch.float32, device="cpu")
     if mask is None:
         return flips, flips
     flips = flips.to(mask.device)

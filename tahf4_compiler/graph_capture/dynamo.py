@@ -15,7 +15,7 @@ from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import module_path, root_expression
 from ..model.tree import Surroundings
-from ..torch_private import dynamo_scope, dynamo_source, fake_input
+from ..torch_private import dynamo_scope, dynamo_source, fake_input, weights_are_constants
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
 from .functions import Tracing
@@ -61,6 +61,11 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
                 "the graph reads DTensors, which tahf4 does not compile: pack the model, then divide it into plain "
                 "tensors with tahf4_compiler.distributed.tensor_parallel, or HiF4ColwiseParallel(local=True) and "
                 "HiF4RowwiseParallel(local=True). FSDP2 and context parallelism need nothing of the kind."
+            ) from error
+        if weights_are_constants():
+            raise CaptureError(
+                "torch._inductor.config.freezing is on: Dynamo gives the graph its weights as constants, but tahf4 "
+                "looks weights up at each call. Switch it off; tahf4 packs the weights once without it."
             ) from error
         raise CaptureError(
             f"tracing the graph to ATen operators failed: {type(error).__name__}: {error}. The same graph runs with "

@@ -190,7 +190,7 @@ class HiF4Linear(nn.Linear):
                     multiplier.data = moved
                 else:
                     self._parameters["multiplier"] = _parameter(moved)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
