@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..errors import CalibrationError
 from ..files.memo import Measured
-from ..format.transforms import hadamard_block, seed_of
+from ..format.transforms import SEED, hadamard_block
 from ..model.parts import class_name
 from ..pipeline.order import provenance
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
@@ -120,7 +120,7 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
     activation = cells.activation
     k = activation.channels
     block = hadamard_block(k, choices.block)
-    seed = seed_of(activation.name) if block else None
+    seed = SEED if block else None
     bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
     if bad:
         raise CalibrationError(

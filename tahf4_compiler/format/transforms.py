@@ -22,8 +22,11 @@ __all__ = ["SEED", "check_transform", "hadamard", "hadamard_block", "multipliers
 DEFAULT_BLOCK = 64
 
 SEED = 0
-"""Seed of the signs where no recipe says another. It is one number, because a graph runs with weights that it does not
-know: whichever graph reads a weight, and beside whichever others, the weight is packed in one way."""
+"""Seed of the signs of a new rotation; a recipe of an earlier version may say another.
+
+It is one number, because a graph runs with weights that it does not know: whichever graph reads a weight, and beside
+whichever others, the weight is packed in one way.
+"""
 
 
 def seed_of(path: str) -> int:
