@@ -25,7 +25,11 @@ __all__ = [
     "dynamo_source",
     "fake_input",
     "graph_breaks",
+    "outside_of_tracing",
+    "refuse_in_inductor",
     "replaced_linear",
+    "transformed_regions",
+    "weights_are_constants",
     "without_compiled_calls",
 ]
 
@@ -79,6 +83,56 @@ def fake_input(context: Any, value: Any) -> Any:
     if symbolic is None:
         return context.fake_mode.from_tensor(value, static_shapes=True)
     return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+
+def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Return the nodes of Dynamo's graph that stand under transforms of functions (``torch.vmap``, ``torch.func``).
+
+    A region goes from the begin of an outermost transform to its end, or to where a gradient of it is taken (as the
+    function that ``torch.func.vjp`` returns does).
+    """
+    found: list[list[fx.Node]] = []
+    depth, behind = 0, []
+    for node in graph.nodes:
+        own = node.op == "call_function" and "._functorch" in (getattr(node.target, "__module__", "") or "")
+        name = getattr(node.target, "__name__", "") if own else ""
+        begins = name.endswith("_increment_nesting")
+        behind.append(node)
+        if begins and depth == 0:
+            found.append([])
+            behind = [node]
+        depth += begins - name.endswith("_decrement_nesting")
+        if found and (depth or name.endswith("_decrement_nesting") or name == "_autograd_grad"):
+            found[-1] += behind
+            behind = []
+    return found
+
+
+def weights_are_constants() -> bool:
+    """Whether Dynamo, as it is set now, puts parameters into its graphs as constants."""
+    from torch._dynamo.utils import is_parameter_freezing
+
+    return bool(is_parameter_freezing())
+
+
+def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
+    """Leave the modes that trace and fake, those before the dispatcher among them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def refuse_in_inductor(operator: Any, error: Callable[[], Exception]) -> None:
+    """Let Inductor raise an error where it would compile an operator whose result is read.
+
+    ``torch._inductor.lowering`` must be imported.
+    """
+    from torch._inductor.lowering import register_lowering
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise error()
+
+    register_lowering(operator, type_promotion_kind=None)(refuse)
 
 
 def caller_that_holds(part: object) -> nn.Module | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from models import Block, Stack
@@ -181,3 +183,71 @@ def test_dynamo_says_why_it_broke_graphs():
     torch.compile(lambda x: hidden(x) * 2, backend="eager")(torch.randn(3))
     (why,) = torch_private.graph_breaks()
     assert "hidden" in why and "torch.compiler.disable" in why
+
+
+def test_regions_under_transforms_of_functions_are_told_in_a_graph():
+    def function(x):
+        first = torch.vmap(torch.vmap(torch.sin))(x).exp()
+        value, pull = torch.func.vjp(torch.cos, first)
+        return pull(value.relu())[0] + x.tan()
+
+    found = []
+
+    def backend(graph_module, example_inputs):
+        regions = torch_private.transformed_regions(graph_module.graph)
+        found.extend({getattr(n.target, "__name__", n.target) for n in region} for region in regions)
+        found.append([n.target for n in graph_module.graph.nodes if not any(n in region for region in regions)])
+        return graph_module.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(torch.randn(2, 3))
+    first, second, outside = found
+    assert "sin" in first and "cos" not in first
+    assert {"cos", "relu", "_autograd_grad"} <= second
+    assert {"exp", "tan"} <= set(outside) and not {"sin", "cos", "relu"} & set(outside)
+
+
+def test_tracing_can_be_left_and_nothing_is_recorded_meanwhile():
+    def function(x):
+        with torch_private.outside_of_tracing():
+            real = torch.ones(2, device="cpu", dtype=torch.float32).sin()
+        assert not isinstance(real, torch._subclasses.FakeTensor)
+        return x.cos()
+
+    for before in (True, False):
+        traced = make_fx(function, tracing_mode="fake", pre_dispatch=before)(torch.randn(2))
+        assert [n.target for n in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)] == []
+        assert len(traced.graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)) == 1
+
+
+@torch.library.custom_op("tahf4_tests::refused", mutates_args=())
+def refused(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@refused.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_inductor_refuses_an_operator_whose_result_is_read():
+    importlib.import_module("torch._inductor.lowering")
+    torch_private.refuse_in_inductor(refused._opoverload, lambda: ValueError("not to be read"))
+    options = {"fx_graph_cache": False}
+    asks = torch.compile(lambda x: x + refused(x).shape[0], options=options)
+    assert torch.equal(asks(torch.ones(2)), torch.full((2,), 3.0))
+    with pytest.raises(Exception, match="not to be read"):
+        torch.compile(lambda x: refused(x) + 1, options=options)(torch.ones(2))
+
+
+def test_dynamo_says_when_it_makes_weights_constants():
+    found = []
+
+    def backend(graph_module, example_inputs):
+        found.append((torch_private.weights_are_constants(), len(list(graph_module.parameters()))))
+        return graph_module.forward
+
+    for freezing in (True, False):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(freezing=freezing):
+            torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    assert found == [(True, 2), (False, 0)]

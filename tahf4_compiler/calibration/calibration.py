@@ -155,7 +155,7 @@ class Calibration(Seen):
     def _run_prompt(self, i: int, prompt: str, arguments: Mapping[str, Any]) -> None:
         """Call the pipeline for the prompt of a number."""
         before = dict(arguments)
-        before.setdefault("generator", torch.Generator().manual_seed(i))
+        before.setdefault("generator", torch.Generator("cpu").manual_seed(i))
         self._running = True  # and stays so after an error: half a prompt was seen
         before_it = self._calls()
         with torch.no_grad(), self.at(source=prompt):

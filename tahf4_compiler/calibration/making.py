@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
-from ..format.transforms import hadamard_block, multipliers, seed_of, transform
+from ..format.transforms import SEED, hadamard_block, multipliers, transform
 from ..model.linears import linear_weights
 from ..model.parts import class_name
 from ..packed.plan import plan_modules
@@ -127,7 +127,7 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
     activation = cells.activation
     k = activation.channels
     block = hadamard_block(k, choices.block)
-    seed = seed_of(activation.name) if block else None
+    seed = SEED if block else None
     bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
     if bad:
         raise CalibrationError(
@@ -262,7 +262,8 @@ def _second_moment(cells: Cells) -> Tensor:
 def _rows(cells: Cells, group: int | None = None) -> Tensor:
     """Return the sample rows of all cells, or of those of one part of the schedule, as many of each."""
     found = [s.rows for (part, _), (_, s) in cells.cells.items() if s.rows is not None and group in (None, part)]
-    return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
+    empty = torch.zeros(0, cells.activation.channels, dtype=torch.float32, device="cpu")
+    return torch.cat(found) if found else empty
 
 
 def _noise(

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from ..errors import CheckpointError, RecipeError, Tahf4Error
 from ..files.reading import read_header
 from ..packed.config import TaHF4Config
-from ..packed.plan import plan_modules
-from ..packed.readers import plan_transforms
+from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
 from ..recipe.recipe import Recipe
 from ..weights.packing import warn_not_finite

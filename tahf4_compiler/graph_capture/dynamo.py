@@ -15,9 +15,10 @@ from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import module_path, root_expression
 from ..model.tree import Surroundings
-from ..torch_private import Interpreter, dynamo_scope, dynamo_source, fake_input
+from ..torch_private import dynamo_scope, dynamo_source, fake_input, weights_are_constants
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
+from .functions import Tracing
 from .regions import inline_regions
 
 __all__ = ["capture_dynamo"]
@@ -52,8 +53,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     _write_data_as_detach(graph_module)
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
-            # The interpreter, unlike the module's own code, says which node it is at: module paths survive.
-            run = Interpreter(graph_module).run
+            run = Tracing(graph_module, context.fake_mode).run
             # Inputs are fake already; another tracing mode would copy them and lose their symbolic values.
             trace = make_fx(run, DECOMPOSITIONS, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*fakes)
@@ -63,6 +63,11 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
                 "the graph reads DTensors, which tahf4 does not compile: pack the model, then divide it into plain "
                 "tensors with tahf4_compiler.distributed.tensor_parallel, or HiF4ColwiseParallel(local=True) and "
                 "HiF4RowwiseParallel(local=True). FSDP2 and context parallelism need nothing of the kind."
+            ) from error
+        if weights_are_constants():
+            raise CaptureError(
+                "torch._inductor.config.freezing is on: Dynamo gives the graph its weights as constants, but tahf4 "
+                "looks weights up at each call. Switch it off; tahf4 packs the weights once without it."
             ) from error
         raise CaptureError(
             f"tracing the graph to ATen operators failed: {type(error).__name__}: {error}. The same graph runs with "

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import PatternError
 
-__all__ = ["adapters", "inner_linear", "linear_weights", "named_linears", "packed_weights", "place_of", "plain_path"]
+__all__ = ["adapters", "linear_weights", "named_linears", "packed_weights", "place_of", "plain_path"]
 
 
 def plain_path(path: str) -> str:
@@ -60,13 +60,6 @@ def adapters(model: nn.Module) -> dict[str, str]:
             if name != inner:
                 found |= {plain_path(p): linear for p, _ in child.named_modules(prefix=f"{prefix}{name}")}
     return found
-
-
-def inner_linear(module: Any) -> Any:
-    """Return what an adapter of peft was put around, at any depth; a module without one is its own."""
-    while isinstance(module, nn.Module) and isinstance(inner := module._modules.get("base_layer"), nn.Module):
-        module = inner
-    return module
 
 
 def place_of(path: str) -> str:

@@ -23,8 +23,7 @@ from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.packing import warn_not_finite
 from .linear import HiF4Linear
-from .plan import plan_modules
-from .readers import plan_transforms
+from .plan import plan_modules, plan_transforms
 from .transform import Transform
 
 __all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_"]
@@ -127,7 +126,7 @@ def pack_modules(model: nn.Module, transforms: Mapping[str, Transform]) -> list[
 
     Args:
         model: changed in place.
-        transforms: by module path, see :func:`tahf4_compiler.packed.readers.plan_transforms`.
+        transforms: by module path, see :func:`tahf4_compiler.packed.plan.plan_transforms`.
 
     Returns:
         The paths whose weights are not finite.

@@ -11,7 +11,7 @@ from ..errors import FormatError, GradientError, PackedError
 from ..format import hif4
 from ..format.transforms import hadamard
 from ..ops import registry
-from .no_weight import NoWeight
+from .no_weight import NoWeight, no_weight
 from .saving import check_saver
 
 __all__ = ["HiF4Linear", "packed_product"]
@@ -162,7 +162,8 @@ class HiF4Linear(nn.Linear):
     @property
     def weight(self) -> Any:  # type: ignore[override]
         """A :class:`NoWeight`: shape, dtype and device of the weight, for libraries that ask."""
-        return NoWeight(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
+        make = no_weight if torch.compiler.is_compiling() else NoWeight
+        return make(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
 
     def reset_parameters(self) -> None:
         """Do nothing: codes are not drawn at random."""
@@ -182,7 +183,7 @@ class HiF4Linear(nn.Linear):
                     multiplier.data = moved
                 else:
                     self._parameters["multiplier"] = _parameter(moved)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

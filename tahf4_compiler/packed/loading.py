@@ -15,8 +15,7 @@ from ..weights.packing import warn_not_finite
 from .config import TaHF4Config, describe
 from .convert import pack_modules, packed_linears
 from .linear import HiF4Linear
-from .plan import plan_modules
-from .readers import plan_transforms
+from .plan import plan_modules, plan_transforms
 from .transform import Transform
 
 __all__ = ["PARTS", "Loading", "packed_models"]

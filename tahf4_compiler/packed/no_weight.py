@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import PackedError
+from ..import_hook import when_imported
+from ..torch_private import refuse_in_inductor
 
-__all__ = ["NoWeight", "NoWeightError"]
+__all__ = ["NoWeight", "NoWeightError", "no_weight"]
 
 _PROPERTIES = ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_meta", "is_cuda", "is_cpu", "is_leaf")
 _METHODS = ("dim", "size", "numel", "stride", "element_size", "is_floating_point", "is_complex", "get_device")
@@ -68,3 +70,25 @@ _ANSWERED = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(getattr(Tensor, name) for name in _METHODS),
 }
+
+
+@torch.library.custom_op("tahf4::no_weight", mutates_args=())
+def no_weight(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a :class:`NoWeight` ``[n, k]`` that Dynamo can trace: code that reads its dtype leaves nothing in a graph.
+
+    Code that reads its values keeps this operator, and so raises :class:`NoWeightError` when the graph runs.
+    """
+    return NoWeight(n, k, dtype, device)
+
+
+def _refuse_in_inductor() -> None:
+    refuse_in_inductor(no_weight._opoverload, lambda: _refused("compiled code"))
+
+
+# What Inductor compiles would read memory that a NoWeight does not have, past all checks.
+when_imported("torch._inductor.lowering", _refuse_in_inductor)
+
+
+@no_weight.register_fake
+def _(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty((n, k), dtype=dtype, device=device)

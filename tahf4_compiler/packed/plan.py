@@ -1,8 +1,7 @@
 """The plan of a model without a graph: which linears run in 4 bits, and what transforms their activations.
 
 Works on module structure alone, so that a model on the meta device is enough. For models whose blocks stand in a
-container the decisions are those that the passes ``classify`` and ``plan`` make on the captured graph; which linears
-read one activation is told by the names that attention and gated feed-forward modules use.
+container the decisions are those that the passes ``classify`` and ``plan`` make on the captured graph.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..errors import PackedError
 from ..format import hif4
+from ..format.transforms import SEED, hadamard_block
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.blocks import block_of, module_blocks
 from ..model.linears import adapters, linear_weights, matching, named_linears, plain_path, require_matches
@@ -32,8 +32,9 @@ from ..pipeline.rules import (
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
+from .transform import Transform
 
-__all__ = ["plan_modules"]
+__all__ = ["plan_modules", "plan_transforms"]
 
 _READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 
@@ -110,6 +111,49 @@ def attachment_of(path: str, module: nn.Linear, given: Mapping[str, Attachment] 
     if kept is not None:
         return kept
     return given.get(path) if given is not None else attached_recipe(weight)
+
+
+def plan_transforms(
+    model: nn.Module,
+    plan: Sequence[Decision],
+    recipe: Recipe | None = None,
+    *,
+    expert: str | None = None,
+    rotate_block: int = 64,
+) -> dict[str, Transform]:
+    """Return the transform of each linear that a plan puts in HiF4 and that is not packed yet, by module path.
+
+    Without a recipe an activation is rotated in Hadamard blocks, as the pass ``rotate`` does it.
+
+    Args:
+        model: that the plan was made for.
+        plan: by :func:`plan_modules`.
+        recipe: that the plan was made with.
+        expert: as for :func:`plan_modules`.
+        rotate_block: widest Hadamard block where no recipe says another; 0 for no rotation.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    given = recipe_attachments(model, recipe, expert=expert, check_weights=False) if recipe is not None else None
+    linears = dict(named_linears(model))
+    found = {}
+    for decision in plan:
+        path = decision.module
+        if decision.decision != "hif4" or isinstance(linears[path], HiF4Linear):
+            continue
+        said = attachment_of(path, linears[path], given)
+        block = said.hadamard_block if said is not None else hadamard_block(decision.k, rotate_block)
+        seed = said.seed if said is not None and said.seed is not None else SEED
+        found[path] = Transform(
+            (said.activation if said is not None else "") or path,
+            block,
+            seed if block else None,
+            said.search if said is not None else "",
+            said.mask if said is not None and said.masked else None,
+            said.second_moment if said is not None else None,
+        )
+    return found
 
 
 def _decide(

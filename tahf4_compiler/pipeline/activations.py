@@ -13,7 +13,6 @@ from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..graph.inputs import INPUT, NUMBERS, HeldWeight, PackedInput, PackedWeight
 from ..graph.nodes import node_arg, weight_input
 from ..model.attachments import Attachment, attached_recipe
-from ..model.linears import place_of
 from .context import Context
 
 
@@ -62,10 +61,6 @@ class Activation:
         if first is None or any(other is None or other.activation != first.activation for other in found):
             return None
         return first
-
-    def module(self, context: Context) -> str:
-        """Return the module path of the first weight that reads it, whether an adapter stands around that or not."""
-        return place_of(context.path_of(self.weights[0]))
 
     def change(self, **values: Any) -> None:
         """Change how the weights are transformed: fields of :class:`~tahf4_compiler.graph.inputs.PackedWeight`."""

@@ -77,7 +77,7 @@ def test_a_saved_pipeline_loads_again_bit_for_bit(packed_pipe, folder):
     config = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "tahf4" and config["format_version"] == 1 and len(config["linears"]) == 40
     entry = config["linears"]["blocks.1.attn1.to_v"]
-    assert entry == {"k": 192, "n": 192, "hadamard_block": 64, "activation": "blocks.1.attn1.to_q", "dtype": "bfloat16"}
+    assert entry == {"k": 192, "n": 192, "hadamard_block": 64, "activation": "blocks.1.attn1.to_v", "dtype": "bfloat16"}
     compiled = torch.compile(again.transformer, backend="tahf4", options=GRAPH)
     assert isinstance(compiled.blocks[0].attn1.to_q, tahf4.HiF4Linear)
 
@@ -96,7 +96,7 @@ def test_a_packed_linear_takes_at_most_three_tenths_of_its_bytes_on_disk(folder)
     assert (weights + multipliers) / original < 0.30
 
 
-def test_a_model_saved_after_its_products_were_merged_loads_again(tmp_path):
+def test_a_model_saved_after_compiled_calls_loads_again(tmp_path):
     from diffusers import WanTransformer3DModel
 
     model, inputs = wan()
