@@ -114,11 +114,13 @@ def quantize_checkpoint(
         result.resumed = len(stage.done)
         _write_all(stage, source, parts, result, hard_link, threads or min(4, os.cpu_count() or 1))
         _write_text(stage, NAME, manifest_text(job, stage.done))
-    except OSError as cause:
+    except (OSError, CheckpointError) as cause:
         stage.drop_unfinished()
+        what, mend = str(cause).rstrip("."), "mend this"
+        if isinstance(cause, OSError):
+            what, mend = f"cannot write {out}: {cause.strerror or cause}", "make room"
         raise CheckpointError(
-            f"cannot write {out}: {cause.strerror or cause}. What is finished waits in {stage.folder}: make room and "
-            "run the same command again, or delete it."
+            f"{what}. What is finished waits in {stage.folder}: {mend} and run the same command again, or delete it."
         ) from cause
     except Tahf4Error:
         stage.drop()

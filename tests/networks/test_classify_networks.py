@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -31,6 +32,19 @@ def compiled_plan(model, inputs, dump_dir, **options):
         result = output(model(**inputs))
     (plan,) = plans(dump_dir)
     return plan, result
+
+
+@functools.cache
+def compiled_network(build, folder):
+    """Return a model, its inputs, its plan and its output: two tests look at one compilation."""
+    model, inputs = build()
+    return model, inputs, *compiled_plan(model, inputs, folder / build.__name__)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield tmp_path_factory.mktemp("plans")
+    compiled_network.cache_clear()
 
 
 def quantized(plan):
@@ -75,9 +89,8 @@ def test_wan_ti2v_takes_a_timestep_for_each_token(tmp_path):
         (encoder, ("layers",), 0),
     ],
 )
-def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary, tmp_path):
-    model, inputs = build()
-    plan, _ = compiled_plan(model, inputs, tmp_path)
+def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary, folder):
+    model, _, plan, _ = compiled_network(build, folder)
     inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in containers}
     if build is encoder:  # its q, k and v projection is a parameter of the attention module
         inside |= {f"layers.{i}.self_attn.in_proj_weight" for i in range(3)}
@@ -87,9 +100,8 @@ def test_other_architectures_quantize_their_blocks_and_nothing_else(build, conta
 
 
 @pytest.mark.parametrize("build", [wan, flux, sd3, pixart, encoder])
-def test_both_captures_give_the_same_plan_and_numbers(build, tmp_path):
-    model, inputs = build()
-    plan, result = compiled_plan(model, inputs, tmp_path)
+def test_both_captures_give_the_same_plan_and_numbers(build, folder):
+    model, inputs, plan, result = compiled_network(build, folder)
     # Every pass that claims to keep results is held to it on the way.
     lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={**GRAPH, "verify_tolerance": 1e-5})
     assert {(d.module, d.decision, d.reason) for d in lowered.plan} == {
