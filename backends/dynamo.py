@@ -23,10 +23,12 @@ from ..model.attachments import attached, attached_recipe, changes, owner_of
 from ..model.linears import matching
 from ..model.reasons import Cause
 from ..model.steps import StepPrecision
+from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
+from .coverage import covered, watch
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -97,6 +99,7 @@ class CompiledGraph:
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options)
+        self._planned = {decision.weight_index for decision in first.plan}
         self._known: dict[tuple[int, ...], _Known] = {}
         first_key = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
@@ -106,7 +109,9 @@ class CompiledGraph:
             first.binding(captured.example_inputs, store, options.weight_check)  # convert now, not in the first step
         # The example's tensors must not live as long as the compiled code.
         self._captured = replace(captured, example_inputs=())
-        _announce(first)
+        _announce(first, captured.surroundings)
+        if (root := captured.surroundings.root) is not None and options.pipeline == "default":
+            watch(root, options.keep)
 
     def __call__(self, *args: Any) -> Any:
         """Run the lowering that fits the parameters among ``args``."""
@@ -135,6 +140,7 @@ class CompiledGraph:
             self._known.pop(key, None)
         seen = {id(ref()) for known in list(self._known.values()) for ref in known.weights}
         if unseen := [weight for weight in weights if id(weight) not in seen]:
+            covered(weight for index, weight in zip(self._weights, weights, strict=True) if index in self._planned)
             self._captured.surroundings.learn(unseen)  # another module's, or parameters that were replaced
         names: dict[str, int] = {}
         now = changes()  # before anything is read: what another thread attaches meanwhile is looked up again
@@ -167,7 +173,7 @@ class CompiledGraph:
             lowered = lower_graph(replace(self._captured, example_inputs=args), self._options)
             bound = lowered.binding(args, store, self._options.weight_check)
             self._variants[key] = (lowered, _finish(lowered, self._options, bound))
-            _announce(lowered)
+            _announce(lowered, self._captured.surroundings)
 
 
 @dataclass
@@ -206,7 +212,7 @@ def _finish(lowered: LoweredGraph, options: Options, example: Sequence[Any] | No
     return run
 
 
-def _announce(lowered: LoweredGraph) -> None:
+def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
     totals = Totals.of(lowered.plan)
     log.info(
         "%s: %d of %d linears in HiF4; %s",
@@ -215,7 +221,11 @@ def _announce(lowered: LoweredGraph) -> None:
         totals.linears,
         ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
     )
-    wanted = bool(lowered.plan) and all(d.cause in (Cause.BOUNDARY, Cause.STEP) for d in lowered.plan)
+    wanted = bool(lowered.plan) and all(
+        d.cause in (Cause.STEP, Cause.ADAPTER)
+        or (d.cause is Cause.BOUNDARY and surroundings.block_of(d.module) is None)
+        for d in lowered.plan
+    )
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
     if totals.linears and not totals.quantized and not wanted:

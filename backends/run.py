@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -14,6 +16,8 @@ from ..errors import CaptureError
 from ..options import Options
 
 __all__ = ["make_runner"]
+
+log = logging.getLogger(__name__)
 
 _FALLBACKS = (
     torch._subclasses.fake_tensor.DataDependentOutputException,
@@ -40,6 +44,7 @@ def make_runner(
     config = options.inductor_options()
     if config is None:
         return graph_module
+    config = {**config, **_around_cpp_wrapper(config)}
     config = {**config, **_around_gcc(graph_module, config)}
     from torch._inductor.compile_fx import compile_fx
 
@@ -60,6 +65,28 @@ def make_runner(
     ]
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
         return cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=config or None))
+
+
+def _around_cpp_wrapper(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of Inductor without its C++ wrapper.
+
+    It crashes on operators that return one tensor in a list, as those of :mod:`tahf4_compiler.ops.fused` do.
+    """
+    import torch._inductor.config as inductor
+
+    with inductor.patch(dict(config)):
+        if not inductor.cpp_wrapper:
+            return {}
+    _say_without_cpp_wrapper()
+    return {"cpp_wrapper": False}
+
+
+@functools.cache
+def _say_without_cpp_wrapper() -> None:
+    log.warning(
+        "Inductor's option cpp_wrapper is on; graphs of tahf4 are compiled without it, because it crashes on operators "
+        "that return a list of one tensor"
+    )
 
 
 # GCC 12.2 at -O3 makes the last loop of Inductor's AVX-512 transposition of 32 x 32 halves a copy of memory, and then

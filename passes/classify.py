@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,10 +14,10 @@ from torch import fx
 
 from ..graph.inputs import INPUT, ROLE, HeldWeight, PackedInput
 from ..graph.nodes import LINEAR, module_classes, node_arg, weight_input
-from ..model.blocks import MIN_LINEARS, MIN_LINEARS_ALONE, Member, repeated_blocks
+from ..model.blocks import MIN_LINEARS, MIN_LINEARS_ALONE, Member, in_container, repeated_blocks
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
-from ..pipeline.rules import role_of
+from ..pipeline.rules import Role, role_of
 
 PACKED_LINEAR = torch.ops.tahf4.linear.default
 
@@ -32,6 +32,9 @@ class Classify(Pass):
     The only member of a container is a block if it holds ``min_linears_alone`` linears.
     Embedders that only stand side by side are no blocks. A graph without repetition, inside a module
     without any, is one block by itself: so ``compile_repeated_blocks`` sees it.
+
+    A linear belongs to the modules around its weight's name, however the forward came to it. Where no module is known,
+    it belongs to those that were called.
     """
 
     min_linears: int = MIN_LINEARS
@@ -40,32 +43,36 @@ class Classify(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""
         graph = graph_module.graph
-        blocks = self.repeated_blocks(graph)
-        partial = _partial_containers(graph, context)
+        blocks = self.repeated_blocks(graph, context)
+        partial = self.partial_containers(graph, context)
         alone = not blocks and not context.surroundings.blocks
+        bodies: dict[fx.Node, Role] = {}
         for node in all_linears(graph):
             context.matched(node)
-            block = next(((path, blocks[path]) for path in module_classes(node) if path in blocks), None)
+            block = next(((path, blocks[path]) for path in _modules_around(node, context) if path in blocks), None)
             if block is None and (path := _path(node, context)) is not None:
                 known = context.surroundings.block_of(path)
                 block = known if known is not None and known[0].rpartition(".")[0] in partial else None
             node.meta[ROLE] = role_of(block, alone, "graph")
+            if node.meta[ROLE].body:
+                bodies.setdefault(_source(node), node.meta[ROLE])
+        for node in all_linears(graph):  # one weight has one place, also where it is called outside of its block
+            if not node.meta[ROLE].body:
+                node.meta[ROLE] = bodies.get(_source(node), node.meta[ROLE])
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         return PassResult(graph_module, modified=False)
 
-    def repeated_blocks(self, graph: fx.Graph) -> dict[str, str]:
+    def repeated_blocks(self, graph: fx.Graph, context: Context) -> dict[str, str]:
         """Return ``module path -> class name`` of the outermost repeated blocks of a graph."""
-        modules, flow = _modules(graph), _dataflow(graph)
-        members = {
-            path: Member(
-                module.cls,
-                len(module.linears),
-                sum(map(_weight_size, module.linears)),
-                _structure(module) if len(module.linears) >= self.min_linears and not _indexed(path) else None,
-            )
-            for path, module in modules.items()
-        }
+        modules, flow = _modules(graph, context), _dataflow(graph)
+        members = {}
+        for path, module in modules.items():
+            structure = None if in_container(path, context.surroundings.containers) else ""
+            if structure is not None and len(module.linears) >= self.min_linears:
+                structure = _structure(module)
+            size = sum(map(_weight_size, module.linears))
+            members[path] = Member(module.cls, len(module.linears), size, structure)
 
         @functools.cache
         def reached(path: str) -> set[fx.Node]:
@@ -75,10 +82,25 @@ class Classify(Pass):
         def follows(first: str, second: str) -> bool:
             return any(node in reached(first) for node in modules[second].linears)
 
-        total = sum(map(_weight_size, all_linears(graph)))
+        total = sum(_weight_size(node) for node in all_linears(graph) if not _is_adapter(node, context))
         return repeated_blocks(
             members, follows, total, min_linears=self.min_linears, min_linears_alone=self.min_linears_alone
         )
+
+    def partial_containers(self, graph: fx.Graph, context: Context) -> set[str]:
+        """Return the compiled module's block containers that a graph after a graph break holds only partly.
+
+        Where all members are in the graph, each with enough linears, the flow between them has already decided.
+        """
+        held: Counter[str] = Counter()
+        for node in all_linears(graph):
+            path = _path(node, context)
+            block = context.surroundings.block_of(path) if path is not None else None
+            if block is not None:
+                held[block[0]] += 1
+        return {
+            block.rpartition(".")[0] for block in context.surroundings.blocks if held[block] < self.min_linears
+        }
 
 
 def all_linears(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -105,18 +127,11 @@ def _path(node: fx.Node, context: Context) -> str | None:
     return context.module_of(source) if source is not None else None
 
 
-def _partial_containers(graph: fx.Graph, context: Context) -> set[str]:
-    """Return the compiled module's block containers that a graph after a graph break holds only partly.
-
-    Where all members are in the graph, the flow between them has already decided.
-    """
-    present = set()
-    for node in all_linears(graph):
-        path = _path(node, context)
-        block = context.surroundings.block_of(path) if path is not None else None
-        if block is not None:
-            present.add(block[0])
-    return {block.rpartition(".")[0] for block in context.surroundings.blocks if block not in present}
+def _modules_around(node: fx.Node, context: Context) -> dict[str, str]:
+    """Return ``path -> class name`` of the modules that a node belongs to, outermost first."""
+    path = _path(node, context) if weight_of(node) is not None else None
+    named = context.surroundings.around(path) if path is not None else {}
+    return named or module_classes(node)
 
 
 @dataclass
@@ -126,13 +141,26 @@ class _Module:
     linears: list[fx.Node] = field(default_factory=list)
 
 
-def _modules(graph: fx.Graph) -> dict[str, _Module]:
+def _source(node: fx.Node) -> fx.Node:
+    """Return the input that holds a linear's weight, or what computes it."""
+    weight = weight_of(node)
+    assert weight is not None
+    return weight_input(weight) or weight
+
+
+def _is_adapter(node: fx.Node, context: Context) -> bool:
+    weight = weight_of(node)
+    source = weight_input(weight) if weight is not None else None
+    return source is not None and context.surroundings.adapts(context.inputs[source.meta[INPUT].index]) is not None
+
+
+def _modules(graph: fx.Graph, context: Context) -> dict[str, _Module]:
     modules: dict[str, _Module] = {}
     for node in graph.nodes:
-        for path, cls in module_classes(node).items():
+        for path, cls in _modules_around(node, context).items():
             module = modules.setdefault(path, _Module(cls))
             module.nodes.append(node)
-            if weight_of(node) is not None:
+            if weight_of(node) is not None and not _is_adapter(node, context):
                 module.linears.append(node)
     return modules
 
@@ -142,10 +170,6 @@ def _dataflow(graph: fx.Graph) -> nx.DiGraph:
     flow.add_nodes_from(graph.nodes)
     flow.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
     return flow
-
-
-def _indexed(path: str) -> bool:
-    return path.rpartition(".")[2].isdigit()
 
 
 def _structure(module: _Module) -> str:

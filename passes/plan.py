@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
 from ..graph.inputs import DECISION, INPUT, ROLE, GraphInput
 from ..graph.nodes import is_written, module_classes, node_arg, size_hint, weight_input
-from ..model.attachments import attached
+from ..graph_capture.regions import linears_in_regions
+from ..model.attachments import attached, attached_recipe
 from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, decide, dtype_obstacle
+from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
 from ..weights.held import packed_products
 from .classify import all_linears
 
@@ -31,7 +31,8 @@ class Plan(Pass):
 
     In order: what cannot be quantized, what the user keeps, what a recipe decided (by measured sensitivity and a
     budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4. Linears that the
-    model holds in HiF4 already are planned as such; the others of their graph stay as they are.
+    model holds in HiF4 already are planned as such; the others of their graph stay as they are. So do the linears in
+    branches and loops (``torch.cond``, ``while_loop``, ``map``).
 
     Attributes:
         min_features: linears with fewer input or output features stay in high precision: less than one
@@ -46,9 +47,10 @@ class Plan(Pass):
         context.plan.clear()
         by_weight: dict[fx.Node, Decision] = {}
         held = set(packed_products(graph_module.graph))
+        has_recipe = any(attached_recipe(value) is not None for value in context.inputs)
         for node in all_linears(graph_module.graph):
             context.matched(node)
-            decision = _held(node, context) if node in held else self.decide(node, context, bool(held))
+            decision = _held(node, context) if node in held else self.decide(node, context, bool(held), has_recipe)
             weight = node_arg(node, 2) if node in held else weight_input(node_arg(node, 1))
             first = by_weight.get(weight) if weight is not None else None
             if first is not None and first.decision == decision.decision:
@@ -59,24 +61,47 @@ class Plan(Pass):
                 if weight is not None:
                     by_weight[weight] = decision
             node.meta[DECISION] = (decision,)
+        inside = {
+            weight or linear: self.decide(linear, context, weight=weight, region=node)
+            for node, linear, weight in linears_in_regions(graph_module)
+        }
+        context.plan += inside.values()
         if context.plan and context.options.keep:
             known = context.surroundings.linear_paths
             paths = known or [d.module for d in context.plan]
             require_matches(context.options.keep, paths, "the compiled module" if known else "this graph")
         return PassResult(graph_module, modified=False)
 
-    def decide(self, node: fx.Node, context: Context, beside_packed: bool = False) -> Decision:
-        """Return the decision for one ``aten.linear`` node; ``beside_packed`` says that its model is packed."""
-        weight = node_arg(node, 1)
-        value = weight.meta["val"]
+    def decide(
+        self,
+        node: fx.Node,
+        context: Context,
+        beside_packed: bool = False,
+        has_recipe: bool = False,
+        weight: fx.Node | None = None,
+        region: fx.Node | None = None,
+    ) -> Decision:
+        """Return the decision for one ``aten.linear`` node.
+
+        Args:
+            node: the linear.
+            context: shared by the passes.
+            beside_packed: whether its model is packed.
+            has_recipe: whether its model has a recipe.
+            weight: its weight, where that is not what the node reads.
+            region: what runs the branch or loop that it stands in.
+        """
+        value = node_arg(node, 1).meta["val"]
+        weight = weight if weight is not None else node_arg(node, 1)
         n, k = (value.shape[0], value.shape[1]) if value.dim() == 2 else (1, value.shape[-1])
         n, k = size_hint(n), size_hint(k)
         source = weight_input(weight)
         module = context.module_of(source) if source is not None else _module_name(node)
         example = _example(source, context) if source is not None else None
-        facts = Facts(
-            module, k, n, _obstacle(node, source, example), attached(example), node.meta.get(ROLE), beside_packed
-        )
+        obstacle = adapter_obstacle(context.surroundings.adapts(example)) or _obstacle(node, source, example)
+        if region is not None:
+            obstacle = Reason(Cause.REGION, f"region: inside of {region.target}, which stays as it is")
+        facts = Facts(module, k, n, obstacle, attached(example), node.meta.get(ROLE), beside_packed, has_recipe)
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
             value = source.meta["val"]
@@ -90,7 +115,7 @@ class Plan(Pass):
             bytes_before=before,
             bytes_after=n * hif4.units(k) * hif4.BYTES_PER_UNIT if chosen else before,
             flops=2 * _rows(node) * k * n,
-            node=node.name,
+            node=(region or node).name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
         )
 
@@ -105,8 +130,8 @@ def _obstacle(node: fx.Node, source: fx.Node | None, example: Any) -> Reason | N
         return Reason(Cause.WEIGHT, f"weight: computed in the graph ({weight.target}), not a parameter")
     if is_written(source):
         return Reason(Cause.WEIGHT, "weight: the graph writes to it")
-    if is_traceable_wrapper_subclass(example):
-        return Reason(Cause.WEIGHT, f"weight: a {type(example).__name__}, not a plain tensor")
+    if (reason := tensor_obstacle(example)) is not None:
+        return reason
     value = source.meta["val"]
     if value.dim() != 2:
         return Reason(Cause.SHAPE, f"shape: the weight has {value.dim()} axes, not 2")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import OptionError
-from ..format.transforms import hadamard_block, seed_of
+from ..format.transforms import SEED, hadamard_block
 from ..graph.nodes import size_hint
 from ..pipeline.activations import activations
 from ..pipeline.base import Pass, PassResult
@@ -28,7 +28,7 @@ class Rotate(Pass):
 
         codes, scales = tahf4.quantize(x, multiplier, 64)
 
-    The signs' seed is made from the path of the first linear that reads the activation. A recipe's own
+    The signs are the same for every weight, so that its packed form does not depend on the graph. A recipe's own
     rotation comes first.
 
     Attributes:
@@ -52,7 +52,7 @@ class Rotate(Pass):
                 block = hadamard_block(size_hint(activation.node.args[0].meta["val"].shape[-1]), self.block)  # type: ignore[union-attr]
             if not block:
                 continue
-            activation.change(seed=seed_of(activation.module(context)), hadamard_block=block)
+            activation.change(seed=SEED, hadamard_block=block)
             activation.multiply()
             activation.node.update_arg(2, block)
             context.matched(activation.node)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..graph.inputs import DECISION, INPUT, GraphInput, HeldWeight
+from ..graph.inputs import DECISION, INPUT, GraphInput, PackedWeight
 from ..graph.nodes import is_written, may_share, mutates, node_arg, size_hint
 from ..pipeline.activations import activation_of, call, drop_unused_weights, packed_input
 from ..pipeline.base import Pass, PassResult
@@ -36,6 +36,9 @@ class Share(Pass):
         codes, scales = tahf4.quantize(x)
         q, k = aten.split_with_sizes(tahf4.linear(codes, scales, w_codes, w_scales, cat(bq, bk), dtype), [nq, nk], -1)
 
+    Products whose weights the model holds in HiF4 (packed models) are not merged: their rows would have to lie one
+    after the other in memory, and the parameters are the model's.
+
     Attributes:
         merge: merge products as well; False only shares quantizations.
     """
@@ -49,6 +52,8 @@ class Share(Pass):
         graph = graph_module.graph
         shared = self._share_quantizations(graph, context)
         merged = self._merge_products(graph, context) if self.merge else 0
+        if shared or merged:
+            drop_unused_weights(graph)
         context.note(f"{shared} quantizations saved, {merged} products merged into others")
         return PassResult(graph_module, bool(shared or merged))
 
@@ -82,8 +87,8 @@ class Share(Pass):
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             codes, scales, *_, bias, dtype = node.args
-            held = isinstance(node_arg(node, 2).meta[INPUT].weight, HeldWeight)
-            groups[(codes, scales, dtype, bias is None, held)].append(node)
+            if isinstance(node_arg(node, 2).meta[INPUT].weight, PackedWeight):
+                groups[(codes, scales, dtype, bias is None)].append(node)
         merged = 0
         for nodes in groups.values():
             biases = [node_arg(node, 4) for node in nodes if node.args[4] is not None]
@@ -96,8 +101,6 @@ class Share(Pass):
             _merge(graph, nodes, tuple(weights))
             context.matched(nodes[0], len(nodes))
             merged += len(nodes) - 1
-        if merged:
-            drop_unused_weights(graph)
         return merged
 
 
@@ -151,11 +154,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
     first = nodes[0]
     codes, scales, _, _, bias, dtype = first.args
     sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
-    hows = [node_arg(node, 2).meta[INPUT].weight for node in nodes]
-    if isinstance(hows[0], HeldWeight):
-        how = HeldWeight(weights, tuple(position for each in hows for position in each.scales))
-    else:
-        how = replace(hows[0], weights=weights)
+    how = replace(node_arg(first, 2).meta[INPUT].weight, weights=weights)
     packed = [packed_input(graph, node_arg(first, 2), how, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:

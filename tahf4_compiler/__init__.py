@@ -30,6 +30,7 @@ from .lowering import Lowered, lower
 from .model.attachments import keep
 from .ops.registry import Kernel, register_kernel
 from .options import Options
+from .packed.config import TaHF4Config
 from .packed.convert import dequantize_, quantize_
 from .packed.linear import HiF4Linear
 from .packed.plan import plan_modules
@@ -92,19 +93,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Import what needs diffusers when it is asked for."""
-    if name == "TaHF4Config":
-        from .diffusers_integration.config import TaHF4Config
-
-        return TaHF4Config
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def _join_diffusers() -> None:
     from .diffusers_integration.quantizer import register
 
     register()
 
 
+def _join_transformers() -> None:
+    from .transformers_integration.quantizer import register
+
+    register()
+
+
 when_imported("diffusers.quantizers.auto", _join_diffusers)
+when_imported("transformers.quantizers.auto", _join_transformers)

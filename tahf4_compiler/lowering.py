@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .errors import OptionError, PackedError
+from .errors import CaptureError, OptionError, PackedError
 from .graph.inputs import INPUT, PackedInput
 from .graph.nodes import linear_path
 from .graph_capture.captured import Capture
@@ -185,6 +185,18 @@ class Lowered:
         with torch.no_grad():
             return self._captured.unflatten(list(self.graph_module(*self.bound(*args, **kwargs))))
 
+    def __copy__(self) -> Lowered:
+        """Return the lowered model itself: it has no state of its own."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Lowered:
+        """Refuse: the copy would run with the weights of the model that was captured."""
+        raise _bound_to_its_model("copied")
+
+    def __reduce__(self) -> Any:
+        """Refuse: a file would lack the weights of the model that was captured."""
+        raise _bound_to_its_model("saved")
+
     def bound(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return the arguments of ``graph_module`` for a call: weights are packed here, if they are new.
 
@@ -259,6 +271,14 @@ class Lowered:
             text = texts[after]
         print(text)
         return text
+
+
+def _bound_to_its_model(what: str) -> CaptureError:
+    return CaptureError(
+        f"a lowered model cannot be {what}: it reads the weights of the model that was captured. Copy or save that "
+        "model (packed by tahf4.quantize_, if it should be small), then capture and lower the new one. "
+        "torch.export.export of a packed model gives a program that can be saved."
+    )
 
 
 def lower(

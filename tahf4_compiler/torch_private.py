@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,14 +16,44 @@ import torch
 from torch import Tensor, fx, nn
 
 __all__ = [
+    "AUTOCAST",
+    "Interpreter",
+    "around_next_calls",
     "caller_that_holds",
     "compiled_whole",
     "dynamo_scope",
     "dynamo_source",
     "fake_input",
+    "graph_breaks",
+    "outside_of_tracing",
+    "refuse_in_inductor",
     "replaced_linear",
+    "transformed_regions",
+    "weights_are_constants",
     "without_compiled_calls",
 ]
+
+
+AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+"""What stands in a graph where autocast begins and ends; the end takes the node of the begin."""
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph, also while it is traced, with autocast on where the graph switches it on.
+
+    PyTorch's own functions only write themselves into the trace. The types of what follows would be those without
+    autocast.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call."""
+        if target is AUTOCAST[0]:
+            mode = torch.autocast(*args, **kwargs)
+            mode.__enter__()
+            return mode
+        if target is AUTOCAST[1]:
+            return args[0].__exit__(None, None, None)
+        return super().call_function(target, args, kwargs)
 
 
 def dynamo_source(node: fx.Node) -> str:
@@ -54,6 +85,56 @@ def fake_input(context: Any, value: Any) -> Any:
     return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
 
 
+def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Return the nodes of Dynamo's graph that stand under transforms of functions (``torch.vmap``, ``torch.func``).
+
+    A region goes from the begin of an outermost transform to its end, or to where a gradient of it is taken (as the
+    function that ``torch.func.vjp`` returns does).
+    """
+    found: list[list[fx.Node]] = []
+    depth, behind = 0, []
+    for node in graph.nodes:
+        own = node.op == "call_function" and "._functorch" in (getattr(node.target, "__module__", "") or "")
+        name = getattr(node.target, "__name__", "") if own else ""
+        begins = name.endswith("_increment_nesting")
+        behind.append(node)
+        if begins and depth == 0:
+            found.append([])
+            behind = [node]
+        depth += begins - name.endswith("_decrement_nesting")
+        if found and (depth or name.endswith("_decrement_nesting") or name == "_autograd_grad"):
+            found[-1] += behind
+            behind = []
+    return found
+
+
+def weights_are_constants() -> bool:
+    """Whether Dynamo, as it is set now, puts parameters into its graphs as constants."""
+    from torch._dynamo.utils import is_parameter_freezing
+
+    return bool(is_parameter_freezing())
+
+
+def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
+    """Leave the modes that trace and fake, those before the dispatcher among them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def refuse_in_inductor(operator: Any, error: Callable[[], Exception]) -> None:
+    """Let Inductor raise an error where it would compile an operator whose result is read.
+
+    ``torch._inductor.lowering`` must be imported.
+    """
+    from torch._inductor.lowering import register_lowering
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise error()
+
+    register_lowering(operator, type_promotion_kind=None)(refuse)
+
+
 def caller_that_holds(part: object) -> nn.Module | None:
     """Return the module that was compiled, runs now, and holds a module or parameter.
 
@@ -75,6 +156,53 @@ def caller_that_holds(part: object) -> nn.Module | None:
                     return module
         frame = frame.f_back  # type: ignore[assignment]
     return outermost
+
+
+def around_next_calls(
+    model: nn.Module, around: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
+) -> None:
+    """Let the next calls of a compiled module, which runs now, go through a function until it has seen enough.
+
+    Nothing happens if the module was not compiled itself, as where a function that calls it was.
+
+    Args:
+        model: as it was before ``torch.compile``.
+        around: takes the compiled call with its arguments; returns the result, and whether this was the last one.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        host = frame.f_locals.get("self")
+        if isinstance(host, nn.Module) and getattr(host, "_orig_mod", None) is model:
+            name = "forward"
+            break
+        if host is model and model._compiled_call_impl is not None:
+            name = "_compiled_call_impl"
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    else:
+        return
+    held: nn.Module = host
+    original = getattr(held, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result, last = around(original, args, kwargs)
+        if last and held.__dict__.get(name) is call:
+            setattr(held, name, original)
+        return result
+
+    setattr(held, name, call)
+
+
+def graph_breaks() -> list[str]:
+    """Return in one line each why Dynamo did not put code of this process into a graph, the most frequent first."""
+    from torch._dynamo.utils import counters
+
+    found: Counter[str] = Counter()
+    for text, count in (*counters["unimplemented"].items(), *counters["graph_break"].items()):
+        title, _, rest = text.partition("\n")
+        explained = rest.strip().partition("Explanation: ")[2].splitlines()
+        found[explained[0] if explained else title] += count
+    return [text for text, _ in found.most_common()]
 
 
 @contextlib.contextmanager

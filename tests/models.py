@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,19 +150,19 @@ def encoder(**config: Any) -> tuple[nn.Module, dict[str, Any]]:
 
 def masked_recipe(model: nn.Module, high: Sequence[str] = ()) -> Any:
     """Return a recipe with a mask for each activation, some of them rotated, and some scales searched."""
-    from tahf4_compiler.packed.plan import plan_modules
-    from tahf4_compiler.packed.readers import plan_transforms
+    from tahf4_compiler.packed.plan import plan_modules, plan_transforms
     from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
     from tahf4_compiler.recipe.recipe import Recipe
     from tahf4_compiler.weights.checksum import checksum
 
     transforms = plan_transforms(model, plan_modules(model))
     entries: dict[str, dict] = {}
-    for path, transform in transforms.items():
+    for path in transforms:
         weight = model.get_submodule(path).weight
         decision = "high_precision" if path in high else "hif4"
         linear = LinearEntry(tuple(weight.shape), int(checksum(weight)), decision, "by hand")
-        entries.setdefault(transform.activation, {})[path] = linear
+        activation = re.sub(r"attn1\.to_[kv]$", "attn1.to_q", re.sub(r"attn2\.to_v$", "attn2.to_k", path))
+        entries.setdefault(activation, {})[path] = linear
     made = {}
     for i, (name, linears) in enumerate(entries.items()):
         k = next(iter(linears.values())).shape[1]

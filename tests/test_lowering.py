@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -38,6 +40,14 @@ def test_dynamic_shapes_go_through_export():
     captured = tahf4.capture(model, (torch.randn(4, 64),), dynamic_shapes=({0: torch.export.Dim("rows")},))
     lowered, x = tahf4.lower(captured, options=GRAPH), torch.randn(9, 64)
     assert relative(lowered(x), expected(model, block_linears(model))(x)) < 1e-5
+
+
+def test_a_lowered_model_is_bound_to_the_model_that_was_captured():
+    lowered = tahf4.lower(tahf4.capture(Stack().eval(), (torch.randn(4, 64),)))
+    assert copy.copy(lowered) is lowered
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(tahf4.CaptureError, match="Copy or save that model"):
+            attempt(lowered)
 
 
 def test_capture_and_lower_refuse_what_they_cannot_do():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from models import Block, Stack
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tahf4_compiler import torch_private
 
@@ -124,3 +127,127 @@ def test_every_eager_linear_can_be_another_function():
         model(torch.randn(1, 3, 64))
     assert sorted(weights) == [(64, 64), (64, 128), (128, 64), (192, 64)]
     assert nn.functional.linear is original
+
+
+def test_a_traced_graph_has_the_types_of_its_autocast_regions():
+    begin, end = torch_private.AUTOCAST
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    mode = graph.call_function(begin, ("cpu", torch.bfloat16, True, True))
+    inside = graph.call_function(nn.functional.linear, (x, weight))
+    graph.call_function(end, (mode,))
+    graph.output((inside, graph.call_function(nn.functional.linear, (x, weight))))
+    graph_module = torch.fx.GraphModule(nn.Module(), graph)
+    inputs = (torch.randn(4, 8), torch.randn(8, 8))
+    traced = make_fx(torch_private.Interpreter(graph_module).run, pre_dispatch=True)(*inputs)
+    nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
+    assert [node.target for node in nodes] == [
+        begin,
+        torch.ops.aten.linear.default,
+        end,
+        torch.ops.aten.linear.default,
+    ]
+    assert nodes[2].args == (nodes[0],)
+    assert [nodes[i].meta["val"].dtype for i in (1, 3)] == [torch.bfloat16, torch.float32]
+    assert [value.dtype for value in traced(*inputs)] == [torch.bfloat16, torch.float32]
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_next_calls_of_a_compiled_module_go_through_a_function_until_it_has_seen_enough(whole):
+    model, x, seen = Stack(depth=1), torch.randn(3, 64), []
+
+    def around(call, args, kwargs):
+        seen.append(args)
+        return call(*args, **kwargs), len(seen) == 2
+
+    def backend(graph_module, example_inputs):
+        torch_private.around_next_calls(model, around)
+        return graph_module.forward
+
+    given = torch.compile(model, backend=backend) if whole else model
+    if not whole:
+        model.compile(backend=backend)
+    results = [given(x) for _ in range(4)]
+    assert len(seen) == 2 and all(args[0] is x for args in seen)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_dynamo_says_why_it_broke_graphs():
+    torch._dynamo.utils.counters.clear()
+
+    @torch.compiler.disable
+    def hidden(x):
+        return x + 1
+
+    torch.compile(lambda x: hidden(x) * 2, backend="eager")(torch.randn(3))
+    (why,) = torch_private.graph_breaks()
+    assert "hidden" in why and "torch.compiler.disable" in why
+
+
+def test_regions_under_transforms_of_functions_are_told_in_a_graph():
+    def function(x):
+        first = torch.vmap(torch.vmap(torch.sin))(x).exp()
+        value, pull = torch.func.vjp(torch.cos, first)
+        return pull(value.relu())[0] + x.tan()
+
+    found = []
+
+    def backend(graph_module, example_inputs):
+        regions = torch_private.transformed_regions(graph_module.graph)
+        found.extend({getattr(n.target, "__name__", n.target) for n in region} for region in regions)
+        found.append([n.target for n in graph_module.graph.nodes if not any(n in region for region in regions)])
+        return graph_module.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(torch.randn(2, 3))
+    first, second, outside = found
+    assert "sin" in first and "cos" not in first
+    assert {"cos", "relu", "_autograd_grad"} <= second
+    assert {"exp", "tan"} <= set(outside) and not {"sin", "cos", "relu"} & set(outside)
+
+
+def test_tracing_can_be_left_and_nothing_is_recorded_meanwhile():
+    def function(x):
+        with torch_private.outside_of_tracing():
+            real = torch.ones(2, device="cpu", dtype=torch.float32).sin()
+        assert not isinstance(real, torch._subclasses.FakeTensor)
+        return x.cos()
+
+    for before in (True, False):
+        traced = make_fx(function, tracing_mode="fake", pre_dispatch=before)(torch.randn(2))
+        assert [n.target for n in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)] == []
+        assert len(traced.graph.find_nodes(op="call_function", target=torch.ops.aten.cos.default)) == 1
+
+
+@torch.library.custom_op("tahf4_tests::refused", mutates_args=())
+def refused(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@refused.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_inductor_refuses_an_operator_whose_result_is_read():
+    importlib.import_module("torch._inductor.lowering")
+    torch_private.refuse_in_inductor(refused._opoverload, lambda: ValueError("not to be read"))
+    options = {"fx_graph_cache": False}
+    asks = torch.compile(lambda x: x + refused(x).shape[0], options=options)
+    assert torch.equal(asks(torch.ones(2)), torch.full((2,), 3.0))
+    with pytest.raises(Exception, match="not to be read"):
+        torch.compile(lambda x: refused(x) + 1, options=options)(torch.ones(2))
+
+
+def test_dynamo_says_when_it_makes_weights_constants():
+    found = []
+
+    def backend(graph_module, example_inputs):
+        found.append((torch_private.weights_are_constants(), len(list(graph_module.parameters()))))
+        return graph_module.forward
+
+    for freezing in (True, False):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(freezing=freezing):
+            torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    assert found == [(True, 2), (False, 0)]

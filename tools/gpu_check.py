@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := triton.why_not(device):
         print(f"error: {reason}. This needs an NVIDIA GPU of compute capability 8.0 or above.", file=sys.stderr)
         return 2
-    found: dict[str, Any] = {"facts": measure.facts(device), "checks": measure.check(device)}
+    found: dict[str, Any] = {"facts": measure.facts(device), "checks": list(measure.check(device))}
     wrong = [record for record in found["checks"] if not record["ok"]]
     print(f"{len(found['checks']) - len(wrong)} of {len(found['checks'])} checks passed")
     for record in wrong:

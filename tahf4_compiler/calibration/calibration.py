@@ -81,7 +81,7 @@ class Calibration(Seen):
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for expert, module in self.models.items():
             for path, weight in running_weights(module):
-                self._paths[weight] = (expert, path)
+                self._paths.setdefault(weight, (expert, path))  # of several names the first
         self._listeners: list[Listener] = []
         self._heard = 0  # calls inside of run()
         self._running = False
@@ -158,7 +158,7 @@ class Calibration(Seen):
     def _run_prompt(self, i: int, prompt: str, arguments: Mapping[str, Any]) -> None:
         """Call the pipeline for the prompt of a number."""
         before = dict(arguments)
-        before.setdefault("generator", torch.Generator().manual_seed(i))
+        before.setdefault("generator", torch.Generator("cpu").manual_seed(i))
         self._running = True  # and stays so after an error: half a prompt was seen
         before_it = self._calls()
         with torch.no_grad(), self.at(source=prompt):

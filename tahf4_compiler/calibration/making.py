@@ -19,8 +19,10 @@ from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
 from ..format.reconstruct import damped_factor, reconstruct
-from ..format.transforms import hadamard_block, multipliers, seed_of, transform
+from ..format.transforms import SEED, hadamard_block, multipliers, transform
+from ..model.linears import linear_weights
 from ..model.parts import class_name
+from ..packed.plan import plan_modules
 from ..pipeline.order import provenance
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
@@ -98,11 +100,13 @@ def make_recipe(
     for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
         found.setdefault(expert, {})[name] = _entry(cells, weights, searched.get(expert, choices), sensitivity)
+        _warn_of_range(cells, found[expert][name])
+    unseen = {expert: _unseen(calibration, expert, found.get(expert, {})) for expert in calibration.models}
     if sensitivity:
         for expert, entries in found.items():
             kind = f"effect in {expert!r} under {searched.get(expert, choices)}:"
             found[expert] = _with_effects(calibration, expert, entries, measured, kind)
-    made = {
+    made: dict[str, Any] = {
         "tahf4": importlib.metadata.version("tahf4-compiler"),
         "torch": torch.__version__,
         "choices": {
@@ -118,6 +122,8 @@ def make_recipe(
             "classes": {expert: class_name(module) for expert, module in calibration.models.items()},
         },
     }
+    if any(unseen.values()):
+        made["calibration"]["unseen"] = unseen
     recipe = Recipe(found, tuple(high_precision_steps), made)
     recipe = recipe.plan(**budget) if budget else recipe
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe)) if sensitivity else recipe
@@ -127,17 +133,12 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
     activation = cells.activation
     k = activation.channels
     block = hadamard_block(k, choices.block)
-    seed = seed_of(activation.name) if block else None
+    seed = SEED if block else None
     bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
     if bad:
         raise CalibrationError(
             f"{activation.expert or 'the module'}: {bad} values that {activation.name} reads are NaN or infinite. "
             "Check the model in its original precision; float16 overflows where bfloat16 does not."
-        )
-    beyond = max(float(sketch.maxima.max()) for sketch, _ in cells.cells.values())
-    if choices.percentile < 100 and beyond >= LARGEST:
-        log.warning(
-            "%s: values up to %.3g; percentiles above %g are taken as the maximum", activation.name, beyond, LARGEST
         )
     device = weights[0].device
     weight_max = torch.stack([w.detach().to(torch.float32).abs().amax(0) for w in weights]).amax(0)
@@ -238,6 +239,67 @@ def _reconstructed(
     }
 
 
+def _warn_of_range(cells: Cells, entry: RecipeEntry) -> None:
+    """Warn of values that the statistics or HiF4 itself do not hold."""
+    name, rows, mask = cells.activation.name, _rows(cells), entry.mask
+    maxima = torch.stack([sketch.maxima.cpu() for sketch, _ in cells.cells.values()]).amax(0)
+    if entry.percentile is not None and entry.percentile < 100 and float(maxima.max()) >= LARGEST:
+        text = "%s: values up to %.3g; percentiles above %g are taken as the maximum"
+        log.warning(text, name, float(maxima.max()), LARGEST)
+    moved = transform(rows, _to(multipliers(len(maxima), mask, entry.seed)[0], rows), entry.hadamard_block).abs()
+    # A rotation spreads a value over a block at the most, and adds up what the other channels have.
+    sure = (maxima * mask if mask is not None else maxima).max() / max(1, entry.hadamard_block) ** 0.5
+    reached = max(float(sure), float(moved.max()) if moved.numel() else 0.0)
+    if reached > hif4.LARGEST:
+        share = float((moved > hif4.LARGEST).double().mean()) if moved.numel() else 0.0
+        log.warning(
+            "%s: what it reads reaches %.3g after mask and rotation, and HiF4 holds no more than %d: %.2g%% of the "
+            "values of %d sample rows are cut to that. Keep all that reads it in high precision (tahf4.keep).",
+            name, reached, int(hif4.LARGEST), 100 * share, len(rows),
+        )  # fmt: skip
+
+
+def _to(value: Tensor | None, like: Tensor) -> Tensor | None:
+    return value.to(like.device) if value is not None else None
+
+
+def _unseen(calibration: Seen, expert: str, entries: Mapping[str, RecipeEntry]) -> dict[str, str]:
+    """Return why linears that run in 4 bits by plan were not observed, by path, and warn of them."""
+    model = calibration.models[expert]
+    planned = [d.module for d in plan_modules(model) if d.decision == "hif4"]
+    known = {path for entry in entries.values() for path in entry.linears}
+    missing = [path for path in planned if path not in known]
+    if not missing:
+        return {}
+    network = _network(calibration, expert)
+    run = network.read() if network is not None else set()
+    weights = dict(linear_weights(model))
+    observed = {id(weights[path]) for path in known if path in weights}
+
+    def why(path: str) -> str:
+        if id(weights[path]) in observed:
+            return "its weight is another linear's, too, and was observed there"
+        if path in run:
+            return (
+                "it runs outside of the repeated blocks of the compiled graphs: in a hook, under "
+                "torch.compiler.disable, or in another frame that Dynamo skips"
+            )
+        return "no call reached it" if network is not None else "no call was kept that tells why"
+
+    causes: dict[str, list[str]] = {}
+    for path in missing:
+        causes.setdefault(why(path), []).append(path)
+    for cause, paths in causes.items():
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        log.warning(
+            "%s%d of %d linears that are planned for 4 bits were not observed: %s%s (%s). The recipe does not know "
+            "them, so they get a rotation and no mask. Keep them in high precision (tahf4.keep), or calibrate with "
+            "calls and code that show them.",
+            f"{expert}: " if expert else "", len(paths), len(planned), ", ".join(paths[:3]), more, cause,
+        )  # fmt: skip
+    return {path: cause for cause, paths in causes.items() for path in paths}
+
+
 def _second_moment(cells: Cells) -> Tensor:
     squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
@@ -247,7 +309,8 @@ def _second_moment(cells: Cells) -> Tensor:
 def _rows(cells: Cells, group: int | None = None) -> Tensor:
     """Return the sample rows of all cells, or of those of one part of the schedule, as many of each."""
     found = [s.rows for (part, _), (_, s) in cells.cells.items() if s.rows is not None and group in (None, part)]
-    return torch.cat(found) if found else torch.zeros(0, cells.activation.channels)
+    empty = torch.zeros(0, cells.activation.channels, dtype=torch.float32, device="cpu")
+    return torch.cat(found) if found else empty
 
 
 def _noise(

@@ -247,7 +247,7 @@ def _share_sample(
     rows = sample.rows
     count = 0 if rows is None else len(rows)
     sent = torch.zeros(sample.size, len(sketch.maxima), dtype=getattr(torch, dtypes.pop()), device=sketch.maxima.device)
-    priorities = torch.full((sample.size,), -1.0, dtype=torch.float64)
+    priorities = torch.full((sample.size,), -1.0, dtype=torch.float64, device="cpu")
     if rows is not None:
         sent[:count], priorities[:count] = rows, sample.priorities
     parts = list(zip(exchange.gather(sent), exchange.gather(priorities), strict=True))

@@ -136,6 +136,21 @@ class Network:
         with without_compiled_calls(self._model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return [_first(self._model(*args, **kwargs)).float() for args, kwargs in self._calls]
 
+    def read(self) -> set[str]:
+        """Return the paths of the weights that linears read in the calls."""
+        met: set[int] = set()
+
+        def around(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+                met.update((id(weight), id(getattr(weight, "_base", None))))
+                return original(x, weight, bias)
+
+            return linear
+
+        with replaced_linear(around):
+            self._outputs()
+        return {path for path, weights in self._weights.items() if any(id(weight) in met for weight in weights)}
+
     def error(self, quantized: Mapping[str, QuantizedWeight]) -> float | None:
         """Return the mean over the calls of the relative squared error, with these linears quantized, by path.
 

@@ -54,7 +54,7 @@ class Sketch:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         """Start empty."""
         self.counts = torch.zeros(channels, BUCKETS, dtype=torch.int32, device=device)
-        self.maxima = torch.zeros(channels, device=device)
+        self.maxima = torch.zeros(channels, dtype=torch.float32, device=device)
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
         self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = 0
@@ -84,7 +84,7 @@ class Sketch:
         clean = torch.where(finite, magnitude, 0.0)
         index = (clean.view(torch.int32) >> _SHIFT) - (_FIRST - 1)
         index = index.clamp(0, BUCKETS - 1)
-        flat = index + torch.arange(rows.shape[1], device=rows.device) * BUCKETS
+        flat = index + torch.arange(rows.shape[1], dtype=torch.int64, device=rows.device) * BUCKETS
         ones = finite.to(torch.int32).reshape(-1)
         self.counts.view(-1).scatter_add_(0, flat.reshape(-1).to(torch.int64), ones)
         self.maxima = torch.maximum(self.maxima, clean.amax(0)) if len(rows) else self.maxima
@@ -133,7 +133,7 @@ class Sketch:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors, for a file."""
-        rows = torch.tensor([self.rows])
+        rows = torch.tensor([self.rows], dtype=torch.int64, device="cpu")
         return {
             "counts": self.counts,
             "maxima": self.maxima,
@@ -173,12 +173,13 @@ class RowSample:
         if self._buffer is None:
             return None
         places = [place for _, place in sorted(self._heap, reverse=True)]
-        return self._buffer[torch.tensor(places, device=self._buffer.device)]
+        return self._buffer[torch.tensor(places, dtype=torch.int64, device=self._buffer.device)]
 
     @property
     def priorities(self) -> Tensor:
         """Return the priorities of the rows, falling: float64 ``[n]``."""
-        return torch.tensor(sorted((value for value, _ in self._heap), reverse=True), dtype=torch.float64)
+        falling = sorted((value for value, _ in self._heap), reverse=True)
+        return torch.tensor(falling, dtype=torch.float64, device="cpu")
 
     def update(self, x: Tensor, source: str = "", first: int = 0) -> None:
         """Offer rows.
@@ -232,7 +233,8 @@ class RowSample:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors, for a file (not the counts of named inputs, which are seen once)."""
-        found = {"priorities": self.priorities, "calls": torch.tensor([self._calls.get("", 0)])}
+        calls = torch.tensor([self._calls.get("", 0)], dtype=torch.int64, device="cpu")
+        found = {"priorities": self.priorities, "calls": calls}
         if (rows := self.rows) is not None:
             found["sample"] = rows
         return found

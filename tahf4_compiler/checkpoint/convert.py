@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, RecipeError, Tahf4Error
 from ..files.reading import read_header
-from ..packed.plan import plan_modules
-from ..packed.readers import plan_transforms
+from ..packed.config import TaHF4Config
+from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
 from ..recipe.recipe import Recipe
 from ..weights.packing import warn_not_finite
@@ -114,11 +114,13 @@ def quantize_checkpoint(
         result.resumed = len(stage.done)
         _write_all(stage, source, parts, result, hard_link, threads or min(4, os.cpu_count() or 1))
         _write_text(stage, NAME, manifest_text(job, stage.done))
-    except OSError as cause:
+    except (OSError, CheckpointError) as cause:
         stage.drop_unfinished()
+        what, mend = str(cause).rstrip("."), "mend this"
+        if isinstance(cause, OSError):
+            what, mend = f"cannot write {out}: {cause.strerror or cause}", "make room"
         raise CheckpointError(
-            f"cannot write {out}: {cause.strerror or cause}. What is finished waits in {stage.folder}: make room and "
-            "run the same command again, or delete it."
+            f"{what}. What is finished waits in {stage.folder}: {mend} and run the same command again, or delete it."
         ) from cause
     except Tahf4Error:
         stage.drop()
@@ -134,8 +136,6 @@ def quantize_checkpoint(
 def _parts(
     source: Source, recipe: Recipe | None, expert: str | None, keep: Sequence[str], check_weights: bool, limit: int
 ) -> list[_Part]:
-    from ..diffusers_integration.config import TaHF4Config
-
     if recipe is not None and recipe.high_precision_steps:
         raise RecipeError(
             "the recipe runs some steps in high precision, which needs the original weights; a packed checkpoint has "
@@ -160,6 +160,7 @@ def _parts(
                 "hadamard_block": transforms[path].hadamard_block,
                 "activation": transforms[path].activation,
                 "dtype": str(component.model.get_submodule(path).weight.dtype).removeprefix("torch."),
+                **({} if transforms[path].multiplies else {"multiplier": False}),
             }
             for path, d in chosen.items()
         }

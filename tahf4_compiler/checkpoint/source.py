@@ -225,7 +225,7 @@ def _from_original(
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     where = f"{folder} has the original Wan names"
-    empty = {name: torch.empty(0, device="meta") for name in tensors}
+    empty = {name: torch.empty(0, dtype=torch.float32, device="meta") for name in tensors}
     origin = {id(value): tensors[name] for name, value in empty.items()}
     try:
         renamed = convert_wan_transformer_to_diffusers(dict(empty))

@@ -63,9 +63,10 @@ class Stage:
                         self.done[name] = (size, digest)
         except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             self.done = {}
+        kept = {*self.done, PROGRESS}  # without the list, what is finished would be lost
         for base, folders, files in os.walk(self.folder, topdown=False):
             for name in files:
-                if (path := Path(base) / name).relative_to(self.folder).as_posix() not in self.done:
+                if (path := Path(base) / name).relative_to(self.folder).as_posix() not in kept:
                     path.unlink()
             for name in folders:
                 if not any((Path(base) / name).iterdir()):

@@ -73,7 +73,7 @@ class Workers:
         wanted = self.sums.get(item.path)
         whole = wanted is not None or transform.reconstruction is not None  # checksums are of whole weights
         rows = n if whole else max(1, _ROWS // max(1, k))
-        codes, scales = (torch.empty(shape, dtype=DTYPES[dtype]) for _, dtype, shape in item.outputs)
+        codes, scales = (torch.empty(shape, dtype=DTYPES[dtype], device="cpu") for _, dtype, shape in item.outputs)
         with _opened(info.path) as file, torch.no_grad():
             for first in range(0, n, rows):
                 count = min(rows, n - first)
@@ -96,7 +96,7 @@ class Workers:
         """Return memory of this thread: fresh memory for each weight would cost more than reading it."""
         held: dict[torch.dtype, Tensor] = self._local.__dict__.setdefault("buffers", {})
         if dtype not in held or held[dtype].numel() < count:
-            held[dtype] = torch.empty(count, dtype=dtype)
+            held[dtype] = torch.empty(count, dtype=dtype, device="cpu")
         return held[dtype][:count]
 
 
@@ -156,7 +156,7 @@ def _chunks(item: Item) -> Iterator[Tensor]:
     width = DTYPES[info.dtype].itemsize
     with _opened(info.path) as file:
         for start in range(0, info.size, _COPY):
-            part = torch.empty(min(_COPY, info.size - start) // width, dtype=DTYPES[info.dtype])
+            part = torch.empty(min(_COPY, info.size - start) // width, dtype=DTYPES[info.dtype], device="cpu")
             read_into(file, info.offset + start, part)
             yield part.to(DTYPES[item.dtype])
 

@@ -55,7 +55,7 @@ class Exchange:
     def texts(self, content: Any) -> list[Any]:
         """Return what JSON can hold of all ranks, by rank."""
         data = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-        lengths = [int(n) for n in self.gather(torch.tensor([len(data)]))]
+        lengths = [int(n) for n in self.gather(torch.tensor([len(data)], dtype=torch.int64, device="cpu"))]
         padded = torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
         parts = self.gather(padded)
         return [json.loads(bytes(part[:n].tolist())) for part, n in zip(parts, lengths, strict=True)]
@@ -67,7 +67,8 @@ class Exchange:
         for rank, entries in enumerate(listed):
             part = {}
             for name, dtype, shape in entries:
-                value = mine[name] if rank == self.rank else torch.empty(shape, dtype=getattr(torch, dtype))
+                empty = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+                value = mine[name] if rank == self.rank else empty
                 # A copy into a new tensor: an expanded one of one element has no stride that can be viewed as bytes.
                 flat = torch.empty(value.numel(), dtype=value.dtype, device=self.device)
                 flat = flat.copy_(value.detach().reshape(-1)).view(torch.uint8)

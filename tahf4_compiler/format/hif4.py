@@ -28,6 +28,7 @@ from ..errors import FormatError
 
 __all__ = [
     "BYTES_PER_UNIT",
+    "LARGEST",
     "UNIT",
     "Packed",
     "dequantize",
@@ -46,6 +47,9 @@ UNIT = 64
 
 BYTES_PER_UNIT = 36
 """Bytes of one unit: 4 of metadata, 32 of elements."""
+
+LARGEST = 344064.0
+"""The largest magnitude: the largest scale (1.5 * 2**15) times both exponents (4) times 7 quarters."""
 
 ROUNDINGS = ("half_away", "half_even")
 

@@ -202,7 +202,7 @@ def _columns(values: Tensor) -> Tensor:
 
 def _steps(device: torch.device) -> Tensor:
     """Return E6M2 / 4 for codes from ``-_BELOW`` to ``254 + _ABOVE`` as if there were such: float64, exact."""
-    code = torch.arange(-_BELOW, _LARGEST_CODE + _ABOVE + 2, device=device)
+    code = torch.arange(-_BELOW, _LARGEST_CODE + _ABOVE + 2, dtype=torch.int64, device=device)
     octave = torch.div(code, _OCTAVE, rounding_mode="floor")
     mantissa = (4 + code - octave * _OCTAVE).to(torch.float64)
     # 2**octave from its bits: exp2 need not be exact everywhere.

@@ -17,9 +17,16 @@ from torch import Tensor
 from ..errors import FormatError
 from . import hif4
 
-__all__ = ["check_transform", "hadamard", "hadamard_block", "multipliers", "seed_of", "signs", "transform"]
+__all__ = ["SEED", "check_transform", "hadamard", "hadamard_block", "multipliers", "seed_of", "signs", "transform"]
 
 DEFAULT_BLOCK = 64
+
+SEED = 0
+"""Seed of the signs of a new rotation; a recipe of an earlier version may say another.
+
+It is one number, because a graph runs with weights that it does not know: whichever graph reads a weight, and beside
+whichever others, the weight is packed in one way.
+"""
 
 
 def seed_of(path: str) -> int:
@@ -58,7 +65,7 @@ def multipliers(k: int, mask: Tensor | None, seed: int | None) -> tuple[Tensor |
     """
     if mask is None and seed is None:
         return None, None
-    flips = signs(seed, k) if seed is not None else torch.ones(k)
+    flips = signs(seed, k) if seed is not None else torch.ones(k, dtype=torch.float32, device="cpu")
     if mask is None:
         return flips, flips
     flips = flips.to(mask.device)

@@ -68,18 +68,17 @@ class HeldWeight:
     """A weight that the model itself holds in 4 bits (:class:`tahf4_compiler.HiF4Linear`).
 
     Attributes:
-        codes: positions of the parameters that hold codes, among the arguments of the captured graph. More than one
-            means that their rows stand one after the other (one merged product).
+        codes: position of the parameter that holds codes, among the arguments of the captured graph.
         scales: the same for scales.
     """
 
-    codes: tuple[int, ...]
-    scales: tuple[int, ...]
+    codes: int
+    scales: int
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Return the positions that stand for the weights: those of the codes."""
-        return self.codes
+        """Return the position that stands for the weight: that of the codes."""
+        return (self.codes,)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class PackedInput:
     """An input that stands for a weight in 4 bits, or for what belongs to one.
 
     That of a :class:`PackedWeight` was added by the rewrite and is found at run time by the identity of its parameters;
-    that of a :class:`HeldWeight` is a parameter itself, or several as one.
+    that of a :class:`HeldWeight` is a parameter itself.
 
     Attributes:
         part: ``"codes"`` (uint8 ``[N, K / 2]``), ``"scales"`` (int32 ``[N, K / 64]``), ``"multiplier"`` (float32
@@ -108,5 +107,5 @@ class PackedInput:
     def positions(self) -> tuple[int, ...]:
         """Return the positions of the parameters that this part is made from."""
         if isinstance(self.weight, HeldWeight) and self.part == "scales":
-            return self.weight.scales
+            return (self.weight.scales,)
         return self.weight.weights

@@ -15,9 +15,11 @@ from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import module_path, root_expression
 from ..model.tree import Surroundings
-from ..torch_private import dynamo_scope, dynamo_source, fake_input
+from ..torch_private import dynamo_scope, dynamo_source, fake_input, weights_are_constants
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
+from .functions import Tracing
+from .regions import inline_regions
 
 __all__ = ["capture_dynamo"]
 
@@ -47,11 +49,11 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     sources = [dynamo_source(node) for node in placeholders]
     fakes = [fake_input(context, value) for value in inputs]
+    graph_module = inline_regions(graph_module)
     _write_data_as_detach(graph_module)
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
-            # The interpreter, unlike the module's own code, says which node it is at: module paths survive.
-            run = fx.Interpreter(graph_module).run
+            run = Tracing(graph_module, context.fake_mode).run
             # Inputs are fake already; another tracing mode would copy them and lose their symbolic values.
             trace = make_fx(run, DECOMPOSITIONS, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*fakes)
@@ -61,6 +63,11 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
                 "the graph reads DTensors, which tahf4 does not compile: pack the model, then divide it into plain "
                 "tensors with tahf4_compiler.distributed.tensor_parallel, or HiF4ColwiseParallel(local=True) and "
                 "HiF4RowwiseParallel(local=True). FSDP2 and context parallelism need nothing of the kind."
+            ) from error
+        if weights_are_constants():
+            raise CaptureError(
+                "torch._inductor.config.freezing is on: Dynamo gives the graph its weights as constants, but tahf4 "
+                "looks weights up at each call. Switch it off; tahf4 packs the weights once without it."
             ) from error
         raise CaptureError(
             f"tracing the graph to ATen operators failed: {type(error).__name__}: {error}. The same graph runs with "
@@ -79,12 +86,12 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     _name_modules(traced, roots)
     inputs += _lift_attributes(traced, context.fake_mode)
     traced.recompile()
-    modules = _root_modules(roots)
-    root = modules[0] if len(roots) == len(modules) == 1 else None
-    surroundings = Surroundings.find(root)
+    values = _root_values(roots)
+    surroundings = Surroundings.find(values)
+    modules = [value for value in values if isinstance(value, nn.Module)]
     for module in modules:
         surroundings.watch(module)
-    name = type(root).__name__ if root is not None else "function"
+    name = type(modules[0]).__name__ if len(roots) == len(modules) == 1 else "function"
     return Capture(traced, inputs, context.fake_mode, surroundings, name)
 
 
@@ -155,15 +162,15 @@ def _rename(node: fx.Node, name: str) -> None:
     node.target = node.name
 
 
-def _root_modules(roots: set[str]) -> list[nn.Module]:
-    """Return the modules that Dynamo is compiling: one, or several that a function calls."""
+def _root_values(roots: set[str]) -> list[Any]:
+    """Return what the graph's parameters were reached from: modules, one or several, and parameters by themselves."""
     found = []
     for expression in roots:
         try:
             found.append(_value(ast.parse(expression, mode="eval").body, dynamo_scope()))
         except (SyntaxError, LookupError, AttributeError, TypeError):  # the graph's own names serve then
             continue
-    return [module for module in found if isinstance(module, nn.Module)]
+    return found
 
 
 def _value(node: ast.expr, scope: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from ..errors import CaptureError
 from ..graph.inputs import INPUT, GraphInput
 from ..model.tree import Surroundings
 from .captured import Capture
+from .regions import inline_regions
 
 __all__ = ["capture", "from_program"]
 
@@ -86,7 +87,7 @@ def from_program(program: Any, model: nn.Module, args: tuple[Any, ...], kwargs: 
             "back instead, and nobody would copy it. Take the program that torch.export.export returned, "
             "without run_decompositions(), or model.eval() if a normalization layer is the reason."
         )
-    graph_module = program.graph_module
+    graph_module = inline_regions(program.graph_module)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     lifted: list[tuple[str, str]] = []
     for index, (node, spec) in enumerate(zip(placeholders, program.graph_signature.input_specs, strict=True)):

@@ -178,9 +178,12 @@ def leave_as_they_are(model: nn.Module, reasons: Mapping[str, str]) -> None:
 
     Args:
         model: packed.
-        reasons: by module path, in place of those of an earlier call.
+        reasons: by module path, in place of those of an earlier call. A linear whose weight is no parameter needs none:
+            a graph computes the weight.
     """
-    attach(model, {path: Attachment("high_precision", reason) for path, reason in reasons.items()}, _PACKED)
+    owned = {path for path, _ in linear_weights(model)}
+    left = {path: Attachment("high_precision", reason) for path, reason in reasons.items() if path in owned}
+    attach(model, left, _PACKED)
 
 
 def attached_keep(weight: object) -> Attachment | None:

@@ -8,15 +8,24 @@ several linears, whose order is not known, any as any.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass
 
 from torch import nn
 
-from .linears import linear_weights, packed_weights, plain_path
-from .parts import class_name
+from .linears import adapters, linear_weights, named_linears, packed_weights, plain_path
+from .parts import full_class_name
 
-__all__ = ["MIN_LINEARS", "MIN_LINEARS_ALONE", "Member", "block_of", "module_blocks", "repeated_blocks"]
+__all__ = [
+    "MIN_LINEARS",
+    "MIN_LINEARS_ALONE",
+    "Member",
+    "block_of",
+    "container_paths",
+    "in_container",
+    "module_blocks",
+    "repeated_blocks",
+]
 
 MIN_LINEARS = 2
 """Linears in each of several repeated blocks, at least."""
@@ -36,7 +45,8 @@ class Member:
         cls: name of its class, with its module.
         linears: how many it holds, at any depth.
         size: values of their weights.
-        structure: equal for modules that compute the same with other weights.
+        structure: equal for modules that compute the same with other weights; None for a member of a container,
+            whose place says it.
     """
 
     cls: str
@@ -70,20 +80,19 @@ def repeated_blocks(
     groups: dict[tuple[Hashable, ...], list[str]] = defaultdict(list)
     for path, member in members.items():
         if member.linears >= min_linears:
-            parent, _, leaf = path.rpartition(".")
-            groups[parent, member.cls, None if leaf.isdigit() else (member.structure,)].append(path)
+            groups[path.rpartition(".")[0], member.cls, member.structure].append(path)
     found: dict[str, str] = {}
-    for (_, _, attributes), paths in groups.items():
+    for (_, _, structure), paths in groups.items():
         chain: dict[str, None] = {}
         for first, second in zip(paths, paths[1:], strict=False):
             if follows(first, second):
                 chain |= {first: None, second: None}
-        if attributes is None or 4 * sum(members[path].size for path in chain) >= 3 * total:
+        if structure is None or 4 * sum(members[path].size for path in chain) >= 3 * total:
             found.update((path, _short(members[path].cls)) for path in chain)
     for path, member in members.items():
         # A model of one layer, or of one layer of a kind, has a container for it all the same.
-        parent, _, leaf = path.rpartition(".")
-        if path in found or not leaf.isdigit() or member.linears < min_linears_alone:
+        parent = path.rpartition(".")[0]
+        if path in found or member.structure is not None or member.linears < min_linears_alone:
             continue
         beside = (o for p, o in members.items() if p != path and p.rpartition(".")[0] == parent)
         if (found or 2 * member.size >= total) and not any(other.cls == member.cls for other in beside):
@@ -94,13 +103,20 @@ def repeated_blocks(
 
 def module_blocks(model: nn.Module) -> dict[str, str]:
     """Return ``module path -> class name`` of the outermost repeated blocks of a model, by its tree of modules."""
-    modules = {plain_path(path): module for path, module in model.named_modules()}
+    modules = {plain_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
+    containers = container_paths(model)
     shapes: dict[str, tuple[int, int]] = {}  # of the weights, as [N, K]
     for path, weight in linear_weights(model):
         if not isinstance(modules.get(path), _TABLES):
             shapes[path] = weight.shape[0], weight.shape[1]
     for path, codes in packed_weights(model):
         shapes[path] = codes.shape[0], getattr(modules.get(path), "in_features", 2 * codes.shape[1])
+    for path, linear in named_linears(model):  # also those whose weight is no parameter of their own
+        shapes.setdefault(path, (linear.out_features, linear.in_features))
+    for path in adapters(model):
+        shapes.pop(path, None)
+    order = {path: i for i, path in enumerate(modules)}
+    shapes = dict(sorted(shapes.items(), key=lambda e: order.get(e[0], order.get(e[0].rpartition(".")[0], 0))))
     inside: dict[str, list[str]] = defaultdict(list)
     for path in shapes:
         parts = path.split(".")
@@ -108,10 +124,10 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             inside[".".join(parts[:i])].append(path)
     members: dict[str, Member] = {}
     for path, module in modules.items():
-        if path and path in inside and not isinstance(module, _CONTAINERS):
+        if path and path in inside and path not in containers:
             mine = [(name.removeprefix(path), shapes[name]) for name in inside[path]]
-            cls = f"{type(module).__module__}.{class_name(module)}"
-            members[path] = Member(cls, len(mine), sum(n * k for _, (n, k) in mine), tuple(mine))
+            structure = None if in_container(path, containers) else tuple(mine)
+            members[path] = Member(full_class_name(module), len(mine), sum(n * k for _, (n, k) in mine), structure)
 
     def follows(first: str, second: str) -> bool:
         written, read = ([shapes[name] for name in inside[path]] for path in (first, second))
@@ -120,6 +136,18 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
         return not {n for n, _ in written}.isdisjoint(k for _, k in read)
 
     return repeated_blocks(members, follows, sum(n * k for n, k in shapes.values()))
+
+
+def container_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the containers of a model."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {plain_path(path) for path, module in modules if isinstance(module, _CONTAINERS)}
+
+
+def in_container(path: str, containers: Set[str]) -> bool:
+    """Return whether a module is a member of a container: by its number, or by any name in one of some containers."""
+    parent, _, leaf = path.rpartition(".")
+    return leaf.isdigit() or parent in containers
 
 
 def block_of(path: str, blocks: Mapping[str, str]) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import PatternError
 
-__all__ = ["linear_weights", "named_linears", "packed_weights", "plain_path"]
+__all__ = ["adapters", "linear_weights", "named_linears", "packed_weights", "place_of", "plain_path"]
 
 
 def plain_path(path: str) -> str:
@@ -37,6 +37,35 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith("weight_codes"):
             yield name.replace("_orig_mod.", "").removesuffix(".weight_codes"), parameter
+
+
+_WRAPPED = ("base_layer", "original_module")  # what peft calls the module that it puts an adapter around
+
+
+def adapters(model: nn.Module) -> dict[str, str]:
+    """Return the paths of modules that stand beside a linear and are trained apart from it, with the linear's path.
+
+    These are what a wrapper of peft holds beside the module that it wraps (the matrices of a LoRA), and what an
+    ``nn.Linear`` holds inside of itself (those of the older diffusers; parametrizations).
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        wraps = hasattr(module, "adapter_layer_names")
+        inner = next((name for name in _WRAPPED if wraps and name in module._modules), None)
+        if inner is None and not isinstance(module, nn.Linear):
+            continue
+        linear, prefix = plain_path(".".join(filter(None, (path, inner)))), f"{path}." if path else ""
+        for name, child in module.named_children():
+            if name != inner:
+                found |= {plain_path(p): linear for p, _ in child.named_modules(prefix=f"{prefix}{name}")}
+    return found
+
+
+def place_of(path: str) -> str:
+    """Return the path that a linear has without an adapter of peft around it."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
 
 
 def matching(patterns: Sequence[str], path: str) -> str | None:

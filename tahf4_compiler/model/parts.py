@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .linears import linear_weights
 
-__all__ = ["Part", "class_name", "part_of", "remember", "running_weights", "whole"]
+__all__ = ["Part", "class_name", "full_class_name", "part_of", "remember", "running_weights", "whole"]
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,8 @@ def class_name(module: nn.Module) -> str:
     if fsdp is not None and isinstance(module, fsdp.FSDPModule):
         return next(cls.__name__ for cls in type(module).__mro__ if not issubclass(cls, fsdp.FSDPModule))
     return type(module).__name__
+
+
+def full_class_name(module: nn.Module) -> str:
+    """Return the name of a module's class with the Python module that defines it."""
+    return f"{type(module).__module__}.{class_name(module)}"

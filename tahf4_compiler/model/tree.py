@@ -16,8 +16,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..torch_private import caller_that_holds
 from .attachments import refresh
-from .blocks import block_of, module_blocks
-from .linears import linear_weights, packed_weights
+from .blocks import block_of, container_paths, module_blocks
+from .linears import adapters, linear_weights, packed_weights, plain_path
+from .parts import full_class_name
 
 __all__ = ["Surroundings"]
 
@@ -28,42 +29,76 @@ class Surroundings:
     Attributes:
         linear_paths: paths of everything that may be the weight of a linear; empty if the module is unknown.
         blocks: ``module path -> class name`` of its repeated blocks.
+        classes: ``module path -> class name`` of its modules but containers, with the Python module that defines the
+            class.
+        containers: paths of its ``ModuleList`` and ``ModuleDict``.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
         """Read a module, or nothing."""
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._beside: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._roots: list[weakref.ref[nn.Module]] = []
         self.linear_paths: list[str] = []
         self.blocks: dict[str, str] = {}
+        self.classes: dict[str, str] = {}
+        self.containers: set[str] = set()
         if module is not None:
-            self.add(module)
-            self.linear_paths = [path for path, _ in (*linear_weights(module), *packed_weights(module))]
             self.blocks = module_blocks(module)
+            self.containers = container_paths(module)
+            modules = [(plain_path(path), inner) for path, inner in module.named_modules(remove_duplicate=False)]
+            self.classes = {path: full_class_name(inner) for path, inner in modules if path not in self.containers}
+            self.linear_paths = [path for path, _ in (*linear_weights(module), *packed_weights(module))]
+            self.add(module)
 
     @classmethod
-    def find(cls, root: nn.Module | None) -> Surroundings:
-        """Return the surroundings of a graph that Dynamo is compiling.
+    def find(cls, parts: Sequence[object]) -> Surroundings:
+        """Return the surroundings of a graph that Dynamo is compiling: the one module that holds what it reads.
 
         Args:
-            root: the module whose frame is compiled.
+            parts: modules and parameters that the compiled frame reads, among them its local variables after a graph
+                break. If several modules hold them, as where a function calls two models, none is known.
         """
-        return cls(caller_that_holds(root) or root)
+        holders = {caller_that_holds(part) or (part if isinstance(part, nn.Module) else None) for part in parts}
+        holders.discard(None)
+        return cls(holders.pop() if len(holders) == 1 else None)
+
+    @property
+    def root(self) -> nn.Module | None:
+        """The module that was compiled, if it is known and alive."""
+        return self._roots[0]() if self.linear_paths else None
 
     def add(self, module: nn.Module) -> None:
-        """Remember the paths of a module's weights."""
+        """Remember the paths of a module's weights; of several paths of one weight, that inside a repeated block."""
         self.watch(module)
+        found: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for path, weight in (*linear_weights(module), *packed_weights(module)):
-            self._paths[weight] = path
+            if weight not in found or (self.block_of(path) and not self.block_of(found[weight])):
+                found[weight] = path
+        self._paths.update(found)
 
     def watch(self, module: nn.Module) -> None:
         """Read what is attached to a module, now and whenever a parameter is new."""
         self._roots.append(weakref.ref(module))
         refresh(module)
+        if found := adapters(module):
+            for path, weight in linear_weights(module):
+                if path in found:
+                    self._beside[weight] = found[path]
 
     def path(self, weight: object) -> str | None:
         """Return the module path of a weight, or None if it belongs to another module."""
         return self._paths.get(weight) if isinstance(weight, torch.Tensor) else None
+
+    def adapts(self, weight: object) -> str | None:
+        """Return the path of the linear that a weight of an adapter stands beside; None for any other weight."""
+        return self._beside.get(weight) if isinstance(weight, torch.Tensor) else None
+
+    def around(self, path: str) -> dict[str, str]:
+        """Return ``path -> class name`` for each module around a weight of some module path, outermost first."""
+        parts = path.split(".")
+        outer = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        return {module: self.classes[module] for module in outer if module in self.classes}
 
     def block_of(self, path: str) -> tuple[str, str] | None:
         """Return ``(block path, class name)`` of the repeated block around a module path, if there is one."""

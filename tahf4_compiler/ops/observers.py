@@ -41,7 +41,7 @@ class Handles:
             observer = self._observer_of(weights)
             if observer is not None:
                 self.observers.append(observer)
-            mine[key] = torch.tensor([len(self.observers) - 1 if observer is not None else _NOBODY, 0])
+            mine[key] = _handle(len(self.observers) - 1 if observer is not None else _NOBODY)
         handle: Tensor = mine[key]
         return handle
 
@@ -67,7 +67,11 @@ class Handles:
 
 def handle_of(weights: tuple[Tensor, ...]) -> Tensor:
     """Return the handle for the calibration that runs; one that observes nothing if there is none."""
-    return _current.handle(weights) if _current is not None else torch.tensor([_NOBODY, 0])
+    return _current.handle(weights) if _current is not None else _handle(_NOBODY)
+
+
+def _handle(number: int) -> Tensor:
+    return torch.tensor([number, 0], dtype=torch.int64, device="cpu")
 
 
 def take(x: Tensor, handle: Tensor) -> None:

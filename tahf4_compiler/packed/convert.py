@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,13 +17,13 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import experts
+from ..model.linears import linear_weights
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.packing import warn_not_finite
 from .linear import HiF4Linear
-from .plan import plan_modules
-from .readers import plan_transforms
+from .plan import plan_modules, plan_transforms
 from .transform import Transform
 
 __all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_"]
@@ -38,6 +40,7 @@ class PackingObserver(Protocol):
 
 
 observers: list[PackingObserver] = []
+log = logging.getLogger(__name__)
 
 
 def quantize_(
@@ -50,9 +53,10 @@ def quantize_(
 ) -> list[Decision]:
     """Replace every linear that the plan puts in HiF4 by a :class:`HiF4Linear`, and free its weight.
 
-    One linear is converted after the other, so that memory does not grow beyond the model and one layer. Linears that
-    are packed already stay as they are. The others carry their reason, so that compiling the model leaves them, too.
-    Weights with NaN or infinities are packed as NaN, with a warning.
+    All linears are converted before the first is replaced, so that an error or an interrupt leaves the model as it was.
+    Until then memory holds the packed weights beside the model. Linears that are packed already stay as they are. The
+    others carry their reason, so that compiling the model leaves them, too. Weights with NaN or infinities are packed
+    as NaN, with a warning. A model in which nothing is packed is told of in a warning, too.
 
     Args:
         model: a module, or a pipeline whose denoisers are packed. It is changed in place.
@@ -69,7 +73,7 @@ def quantize_(
         PatternError: a pattern of ``keep`` is no regular expression or matches no linear.
         RecipeError: the recipe does not fit the model.
         PackedError: the recipe has steps in high precision, the model is offloaded, or ``keep`` names a linear that is
-            packed already. Nothing is changed then.
+            packed already.
         OptionError: the model is neither module nor pipeline.
     """
     models = _unwrapped(model)
@@ -89,45 +93,86 @@ def quantize_(
         work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part)))
         _check_ready(module, work[-1][-1])
     todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
-    decisions: list[Decision] = []
     with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
-        for name, module, plan, transforms in work:
-            warn_not_finite(pack_modules(module, transforms, bar.update), name)
-            leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
-            if packed_linears(module):
-                for observer in observers:
-                    observer.packed(module, recipe, keep)
-            decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
+        made = {name: _packed(module, transforms, bar.update) for name, module, _, transforms in work}
+    with contextlib.ExitStack() as stack:
+        for name, module, _, _ in work:
+            stack.enter_context(_replaced(module, made[name].values()))
+        for name, module, _, _ in work:
+            warn_not_finite(_not_finite(made[name]), name)
+            for observer in observers if packed_linears(module) else ():
+                observer.packed(module, recipe, keep)
+    decisions: list[Decision] = []
+    for name, module, plan, _ in work:
+        leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
+        if not any(d.decision == "hif4" for d in plan):
+            log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, _why_nothing(module, plan))
+        decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
 
 
-def pack_modules(
-    model: nn.Module, transforms: dict[str, Transform], done: Callable[[int], Any] = lambda values: None
-) -> list[str]:
-    """Replace linears by packed ones.
+def _why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
+    if plan:
+        reasons = Counter(str(d.reason) for d in plan).most_common(3)
+        return "; ".join(f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons)
+    modules = dict(model.named_modules())
+    others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
+    found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
+    return f"it holds no nn.Linear ({found}), and no other module is packed"
+
+
+def pack_modules(model: nn.Module, transforms: Mapping[str, Transform]) -> list[str]:
+    """Replace linears by packed ones, all or none.
 
     Args:
         model: changed in place.
-        transforms: by module path, see :func:`tahf4_compiler.packed.readers.plan_transforms`.
-        done: is told how many values were converted.
+        transforms: by module path, see :func:`tahf4_compiler.packed.plan.plan_transforms`.
 
     Returns:
         The paths whose weights are not finite.
     """
-    places, flags = _places(model), {}
+    made = _packed(model, transforms)
+    with _replaced(model, made.values()):
+        return _not_finite(made)
+
+
+def _packed(
+    model: nn.Module, transforms: Mapping[str, Transform], done: Callable[[int], Any] = lambda values: None
+) -> dict[str, tuple[nn.Linear, HiF4Linear]]:
+    """Return linears and their packed forms, by module path; ``done`` is told how many values were converted."""
+    found = {}
     for path, transform in transforms.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         multiplier = transform.multiplier(linear.in_features)
         packed = transform.pack(linear.weight)
-        if packed.scales.device.type != "meta":
-            flags[path] = hif4.has_nan(packed.scales)
-        new = HiF4Linear.from_linear(
-            linear, packed, multiplier, transform.hadamard_block, transform.activation
-        )
-        for parent, name in places[id(linear)]:
-            setattr(parent, name, new)
+        block, activation = transform.hadamard_block, transform.activation
+        found[path] = linear, HiF4Linear.from_linear(linear, packed, multiplier, block, activation)
         done(linear.in_features * linear.out_features)
+    return found
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, pairs: Iterable[tuple[nn.Linear, nn.Linear]]) -> Iterator[None]:
+    """Put linears of a model in the places of others, and all of these back if that or what follows raises."""
+    places = _places(model)
+    done = []
+    try:
+        for old, new in pairs:
+            for parent, name in places[id(old)]:
+                setattr(parent, name, new)
+                done.append((parent, name, old))
+        yield
+    except BaseException:
+        for parent, name, old in done:
+            setattr(parent, name, old)
+        raise
+
+
+def _not_finite(made: Mapping[str, tuple[nn.Linear, HiF4Linear]]) -> list[str]:
+    """Return the paths of packed linears whose weights are not finite."""
+    scales = {path: packed.weight_scales.detach() for path, (_, packed) in made.items()}
+    flags = {path: hif4.has_nan(value) for path, value in scales.items() if value.device.type != "meta"}
     return [path for path, flag in flags.items() if flag]  # read at the end: each is a wait for the device
 
 
@@ -145,18 +190,14 @@ def dequantize_(model: Any) -> list[str]:
     """
     found = []
     for component, module in _unwrapped(model).items():
-        places = _places(module)
+        linears = packed_linears(module)
         with torch.no_grad():
-            for path in list(packed_linears(module)):
-                packed = module.get_submodule(path)
-                assert isinstance(packed, HiF4Linear)
-                plain = packed.to_linear()
-                for parent, name in places[id(packed)]:
-                    setattr(parent, name, plain)
-                found.append(f"{component}.{path}" if component else path)
+            made = [(packed, packed.to_linear()) for packed in linears.values()]
+        with _replaced(module, made):
+            for observer in observers:
+                observer.unpacked(module)
         leave_as_they_are(module, {})
-        for observer in observers:
-            observer.unpacked(module)
+        found += [f"{component}.{path}" if component else path for path in linears]
     return found
 
 

@@ -11,9 +11,10 @@ from ..errors import FormatError, GradientError, PackedError
 from ..format import hif4
 from ..format.transforms import hadamard
 from ..ops import registry
-from .no_weight import NoWeight
+from .no_weight import NoWeight, no_weight
+from .saving import check_saver
 
-__all__ = ["HiF4Linear"]
+__all__ = ["HiF4Linear", "packed_product"]
 
 registry.kernels()  # defines the operators that forward calls, before anything traces it
 
@@ -121,17 +122,9 @@ class HiF4Linear(nn.Linear):
         Raises:
             GradientError: a gradient is asked for.
         """
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind):
-            input = input.to(torch.get_autocast_dtype(kind))
-        if torch.is_grad_enabled() and input.requires_grad:
-            raise GradientError(
-                "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
-                "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
-            )
-        quantize, linear = registry.operators(input)
-        codes, scales = quantize(input, self.multiplier, self.hadamard_block)
-        return linear(codes, scales, self.weight_codes, self.weight_scales, self.bias, input.dtype)
+        return packed_product(
+            input, self.multiplier, self.hadamard_block, self.weight_codes, self.weight_scales, self.bias
+        )
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
@@ -169,7 +162,8 @@ class HiF4Linear(nn.Linear):
     @property
     def weight(self) -> Any:  # type: ignore[override]
         """A :class:`NoWeight`: shape, dtype and device of the weight, for libraries that ask."""
-        return NoWeight(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
+        make = no_weight if torch.compiler.is_compiling() else NoWeight
+        return make(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
 
     def reset_parameters(self) -> None:
         """Do nothing: codes are not drawn at random."""
@@ -189,11 +183,12 @@ class HiF4Linear(nn.Linear):
                     multiplier.data = moved
                 else:
                     self._parameters["multiplier"] = _parameter(moved)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Write down beside the tensors what they do not tell; torch keeps it in ``state_dict._metadata``."""
+        check_saver(prefix[:-1])
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (metadata := getattr(destination, "_metadata", None)) is not None:
             metadata.setdefault(prefix[:-1], {}).update(self._transform())
@@ -218,6 +213,30 @@ class HiF4Linear(nn.Linear):
     def _transform(self) -> dict[str, int]:
         """Return what the codes mean and no tensor's shape tells."""
         return {"in_features": self.in_features, "hadamard_block": self.hadamard_block}
+
+
+@torch.fx.wrap  # asks the input for its values' device and dtype, which nothing has that traces symbolically
+def packed_product(
+    input: Tensor,
+    multiplier: Tensor | None,
+    hadamard_block: int,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return what :meth:`HiF4Linear.forward` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):
+        input = input.to(torch.get_autocast_dtype(kind))
+    if torch.is_grad_enabled() and input.requires_grad:
+        raise GradientError(
+            "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
+            "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
+        )
+    quantize, linear = registry.operators(input)
+    codes, scales = quantize(input, multiplier, hadamard_block)
+    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, input.dtype)
+    return result
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:

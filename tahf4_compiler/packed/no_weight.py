@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import PackedError
+from ..import_hook import when_imported
+from ..torch_private import refuse_in_inductor
 
-__all__ = ["NoWeight", "NoWeightError"]
+__all__ = ["NoWeight", "NoWeightError", "no_weight"]
 
 _PROPERTIES = ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_meta", "is_cuda", "is_cpu", "is_leaf")
 _METHODS = ("dim", "size", "numel", "stride", "element_size", "is_floating_point", "is_complex", "get_device")
@@ -25,6 +27,9 @@ class NoWeight(Tensor):
     Libraries ask a linear's weight for its dtype, device and shape (adapters are made alike, activations cast); merging
     an adapter would write to it, which must not pass in silence.
     """
+
+    _is_hf_initialized = True
+    """transformers initializes what lacks this mark; there is nothing to initialize."""
 
     @staticmethod
     def __new__(cls, n: int, k: int, dtype: torch.dtype, device: torch.device) -> NoWeight:
@@ -56,7 +61,8 @@ def _refused(func: Any) -> NoWeightError:
     return NoWeightError(
         f"this linear is packed: it has weight_codes and weight_scales, and no weight for {what!r} to read or write. "
         "An adapter stays unfused and runs beside the 4-bit product; to fuse it, call "
-        "tahf4_compiler.dequantize_(model) or load the original, fuse, and call tahf4_compiler.quantize_(model)."
+        "tahf4_compiler.dequantize_(model) or load the original, fuse, and call tahf4_compiler.quantize_(model). "
+        "An adapter that reads the weight (DoRA) must be there before quantize_, which then leaves the linear as it is."
     )
 
 
@@ -64,3 +70,25 @@ _ANSWERED = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(getattr(Tensor, name) for name in _METHODS),
 }
+
+
+@torch.library.custom_op("tahf4::no_weight", mutates_args=())
+def no_weight(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a :class:`NoWeight` ``[n, k]`` that Dynamo can trace: code that reads its dtype leaves nothing in a graph.
+
+    Code that reads its values keeps this operator, and so raises :class:`NoWeightError` when the graph runs.
+    """
+    return NoWeight(n, k, dtype, device)
+
+
+def _refuse_in_inductor() -> None:
+    refuse_in_inductor(no_weight._opoverload, lambda: _refused("compiled code"))
+
+
+# What Inductor compiles would read memory that a NoWeight does not have, past all checks.
+when_imported("torch._inductor.lowering", _refuse_in_inductor)
+
+
+@no_weight.register_fake
+def _(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty((n, k), dtype=dtype, device=device)

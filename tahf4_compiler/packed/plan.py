@@ -1,8 +1,7 @@
 """The plan of a model without a graph: which linears run in 4 bits, and what transforms their activations.
 
 Works on module structure alone, so that a model on the meta device is enough. For models whose blocks stand in a
-container the decisions are those that the passes ``classify`` and ``plan`` make on the captured graph; which linears
-read one activation is told by the names that attention and gated feed-forward modules use.
+container the decisions are those that the passes ``classify`` and ``plan`` make on the captured graph.
 """
 
 from __future__ import annotations
@@ -10,22 +9,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
+from ..format.transforms import SEED, hadamard_block
 from ..model.attachments import Attachment, attached_keep, attached_recipe
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import matching, named_linears, require_matches
+from ..model.linears import adapters, linear_weights, matching, named_linears, plain_path, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision
-from ..pipeline.rules import MIN_FEATURES, Facts, Role, decide, dtype_obstacle, role_of
+from ..pipeline.rules import (
+    MIN_FEATURES,
+    Facts,
+    Role,
+    adapter_obstacle,
+    decide,
+    dtype_obstacle,
+    role_of,
+    tensor_obstacle,
+)
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
+from .transform import Transform
 
-__all__ = ["plan_modules"]
+__all__ = ["plan_modules", "plan_transforms"]
 
 _READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 
@@ -65,16 +74,29 @@ def plan_modules(
     given = (
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
-    blocks = module_blocks(model)
+    blocks, beside = module_blocks(model), adapters(model)
+    names = model.named_modules(remove_duplicate=False)  # a module with several is in a block by any of them
+    around = {module: block for name, module in names if (block := block_of(plain_path(name), blocks)) is not None}
+    named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
+    shared = {id(weight): block for weight, block in named if block is not None}  # one weight may have several names
+    has_recipe = given is not None or any(attached_recipe(weight) is not None for _, weight in linear_weights(model))
+    others = {
+        id(weight): f"{type(owner).__name__} {name}"
+        for name, owner in model.named_modules()
+        if not isinstance(owner, nn.Linear)
+        for weight in owner._parameters.values()
+        if weight is not None
+    }
     return [
         _decide(
             path,
             module,
-            model,
             checked,
+            adapter_obstacle(beside.get(path)) or _obstacle(path, module, model, others),
             attachment_of(path, module, given),
-            role_of(block_of(path, blocks), not blocks),
+            role_of(around.get(module) or shared.get(id(module._parameters.get("weight"))), not blocks),
             min_features,
+            has_recipe,
         )
         for path, module in linears.items()
     ]
@@ -84,20 +106,66 @@ def attachment_of(path: str, module: nn.Linear, given: Mapping[str, Attachment] 
     """Return what was kept, else what the recipe says."""
     if isinstance(module, HiF4Linear):
         return None
-    kept = attached_keep(module.weight)
+    weight = module._parameters.get("weight")
+    kept = attached_keep(weight)
     if kept is not None:
         return kept
-    return given.get(path) if given is not None else attached_recipe(module.weight)
+    return given.get(path) if given is not None else attached_recipe(weight)
+
+
+def plan_transforms(
+    model: nn.Module,
+    plan: Sequence[Decision],
+    recipe: Recipe | None = None,
+    *,
+    expert: str | None = None,
+    rotate_block: int = 64,
+) -> dict[str, Transform]:
+    """Return the transform of each linear that a plan puts in HiF4 and that is not packed yet, by module path.
+
+    Without a recipe an activation is rotated in Hadamard blocks, as the pass ``rotate`` does it.
+
+    Args:
+        model: that the plan was made for.
+        plan: by :func:`plan_modules`.
+        recipe: that the plan was made with.
+        expert: as for :func:`plan_modules`.
+        rotate_block: widest Hadamard block where no recipe says another; 0 for no rotation.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    given = recipe_attachments(model, recipe, expert=expert, check_weights=False) if recipe is not None else None
+    linears = dict(named_linears(model))
+    found = {}
+    for decision in plan:
+        path = decision.module
+        if decision.decision != "hif4" or isinstance(linears[path], HiF4Linear):
+            continue
+        said = attachment_of(path, linears[path], given)
+        block = said.hadamard_block if said is not None else hadamard_block(decision.k, rotate_block)
+        seed = said.seed if said is not None and said.seed is not None else SEED
+        found[path] = Transform(
+            (said.activation if said is not None else "") or path,
+            block,
+            seed if block else None,
+            said.search if said is not None else "",
+            said.mask if said is not None and said.masked else None,
+            said.second_moment if said is not None else None,
+            said.reconstruction if said is not None else None,
+        )
+    return found
 
 
 def _decide(
     path: str,
     module: nn.Linear,
-    model: nn.Module,
     keep: Sequence[str],
+    obstacle: Reason | None,
     attachment: Attachment | None,
     role: Role,
     min_features: int,
+    has_recipe: bool,
 ) -> Decision:
     n, k = module.out_features, module.in_features
     after = n * hif4.units(k) * hif4.BYTES_PER_UNIT
@@ -109,8 +177,10 @@ def _decide(
             )
         size = module.weight_dtype.itemsize
         return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
-    chosen, reason = decide(Facts(path, k, n, _obstacle(path, module, model), attachment, role), keep, min_features)
-    before = n * k * module.weight.element_size()
+    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
+    # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
+    held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
+    before = n * k * next((tensor.element_size() for tensor in held if tensor is not None), 0)
     return Decision(
         module=path,
         k=k,
@@ -123,15 +193,27 @@ def _decide(
     )
 
 
-def _obstacle(path: str, module: nn.Linear, model: nn.Module) -> Reason | None:
-    """Return why a linear cannot be packed, or None."""
-    weight = module.weight
-    if is_traceable_wrapper_subclass(weight):
-        return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
+def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[int, str]) -> Reason | None:
+    """Return why a linear cannot be packed, or None; ``others`` names the readers of weights that are no linears."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        text = "weight: no parameter of the linear; a parametrization, a hook or a property computes it"
+        return Reason(Cause.WEIGHT, text)
+    if (reader := others.get(id(weight))) is not None:
+        return Reason(Cause.WEIGHT, f"weight: {reader} reads it too, and needs it as it is")
+    if (reason := tensor_obstacle(weight)) is not None:
+        return reason
     if type(module) is not nn.Linear:
         text = f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
         return Reason(Cause.CLASS, text)
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, _READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
+    if any(getattr(parent, "use_dora", {}).values()):
+        return Reason(Cause.CLASS, "class: DoRA reads the weight itself")
+    if beyond := sorted(set(module._parameters) - {"weight", "bias"}):
+        text = f"class: a Linear with parameters that nn.Linear does not have ({', '.join(beyond)})"
+        return Reason(Cause.CLASS, text)
+    if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
+        return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")
     return dtype_obstacle("weight", weight.dtype)

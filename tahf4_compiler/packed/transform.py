@@ -19,8 +19,8 @@ class Transform:
     """What stands between an activation and its quantization, and how the weights that read it are packed.
 
     Attributes:
-        activation: name of the activation: the module path of the first linear that reads it. Linears of one name
-            have equal multipliers.
+        activation: name of the activation, as a recipe calls it; else the module path of the linear. Linears of one
+            name have equal multipliers.
         hadamard_block: width of the rotation, 0 for none.
         seed: of the rotation's signs, None for no signs.
         search: how scales of the weights are chosen, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.

@@ -62,10 +62,6 @@ class Activation:
             return None
         return first
 
-    def module(self, context: Context) -> str:
-        """Return the module path of the first weight that reads it."""
-        return context.path_of(self.weights[0])
-
     def change(self, **values: Any) -> None:
         """Change how the weights are transformed: fields of :class:`~tahf4_compiler.graph.inputs.PackedWeight`."""
         graph = self.node.graph

@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses import FakeTensor
 
 from ..model.attachments import Attachment
 from ..model.linears import matching
 from ..model.reasons import Cause, Reason
 
-__all__ = ["MIN_FEATURES", "Facts", "Role", "decide", "dtype_obstacle", "role_of"]
+__all__ = [
+    "MIN_FEATURES",
+    "Facts",
+    "Role",
+    "adapter_obstacle",
+    "decide",
+    "dtype_obstacle",
+    "role_of",
+    "tensor_obstacle",
+]
 
 MIN_FEATURES = 64
 """Input and output features, at least: less than one unit of 64 values is mostly padding."""
@@ -59,6 +69,7 @@ class Facts:
         attachment: what was attached to its weight, or None.
         role: where it stands, or None if nobody looked.
         beside_packed: whether the model holds other linears in 4 bits, and this one not.
+        has_recipe: whether there is a recipe, which may not know this one.
     """
 
     path: str
@@ -68,6 +79,7 @@ class Facts:
     attachment: Attachment | None
     role: Role | None
     beside_packed: bool = False
+    has_recipe: bool = False
 
 
 def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) -> tuple[bool, str]:
@@ -96,6 +108,8 @@ def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) 
         return True, said.reason
     if min(facts.n, facts.k) < min_features:
         return False, Reason(Cause.SMALL, f"shape: {facts.k} -> {facts.n} features, less than {min_features}")
+    if facts.has_recipe:
+        return True, Reason(Cause.NO_STATISTICS, "no statistics: in a repeated block, and the recipe does not know it")
     return True, facts.role.reason if facts.role is not None else Reason(Cause.OTHER, "not classified")
 
 
@@ -104,3 +118,21 @@ def dtype_obstacle(name: str, dtype: torch.dtype) -> Reason | None:
     if dtype in _DTYPES:
         return None
     return Reason(Cause.DTYPE, f"dtype: {name} is {str(dtype).removeprefix('torch.')}")
+
+
+def adapter_obstacle(linear: str | None) -> Reason | None:
+    """Return why a weight is not packed that belongs to an adapter, or None.
+
+    An adapter is small. Libraries write to it, switch it and train it while the model runs.
+
+    Args:
+        linear: path of the linear that it adapts; None if it adapts nothing.
+    """
+    return Reason(Cause.ADAPTER, f"adapter: it runs beside {linear or 'its linear'}") if linear is not None else None
+
+
+def tensor_obstacle(weight: object) -> Reason | None:
+    """Return why a weight cannot be packed if it is a tensor of some other class, whose values may lie elsewhere."""
+    if not isinstance(weight, torch.Tensor) or type(weight) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+        return None
+    return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..errors import RecipeError
 from ..format.reconstruct import Reconstruction
 from ..model.attachments import Attachment, attach
 from ..model.components import experts
-from ..model.linears import linear_weights
+from ..model.linears import linear_weights, place_of
 from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
 from ..weights.checksum import checksum
@@ -57,6 +58,7 @@ def apply_recipe(
                 "so that steps are counted"
             )
         steps = StepPrecision(scheduler if scheduler is not None else model, recipe.high_precision_steps)
+    parts = {name: _as_wrapped(models[name], entries) for name, entries in parts.items()}
     for name, entries in parts.items():
         _check_fits(models[name], entries, check_weights, name)
     for name, entries in parts.items():
@@ -108,9 +110,22 @@ def recipe_attachments(
     Raises:
         RecipeError: as :func:`apply_recipe`.
     """
-    entries = recipe_experts(model, {"": model}, recipe, expert)[""]
+    entries = _as_wrapped(model, recipe_experts(model, {"": model}, recipe, expert)[""])
     _check_fits(model, entries, check_weights, "")
     return dict(_attachments(entries, None))
+
+
+def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping[str, RecipeEntry]:
+    """Return entries with the paths that linears have now: an adapter of peft moves one to ``base_layer``, or did."""
+    known = dict(linear_weights(model))
+
+    def path_now(path: str) -> str:
+        return next((p for p in (path, f"{path}.base_layer", place_of(path)) if p in known), path)
+
+    return {
+        name: dataclasses.replace(entry, linears={path_now(path): linear for path, linear in entry.linears.items()})
+        for name, entry in entries.items()
+    }
 
 
 def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weights: bool, expert: str) -> None:

@@ -12,7 +12,6 @@ from ..format import hif4
 from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput, PackedWeight
 from ..ops.observers import handle_of
 from .formats import pack_rows, part_of
-from .held import joined
 from .store import PackedStore
 
 __all__ = ["Binding"]
@@ -52,8 +51,7 @@ class Binding:
         out = [args[index] for index in self._given]
         for place, source in self._made:
             if isinstance(source.weight, HeldWeight):
-                parts = [args[i] for i in source.positions]
-                out[place] = parts[0] if len(parts) == 1 else joined(parts)
+                out[place] = args[source.positions[0]]
             elif source.part not in _AT_RUN_TIME:
                 out[place] = part_of(packed[self._places[source.weight]], source.part)
             else:

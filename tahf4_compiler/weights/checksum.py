@@ -26,7 +26,7 @@ def checksum(weight: Tensor) -> Tensor:
     """
     data = _bytes(weight)
     if (fast := host.find("checksums", [data])) is not None:
-        return torch.tensor(fast([data], _lane_factors(data.device))[0])
+        return torch.tensor(fast([data], _lane_factors(data.device))[0], dtype=torch.int64, device="cpu")
     data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -55,8 +55,9 @@ def _bytes(weight: Tensor) -> Tensor:
 
 @functools.cache
 def _lane_factors(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0x4F4)
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (_LANES,), generator=generator, dtype=torch.int64).to(device)
+    generator = torch.Generator("cpu").manual_seed(0x4F4)
+    limits, host = (-(1 << 63), (1 << 63) - 1), torch.device("cpu")
+    return torch.randint(*limits, (_LANES,), generator=generator, dtype=torch.int64, device=host).to(device)
 
 
 def _row_factors(first: int, count: int, device: torch.device) -> Tensor:

@@ -1,8 +1,7 @@
-"""Packed linears in a graph: what a model holds in HiF4 is read as such, and shared and merged like the rest."""
+"""Packed linears in a graph: what a model holds in HiF4 is read as such, and shared like the rest."""
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from ..graph.nodes import node_arg
 from ..ops import registry
 from .checksum import checksums
 
-__all__ = ["adopt", "joined", "multiplier_groups", "packed_products", "ties"]
+__all__ = ["adopt", "multiplier_groups", "packed_products", "ties"]
 
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default
@@ -39,7 +38,7 @@ def adopt(graph: fx.Graph) -> list[fx.Node]:
         codes, scales = (_parameter(node.args[at], name) for _, at, name in _PARTS)
         if codes is None or scales is None:
             continue
-        weight = HeldWeight((codes.index,), (scales.index,))
+        weight = HeldWeight(codes.index, scales.index)
         for part, at, _ in _PARTS:
             node_arg(node, at).meta[INPUT] = PackedInput(part, weight)
         found.append(node)
@@ -118,42 +117,3 @@ def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "c
                 labels.append(i if first is None else first)
             out.append(tuple(labels))
     return tuple(out)
-
-
-_lock = threading.Lock()
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of several parameters as one tensor, without holding them twice.
-
-    Parameters that do not lie one behind the other in memory are laid so: each becomes a part of one allocation. Those
-    that are no plain tensors, as a sharded parameter is, are copied.
-
-    Args:
-        parts: ``[N_i, K]``, contiguous, of one dtype.
-
-    Returns:
-        ``[sum of N_i, K]``.
-    """
-    if not all(type(part) in (Tensor, nn.Parameter) and part.is_contiguous() for part in parts):
-        return torch.cat(list(parts))
-    with _lock, torch.no_grad():
-        if not _adjacent(parts):
-            whole = torch.cat([part.detach() for part in parts])
-            if not all(isinstance(part, nn.Parameter) for part in parts):
-                return whole
-            for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-                part.data = rows
-        first = parts[0].detach()
-        return first.as_strided((sum(len(part) for part in parts), first.shape[1]), first.stride())
-
-
-def _adjacent(parts: Sequence[Tensor]) -> bool:
-    first = parts[0]
-    end = first.data_ptr()
-    for part in parts:
-        storage = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not storage or part.data_ptr() != end or part.shape[1:] != first.shape[1:]:
-            return False
-        end += part.numel() * part.element_size()
-    return True

@@ -90,7 +90,8 @@ class PackedStore:
                 recipe = _recipe(first, how)
                 if known is None or known[1] is not recipe:
                     factors, _ = multipliers(first.shape[1], *_values(recipe, how))
-                    made = (factors if factors is not None else torch.ones(first.shape[1])).to(first.device)
+                    ones = torch.ones(first.shape[1], dtype=torch.float32, device="cpu")
+                    made = (factors if factors is not None else ones).to(first.device)
                 else:
                     made = known[2]
                 known = mine[key] = now, recipe, made

@@ -77,7 +77,7 @@ def test_a_saved_pipeline_loads_again_bit_for_bit(packed_pipe, folder):
     config = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "tahf4" and config["format_version"] == 1 and len(config["linears"]) == 40
     entry = config["linears"]["blocks.1.attn1.to_v"]
-    assert entry == {"k": 192, "n": 192, "hadamard_block": 64, "activation": "blocks.1.attn1.to_q", "dtype": "bfloat16"}
+    assert entry == {"k": 192, "n": 192, "hadamard_block": 64, "activation": "blocks.1.attn1.to_v", "dtype": "bfloat16"}
     compiled = torch.compile(again.transformer, backend="tahf4", options=GRAPH)
     assert isinstance(compiled.blocks[0].attn1.to_q, tahf4.HiF4Linear)
 
@@ -96,7 +96,7 @@ def test_a_packed_linear_takes_at_most_three_tenths_of_its_bytes_on_disk(folder)
     assert (weights + multipliers) / original < 0.30
 
 
-def test_a_model_saved_after_its_products_were_merged_loads_again(tmp_path):
+def test_a_model_saved_after_compiled_calls_loads_again(tmp_path):
     from diffusers import WanTransformer3DModel
 
     model, inputs = wan()
@@ -123,6 +123,35 @@ def test_quantizing_while_loading_gives_the_same_and_sets_experts_apart(packed_p
     again.save_pretrained(tmp_path / "plain")
     plain = WanTransformer3DModel.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
     assert type(plain.blocks[3].attn1.to_q) is nn.Linear
+
+
+def test_a_single_file_is_packed_while_loading_and_a_packed_one_is_refused(tmp_path):
+    from diffusers import WanTransformer3DModel
+    from safetensors.torch import load_file
+
+    model, _ = wan()
+    model.save_pretrained(tmp_path / "plain")
+    file = tmp_path / "plain" / "diffusion_pytorch_model.safetensors"
+    config = tahf4.TaHF4Config(keep=["ffn"])
+    for given in (file, load_file(file)):
+        loaded = WanTransformer3DModel.from_single_file(given, config=str(file.parent), quantization_config=config)
+        folder = WanTransformer3DModel.from_pretrained(file.parent, quantization_config=config)
+        assert len(packed_linears(loaded)) == 16 and equal(loaded, folder)
+    loaded.save_pretrained(tmp_path / "packed")
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "packed")
+    assert equal(again, loaded)
+    with pytest.raises(tahf4.PackedError, match="describes a packed model"):
+        WanTransformer3DModel.from_pretrained(
+            tmp_path / "plain", quantization_config=again.config["quantization_config"]
+        )
+    packed = tmp_path / "packed" / file.name
+    with pytest.raises(tahf4.PackedError, match=r"from_pretrained\(folder\)"):
+        WanTransformer3DModel.from_single_file(packed, config=str(packed.parent), quantization_config=config)
+    settings = json.loads((packed.parent / "config.json").read_text())
+    del settings["quantization_config"]
+    (packed.parent / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(tahf4.PackedError, match="were not read with it"):
+        WanTransformer3DModel.from_pretrained(packed.parent, quantization_config=config)
 
 
 def test_a_recipe_is_applied_while_loading_and_its_weights_are_checked(tmp_path):
@@ -312,28 +341,36 @@ def test_an_exported_program_loads_where_only_our_operators_are(tmp_path):
     assert float(result.stdout) < 1e-5
 
 
-def test_diffusers_knows_the_quantizer_whichever_is_imported_first():
+FIRST = [
+    "import diffusers.quantizers",
+    "import tahf4_compiler as t; t.TaHF4Config",
+    "from tahf4_compiler.packed.config import TaHF4Config",
+    "import tahf4_compiler",
+    "import diffusers.quantizers.auto, tahf4_compiler",
+]
+
+
+def test_diffusers_knows_the_quantizer_whatever_is_imported_first():
     script = """
-        import diffusers.quantizers
-        import tahf4_compiler  # the other order is that of every other test here
-        from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING
-        assert AUTO_QUANTIZATION_CONFIG_MAPPING["tahf4"] is tahf4_compiler.TaHF4Config
-        assert AUTO_QUANTIZER_MAPPING["tahf4"].use_keep_in_fp32_modules
+        import os, sys, torch
+        for first in sys.argv[1:]:  # a process for each, which has imported PyTorch only
+            if not (child := os.fork()):
+                code = 1
+                try:
+                    assert not {"diffusers", "tahf4_compiler"} & set(sys.modules)
+                    exec(first)
+                    import tahf4_compiler
+                    from diffusers.quantizers import auto
+                    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["tahf4"] is tahf4_compiler.TaHF4Config
+                    assert auto.AUTO_QUANTIZER_MAPPING["tahf4"].use_keep_in_fp32_modules
+                    print(auto.AUTO_QUANTIZER_MAPPING["tahf4"].__name__, flush=True)
+                    code = 0
+                except BaseException:
+                    sys.excepthook(*sys.exc_info())
+                finally:
+                    os._exit(code)
+            os.waitpid(child, 0)
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import tahf4_compiler as t; t.TaHF4Config",
-        "from tahf4_compiler.diffusers_integration.config import TaHF4Config",
-        "import tahf4_compiler",
-        "import diffusers.quantizers.auto, tahf4_compiler",
-    ],
-)
-def test_diffusers_knows_the_quantizer_whatever_is_imported_first(first):
-    code = f"{first}\nfrom diffusers.quantizers import auto\nprint(auto.AUTO_QUANTIZER_MAPPING['tahf4'].__name__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "TaHF4Quantizer"
+    arguments = [sys.executable, "-c", textwrap.dedent(script), *FIRST]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["TaHF4Quantizer"] * len(FIRST), result.stderr

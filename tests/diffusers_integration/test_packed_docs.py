@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def test_the_blocks_of_the_page_run(tmp_path):
     tahf4.quantize_(model)
     namespace = {
         "torch": torch, "WanPipeline": WanPipeline, "tahf4": tahf4, "pipe": pipe, "options": {"inductor": False},
-        "original": ORIGINAL, "folder": tmp_path / "wan", "file": tmp_path / "model.pt2",
-        "model": model, "inputs": {**inputs, "return_dict": False},
+        "original": ORIGINAL, "folder": tmp_path / "wan", "encoded": tmp_path / "encoded",
+        "file": tmp_path / "model.pt2", "model": model, "inputs": {**inputs, "return_dict": False},
         "arguments": {
             "prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2,
             "output_type": "latent",
@@ -35,6 +36,8 @@ def test_the_blocks_of_the_page_run(tmp_path):
     with torch.no_grad():
         for code in BLOCKS:
             exec(compile(code, "docs/packed.md", "exec"), namespace)
-    assert len(BLOCKS) == 4
-    assert len(packed_linears(namespace["pipe"].transformer_2)) == 30
+    assert len(BLOCKS) == 5
+    assert len(packed_linears(namespace["pipe"].text_encoder)) == 14
+    settings = json.loads((tmp_path / "encoded" / "transformer_2" / "config.json").read_text())
+    assert len(settings["quantization_config"]["linears"]) == 30
     assert (tmp_path / "model.pt2").exists()

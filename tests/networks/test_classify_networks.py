@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -31,6 +32,19 @@ def compiled_plan(model, inputs, dump_dir, **options):
         result = output(model(**inputs))
     (plan,) = plans(dump_dir)
     return plan, result
+
+
+@functools.cache
+def compiled_network(build, folder):
+    """Return a model, its inputs, its plan and its output: two tests look at one compilation."""
+    model, inputs = build()
+    return model, inputs, *compiled_plan(model, inputs, folder / build.__name__)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    yield tmp_path_factory.mktemp("plans")
+    compiled_network.cache_clear()
 
 
 def quantized(plan):
@@ -75,9 +89,8 @@ def test_wan_ti2v_takes_a_timestep_for_each_token(tmp_path):
         (encoder, ("layers",), 0),
     ],
 )
-def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary, tmp_path):
-    model, inputs = build()
-    plan, _ = compiled_plan(model, inputs, tmp_path)
+def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary, folder):
+    model, _, plan, _ = compiled_network(build, folder)
     inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in containers}
     if build is encoder:  # its q, k and v projection is a parameter of the attention module
         inside |= {f"layers.{i}.self_attn.in_proj_weight" for i in range(3)}
@@ -87,9 +100,8 @@ def test_other_architectures_quantize_their_blocks_and_nothing_else(build, conta
 
 
 @pytest.mark.parametrize("build", [wan, flux, sd3, pixart, encoder])
-def test_both_captures_give_the_same_plan_and_numbers(build, tmp_path):
-    model, inputs = build()
-    plan, result = compiled_plan(model, inputs, tmp_path)
+def test_both_captures_give_the_same_plan_and_numbers(build, folder):
+    model, inputs, plan, result = compiled_network(build, folder)
     # Every pass that claims to keep results is held to it on the way.
     lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={**GRAPH, "verify_tolerance": 1e-5})
     assert {(d.module, d.decision, d.reason) for d in lowered.plan} == {
@@ -206,3 +218,94 @@ def test_graph_breaks_do_not_move_the_boundary(build, tmp_path):
     together = [d for plan in plans(tmp_path) for d in plan]
     assert {"embed.one", "embed.two", "blocks.0.up"} <= kept(together)
     assert quantized(together) <= chosen
+
+
+WAYS = {
+    "forward": lambda block, x: block.forward(x),
+    "parts": lambda block, x: x + block.down(nn.functional.gelu(block.up(block.norm(x)))),
+    "weights": lambda block, x: x + nn.functional.linear(
+        nn.functional.gelu(nn.functional.linear(block.norm(x), block.up.weight, block.up.bias)),
+        block.down.weight,
+        block.down.bias,
+    ),
+}  # fmt: skip
+
+
+class Reached(Stack):
+    """Blocks that the forward reaches without calling them, in one of two containers."""
+
+    def __init__(self, way: str, named: bool = False) -> None:
+        super().__init__(dim=64)
+        self.way = way
+        self.first, self.last = nn.Linear(64, 1024), nn.Linear(1024, 64)  # of most weights
+        if named:
+            self.blocks = nn.ModuleDict({f"block_{i}": block for i, block in enumerate(self.blocks)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.first(x))
+        for block in self.blocks.values() if isinstance(self.blocks, nn.ModuleDict) else self.blocks:
+            x = WAYS[self.way](block, x) if self.way else block(x)
+        return x
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("way", ["", *WAYS])
+def test_linears_belong_to_the_blocks_that_hold_their_weights_however_the_forward_reaches_them(way, named, tmp_path):
+    model = Reached(way, named).eval()
+    wanted = {path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.startswith("blocks.")}
+    plan, _ = compiled_plan(model, {"x": torch.randn(4, 64)}, tmp_path)
+    assert quantized(plan) == wanted
+    assert {d["reason"] for d in plan if d["module"] == "first"} == {"boundary: outside the repeated blocks"}
+    lowered = tahf4.lower(tahf4.capture(model, (torch.randn(4, 64),)))
+    assert {d.module for d in lowered.plan if d.decision == "hif4"} == wanted
+    assert {d.module for d in tahf4.plan_modules(model) if d.decision == "hif4"} == wanted
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_block_with_a_second_name_is_a_block(first, tmp_path):
+    model = Stack().eval()
+    if first:
+        blocks = model.blocks
+        del model.blocks
+        model.another, model.blocks = blocks[0], blocks
+    else:
+        model.another = model.blocks[0]
+    plan, _ = compiled_plan(model, {"x": torch.randn(4, 64)}, tmp_path)
+    assert len(quantized(plan)) == sum(d.decision == "hif4" for d in tahf4.plan_modules(model)) == 6
+
+
+class Cut(Stack):
+    """Graph breaks inside of its two blocks: one piece holds the end of one and the begin of the next."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.blocks
+        h = nn.functional.gelu(a.up(self.first(x)))
+        torch._dynamo.graph_break()
+        h = nn.functional.gelu(b.up(x + a.down(h)))
+        torch._dynamo.graph_break()
+        return self.last(x + b.down(h))
+
+
+def test_a_piece_with_one_linear_of_each_block_is_judged_by_the_model(tmp_path):
+    model = Cut().eval()
+    with torch.no_grad():
+        torch.compile(model, backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})(torch.randn(4, 64))
+    found = {d["module"] for plan in plans(tmp_path) for d in plan if d["decision"] == "hif4"}
+    assert found == {"blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"}
+
+
+def test_blocks_that_the_tree_has_and_the_graph_does_not_are_said(caplog):
+    model = Parallel().eval()
+    model.blocks = nn.ModuleList()
+    model.experts = nn.ModuleList(Block() for _ in range(2))
+
+    def side_by_side(x):
+        return model.experts[0](x) + model.experts[1](x)
+
+    model.forward = side_by_side
+    with torch.no_grad():
+        torch.compile(model, backend="tahf4", options=GRAPH)(torch.randn(4, 64))
+    assert "none of 4 linears runs in 4 bits (experts.0.down: boundary" in caplog.text

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Block, flux, pixart, sd3, wan
+from models import Block, Stack, flux, pixart, sd3, wan
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tahf4_compiler.passes import DEFAULT
 from torch import nn
 
@@ -100,7 +103,118 @@ def test_random_networks(dim, hidden, embedders, depths, attributes, least, kept
     assert graph == modules
 
 
-@pytest.mark.parametrize("network", [wan, flux, sd3, pixart])
+@pytest.mark.parametrize("rank", [4, 64])
+def test_adapters_of_peft(rank):
+    model, inputs = wan()
+    before = plans(model, (), inputs)[1]
+    targets = ["to_q", "to_v", "ffn.net.2", "proj_out", "linear_1", "time_proj"]
+    for name in ("first", "second"):
+        model.add_adapter(LoraConfig(r=rank, target_modules=targets, init_lora_weights=False), name)
+    graph, modules = plans(model, (), inputs)
+    adapters = {path for path in modules if ".lora_" in path}
+    assert graph.items() <= modules.items() and len(adapters) == 4 * (2 * 5 + 4)
+    assert {modules[path] for path in adapters} == {("high_precision", Cause.ADAPTER)}
+    rest = {path.removesuffix(".base_layer"): d for path, d in modules.items() if path not in adapters}
+    assert rest == before, "an adapter changes nothing about the linears of the model"
+
+
+def test_adapters_around_a_linear_that_stands_alone_in_a_container():
+    """With two adapters there are five linears where one was, enough for a block."""
+    model = Stack(2)
+    model.last = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    config = LoraConfig(r=64, target_modules=["last.1", "up"], init_lora_weights=False)
+    for name in ("first", "second"):
+        inject_adapter_in_model(config, model, name)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(["first", "second"])  # both run
+    model.requires_grad_(False)
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph.items() <= modules.items()
+    assert {path for path, (decision, _) in modules.items() if decision == "hif4"} == {
+        f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("up.base_layer", "down")
+    }
+
+
+class Adapted(nn.Linear):
+    """A linear that holds its adapter, as the older diffusers have it."""
+
+    def __init__(self, k, n):
+        super().__init__(k, n)
+        self.lora_layer = nn.Sequential(nn.Linear(k, 64, bias=False), nn.Linear(64, n, bias=False))
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_layer(x)
+
+
+def test_adapters_inside_of_linears():
+    model = Stack(2)
+    for block in model.blocks:
+        block.up = Adapted(64, 128)
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    inside = {path for path in graph if "lora" in path}
+    assert len(inside) == 4 and {graph[path] for path in inside} == {("high_precision", Cause.ADAPTER)}
+    assert {p: d for p, d in graph.items() if not p.endswith("up")} == {
+        p: d for p, d in modules.items() if not p.endswith("up")
+    }
+
+
+def dit():
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=16,
+    ).eval()  # fmt: skip
+    labels = torch.tensor([3])
+    return model, {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([10]), "class_labels": labels}
+
+
+def test_a_linear_of_a_block_that_is_called_outside_of_it_too():
+    model, inputs = dit()
+    with torch.no_grad():
+        plan = tahf4.lower(tahf4.capture(model, (), inputs), options={"inductor": False}).plan
+    rows = {d.module: d for d in plan}
+    assert len(rows) == len(plan), "one decision for each weight"
+    shared = rows["transformer_blocks.0.norm1.emb.timestep_embedder.linear_1"]
+    assert shared.decision == "hif4" and shared.flops == 2 * (2 * 1 * 256 * 128), "both calls"
+
+
+class Reader(Block):
+    """A block that reads a linear of others."""
+
+    def __init__(self, shared):
+        super().__init__(64, 128)
+        self.shared = shared
+
+    def forward(self, x):
+        return super().forward(self.shared(x))
+
+
+class Sharing(nn.Module):
+    """Blocks that read one linear under a name of each, besides the one that the network has for it."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.shared = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList(Reader(nn.Linear(64, 64) if tied else self.shared) for _ in range(3))
+        for block in self.blocks:
+            block.shared.weight = self.shared.weight
+
+    def forward(self, x):
+        x = self.shared(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_weight_of_several_names(tied):
+    model = Sharing(tied)
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph.items() <= modules.items() and graph["shared"] == ("hif4", Cause.BODY)
+    assert all(modules[path] == modules["shared"] for path in modules if path.endswith("shared"))
+
+
+@pytest.mark.parametrize("network", [wan, flux, sd3, pixart, dit])
 def test_transformers_of_diffusers(network):
     model, inputs = network()
     graph, modules = plans(model, (), inputs)

@@ -8,8 +8,8 @@ A text has inputs, operators and a result, one a line::
     b: param.bf16[128] = "blocks.0.up.bias"         # with a dtype and a path
     s: buffer[64]
     up: hif4[128, 64]                               # a packed weight: two inputs, its codes and its scales
-    q+k: hif4[64+32, 64] masked, rotated 64 by q    # rows of two, and how they are transformed
-    m: multiplier of q+k masked, signs by q
+    q+k: hif4[64+32, 64] masked, rotated 64    # rows of two, and how they are transformed
+    m: multiplier of q+k masked, signs
     @ blocks.0 Block, blocks.0.attn Attention       # what follows was called in these modules
     y = linear(x, w, b)                             # aten; the overload is left out where it is Tensor or default
     codes, scales = tahf4.quantize(y, None, 0)
@@ -41,7 +41,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from tahf4_compiler import ops as our_ops
 from tahf4_compiler.errors import OptionError, PackedError, PassError, PatternError
-from tahf4_compiler.format.transforms import seed_of, signs
+from tahf4_compiler.format.transforms import SEED, signs
 from tahf4_compiler.graph.inputs import DECISION, INPUT, ROLE, GraphInput, HeldWeight, PackedInput, PackedWeight
 from tahf4_compiler.model.attachments import _KEPT, _RECIPE, Attachment, attach
 from tahf4_compiler.model.reasons import Cause, Reason
@@ -59,9 +59,9 @@ from tahf4_compiler.pipeline.shapes import propagate
 from tahf4_compiler.weights.store import store
 
 __all__ = [
-    "DECISION", "INPUT", "KERNEL", "Attachment", "Cause", "OptionError", "PackedError", "PassError", "PatternError",
-    "Ran", "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear", "plug_in",
-    "results", "run_passes", "seed_of", "signs",
+    "DECISION", "INPUT", "KERNEL", "SEED", "Attachment", "Cause", "OptionError", "PackedError", "PassError",
+    "PatternError", "Ran", "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear",
+    "plug_in", "results", "run_passes", "signs",
 ]  # fmt: skip
 
 DTYPES = {
@@ -358,6 +358,7 @@ class _Reader:
     ) -> Text:
         surroundings = Surroundings(self.root)
         surroundings.blocks = {path: cls for members in blocks.values() for path, cls in members.items()}
+        surroundings.classes = {}  # only names: the modules that a text's line stands in are those of its "@"
         attach(self.root, recipe, _RECIPE)
         attach(self.root, kept, _KEPT)
         context = Context(options, tuple(self.values), surroundings, self.fake_mode)
@@ -375,7 +376,7 @@ class _Reader:
             self.graph.output(tuple(found) if isinstance(found, list | tuple) else (found,))
         elif (match := _PART.fullmatch(line)) is not None:
             names = match["weights"].split("+")
-            weight = _weight(tuple(self.position(n) for n in names), match["how"] or "", self.paths)
+            weight = _weight(tuple(self.position(n) for n in names), match["how"] or "")
             self.placeholder(match["name"], PackedInput(match["part"], weight), line)
         elif (match := _INPUT.fullmatch(line)) is not None:
             self.input(match, line)
@@ -404,7 +405,7 @@ class _Reader:
             for part, count in zip(names, rows, strict=True):
                 if part not in self.weights.values():
                     self.parameter(part, match["path"], torch.randn(int(count), k))
-            weight = _weight(tuple(self.position(part) for part in names), match["how"] or "", self.paths)
+            weight = _weight(tuple(self.position(part) for part in names), match["how"] or "")
             plain = name.replace("+", "_")
             nodes = [self.placeholder(f"{plain}_{p}", PackedInput(p, weight), line) for p in ("codes", "scales")]
             for node in nodes:
@@ -509,13 +510,13 @@ def _random(shape: Sequence[int], match: re.Match[str]) -> Tensor:
     return value
 
 
-def _weight(weights: tuple[int, ...], how: str, paths: Mapping[str, str]) -> PackedWeight:
+def _weight(weights: tuple[int, ...], how: str) -> PackedWeight:
     found: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in how.split(","))):
         if part == "masked":
             found["masked"] = True
-        elif match := re.fullmatch(r"(?:rotated (\d+)|signs) by (\w+)", part):
-            found["seed"] = seed_of(paths[match[2]].removesuffix(".weight"))
+        elif match := re.fullmatch(r"rotated (\d+)|signs", part):
+            found["seed"] = SEED
             found["hadamard_block"] = int(match[1] or 0)
         elif match := re.fullmatch(r"searched by (\w+)", part):
             found["search"] = match[1]
@@ -544,7 +545,6 @@ class _Writer:
     def __init__(self, text: Text, comments: str, like: str) -> None:
         self.text_, self.comments = text, comments
         self.graph = text.graph_module.graph
-        self.of_seed = {seed_of(path): name for i, name in text.weights.items() if (path := text.context.path_of(i))}
         known = {n.name for n in self.graph.nodes} & (set(text.lines) | _defined(like))
         self.fresh = iter([name for name in _names(like) if name not in known])
         self.known = known
@@ -585,18 +585,18 @@ class _Writer:
         if isinstance(weight, HeldWeight):
             held = {n.meta[INPUT].index: n.name for n in self.graph.find_nodes(op="placeholder")
                     if isinstance(n.meta[INPUT], GraphInput)}  # fmt: skip
-            rows = "+".join(held.get(i, self.text_.weights.get(i, str(i))) for i in source.positions)
-            return [f"{self.name(node)}: held {source.part} of {rows}"]
+            (i,) = source.positions
+            return [f"{self.name(node)}: held {source.part} of {held.get(i, self.text_.weights.get(i, str(i)))}"]
         name = self.weights(source)
         if source.part in ("multiplier", "observer"):
-            how = f" {_how(weight, self.of_seed)}".rstrip()
+            how = f" {_how(weight)}".rstrip()
             return [f"{self.name(node)}: {source.part} of {name}{how}"]
         if source.part == "scales":
             return []
         inputs = [self.text_.context.inputs[i] for i in weight.weights]
         rows = "+".join(str(value.shape[0]) for value in inputs)
         dtype = "" if not weight.format else f" in {weight.format}"
-        return [f"{name}: hif4[{rows}, {inputs[0].shape[1]}]{dtype} {_how(weight, self.of_seed)}".rstrip()]
+        return [f"{name}: hif4[{rows}, {inputs[0].shape[1]}]{dtype} {_how(weight)}".rstrip()]
 
     def weights(self, source: PackedInput) -> str:
         return "+".join(self.text_.weights[i] for i in source.weights)
@@ -668,11 +668,10 @@ def _function(node: fx.Node) -> str:
     return name if _target(name, ()) is target else f"{name}.{target._overloadname}"
 
 
-def _how(weight: PackedWeight, of_seed: Mapping[int, str]) -> str:
+def _how(weight: PackedWeight) -> str:
     words = ["masked"] if weight.masked else []
     if weight.seed is not None or weight.hadamard_block:
-        block = f"rotated {weight.hadamard_block}" if weight.hadamard_block else "signs"
-        words.append(f"{block} by {of_seed.get(weight.seed, weight.seed)}")  # type: ignore[arg-type]
+        words.append(f"rotated {weight.hadamard_block}" if weight.hadamard_block else "signs")
     if weight.search:
         words.append(f"searched by {weight.search}")
     return ", ".join(words)

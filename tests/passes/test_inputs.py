@@ -23,9 +23,9 @@ def test_multipliers_of_one_weight_are_those_of_the_graph_and_of_the_recipe():
         w: hif4[64, 64]
         v: hif4[64, 64]
         mask: multiplier of w masked
-        flips: multiplier of w signs by w
-        both: multiplier of w masked, signs by w
-        own: multiplier of v signs by v
+        flips: multiplier of w signs
+        both: multiplier of w masked, signs
+        own: multiplier of v signs
         a, b = tahf4.quantize(x, mask, 0)
         return a
         """,

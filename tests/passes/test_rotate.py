@@ -22,19 +22,19 @@ def one(how="", args="None, 0", m="", k=64):
 
 
 def test_by_default_blocks_of_64_channels_are_rotated():
-    ran = assert_pass(one(), Rotate(), one("rotated 64 by w", "m, 64", "signs by w"))
+    ran = assert_pass(one(), Rotate(), one("rotated 64", "m, 64", "signs"))
     assert ran.notes == ["1 activations in Hadamard blocks of 64"]
 
 
 def test_a_mask_and_the_signs_are_one_multiplier():
     before = one("masked\n    m: multiplier of w masked", "m, 0")
     assert_pass(
-        before, Rotate(), one("masked, rotated 64 by w", "m, 64", "masked, signs by w"),
+        before, Rotate(), one("masked, rotated 64", "m, 64", "masked, signs"),
         recipe={"w": Attachment("hif4", "", masked=True, hadamard_block=64, mask=torch.ones(64))},
     )  # fmt: skip
 
 
-def test_the_signs_are_those_of_the_first_linear_that_reads_the_activation():
+def test_linears_that_read_one_activation_have_one_multiplier():
     text = """
         x: f32[4, 64]
         {m}{q}: hif4[64+32, 64]{how}
@@ -45,7 +45,7 @@ def test_the_signs_are_those_of_the_first_linear_that_reads_the_activation():
     assert_pass(
         text.format(m="", q="q+k", how="", args="None, 0"),
         Rotate(),
-        text.format(m="m: multiplier of q+k signs by q\n        ", q="q+k", how=" rotated 64 by q", args="m, 64"),
+        text.format(m="m: multiplier of q+k signs\n        ", q="q+k", how=" rotated 64", args="m, 64"),
     )
 
 
@@ -53,13 +53,13 @@ def test_the_signs_are_those_of_the_first_linear_that_reads_the_activation():
     ("k", "limit", "block"), [(192, 256, 64), (128, 4096, 128), (100, 64, 64), (128, 32, 32), (64, 1, 1)]
 )
 def test_the_widest_block_up_to_the_option_that_divides_the_padded_width(k, limit, block):
-    assert_pass(one(k=k), Rotate(limit), one(f"rotated {block} by w", f"m, {block}", "signs by w", k=k))
+    assert_pass(one(k=k), Rotate(limit), one(f"rotated {block}", f"m, {block}", "signs", k=k))
 
 
 def test_a_recipe_says_how_wide():
     recipe = {"w": Attachment("hif4", "", hadamard_block=32)}
-    assert_pass(one(), Rotate(), one("rotated 32 by w", "m, 32", "signs by w"), recipe=recipe)
-    assert_pass(one(), Rotate(0), one("rotated 32 by w", "m, 32", "signs by w"), recipe=recipe)
+    assert_pass(one(), Rotate(), one("rotated 32", "m, 32", "signs"), recipe=recipe)
+    assert_pass(one(), Rotate(0), one("rotated 32", "m, 32", "signs"), recipe=recipe)
     assert_pass(one(), Rotate(), recipe={"w": Attachment("hif4", "")})
 
 
@@ -87,7 +87,7 @@ def test_what_the_model_holds_in_hif4_was_rotated_when_it_was_packed():
     assert_pass(text.format(*given), Rotate(), text.format(*held), first=[Normalize()])
 
 
-def test_a_weight_of_two_activations_has_the_signs_of_one_linear():
+def test_a_weight_of_two_activations_is_packed_once():
     assert_pass(
         """
         x: f32[4, 64]
@@ -101,8 +101,8 @@ def test_a_weight_of_two_activations_has_the_signs_of_one_linear():
         Rotate(),
         """
         x: f32[4, 64]
-        m: multiplier of w signs by w
-        w: hif4[64, 64] rotated 64 by w
+        m: multiplier of w signs
+        w: hif4[64, 64] rotated 64
         c, s = tahf4.quantize(x, m, 64)
         y = tahf4.linear(c, s, w, None, f32)
         d, t = tahf4.quantize(y, m, 64)

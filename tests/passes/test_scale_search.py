@@ -23,8 +23,8 @@ def test_the_packed_weight_is_another_one_and_the_graph_the_same(by):
 
 def test_it_leaves_mask_and_rotation():
     assert_pass(
-        ONE.format(" masked, rotated 64 by w"), ScaleSearch("squared"),
-        ONE.format(" masked, rotated 64 by w, searched by squared"),
+        ONE.format(" masked, rotated 64"), ScaleSearch("squared"),
+        ONE.format(" masked, rotated 64, searched by squared"),
     )  # fmt: skip
 
 

@@ -216,7 +216,7 @@ HELD = """
 """
 
 
-def test_packed_linears_share_a_quantization_if_their_multipliers_are_equal():
+def test_packed_linears_share_a_quantization_if_their_multipliers_are_equal_and_stay_apart_as_products():
     apart = """
         x: f32[4, 64]
         qc: held codes of qc
@@ -235,12 +235,14 @@ def test_packed_linears_share_a_quantization_if_their_multipliers_are_equal():
     """
     together = """
         x: f32[4, 64]
-        qkc: held codes of qc+kc
-        qks: held scales of qs+ks
+        qc: held codes of qc
+        qs: held scales of qs
         qm: param[64] = "q.multiplier"
+        kc: held codes of kc
+        ks: held scales of ks
         c, s = tahf4.quantize(x, qm, 64)
-        p = tahf4.linear(c, s, qkc, qks, None, f32)
-        y, z = split_with_sizes(p, [64, 32], -1)
+        y = tahf4.linear(c, s, qc, qs, None, f32)
+        z = tahf4.linear(c, s, kc, ks, None, f32)
         a = neg(y)
         b = neg(z)
         return a, b

@@ -166,7 +166,7 @@ KILLING = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from tahf4_compiler.checkpoint import convert, layout, manifest, source, stage, stream
-import diffusers.models.transformers.transformer_wan, tahf4_compiler.diffusers_integration.config
+import diffusers.models.transformers.transformer_wan, tahf4_compiler.packed.config
 
 def slow(holder, name):
     old = getattr(holder, name)
@@ -206,13 +206,51 @@ print(kills)
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bytes(saved, tmp_path):
     quantize_checkpoint(saved, tmp_path / "whole", shard_size=60_000)
     wanted, out = contents(tmp_path / "whole"), tmp_path / "out"
-    arguments = [sys.executable, "-c", KILLING, str(saved), str(out), "0", "5"]
+    arguments = [sys.executable, "-c", KILLING, str(saved), str(out), "0", "3"]
     done = subprocess.run(arguments, stdout=subprocess.PIPE, timeout=120, check=True)
     assert int(done.stdout) >= 1
-    # Whether a shard was finished before the last kill is a matter of time; that they are kept is tested below.
+    # Whether a shard was finished before the last kill is a matter of time; tests/checkpoint shows that it is kept.
     quantize_checkpoint(saved, out, shard_size=60_000)
     assert contents(out) == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "whole"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, tahf4.CheckpointError, OSError])
+def test_a_run_that_stops_after_any_file_takes_up_behind_it(saved, tmp_path, monkeypatch, stop):
+    from tahf4_compiler.checkpoint.stage import Stage
+
+    quantize_checkpoint(saved, tmp_path / "whole", shard_size=120_000)
+    wanted, finish, resumed = contents(tmp_path / "whole"), Stage.finish, []
+
+    def once(self, name, found):
+        finish(self, name, found)
+        resumed.append(len(self.done))
+        raise stop("stopped")
+
+    monkeypatch.setattr(Stage, "finish", once)
+    for _ in wanted:
+        with pytest.raises((KeyboardInterrupt, tahf4.CheckpointError), match="stopped"):
+            quantize_checkpoint(saved, tmp_path / "out", shard_size=120_000)
+    assert resumed == list(range(1, len(wanted) + 1)) and not (tmp_path / "out").exists()
+    done = quantize_checkpoint(saved, tmp_path / "out", shard_size=120_000)
+    assert done.resumed == len(wanted) > 5 and not done.bytes_written and contents(tmp_path / "out") == wanted
+
+
+def test_a_weight_that_cannot_be_read_costs_no_finished_file(saved, tmp_path, monkeypatch):
+    from tahf4_compiler.checkpoint import stream
+
+    read, fails = stream.read_into, [True]
+
+    def sometimes(file, offset, buffer):
+        if fails and len(list(tmp_path.glob(".out.*/*.safetensors"))) == 2:
+            raise tahf4.CheckpointError("cannot read the checkpoint: Input/output error")
+        read(file, offset, buffer)
+
+    monkeypatch.setattr(stream, "read_into", sometimes)
+    with pytest.raises(tahf4.CheckpointError, match=r"output error\. What is finished waits in .*: mend this and"):
+        quantize_checkpoint(saved, tmp_path / "out", shard_size=120_000)
+    fails.clear()
+    assert quantize_checkpoint(saved, tmp_path / "out", shard_size=120_000).resumed == 2
 
 
 def test_what_an_interrupted_run_left_damaged_is_made_again(saved, tmp_path, monkeypatch):

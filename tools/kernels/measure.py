@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ...ops import registry
 from .block import WanBlock, rotary_of
 from .wan import A14B, GATE, GELU, MODULATE, NORM, Model
 
-__all__ = ["check", "facts", "judged", "measure"]
+__all__ = ["check", "check_products", "check_quantizing", "facts", "judged", "measure"]
 
 Timer = Callable[[Callable[[], Any]], float]
 Shown = Callable[[str], None]
@@ -50,7 +50,7 @@ def do_bench(function: Callable[[], Any]) -> float:
 # Correctness
 
 
-def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 640)) -> list[dict[str, Any]]:
+def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 640)) -> Iterator[dict[str, Any]]:
     """Compare every operator's kernel with the reference on the same device.
 
     Args:
@@ -58,27 +58,41 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
         k: width of the activations; odd widths are tried besides.
         rows: of the activations.
 
-    Returns:
+    Yields:
         One record for each comparison: ``name``, ``ok``, ``detail``.
     """
+    yield from check_quantizing(device, k)
+    yield from check_products(device, k, rows)
+    if device.type == "cuda":
+        yield from _check_tiles(device)
+
+
+def _random(device: torch.device) -> Callable[..., Tensor]:
     registry.kernels()
-    own, reference = torch.ops.tahf4_triton, torch.ops.tahf4
-    found: list[dict[str, Any]] = []
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    def record(name: str, ok: bool, detail: str) -> None:
-        found.append({"name": name, "ok": bool(ok), "detail": detail})
+    return random
 
-    def compare(name: str, got: Any, wanted: Any, allowed: float) -> None:
-        wrong = [int((a != b).sum()) for a, b in zip(got, wanted, strict=True)]
-        detail = f"{wrong[0]} of {got[0].numel()} bytes of codes, {wrong[1]} of {got[1].numel()} scales differ"
-        shares = [w / max(1, g.numel()) for w, g in zip(wrong, got, strict=True)]
-        # A unit has 32 bytes of codes: one of them at a boundary may change the unit's scale, and that all the others.
-        record(name, shares[0] <= allowed and shares[1] <= allowed, detail)
 
+def _record(name: str, ok: bool, detail: str) -> dict[str, Any]:
+    return {"name": name, "ok": bool(ok), "detail": detail}
+
+
+def _compare(name: str, got: Any, wanted: Any, allowed: float) -> dict[str, Any]:
+    wrong = [int((a != b).sum()) for a, b in zip(got, wanted, strict=True)]
+    detail = f"{wrong[0]} of {got[0].numel()} bytes of codes, {wrong[1]} of {got[1].numel()} scales differ"
+    shares = [w / max(1, g.numel()) for w, g in zip(wrong, got, strict=True)]
+    # A unit has 32 bytes of codes: one of them at a boundary may change the unit's scale, and that all the others.
+    return _record(name, shares[0] <= allowed and shares[1] <= allowed, detail)
+
+
+def check_quantizing(device: torch.device, k: int) -> Iterator[dict[str, Any]]:
+    """Compare the kernels that quantize and dequantize: see :func:`check`."""
+    random = _random(device)
+    own, reference = torch.ops.tahf4_triton, torch.ops.tahf4
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for width, block in ((k, 0), (k, 64), (k, 128), (100, 64)):
             x = random(3, 67, width, dtype=dtype)
@@ -86,11 +100,11 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
             x[0, 2] = 0
             multiplier = random(width, dtype=torch.float32).exp()
             name = f"quantize {str(dtype)[6:]} {width}, block {block}"
-            compare(name, own.quantize(x, multiplier, block), reference.quantize(x, multiplier, block), 0)
+            yield _compare(name, own.quantize(x, multiplier, block), reference.quantize(x, multiplier, block), 0)
             codes, scales = reference.quantize(x)
             a, b = own.dequantize(codes, scales, width, dtype), reference.dequantize(codes, scales, width, dtype)
             same = torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-            record(f"dequantize {str(dtype)[6:]} {width}", same, "bit for bit")
+            yield _record(f"dequantize {str(dtype)[6:]} {width}", same, "bit for bit")
     table, x = random(2, 6, k, dtype=torch.float32), random(2, 33, k)
     programs = {
         "modulation": (MODULATE, [x, table[:, 1:2], table[:, 2:3]]),
@@ -102,7 +116,13 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
     }
     for name, (text, inputs) in programs.items():
         got, wanted = (f.fused_quantize(inputs, text, None, 0) for f in (own, reference))
-        compare(f"{name} -> quantize", got, wanted, 2e-3)
+        yield _compare(f"{name} -> quantize", got, wanted, 2e-3)
+
+
+def check_products(device: torch.device, k: int, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Compare the kernels of products, on each path: see :func:`check`."""
+    random = _random(device)
+    own, reference = torch.ops.tahf4_triton, torch.ops.tahf4
     for path in ("packed", "int8", "bf16"):
         for m in rows:
             n = 192
@@ -110,37 +130,36 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
             exact = _exact(*operands)
             got = own_on_path(path, *operands, None, torch.float32, [n], [], "", torch.float32)[0]
             error = float((got.double() - exact).norm() / exact.norm())
-            record(f"linear {path}, {m} rows", error < 1e-5, f"relative error {error:.1e}")
+            yield _record(f"linear {path}, {m} rows", error < 1e-5, f"relative error {error:.1e}")
             gate, residual = random(n, dtype=torch.float32), random(m, n)
             args = (*operands, random(n), torch.bfloat16, [n], [gate, residual], GATE, torch.bfloat16)
             got, wanted = own_on_path(path, *args)[0], reference.fused_linear(*args)[0]
             error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-            record(f"linear {path}, {m} rows, gate and residual", error < 2e-3, f"relative error {error:.1e}")
+            yield _record(f"linear {path}, {m} rows, gate and residual", error < 2e-3, f"relative error {error:.1e}")
             for function in ("gelu", "gelu_tanh", "silu"):
                 args = (*operands, random(n), torch.float32, [n], [], f"v0: float32 = {function}(y)", torch.float32)
                 got, wanted = own_on_path(path, *args)[0], reference.fused_linear(*args)[0]
                 error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-                record(f"linear {path}, {m} rows, {function}", error < 1e-5, f"relative error {error:.1e}")
+                yield _record(f"linear {path}, {m} rows, {function}", error < 1e-5, f"relative error {error:.1e}")
             whole = own_on_path(path, *operands, None, torch.bfloat16, [n], [], "", torch.bfloat16)[0]
             parts = own_on_path(path, *operands, None, torch.bfloat16, [64, 32, 96], [], "", torch.bfloat16)
-            record(f"linear {path}, {m} rows, three results", torch.equal(torch.cat(parts, -1), whole), "bit for bit")
+            same = torch.equal(torch.cat(parts, -1), whole)
+            yield _record(f"linear {path}, {m} rows, three results", same, "bit for bit")
             multiplier = random(n, dtype=torch.float32).exp()
             operands[1][-1, 0] |= 0xFF  # a unit that is no number: so is its row
             args = (*operands, random(n), torch.bfloat16, [n], [], GELU)
-            got = own_on_path(path, *args, None, multiplier, 64)
-            wanted = own.quantize(own_on_path(path, *args, torch.bfloat16)[0], multiplier, 64)
-            compare(f"linear {path}, {m} rows, GELU -> quantize", got, wanted, 2e-3)
-            nothing = bool((got[0][-1] == 0).all()) and bool((got[1][-1] == 0xFF).all())
-            record(f"linear {path}, {m} rows, NaN -> quantize", nothing, "codes 0, scales 255")
-    if device.type == "cuda":
-        _check_tiles(device, record, random)
-    return found
+            pair = own_on_path(path, *args, None, multiplier, 64)
+            separate = own.quantize(own_on_path(path, *args, torch.bfloat16)[0], multiplier, 64)
+            yield _compare(f"linear {path}, {m} rows, GELU -> quantize", pair, separate, 2e-3)
+            nothing = bool((pair[0][-1] == 0).all()) and bool((pair[1][-1] == 0xFF).all())
+            yield _record(f"linear {path}, {m} rows, NaN -> quantize", nothing, "codes 0, scales 255")
 
 
-def _check_tiles(device: torch.device, record: Callable[[str, bool, str], None], random: Callable[..., Tensor]) -> None:
+def _check_tiles(device: torch.device) -> Iterator[dict[str, Any]]:
     """Compare every tile that the autotuner may choose, and what it chooses."""
     from ...backends.triton import tiling
 
+    random = _random(device)
     capability = torch.cuda.get_device_capability(device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     m, n, k = 2048 + 40, 1024 + 64, 1024
@@ -149,10 +168,10 @@ def _check_tiles(device: torch.device, record: Callable[[str, bool, str], None],
     for path, tile in tiling.candidates(m, n, k // UNIT, capability, processors, 0, False):
         got = own_on_path(path, *operands, None, torch.float32, [n], [], "", torch.float32, tile=tile)[0]
         error = float((got.double() - exact).norm() / exact.norm())
-        record(f"linear {path}, {tile}", error < 1e-5, f"relative error {error:.1e}")
+        yield _record(f"linear {path}, {tile}", error < 1e-5, f"relative error {error:.1e}")
     got = torch.ops.tahf4_triton.linear(*operands, None, torch.float32)
     error = float((got.double() - exact).norm() / exact.norm())
-    record("linear as chosen", error < 1e-5, f"relative error {error:.1e}")
+    yield _record("linear as chosen", error < 1e-5, f"relative error {error:.1e}")
 
 
 def judged(block: dict[str, Any]) -> list[dict[str, Any]]:

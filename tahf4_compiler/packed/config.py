@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from ..errors import PackedError
 from ..format import hif4
 from ..options import patterns
-from ..packed.convert import packed_linears
 from ..recipe.recipe import Recipe
+from .convert import packed_linears
 
 __all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe"]
 
@@ -26,20 +26,24 @@ _KEYS = {"k": int, "n": int, "hadamard_block": int, "activation": str, "dtype": 
 
 
 class Method(str, Enum):
-    """The name under which diffusers finds the quantizer."""
+    """The name under which diffusers and transformers find the quantizer."""
 
     TAHF4 = "tahf4"
 
 
-class TaHF4Config(QuantizationConfigMixin):
+class TaHF4Config:
     """How a model is quantized while it is loaded, or how the one in a folder was: ``quantization_config=``.
+
+    One class for diffusers and transformers, and for a process that has only one of them: it has the methods that both
+    ask a configuration for, and none of their classes.
 
     Attributes:
         recipe: see :class:`tahf4_compiler.Recipe`, or None.
         keep: regular expressions, searched in module paths: linears that stay in high precision.
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated.
-        linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation`` and ``dtype``.
+        linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
+            ``multiplier`` is False for one that has none.
         provenance: of the recipe of a packed model.
     """
 
@@ -83,11 +87,12 @@ class TaHF4Config(QuantizationConfigMixin):
         self.keep, self.expert, self.check_weights = patterns("keep", list(keep)), expert, check_weights
         self.linears = _checked(linears if linears is not None else {})
         self.others = others
-        self.recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
+        self.recipe: Recipe | None = None
         self.provenance: Mapping[str, Any] | None = None
-        if isinstance(self.recipe, Mapping):
-            self.recipe, self.provenance = None, self.recipe
-        elif self.recipe is not None:
+        if isinstance(recipe, Mapping):
+            self.provenance = recipe
+        elif recipe is not None:
+            self.recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
             self.provenance = dict(self.recipe.provenance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +110,23 @@ class TaHF4Config(QuantizationConfigMixin):
         """Return :meth:`to_dict`: all of it is needed to load the model again."""
         return self.to_dict()
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return :meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return what a ``config.json`` says; with ``return_unused_kwargs`` also what is no setting."""
+        config = cls(**config_dict)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set those that are settings, and return the others."""
+        unused = {key: value for key, value in kwargs.items() if not hasattr(self, key)}
+        self.__dict__.update({key: value for key, value in kwargs.items() if key not in unused})
+        return unused
+
     def __repr__(self) -> str:
         """Return the settings and the number of packed linears."""
         return f"TaHF4Config(recipe={self.provenance}, keep={list(self.keep)}, linears={len(self.linears)})"
@@ -119,6 +141,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             "hadamard_block": linear.hadamard_block,
             "activation": linear.activation,
             "dtype": str(linear.weight_dtype).removeprefix("torch."),
+            **({} if linear.multiplier is not None else {"multiplier": False}),
         }
         for path, linear in packed_linears(model).items()
     }
@@ -133,6 +156,8 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
             raise PackedError(f"{where}: no module path")
         if not isinstance(values, Mapping) or any(type(values.get(key)) is not kind for key, kind in _KEYS.items()):
             raise PackedError(f"{where} is {values!r}; expected {', '.join(_KEYS)}")
+        if not isinstance(values.get("multiplier", False), bool):
+            raise PackedError(f"{where}: multiplier is {values['multiplier']!r}, expected true or false")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

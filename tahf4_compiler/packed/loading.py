@@ -1,0 +1,177 @@
+"""Packed models through the loaders and savers of libraries: what diffusers and transformers have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Set
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PackedError, RecipeError
+from ..model.attachments import leave_as_they_are
+from ..weights.checksum import checksum
+from ..weights.packing import warn_not_finite
+from .config import TaHF4Config, describe
+from .convert import pack_modules, packed_linears
+from .linear import HiF4Linear
+from .plan import plan_modules, plan_transforms
+from .transform import Transform
+
+__all__ = ["PARTS", "Loading", "packed_models"]
+
+PARTS = {"weight_codes": torch.uint8, "weight_scales": torch.int32, "multiplier": torch.float32}
+"""The tensors of a packed linear beside its bias, with their dtypes."""
+
+
+class Loading:
+    """What happens to a model while a library loads it: packed as it is, or packed as its weights arrive.
+
+    Attributes:
+        config: a copy of the settings; two components may be given the same object.
+        transforms: of the linears that are packed as they arrive, by module path.
+    """
+
+    def __init__(self, config: TaHF4Config) -> None:
+        """Keep the settings."""
+        self.config = copy.copy(config)
+        self.transforms: dict[str, Transform] = {}
+        self._reasons: dict[str, str] = {}
+        self._sums: dict[str, int] = {}
+        self._not_finite: list[str] = []
+
+    def begin(self, model: nn.Module, packed: bool, keys: Set[str] = frozenset()) -> None:
+        """Prepare a model without values.
+
+        Args:
+            model: on the meta device.
+            packed: whether the weights are those of a packed model.
+            keys: names of the tensors to come, as far as they are known.
+
+        Raises:
+            PackedError: the settings do not fit the model or the weights.
+            RecipeError: the recipe does not fit the model.
+            PatternError: a pattern of ``keep`` matches no linear.
+        """
+        config = self.config
+        if packed:
+            _put_empty(model, config, keys)
+            return
+        if config.linears:
+            raise PackedError(
+                "quantization_config describes a packed model, and the weights to load are plain. Make a new one, "
+                "TaHF4Config(recipe=..., keep=...), to pack them."
+            )
+        plan = plan_modules(model, config.recipe, config.keep, expert=config.expert)
+        self.transforms = plan_transforms(model, plan, config.recipe, expert=config.expert)
+        self._reasons = {d.module: d.reason for d in plan if d.decision != "hif4"}
+        if config.recipe is not None and config.recipe.high_precision_steps:
+            raise PackedError(
+                "the recipe runs some steps in high precision, which needs the original weights; a packed model has "
+                "none. Use tahf4.apply_recipe with torch.compile, or a recipe without such steps."
+            )
+        if config.recipe is not None and config.check_weights:
+            name = config.expert if config.expert is not None else next(iter(config.recipe.experts))
+            self._sums = {path: linear.weight_sum for path, linear in config.recipe.linears(name).items()}
+
+    def check_plain(self, keys: Iterable[str]) -> None:
+        """Raise :class:`PackedError` for tensors of a packed model, which nothing says to be packed."""
+        if any(key.endswith(".weight_codes") for key in keys):
+            raise PackedError(
+                "the checkpoint holds packed linears, but the settings that say how they were packed were not read "
+                "with it. Load the folder with its config.json by from_pretrained(folder), without "
+                "quantization_config; from_single_file reads plain weights only."
+            )
+
+    def pack(self, model: nn.Module, path: str, weight: Tensor) -> HiF4Linear:
+        """Pack a weight ``[N, K]`` that has arrived, and put a packed linear in the place of its linear.
+
+        Raises:
+            RecipeError: it is not the weight that was calibrated.
+        """
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        if path in self._sums and int(checksum(weight)) != self._sums[path]:
+            raise RecipeError(
+                f"{path} has other weights than those that were calibrated, in this precision. "
+                "TaHF4Config(..., check_weights=False) accepts them."
+            )
+        linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        with torch.no_grad():
+            self._not_finite += pack_modules(model, {path: self.transforms[path]})
+        found = model.get_submodule(path)
+        assert isinstance(found, HiF4Linear)
+        return found
+
+    def finish(self, model: nn.Module, packed: bool, arrived: Callable[[nn.Parameter], bool]) -> None:
+        """Check that every packed linear is whole, and let the others stay as they are wherever the model is compiled.
+
+        Args:
+            model: loaded.
+            packed: as for :meth:`begin`.
+            arrived: whether a parameter was in the checkpoint.
+
+        Raises:
+            PackedError: the checkpoint lacked tensors, or held some of another dtype.
+        """
+        found = packed_linears(model)
+        expected = self.config.linears if packed else self.transforms
+        lacking = [p for p in expected if p not in found or not all(map(arrived, found[p].parameters()))]
+        if lacking:
+            raise PackedError(
+                f"the checkpoint lacks tensors of {len(lacking)} packed linears ({', '.join(lacking[:3])}); it is not "
+                "complete"
+            )
+        for path, linear in found.items():
+            for leaf, dtype in PARTS.items():
+                value = linear._parameters[leaf]
+                if value is not None and value.dtype != dtype:
+                    raise PackedError(
+                        f"{path}.{leaf} is of {value.dtype}, expected {dtype}; the checkpoint is damaged"
+                    )
+            if linear.bias is not None:
+                linear.weight_dtype = linear.bias.dtype
+        warn_not_finite(self._not_finite, self.config.expert or "")
+        if packed:
+            plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, HiF4Linear)]
+            self._reasons = dict.fromkeys(plain, "not packed in the checkpoint")
+        leave_as_they_are(model, self._reasons)
+        self.config.linears = describe(model)
+
+
+def packed_models(model: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the outermost modules of a class in a model, itself perhaps, that hold packed linears."""
+    if isinstance(model, kind):
+        if packed_linears(model):
+            yield model
+        return
+    for child in model.children():
+        yield from packed_models(child, kind)
+
+
+def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
+    """Put empty packed linears in the places that a checkpoint names."""
+    for path, values in config.linears.items():
+        try:
+            linear = model.get_submodule(path)
+        except AttributeError:
+            linear = nn.Identity()
+        if type(linear) is not nn.Linear:
+            raise PackedError(f"the checkpoint has a packed linear {path}; {type(model).__name__} has none there")
+        if (linear.in_features, linear.out_features) != (values["k"], values["n"]):
+            raise PackedError(
+                f"the checkpoint has {path} with {values['k']} -> {values['n']} features; the model has "
+                f"{linear.in_features} -> {linear.out_features}"
+            )
+        parent, _, name = path.rpartition(".")
+        empty = HiF4Linear(
+            values["k"],
+            values["n"],
+            linear.bias is not None,
+            hadamard_block=values["hadamard_block"],
+            multiplies=values.get("multiplier", not keys or f"{path}.multiplier" in keys),
+            activation=values["activation"],
+            device="meta",
+            dtype=getattr(torch, values["dtype"]) if linear.bias is None else linear.bias.dtype,
+        )
+        setattr(model.get_submodule(parent), name, empty.train(linear.training))

@@ -1,0 +1,42 @@
+"""Whether what saves a packed model says so in what it writes."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from ..errors import PackedError
+
+__all__ = ["check_saver"]
+
+
+def check_saver(path: str) -> None:
+    """Refuse ``save_pretrained`` of a module whose configuration does not list a packed linear.
+
+    Every library's ``save_pretrained`` writes a configuration and a state dict. The tensors alone do not make a packed
+    model again: ``from_pretrained`` would leave them out, and leave weights random. Who saves is where Python keeps it,
+    on the stack; a state dict that nobody's ``save_pretrained`` asks for is never refused.
+
+    Args:
+        path: of the packed linear, in the module whose state is written down.
+
+    Raises:
+        PackedError: the configuration does not list it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "save_pretrained":
+        frame = frame.f_back  # type: ignore[assignment]
+    saver = frame.f_locals.get("self") if frame is not None else None
+    if not isinstance(saver, nn.Module) or getattr(saver, "peft_config", None):  # adapters are saved without linears
+        return
+    config = getattr(getattr(saver, "hf_quantizer", None), "quantization_config", None)
+    if path in getattr(config, "linears", ()):
+        return
+    raise PackedError(
+        f"{type(saver).__name__}.save_pretrained would save {path}, which is packed, and nothing that says so: "
+        "from_pretrained would load random weights in its place. Models of diffusers and transformers can be saved if "
+        "tahf4.quantize_ got the model that is saved, and not a part of it: call it again with the whole model and "
+        "keep=[...] for what stays as it is. Any other model: save its state_dict(), pack a new model in the same way, "
+        "and load the state into it."
+    )

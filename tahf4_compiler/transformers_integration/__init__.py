@@ -1,0 +1,1 @@
+"""What knows transformers: its quantizer. Imported only when transformers is."""

@@ -1,0 +1,146 @@
+"""Adapters run beside 4-bit products, whatever their rank, and libraries do with them what they do without tahf4."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import plans, relative
+from models import Stack, masked_recipe, output, wan
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.model.reasons import Cause
+from tahf4_compiler.packed.convert import packed_linears
+
+GRAPH = {"inductor": False}
+TARGETS = ["to_q", "to_v", "ffn.net.2"]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def frozen():
+    model, inputs = wan(num_layers=1)
+    return model.requires_grad_(False), inputs
+
+
+def config(rank, **values):
+    """Describe an adapter; a state dict of one says nothing about its weight, so that is 1."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False, **values)
+
+
+def added(model, rank, **values):
+    """Return a copy of a model with an adapter, and the state dict of the adapter."""
+    model = copy.deepcopy(model)
+    model.add_adapter(config(rank, **values), "style")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter *= 3  # it matters more than the quantization
+    state = get_peft_model_state_dict(model, adapter_name="style")
+    model.requires_grad_(False)
+    return model, {f"transformer.{key}": value.clone() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_adapters_are_weighted_switched_and_deleted_on_a_packed_model(rank):
+    model, inputs = frozen()
+    late = copy.deepcopy(model)
+    tahf4.quantize_(late)
+    without = output(late(**inputs))
+    early, state = added(model, rank)
+    want = output(early(**inputs))
+    plan = tahf4.quantize_(early)
+    assert {d.cause for d in plan if ".lora_" in d.module} == {Cause.ADAPTER}
+    late.load_lora_adapter(state, adapter_name="style")
+    for packed in (early, late):
+        assert isinstance(packed.blocks[0].attn1.to_q.base_layer, tahf4.HiF4Linear)
+        assert len(packed_linears(packed)) == 10
+        whole = output(packed(**inputs))
+        assert relative(whole, want) < 0.5 * relative(without, want)
+        packed.set_adapters("style", 0.5)
+        assert relative(output(packed(**inputs)), whole) > 0.01
+        packed.disable_adapters()
+        assert torch.equal(output(packed(**inputs)), without)
+        packed.enable_adapters()
+        packed.set_adapters("style", 1.0)
+        assert torch.equal(output(packed(**inputs)), whole)
+        packed.delete_adapters("style")
+        assert torch.equal(output(packed(**inputs)), without), "packed alike, before the adapter came and after"
+
+
+@pytest.mark.parametrize("way", ["compiled", "packed"])
+def test_an_adapter_is_swapped_while_the_model_runs(way):
+    model, inputs = frozen()
+    running, packed = copy.deepcopy(model), copy.deepcopy(model)
+    running.enable_lora_hotswap(target_rank=128)
+    tahf4.quantize_(packed)
+    without = output(packed(**inputs))
+    for i, rank in enumerate((4, 128, 64)):
+        _, state = added(model, rank)
+        running.load_lora_adapter(state, adapter_name="style", hotswap=i > 0)
+        running.requires_grad_(False)
+        if i == 0 and way == "packed":
+            tahf4.quantize_(running)
+        elif i == 0:
+            running.compile(backend="tahf4", options=GRAPH)
+        packed.load_lora_adapter(state, adapter_name="style")
+        want = output(packed(**inputs))
+        assert relative(output(running(**inputs)), want) < 1e-3 < 0.01 < relative(want, without)
+        packed.delete_adapters("style")
+
+
+def test_a_linear_under_dora_stays_and_one_that_is_packed_refuses_it():
+    model, inputs = frozen()
+    adapted, _ = added(model, 64, use_dora=True)
+    want = output(adapted(**inputs))
+    plan = {d.module: d for d in tahf4.quantize_(adapted)}
+    assert plan["blocks.0.attn1.to_q.base_layer"].reason == "class: DoRA reads the weight itself"
+    assert len(packed_linears(adapted)) == 5
+    assert relative(output(adapted(**inputs)), want) < 0.1
+    tahf4.quantize_(model)
+    before = output(model(**inputs))
+    with pytest.raises(tahf4.PackedError, match="DoRA"):
+        model.add_adapter(config(64, use_dora=True), "late")
+    assert torch.equal(output(model(**inputs)), before)
+
+
+def test_no_matrix_of_dora_is_quantized_in_the_frames_below_a_graph_break(tmp_path):
+    model = Stack(1).eval()
+    inject_adapter_in_model(
+        LoraConfig(r=64, target_modules=["up"], init_lora_weights=False, use_dora=True), model, "style"
+    )
+    model.requires_grad_(False)
+    x = torch.randn(4, 64)
+    want = model(x)
+    model.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
+    assert relative(model(x), want) < 0.1
+    rows = [row for plan in plans(tmp_path) for row in plan if "lora" in row["module"]]
+    assert rows and {row["decision"] for row in rows} == {"high_precision"}
+    assert {row["cause"] for row in rows} == {"adapter"}
+
+
+def test_a_module_that_peft_copied_to_train_stays_and_the_original_is_packed():
+    settings = LoraConfig(r=64, target_modules=["up"], modules_to_save=["down"], init_lora_weights=False)
+    model = get_peft_model(Stack(2).eval(), settings)
+    found = {d.module.partition("down.")[2]: d.cause for d in tahf4.quantize_(model) if "down." in d.module}
+    assert found == {"original_module": Cause.BODY, "modules_to_save.default": Cause.ADAPTER}
+
+
+def test_a_recipe_fits_before_and_after_an_adapter_is_loaded():
+    model, _ = frozen()
+    recipe = masked_recipe(model)
+    adapted, _ = added(model, 64)
+    late = copy.deepcopy(adapted)
+    tahf4.quantize_(adapted, recipe)
+    tahf4.apply_recipe(late, recipe)
+    assert {d.reason for d in tahf4.plan_modules(late) if d.decision == "hif4"} == {"by hand"}
+    with_adapter = masked_recipe(late)
+    assert any(path.endswith(".base_layer") for path in with_adapter.linears(""))
+    tahf4.quantize_(model, with_adapter)
+    assert len(packed_linears(model)) == len(packed_linears(adapted)) == 10

@@ -1,0 +1,82 @@
+"""Transforms of functions inside of forward: torch.vmap and torch.func."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+
+import tahf4_compiler as tahf4  # noqa: F401  (registers the backend)
+
+GRAPH = {"inductor": False}
+
+
+class Net(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.up, self.down, self.function = nn.Linear(64, 128), nn.Linear(64, 64), function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def jacobian(model, x):
+    return torch.func.jacrev(torch.sin)(model.up(x)[0, :4])
+
+
+def product_with_a_jacobian(model, x):
+    value, pull = torch.func.vjp(torch.sin, model.up(x))
+    return pull(torch.vmap(torch.cos)(value))[0] + model.up(x)
+
+
+FUNCTIONS = {
+    "vmap": lambda model, x: torch.vmap(lambda row: row * 2)(model.up(x)),
+    "vmap twice": lambda model, x: torch.vmap(torch.cos)(torch.vmap(torch.vmap(torch.sin))(model.up(x)).exp()),
+    "grad": lambda model, x: torch.func.grad(lambda value: value.square().sum())(model.up(x)),
+    "jvp": lambda model, x: torch.func.jvp(torch.sin, (model.up(x),), (model.up(x),))[1],
+    "hessian": lambda model, x: torch.func.hessian(lambda value: value.sin().sum())(model.up(x)[0, :4]),
+    "jacrev": jacobian,
+    "vjp": product_with_a_jacobian,
+    "functional_call": lambda model, x: torch.func.functional_call(model.up, dict(model.up.named_parameters()), (x,)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_graph_computes_what_it_computed(name):
+    model, x = Net(FUNCTIONS[name]).eval().requires_grad_(False), torch.randn(4, 64)
+    # Without passes that quantize nothing may differ.
+    options = {**GRAPH, "disable_passes": ["quantize"]}
+    compiled = torch.compile(model, backend="tahf4", options=options, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    x = torch.randn(6, 64)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_linears_beside_a_transform_and_under_it_run_in_4_bits(tmp_path):
+    model = Net(lambda model, x: torch.vmap(model.down)(x) + model.up(x)[:, :64])
+    model, x = model.eval().requires_grad_(False), torch.randn(4, 64)
+    options = {**GRAPH, "dump_dir": str(tmp_path)}
+    y = torch.compile(model, backend="tahf4", options=options, fullgraph=True)(x)
+    assert 1e-3 < float((y - model(x)).norm() / model(x).norm()) < 0.3
+    (lowered,) = tmp_path.rglob("*_lower.py")
+    assert len(re.findall(r"linear\w*\.default\(", lowered.read_text())) == 2, "one product under vmap, one beside it"
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (part(x).unflatten(-1, (2, 32)).transpose(1, 2) for part in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_flex_attention_without_a_mask():
+    model, x = Attention().eval().requires_grad_(False), torch.randn(1, 128, 64)
+    options = {**GRAPH, "disable_passes": ["quantize"]}
+    compiled = torch.compile(model, backend="tahf4", options=options, fullgraph=True)
+    torch.testing.assert_close(compiled(x), torch.compile(model, backend="eager")(x))
