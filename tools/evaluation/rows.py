@@ -46,7 +46,12 @@ ROWS = (
     Row("+ network-searched mask, rotation", {**_PLAIN, "mask": "network_search", "rotate": True}),
     Row("+ scale search", {**_PLAIN, "scale_search": "squared"}),
     Row(f"+ {PROTECTED} linears protected", {**_PLAIN, **_PROTECT}),
-    Row("defaults (network-searched mask, rotation, scale search)", {"sensitivity": False}),
+    Row("+ rotation, reconstruction", {**_PLAIN, "rotate": True, "scale_search": "reconstruct"}),
+    Row(
+        "network-searched mask, rotation, scale search (the defaults before reconstruction)",
+        {"sensitivity": False, "scale_search": "squared"},
+    ),
+    Row("defaults (network-searched mask, rotation, reconstruction)", {"sensitivity": False}),
     Row("everything without rotation", {**_PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
     Row("everything", _EVERYTHING),
     Row("everything, first step in high precision", {**_EVERYTHING, "high_precision_steps": (0,)}),
