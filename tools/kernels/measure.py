@@ -148,10 +148,10 @@ def check_products(device: torch.device, k: int, rows: Sequence[int]) -> Iterato
             multiplier = random(n, dtype=torch.float32).exp()
             operands[1][-1, 0] |= 0xFF  # a unit that is no number: so is its row
             args = (*operands, random(n), torch.bfloat16, [n], [], GELU)
-            got = own_on_path(path, *args, None, multiplier, 64)
+            packed = own_on_path(path, *args, None, multiplier, 64)
             wanted = own.quantize(own_on_path(path, *args, torch.bfloat16)[0], multiplier, 64)
-            yield _compare(f"linear {path}, {m} rows, GELU -> quantize", got, wanted, 2e-3)
-            nothing = bool((got[0][-1] == 0).all()) and bool((got[1][-1] == 0xFF).all())
+            yield _compare(f"linear {path}, {m} rows, GELU -> quantize", packed, wanted, 2e-3)
+            nothing = bool((packed[0][-1] == 0).all()) and bool((packed[1][-1] == 0xFF).all())
             yield _record(f"linear {path}, {m} rows, NaN -> quantize", nothing, "codes 0, scales 255")
 
 
