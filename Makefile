@@ -28,8 +28,8 @@ check: $(STAMP) ## Run the fast tests: every pass on small graphs, in less than 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(FAST)
 
 test: $(STAMP) ## Run the tests (no GPU, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests --ignore tests/interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests --ignore tests/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/interpreter
 
 mutants: $(STAMP) ## Put faults into the source one at a time (tests/mutants.toml): the tests must notice each
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --workers $(WORKERS)

@@ -352,7 +352,7 @@ FIRST = [
 
 def test_diffusers_knows_the_quantizer_whatever_is_imported_first():
     script = """
-        import os, sys, torch
+        import os, sys, torch, torch._dynamo
         for first in sys.argv[1:]:  # a process for each, which has imported PyTorch only
             if not (child := os.fork()):
                 code = 1
