@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import PackedError
 from ..format import hif4
-from ..model.attachments import Attachment, attached_keep, attached_recipe
+from ..model.attachments import Attachment, attached_keep, attached_recipe, refresh
 from ..model.blocks import block_of, module_blocks
 from ..model.linears import matching, named_linears, require_matches
 from ..model.reasons import Cause, Reason
@@ -60,6 +60,7 @@ def plan_modules(
         RecipeError: the recipe does not fit the model.
     """
     checked = patterns("keep", keep)
+    refresh(model)  # a copy has other parameters than those that something was attached to
     linears = dict(named_linears(model))
     require_matches(checked, list(linears), type(model).__name__)
     given = (
