@@ -148,7 +148,7 @@ def encoder(**config: Any) -> tuple[nn.Module, dict[str, Any]]:
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval(), {"src": torch.randn(2, 10, 128)}
 
 
-def masked_recipe(model: nn.Module, high: Sequence[str] = ()) -> Any:
+def masked_recipe(model: nn.Module, high: Sequence[str] = (), widest: int = 128) -> Any:
     """Return a recipe with a mask for each activation, some of them rotated, and some scales searched."""
     from tahf4_compiler.packed.plan import plan_modules, plan_transforms
     from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
@@ -168,7 +168,7 @@ def masked_recipe(model: nn.Module, high: Sequence[str] = ()) -> Any:
         k = next(iter(linears.values())).shape[1]
         made[name] = RecipeEntry(
             linears,
-            hadamard_block=(0, 64, 128)[i % 3],
+            hadamard_block=(0, 64, widest)[i % 3],
             seed=(None, i, i)[i % 3],
             search=("squared", "")[i % 2],
             percentile=99.9,

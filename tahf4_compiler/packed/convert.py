@@ -186,10 +186,15 @@ def dequantize_(model: Any) -> list[str]:
         The module paths that were packed.
 
     Raises:
+        PackedError: the model is offloaded, or its layers are cast at each call. Nothing is changed then.
         OptionError: the model is neither module nor pipeline.
     """
     found = []
-    for component, module in _unwrapped(model).items():
+    models = _unwrapped(model)
+    for module in models.values():
+        for path, linear in packed_linears(module).items():
+            _check_not_hooked(path, linear, "Take the hooks off first, or load the model again.")
+    for component, module in models.items():
         linears = packed_linears(module)
         with torch.no_grad():
             made = [(packed, packed.to_linear()) for packed in linears.values()]
@@ -227,14 +232,20 @@ def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
         if not path:
             raise PackedError("got a single nn.Linear, which cannot be replaced; pass the module that holds it")
         linear = model.get_submodule(path)
-        if "forward" in linear.__dict__:
-            raise PackedError(
-                f"{path} is hooked (its forward is replaced, as offloading does). Pack the model first and enable "
-                "offloading afterwards."
-            )
+        _check_not_hooked(path, linear, "Pack the model first and enable offloading afterwards.")
         recipe = attached_recipe(linear.weight)
         if recipe is not None and recipe.steps is not None:
             raise PackedError(
                 f"the recipe attached to {path} runs some steps in high precision, which needs the original weights; "
                 "a packed model has none. Take it off with tahf4.apply_recipe(model, None) first."
             )
+
+
+def _check_not_hooked(path: str, linear: nn.Module, advice: str) -> None:
+    """Raise :class:`PackedError` for a linear whose ``forward`` is replaced: the hook would go on calling the old one.
+
+    accelerate leaves a linear's own ``forward`` as an attribute where it takes a hook off.
+    """
+    forward = linear.__dict__.get("forward")
+    if forward is not None and forward != type(linear).forward.__get__(linear):
+        raise PackedError(f"{path} is hooked (its forward is replaced, as offloading does). {advice}")

@@ -240,8 +240,9 @@ def packed_product(
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:
-    """Return what goes over from a linear to the one in its place: hooks, mode, sizes; no parameters."""
-    return {k: v for k, v in module.__dict__.items() if k != "_parameters" and not k.startswith("_tahf4_")}
+    """Return what goes over to the linear that takes a place: hooks, mode, sizes; no parameters, no ``forward``."""
+    own = ("_parameters", "forward")
+    return {k: v for k, v in module.__dict__.items() if k not in own and not k.startswith("_tahf4_")}
 
 
 def _listed(values: dict[str, int]) -> str:

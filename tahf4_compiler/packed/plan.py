@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import PackedError
 from ..format import hif4
 from ..format.transforms import SEED, hadamard_block
-from ..model.attachments import Attachment, attached_keep, attached_recipe
+from ..model.attachments import Attachment, attached_keep, attached_recipe, refresh
 from ..model.blocks import block_of, module_blocks
 from ..model.linears import adapters, linear_weights, matching, named_linears, plain_path, require_matches
 from ..model.reasons import Cause, Reason
@@ -69,6 +69,7 @@ def plan_modules(
         RecipeError: the recipe does not fit the model.
     """
     checked = patterns("keep", keep)
+    refresh(model)  # a copy has other parameters than those that something was attached to
     linears = dict(named_linears(model))
     require_matches(checked, list(linears), type(model).__name__)
     given = (

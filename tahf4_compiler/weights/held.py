@@ -33,6 +33,10 @@ def adopt(graph: fx.Graph) -> list[fx.Node]:
     for node in graph.nodes:
         if node.op == "call_function" and node.target in by_target:
             node.target = by_target[node.target]
+            # A trace leaves out what has its default; passes read arguments by their position.
+            rest = node.target._schema.arguments[len(node.args) :]
+            node.args = (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
+            node.kwargs = {}
     found = []
     for node in graph.find_nodes(op="call_function", target=LINEAR):
         codes, scales = (_parameter(node.args[at], name) for _, at, name in _PARTS)

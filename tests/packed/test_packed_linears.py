@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from torch import nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.graph.inputs import INPUT, PackedInput
+from tahf4_compiler.model.reasons import Cause
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.linear import HiF4Linear
 from tahf4_compiler.packed.plan import plan_modules
@@ -311,7 +313,7 @@ def test_what_cannot_be_packed_is_refused_and_leaves_the_model_as_it_was():
         tahf4.quantize_(other, recipe)
     with pytest.raises(tahf4.PatternError, match="matches none"):
         tahf4.quantize_(model, keep=["nothing"])
-    model.blocks[1].ffn.net[2].forward = model.blocks[1].ffn.net[2].forward
+    model.blocks[1].ffn.net[2].forward = functools.partial(model.blocks[1].ffn.net[2].forward)
     with pytest.raises(tahf4.PackedError, match="hooked"):
         tahf4.quantize_(model)
     tied = nn.Linear(64, 64)
@@ -369,6 +371,52 @@ def test_what_the_user_kept_before_is_kept():
     decisions = {d.module: d for d in tahf4.quantize_(model)}
     assert decisions["blocks.1.up"].reason.startswith("kept by tahf4.keep")
     assert len(packed_linears(model)) == 4
+
+
+def test_what_was_attached_to_a_model_holds_for_its_copies_and_for_replaced_parameters():
+    model = Stack().eval()
+    recipe = masked_recipe(model, ["blocks.2.up"], widest=64)
+    tahf4.apply_recipe(model, recipe)
+    tahf4.keep(model, [r"blocks\.1\."])
+    replaced = copy.deepcopy(model)
+    linear = replaced.blocks[1].up
+    linear.weight = nn.Parameter(linear.weight.detach().clone())
+    for other in (copy.deepcopy(model), replaced):
+        causes = {d.module: d.cause for d in tahf4.quantize_(other)}
+        assert causes["blocks.1.up"] is causes["blocks.1.down"] is Cause.KEPT
+        assert causes["blocks.2.up"] is Cause.SENSITIVITY and causes["blocks.0.up"] is Cause.RECIPE
+    assert torch.equal(other.blocks[0].up.multiplier, recipe.experts[""]["blocks.0.up"].mask)
+
+
+def test_a_hooked_model_is_not_dequantized():
+    import accelerate
+
+    model, x = Stack().eval(), torch.randn(3, 64)
+    tahf4.quantize_(model)
+    want = model(x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(tahf4.PackedError, match=r"blocks.0.up is hooked .* Take the hooks off"):
+        tahf4.dequantize_(SimpleNamespace(transformer_2=Stack(), transformer=model))
+    assert len(packed_linears(model)) == 6 and torch.equal(model(x), want)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert len(tahf4.dequantize_(model)) == 6
+    plain = model(x)
+    assert relative(plain, want) > 1e-3, "the linears run as plain ones"
+    tahf4.quantize_(model)
+    assert relative(model(x), plain) > 1e-3 and len(packed_linears(model)) == 6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_linears_without_rotation_compile(masked):
+    model, x = Stack().eval(), torch.randn(3, 64)
+    for block in model.blocks:
+        for name, k in (("up", 64), ("down", 128)):
+            mask = torch.rand(k) + 0.5 if masked else None
+            linear = getattr(block, name)
+            packed = pack_weight(linear.weight, 1 / mask if masked else None)
+            setattr(block, name, HiF4Linear.from_linear(linear, packed, mask))
+    compiled = torch.compile(model.requires_grad_(False), backend="tahf4", options=GRAPH)
+    assert relative(compiled(x), model(x)) < 1e-6
 
 
 def test_autocast_strides_axes_and_double():
