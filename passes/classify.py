@@ -122,9 +122,11 @@ def _path(node: fx.Node, context: Context) -> str | None:
     weight = weight_of(node)
     assert weight is not None
     if isinstance(held := weight.meta.get(INPUT), PackedInput):
-        return context.path_of(held.positions[0])
+        return context.surroundings.place(context.inputs[held.positions[0]]) or context.path_of(held.positions[0])
     source = weight_input(weight)
-    return context.module_of(source) if source is not None else None
+    if source is None:
+        return None
+    return context.surroundings.place(context.inputs[source.meta[INPUT].index]) or context.module_of(source)
 
 
 def _modules_around(node: fx.Node, context: Context) -> dict[str, str]:

@@ -37,6 +37,7 @@ class Surroundings:
     def __init__(self, module: nn.Module | None) -> None:
         """Read a module, or nothing."""
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._beside: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._roots: list[weakref.ref[nn.Module]] = []
         self.linear_paths: list[str] = []
@@ -69,13 +70,12 @@ class Surroundings:
         return self._roots[0]() if self.linear_paths else None
 
     def add(self, module: nn.Module) -> None:
-        """Remember the paths of a module's weights; of several paths of one weight, that inside a repeated block."""
+        """Remember the paths of a module's weights: of several paths of one weight the first, and one inside a block."""
         self.watch(module)
-        found: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for path, weight in (*linear_weights(module), *packed_weights(module)):
-            if weight not in found or (self.block_of(path) and not self.block_of(found[weight])):
-                found[weight] = path
-        self._paths.update(found)
+        for path, weight in reversed([*linear_weights(module), *packed_weights(module)]):
+            self._paths[weight] = path
+            if self.block_of(path):
+                self._places[weight] = path
 
     def watch(self, module: nn.Module) -> None:
         """Read what is attached to a module, now and whenever a parameter is new."""
@@ -89,6 +89,11 @@ class Surroundings:
     def path(self, weight: object) -> str | None:
         """Return the module path of a weight, or None if it belongs to another module."""
         return self._paths.get(weight) if isinstance(weight, torch.Tensor) else None
+
+    def place(self, weight: object) -> str | None:
+        """Return the module path of a weight inside a repeated block if it has one there, otherwise its path."""
+        found = self._places.get(weight) if isinstance(weight, torch.Tensor) else None
+        return found or self.path(weight)
 
     def adapts(self, weight: object) -> str | None:
         """Return the path of the linear that a weight of an adapter stands beside; None for any other weight."""
