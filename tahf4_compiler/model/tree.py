@@ -70,7 +70,7 @@ class Surroundings:
         return self._roots[0]() if self.linear_paths else None
 
     def add(self, module: nn.Module) -> None:
-        """Remember the paths of a module's weights: of several paths of one weight the first, and one inside a block."""
+        """Remember the paths of a module's weights: of several of one weight the first, and one inside a block."""
         self.watch(module)
         for path, weight in reversed([*linear_weights(module), *packed_weights(module)]):
             self._paths[weight] = path
