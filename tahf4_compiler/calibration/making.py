@@ -99,7 +99,8 @@ def make_recipe(
     bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
     for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
-        found.setdefault(expert, {})[name] = _entry(cells, weights, searched.get(expert, choices), sensitivity)
+        chosen = searched.get(expert, choices)
+        found.setdefault(expert, {})[name] = _entry(calibration, cells, weights, chosen, sensitivity)
         _warn_of_range(cells, found[expert][name])
     unseen = {expert: _unseen(calibration, expert, found.get(expert, {})) for expert in calibration.models}
     if sensitivity:
@@ -129,7 +130,9 @@ def make_recipe(
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe)) if sensitivity else recipe
 
 
-def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: bool) -> RecipeEntry:
+def _entry(
+    calibration: Seen, cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: bool
+) -> RecipeEntry:
     activation = cells.activation
     k = activation.channels
     block = hadamard_block(k, choices.block)
@@ -141,7 +144,8 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
             "Check the model in its original precision; float16 overflows where bfloat16 does not."
         )
     device = weights[0].device
-    weight_max = torch.stack([w.detach().to(torch.float32).abs().amax(0) for w in weights]).amax(0)
+    magnitudes = [w.detach().to(torch.float32).abs() for w in weights]
+    weight_max = torch.stack([torch.where(m.isfinite(), m, 0.0).amax(0) for m in magnitudes]).amax(0)
     moment = _second_moment(cells).to(device)
     rows = _rows(cells)
 
@@ -157,7 +161,8 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
         whole = None
         if packed:
             found = [packed[path] for path in activation.members]
-            whole = hif4.Packed(torch.cat([p.codes for p in found]), torch.cat([p.scales for p in found]), k)
+            codes, scales = (torch.cat(parts).to(device) for parts in list(zip(*found, strict=True))[:2])
+            whole = hif4.Packed(codes, scales, k)
         return QuantizedWeight(torch.cat([w.detach() for w in weights]), mask, seed, block, search, importance, whole)
 
     def error(mask: Tensor | None) -> float:
@@ -182,7 +187,7 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
                 percentile, exponent = percent, alpha
     search, packed = choices.scale_search, dict[str, hif4.Packed]()
     if search == "reconstruct":
-        packed = _reconstructed(cells, weights, mask, seed, block)
+        packed = _reconstructed(calibration, cells, weights, mask, seed, block)
         search = search if packed else "squared"
     noise = _noise(cells, weights, product(mask, search, packed)) if sensitivity and len(rows) else None
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
@@ -208,29 +213,43 @@ def _entry(cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: b
 
 
 def _reconstructed(
-    cells: Cells, weights: list[Tensor], mask: Tensor | None, seed: int | None, block: int
+    calibration: Seen, cells: Cells, weights: list[Tensor], mask: Tensor | None, seed: int | None, block: int
 ) -> dict[str, hif4.Packed]:
-    """Return the weights that read an activation, rounded by its moments, on the CPU; nothing without moments."""
-    moments, k = cells.moments, cells.activation.channels
-    sizes = [len(part) for part in moments.blocks] if moments is not None else []
-    if not sizes or (block and any(size % block for size in sizes[:-1])):
+    """Return the weights that read an activation, rounded by its moments, on the CPU; nothing without moments.
+
+    A weight that reads several activations, in several calls, is rounded by what all of them show.
+    """
+    activation, k = cells.activation, cells.activation.channels
+    read = {path: calibration.read_by(activation.expert, path) for path in activation.members}
+    every = [found.moments for group in read.values() for found in group]
+    seen = [moments.blocks for moments in every if moments is not None]
+    sizes = [len(part) for part in seen[0]] if seen else []
+    problem = ""
+    if not sizes or len(seen) < len(every):
+        problem = "the calibration kept no moments of all that they read"
+    elif block and any(size % block for size in sizes[:-1]):
+        problem = f"the calibration kept moments of {sizes[0]} channels, which a rotation of {block} does not divide"
+    elif not all(bool(part.isfinite().all()) for parts in seen for part in parts):
+        problem = "its moments are beyond float32"
+    if problem:
         log.warning(
-            "%s: weights are rounded by searched scales and not reconstructed, since the calibration kept %s; see "
-            "the argument moments of tahf4.calibrate",
-            cells.activation.name,
-            f"moments of {sizes[0]} channels, which a rotation of {block} does not divide" if sizes else "no moments",
-        )
+            "%s: weights are rounded by searched scales and not reconstructed, since %s; see the argument moments of "
+            "tahf4.calibrate", activation.name, problem,
+        )  # fmt: skip
         return {}
-    assert moments is not None
-    forward, inverse = (None if m is None else m.to(weights[0].device) for m in multipliers(k, mask, seed))
-    parts: dict[str, list[hif4.Packed]] = {path: [] for path in cells.activation.members}
-    for first, size, seen in zip(itertools.accumulate(sizes, initial=0), sizes, moments.blocks):
-        at = slice(first, first + size)
-        mine = moments_as_quantized(seen.to(weights[0].device), None if forward is None else forward[at], block)
-        factor = damped_factor(mine)
-        for path, weight in zip(cells.activation.members, weights, strict=True):
+    forward, inverse = (_to(value, weights[0]) for value in multipliers(k, mask, seed))
+    parts: dict[str, list[hif4.Packed]] = {path: [] for path in activation.members}
+    for i, (first, size) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes)):
+        at, known = slice(first, first + size), dict[tuple[int, ...], tuple[Tensor, Tensor]]()
+        for path, weight in zip(activation.members, weights, strict=True):
+            group = [found.moments.blocks[i].to(weight.device) for found in read[path] if found.moments is not None]
+            key = tuple(map(id, read[path]))
+            if key not in known:  # q, k and v invert once
+                total = sum(group[1:], group[0])
+                moments = moments_as_quantized(total, None if forward is None else forward[at], block)
+                known[key] = moments, damped_factor(moments)
             moved = transform(weight.detach()[:, at], None if inverse is None else inverse[at], block)
-            parts[path].append(reconstruct(moved, mine, factor))
+            parts[path].append(reconstruct(moved, *known[key]))
     return {
         path: hif4.Packed(
             torch.cat([p.codes for p in found], 1).cpu(), torch.cat([p.scales for p in found], 1).cpu(), k
@@ -353,7 +372,7 @@ def _search_network(calibration: Seen, expert: str, choices: Choices, measured: 
         quantized: dict[str, QuantizedWeight] = {}
         for _, cells in activations:
             weights = calibration.weights(expert, cells.activation.members)
-            entry = _entry(cells, weights, quick, False)
+            entry = _entry(calibration, cells, weights, quick, False)
             makers = _products(entry, dict(zip(entry.linears, weights, strict=True)).__getitem__)
             quantized |= {path: make() for path, make in makers}
         return network.error(quantized)

@@ -65,6 +65,6 @@ def widths(channels: int, widest: int) -> list[int]:
     if channels <= widest or not channels:
         return [channels] if channels else []
     step = hadamard_block(channels, widest)
-    count = -(-channels // widest)
+    count = -(-channels // (widest // step * step))
     width = -(-channels // (count * step)) * step
     return [min(width, channels - first) for first in range(0, channels, width)]

@@ -153,6 +153,11 @@ class Seen:
         """Return the module paths of an expert's linears."""
         return {path for path, _ in linear_weights(self.models[expert])}
 
+    def read_by(self, expert: str, path: str) -> list[Cells]:
+        """Return the statistics of all that a linear reads, in the order of their names."""
+        keys = sorted(key for key in self.activations if key[0] == expert)
+        return [self.activations[key] for key in keys if path in self.activations[key].activation.members]
+
     def weights(self, expert: str, paths: Sequence[str]) -> list[Tensor]:
         """Return the weights at some module paths of an expert, whole."""
         found = dict(linear_weights(self.models[expert]))

@@ -112,7 +112,10 @@ def recipe_attachments(
     """
     entries = _as_wrapped(model, recipe_experts(model, {"": model}, recipe, expert)[""])
     _check_fits(model, entries, check_weights, "")
-    return dict(_attachments(entries, None))
+    found = dict(_attachments(entries, None))
+    weights = dict(linear_weights(model))
+    shared = {id(weights[path]): attachment for path, attachment in found.items()}  # one weight, several names
+    return {path: shared[id(weight)] for path, weight in weights.items() if id(weight) in shared}
 
 
 def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping[str, RecipeEntry]:
@@ -123,7 +126,11 @@ def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping
         return next((p for p in (path, f"{path}.base_layer", place_of(path)) if p in known), path)
 
     return {
-        name: dataclasses.replace(entry, linears={path_now(path): linear for path, linear in entry.linears.items()})
+        name: dataclasses.replace(
+            entry,
+            linears={path_now(path): linear for path, linear in entry.linears.items()},
+            packed={path_now(path): packed for path, packed in entry.packed.items()},
+        )
         for name, entry in entries.items()
     }
 

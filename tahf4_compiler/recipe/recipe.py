@@ -96,8 +96,8 @@ class Recipe:
                     if (value := getattr(entry, part)) is not None:
                         tensors[f"{prefix}.{part}"] = value
                 for linear, packed in entry.packed.items():
-                    tensors[f"{expert}/{linear}.weight_codes"] = packed.codes
-                    tensors[f"{expert}/{linear}.weight_scales"] = packed.scales
+                    tensors[f"{prefix}/{linear}.weight_codes"] = packed.codes
+                    tensors[f"{prefix}/{linear}.weight_scales"] = packed.scales
                 values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
                 del values["mask"], values["second_moment"], values["packed"]
                 values["linears"] = {p: dataclasses.asdict(linear) for p, linear in entry.linears.items()}
@@ -126,10 +126,11 @@ class Recipe:
                 parts: dict[str, Any] = {
                     part: tensors.get(f"{expert}/{name}.{part}") for part in ("mask", "second_moment")
                 }
+                weights = {p: f"{expert}/{name}/{p}.weight_" for p in linears}
                 packed = {
-                    p: Packed(codes, tensors[f"{expert}/{p}.weight_scales"], linear.shape[-1] if linear.shape else 0)
-                    for p, linear in linears.items()
-                    if (codes := tensors.get(f"{expert}/{p}.weight_codes")) is not None
+                    p: Packed(tensors[f"{key}codes"], tensors[f"{key}scales"], linears[p].shape[-1])
+                    for p, key in weights.items()
+                    if f"{key}codes" in tensors and linears[p].shape
                 }
                 entry = RecipeEntry(linears=linears, **values, **parts, packed=packed)
                 check_entry(entry, f"{path}: {expert}/{name}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -116,7 +116,8 @@ def pack_transformed(
         # The checksum of what has no storage is that of nothing.
         if reconstruction is not None and int(checksum(weight)) == reconstruction.weight_sum:
             codes, scales, k = reconstruction.packed
-            return hif4.Packed(codes.to(device), scales.to(device), k)
+            # A copy: what becomes a parameter may be written.
+            return hif4.Packed(codes.to(device, copy=True), scales.to(device, copy=True), k)
         if device.type != "meta":
             _warn_other_weight()
         search = "squared"
@@ -128,13 +129,20 @@ def pack_transformed(
     return pack_weight(weight, multiplier, block, search=search, importance=importance)
 
 
-@functools.cache
+_said = threading.Event()
+_lock = threading.Lock()
+
+
 def _warn_other_weight() -> None:
     """Say it once: a merged adapter changes every weight."""
+    with _lock:
+        if _said.is_set():
+            return
+        _said.set()
     log.warning(
-        "weights are not those that the recipe reconstructed (an adapter was merged, a fine-tune was loaded, or a rank "
-        "holds a part of them): their scales are searched instead, which loses quality. Calibrate the model that you "
-        "run. This is said once."
+        "weights or their transforms are not those that the recipe reconstructed (they were cast to another dtype, an "
+        "adapter was merged, a fine-tune was loaded, a rank holds a part of them, or a pass such as rotate is off): "
+        "their scales are searched instead, which loses quality. Calibrate the model as you run it. This is said once."
     )
 
 

@@ -178,7 +178,7 @@ def calibrated_wan(rank, size):
             model(**inputs)
         if parallel:
             calibration.all_reduce(over="channels")
-        recipes.append(calibration.recipe(mask="percentile").experts[""])
+        recipes.append(calibration.recipe(mask="percentile", scale_search="squared").experts[""])
     assert list(recipes[0]) == list(recipes[-1])
     for name, entry in recipes[0].items():
         other = recipes[-1][name]

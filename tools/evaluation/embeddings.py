@@ -36,7 +36,8 @@ def sentences() -> list[str]:
 
     text = " ".join(topics.topics.values())
     found = [re.sub(r"\s+", " ", part).strip() for part in re.split(r"(?<=[.!?])\s+", text)]
-    found = [part for part in found if 40 < len(part) < 160 and re.match(r"^[A-Z][a-z ,'\-]+.*\.$", part)]
+    plain = re.compile(r"^[A-Z][a-z ,'\-]+.*\.$")
+    found = [part for part in dict.fromkeys(found) if 40 < len(part) < 160 and plain.match(part)]
     random.Random(0).shuffle(found)
     return found
 
