@@ -217,10 +217,13 @@ class Calibration(Seen):
         if old is None:
             self.activations[(expert, members[0])] = Cells(activation, self.rows, self.step_groups)
             if self.moments:
-                device = weights[0].device
-                self.activations[(expert, members[0])].moments = Moments(activation.channels, self.moments, device)
+                with torch.inference_mode(False):  # a later call may be outside of it, and writes to the same
+                    moments = Moments(activation.channels, self.moments, weights[0].device)
+                self.activations[(expert, members[0])].moments = moments
         cells = self.activations[(expert, members[0])]
 
+        @torch.inference_mode(False)
+        @torch.no_grad()
         def observe(x: Tensor) -> None:
             self.observed += 1
             sketch, sample = cells.cell(self._schedule.where(), x.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,26 +17,26 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
-from ..format.reconstruct import damped_factor, reconstruct
-from ..format.transforms import SEED, hadamard_block, multipliers, transform
-from ..model.linears import linear_weights
+from ..format.transforms import SEED, hadamard_block
 from ..model.parts import class_name
-from ..packed.plan import plan_modules
 from ..pipeline.order import provenance
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
-from ..weights.packing import moment_as_quantized, moments_as_quantized
+from ..weights.packing import moment_as_quantized
 from .choices import Choices, check_choices
+from .gaps import unseen, warn_of_range
 from .masks import SEARCHED, channel_mask
+from .reconstruction import reconstructed
 from .seen import Seen
 from .sensitivity import Network, QuantizedWeight, output_error, sqnr_db, squares
-from .sketch import LARGEST
 from .statistics import Cells, merged
 
 __all__ = ["make_recipe"]
 
 log = logging.getLogger(__name__)
+
+Networks = Callable[[str], Network | None]
 
 _FINALISTS = 2  # masks whose error is measured again with reconstructed weights
 
@@ -92,21 +91,27 @@ def make_recipe(
     percent = calibration.percentile if percentile is None else float(percentile)
     choices = Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
     measured = calibration.measured()
+    network = functools.cache(functools.partial(_network, calibration))
     found: dict[str, dict[str, RecipeEntry]] = {}
     searched: dict[str, Choices] = {}
     if mask == "network_search":
-        searched = {expert: _search_network(calibration, expert, choices, measured) for expert in calibration.models}
+        searched = {
+            expert: _search_network(calibration, expert, choices, measured, network) for expert in calibration.models
+        }
     bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
     for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
         chosen = searched.get(expert, choices)
         found.setdefault(expert, {})[name] = _entry(calibration, cells, weights, chosen, sensitivity)
-        _warn_of_range(cells, found[expert][name])
-    unseen = {expert: _unseen(calibration, expert, found.get(expert, {})) for expert in calibration.models}
+        warn_of_range(cells, found[expert][name])
+    missing = {
+        expert: unseen(calibration, expert, found.get(expert, {}), network)
+        for expert in calibration.models
+    }
     if sensitivity:
         for expert, entries in found.items():
             kind = f"effect in {expert!r} under {searched.get(expert, choices)}:"
-            found[expert] = _with_effects(calibration, expert, entries, measured, kind)
+            found[expert] = _with_effects(calibration, expert, entries, measured, kind, network)
     made: dict[str, Any] = {
         "tahf4": importlib.metadata.version("tahf4-compiler"),
         "torch": torch.__version__,
@@ -123,11 +128,11 @@ def make_recipe(
             "classes": {expert: class_name(module) for expert, module in calibration.models.items()},
         },
     }
-    if any(unseen.values()):
-        made["calibration"]["unseen"] = unseen
+    if any(missing.values()):
+        made["calibration"]["unseen"] = missing
     recipe = Recipe(found, tuple(high_precision_steps), made)
     recipe = recipe.plan(**budget) if budget else recipe
-    return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe)) if sensitivity else recipe
+    return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe
 
 
 def _entry(
@@ -147,7 +152,7 @@ def _entry(
     magnitudes = [w.detach().to(torch.float32).abs() for w in weights]
     weight_max = torch.stack([torch.where(m.isfinite(), m, 0.0).amax(0) for m in magnitudes]).amax(0)
     moment = _second_moment(cells).to(device)
-    rows = _rows(cells)
+    rows = cells.rows()
 
     def amax(percent: float) -> Tensor:
         values = torch.stack([sketch.percentile(percent) for sketch, _ in cells.cells.values()])
@@ -187,7 +192,7 @@ def _entry(
                 percentile, exponent = percent, alpha
     search, packed = choices.scale_search, dict[str, hif4.Packed]()
     if search == "reconstruct":
-        packed = _reconstructed(calibration, cells, weights, mask, seed, block)
+        packed = reconstructed(calibration, cells, weights, mask, seed, block)
         search = search if packed else "squared"
     noise = _noise(cells, weights, product(mask, search, packed)) if sensitivity and len(rows) else None
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
@@ -212,124 +217,10 @@ def _entry(
     )
 
 
-def _reconstructed(
-    calibration: Seen, cells: Cells, weights: list[Tensor], mask: Tensor | None, seed: int | None, block: int
-) -> dict[str, hif4.Packed]:
-    """Return the weights that read an activation, rounded by its moments, on the CPU; nothing without moments.
-
-    A weight that reads several activations, in several calls, is rounded by what all of them show.
-    """
-    activation, k = cells.activation, cells.activation.channels
-    read = {path: calibration.read_by(activation.expert, path) for path in activation.members}
-    every = [found.moments for group in read.values() for found in group]
-    seen = [moments.blocks for moments in every if moments is not None]
-    sizes = [len(part) for part in seen[0]] if seen else []
-    problem = ""
-    if not sizes or len(seen) < len(every):
-        problem = "the calibration kept no moments of all that they read"
-    elif block and any(size % block for size in sizes[:-1]):
-        problem = f"the calibration kept moments of {sizes[0]} channels, which a rotation of {block} does not divide"
-    elif not all(bool(part.isfinite().all()) for parts in seen for part in parts):
-        problem = "its moments are beyond float32"
-    if problem:
-        log.warning(
-            "%s: weights are rounded by searched scales and not reconstructed, since %s; see the argument moments of "
-            "tahf4.calibrate", activation.name, problem,
-        )  # fmt: skip
-        return {}
-    forward, inverse = (_to(value, weights[0]) for value in multipliers(k, mask, seed))
-    parts: dict[str, list[hif4.Packed]] = {path: [] for path in activation.members}
-    for i, (first, size) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes)):
-        at, known = slice(first, first + size), dict[tuple[int, ...], tuple[Tensor, Tensor]]()
-        for path, weight in zip(activation.members, weights, strict=True):
-            group = [found.moments.blocks[i].to(weight.device) for found in read[path] if found.moments is not None]
-            key = tuple(map(id, read[path]))
-            if key not in known:  # q, k and v invert once
-                total = sum(group[1:], group[0])
-                moments = moments_as_quantized(total, None if forward is None else forward[at], block)
-                known[key] = moments, damped_factor(moments)
-            moved = transform(weight.detach()[:, at], None if inverse is None else inverse[at], block)
-            parts[path].append(reconstruct(moved, *known[key]))
-    return {
-        path: hif4.Packed(
-            torch.cat([p.codes for p in found], 1).cpu(), torch.cat([p.scales for p in found], 1).cpu(), k
-        )
-        for path, found in parts.items()
-    }
-
-
-def _warn_of_range(cells: Cells, entry: RecipeEntry) -> None:
-    """Warn of values that the statistics or HiF4 itself do not hold."""
-    name, rows, mask = cells.activation.name, _rows(cells), entry.mask
-    maxima = torch.stack([sketch.maxima.cpu() for sketch, _ in cells.cells.values()]).amax(0)
-    if entry.percentile is not None and entry.percentile < 100 and float(maxima.max()) >= LARGEST:
-        text = "%s: values up to %.3g; percentiles above %g are taken as the maximum"
-        log.warning(text, name, float(maxima.max()), LARGEST)
-    moved = transform(rows, _to(multipliers(len(maxima), mask, entry.seed)[0], rows), entry.hadamard_block).abs()
-    # A rotation spreads a value over a block at the most, and adds up what the other channels have.
-    sure = (maxima * mask if mask is not None else maxima).max() / max(1, entry.hadamard_block) ** 0.5
-    reached = max(float(sure), float(moved.max()) if moved.numel() else 0.0)
-    if reached > hif4.LARGEST:
-        share = float((moved > hif4.LARGEST).double().mean()) if moved.numel() else 0.0
-        log.warning(
-            "%s: what it reads reaches %.3g after mask and rotation, and HiF4 holds no more than %d: %.2g%% of the "
-            "values of %d sample rows are cut to that. Keep all that reads it in high precision (tahf4.keep).",
-            name, reached, int(hif4.LARGEST), 100 * share, len(rows),
-        )  # fmt: skip
-
-
-def _to(value: Tensor | None, like: Tensor) -> Tensor | None:
-    return value.to(like.device) if value is not None else None
-
-
-def _unseen(calibration: Seen, expert: str, entries: Mapping[str, RecipeEntry]) -> dict[str, str]:
-    """Return why linears that run in 4 bits by plan were not observed, by path, and warn of them."""
-    model = calibration.models[expert]
-    planned = [d.module for d in plan_modules(model) if d.decision == "hif4"]
-    known = {path for entry in entries.values() for path in entry.linears}
-    missing = [path for path in planned if path not in known]
-    if not missing:
-        return {}
-    network = _network(calibration, expert)
-    run = network.read() if network is not None else set()
-    weights = dict(linear_weights(model))
-    observed = {id(weights[path]) for path in known if path in weights}
-
-    def why(path: str) -> str:
-        if id(weights[path]) in observed:
-            return "its weight is another linear's, too, and was observed there"
-        if path in run:
-            return (
-                "it runs outside of the repeated blocks of the compiled graphs: in a hook, under "
-                "torch.compiler.disable, or in another frame that Dynamo skips"
-            )
-        return "no call reached it" if network is not None else "no call was kept that tells why"
-
-    causes: dict[str, list[str]] = {}
-    for path in missing:
-        causes.setdefault(why(path), []).append(path)
-    for cause, paths in causes.items():
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        log.warning(
-            "%s%d of %d linears that are planned for 4 bits were not observed: %s%s (%s). The recipe does not know "
-            "them, so they get a rotation and no mask. Keep them in high precision (tahf4.keep), or calibrate with "
-            "calls and code that show them.",
-            f"{expert}: " if expert else "", len(paths), len(planned), ", ".join(paths[:3]), more, cause,
-        )  # fmt: skip
-    return {path: cause for cause, paths in causes.items() for path in paths}
-
-
 def _second_moment(cells: Cells) -> Tensor:
     squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     return (squares / max(1, seen)).to(torch.float32)
-
-
-def _rows(cells: Cells, group: int | None = None) -> Tensor:
-    """Return the sample rows of all cells, or of those of one part of the schedule, as many of each."""
-    found = [s.rows for (part, _), (_, s) in cells.cells.items() if s.rows is not None and group in (None, part)]
-    empty = torch.zeros(0, cells.activation.channels, dtype=torch.float32, device="cpu")
-    return torch.cat(found) if found else empty
 
 
 def _noise(
@@ -338,7 +229,7 @@ def _noise(
     """Return the SQNR of each linear's output in dB, on all sample rows and on those of each part of the schedule."""
     found: list[list[tuple[float, float] | None]] = [[] for _ in weights]
     for group in range(cells.groups):
-        rows = _rows(cells, group)
+        rows = cells.rows(group)
         sums = squares(rows, weights, product) if len(rows) else [None] * len(weights)
         for mine, value in zip(found, sums, strict=True):
             mine.append(value)
@@ -352,9 +243,11 @@ def _noise(
     ]
 
 
-def _search_network(calibration: Seen, expert: str, choices: Choices, measured: Measured) -> Choices:
+def _search_network(
+    calibration: Seen, expert: str, choices: Choices, measured: Measured, network_of: Networks
+) -> Choices:
     """Return the choices with the mask of least error of the network's output, everything quantized."""
-    network = _network(calibration, expert)
+    network = network_of(expert)
     if network is None:
         raise CalibrationError(
             f"mask='network_search' needs calls of {expert or 'the module'}, and the calibration kept none; "
@@ -395,11 +288,11 @@ def _search_network(calibration: Seen, expert: str, choices: Choices, measured: 
     return chosen
 
 
-def _call_errors(calibration: Seen, recipe: Recipe) -> dict[str, tuple[CallError, ...]]:
+def _call_errors(calibration: Seen, recipe: Recipe, network_of: Networks) -> dict[str, tuple[CallError, ...]]:
     """Return the error of the network's output in each kept call, in order of the steps, by expert."""
     found: dict[str, tuple[CallError, ...]] = {}
     for expert, entries in recipe.experts.items():
-        network = _network(calibration, expert)
+        network = network_of(expert)
         if network is None:
             continue
         quantized = {
@@ -449,9 +342,10 @@ def _products(
 
 
 def _with_effects(
-    calibration: Seen, expert: str, entries: Mapping[str, RecipeEntry], measured: Measured, kind: str
+    calibration: Seen, expert: str, entries: Mapping[str, RecipeEntry], measured: Measured, kind: str,
+    network_of: Networks,
 ) -> dict[str, RecipeEntry]:
-    network = _network(calibration, expert)
+    network = network_of(expert)
     if network is None:
         return dict(entries)
 

@@ -71,7 +71,7 @@ class QuantizedWeight:
         """Return the W4A4 product of ``[..., K]`` with some rows of the weight: float32 ``[..., count]``."""
         rows = slice(first, None if count is None else first + count)
         codes, scales = (part[rows].contiguous() for part in self.packed[:2])
-        return registry.linear(*registry.quantize(x.to(torch.float32), self.multiplier, self.block), codes, scales)
+        return registry.linear(*registry.quantize(x, self.multiplier, self.block), codes, scales)
 
 
 def output_error(rows: Tensor, weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> list[float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import OptionError
 from .moments import Moments
@@ -46,7 +47,7 @@ class Cells:
         """Start empty, for so many sample rows."""
         self.activation = activation
         self.groups = groups
-        self._rows = rows
+        self._sampled = rows
         self.cells: dict[tuple[int, str], tuple[Sketch, RowSample]] = {}
         self.moments: Moments | None = None
 
@@ -54,8 +55,14 @@ class Cells:
         """Return one cell, made on a device if it is new."""
         if key not in self.cells:
             name = f"{self.activation.expert}/{self.activation.name}/{key[0]}/{key[1]}"
-            self.cells[key] = Sketch(self.activation.channels, device), RowSample(self._rows, name)
+            self.cells[key] = Sketch(self.activation.channels, device), RowSample(self._sampled, name)
         return self.cells[key]
+
+    def rows(self, group: int | None = None) -> Tensor:
+        """Return the sample rows of all cells, or of those of one part of the schedule: ``[n, K]``."""
+        found = [s.rows for (part, _), (_, s) in self.cells.items() if s.rows is not None and group in (None, part)]
+        empty = torch.zeros(0, self.activation.channels, dtype=torch.float32, device="cpu")
+        return torch.cat(found) if found else empty
 
 
 def check_percentile(value: Any) -> None:

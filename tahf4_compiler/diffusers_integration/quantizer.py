@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from ..errors import PackedError
-from ..packed.config import Method, TaHF4Config, describe
-from ..packed.convert import dequantize_, observers
-from ..packed.linear import HiF4Linear
-from ..packed.loading import PARTS, Loading, packed_models
-from ..recipe.recipe import Recipe
+from ..packed.config import Method, TaHF4Config
+from ..packed.convert import dequantize_
+from ..packed.linear import PARTS, HiF4Linear
+from ..packed.loading import Loading, Saving
 
 __all__ = ["TaHF4Quantizer", "register"]
 
@@ -114,7 +112,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._loading.finish(model, self.pre_quantized, lambda parameter: parameter.device.type != "meta")
-        _remember(model, self._loading.config)
+        _saving.remember(model, self._loading.config)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -124,19 +122,6 @@ class TaHF4Quantizer(DiffusersQuantizer):
         return model
 
 
-class _Saving:
-    """Lets models of diffusers save themselves as packed."""
-
-    def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
-        for found in packed_models(model, _mixin()):
-            _remember(found, TaHF4Config(recipe, keep=keep))
-
-    def unpacked(self, model: nn.Module) -> None:
-        for found in model.modules():
-            if isinstance(found, _mixin()) and isinstance(getattr(found, "hf_quantizer", None), TaHF4Quantizer):
-                _forget(found)
-
-
 def _mixin() -> type[nn.Module]:
     from diffusers import ModelMixin  # not yet importable when this module is
 
@@ -144,12 +129,7 @@ def _mixin() -> type[nn.Module]:
     return mixin
 
 
-def _remember(model: Any, config: TaHF4Config) -> None:
-    config.linears = describe(model)
-    if getattr(model, "hf_quantizer", None) is None:
-        model.hf_quantizer = TaHF4Quantizer(config, pre_quantized=True)
-    model.hf_quantizer.quantization_config = config
-    model.is_quantized, model.quantization_method = True, Method.TAHF4
+def _tell(model: Any, config: TaHF4Config) -> None:
     model.register_to_config(quantization_config=config)
 
 
@@ -160,9 +140,11 @@ def _forget(model: Any) -> None:
     model._internal_dict = type(model._internal_dict)(settings)
 
 
+_saving = Saving(TaHF4Quantizer, _mixin, _tell, _forget)
+
+
 def register() -> None:
     """Add the quantizer to diffusers' tables, and let packed models save themselves."""
     auto.AUTO_QUANTIZER_MAPPING[Method.TAHF4.value] = TaHF4Quantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.TAHF4.value] = TaHF4Config
-    if not any(isinstance(observer, _Saving) for observer in observers):
-        observers.append(_Saving())
+    _saving.register()

@@ -13,6 +13,7 @@ of them is reached, and stay from then on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Reconstruction:
 
     packed: hif4.Packed
     weight_sum: int
+
+    def __deepcopy__(self, memo: Any) -> Reconstruction:
+        """Return this one: it is only read, and as large as the packed weight."""
+        return self
 
 
 def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None) -> hif4.Packed:

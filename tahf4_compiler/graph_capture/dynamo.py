@@ -51,9 +51,9 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     fakes = [fake_input(context, value) for value in inputs]
     graph_module = inline_regions(graph_module)
     _write_data_as_detach(graph_module)
+    run = Tracing(graph_module, context.fake_mode).run
     try:
         with torch.fx.traceback.preserve_node_meta(), context.fake_mode:
-            run = Tracing(graph_module, context.fake_mode).run
             # Inputs are fake already; another tracing mode would copy them and lose their symbolic values.
             trace = make_fx(run, DECOMPOSITIONS, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
             traced = trace(*fakes)

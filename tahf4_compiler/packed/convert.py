@@ -233,11 +233,27 @@ def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
             raise PackedError("got a single nn.Linear, which cannot be replaced; pass the module that holds it")
         linear = model.get_submodule(path)
         _check_not_hooked(path, linear, "Pack the model first and enable offloading afterwards.")
+        _check_not_offloaded(model, path)
         recipe = attached_recipe(linear.weight)
         if recipe is not None and recipe.steps is not None:
             raise PackedError(
                 f"the recipe attached to {path} runs some steps in high precision, which needs the original weights; "
                 "a packed model has none. Take it off with tahf4.apply_recipe(model, None) first."
+            )
+
+
+def _check_not_offloaded(model: nn.Module, path: str) -> None:
+    """Raise :class:`PackedError` for a linear that a module around it offloads: its weight is elsewhere, or nowhere."""
+    parts = path.split(".")
+    for outer in (".".join(parts[:i]) for i in range(len(parts))):
+        module = model.get_submodule(outer)
+        hook = getattr(module, "_hf_hook", None)  # accelerate
+        offloads = any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+        registry = getattr(module, "_diffusers_hook", None)
+        if offloads or (registry is not None and registry.get_hook("group_offloading") is not None):
+            raise PackedError(
+                f"{path} is offloaded by {outer or 'the whole model'}. Pack the model first and enable offloading "
+                "afterwards."
             )
 
 

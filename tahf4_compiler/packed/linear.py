@@ -14,7 +14,10 @@ from ..ops import registry
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver
 
-__all__ = ["HiF4Linear", "packed_product"]
+__all__ = ["PARTS", "HiF4Linear", "packed_product"]
+
+PARTS = {"weight_codes": torch.uint8, "weight_scales": torch.int32, "multiplier": torch.float32}
+"""The tensors of a packed linear beside its bias, with their dtypes."""
 
 registry.kernels()  # defines the operators that forward calls, before anything traces it
 
@@ -201,6 +204,13 @@ class HiF4Linear(nn.Linear):
                 f"the state dict holds {prefix}weight, a plain weight, but this linear is packed. Load it into the "
                 "model before quantize_, or after dequantize_."
             )
+        for leaf, dtype in PARTS.items():
+            value = state_dict.get(f"{prefix}{leaf}")
+            if value is not None and value.dtype != dtype:
+                raise PackedError(
+                    f"the state dict holds {prefix}{leaf} in {value.dtype}, expected {dtype}: it was cast, which "
+                    "changes codes and scales. Save and load it as it is; what is not packed can be cast afterwards."
+                )
         own = self._transform()
         found = {key: local_metadata[key] for key in own if key in local_metadata}
         if any(found[key] != own[key] for key in found):

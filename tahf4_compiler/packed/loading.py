@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PackedError, RecipeError
 from ..model.attachments import leave_as_they_are
+from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.packing import warn_not_finite
-from .config import TaHF4Config, describe
-from .convert import pack_modules, packed_linears
-from .linear import HiF4Linear
+from .config import Method, TaHF4Config, describe
+from .convert import observers, pack_modules, packed_linears
+from .linear import PARTS, HiF4Linear
 from .plan import plan_modules, plan_transforms
 from .transform import Transform
 
-__all__ = ["PARTS", "Loading", "packed_models"]
-
-PARTS = {"weight_codes": torch.uint8, "weight_scales": torch.int32, "multiplier": torch.float32}
-"""The tensors of a packed linear beside its bias, with their dtypes."""
+__all__ = ["Loading", "Saving"]
 
 
 class Loading:
@@ -139,14 +138,63 @@ class Loading:
         self.config.linears = describe(model)
 
 
-def packed_models(model: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the outermost modules of a class in a model, itself perhaps, that hold packed linears."""
-    if isinstance(model, kind):
-        if packed_linears(model):
-            yield model
-        return
-    for child in model.children():
-        yield from packed_models(child, kind)
+class Saving:
+    """Lets the models of a library save themselves as packed; see ``PackingObserver``.
+
+    Attributes:
+        quantizer: the library's quantizer that this project brings.
+    """
+
+    def __init__(
+        self,
+        quantizer: type,
+        kind: Callable[[], type[nn.Module]],
+        tell: Callable[[Any, TaHF4Config], None],
+        forget: Callable[[Any], None],
+    ) -> None:
+        """Keep what differs between libraries.
+
+        Args:
+            quantizer: see the class.
+            kind: gives the class of the library's models.
+            tell: writes the settings into a model's configuration.
+            forget: takes settings and quantizer off a model that is plain again.
+        """
+        self.quantizer, self._kind, self._tell, self._forget = quantizer, kind, tell, forget
+
+    def register(self) -> None:
+        """See every model that is packed or unpacked from now on."""
+        if not any(isinstance(other, Saving) and other.quantizer is self.quantizer for other in observers):
+            observers.append(self)
+
+    def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
+        """See a model some linears of which are packed now."""
+        for found in self._models(model):
+            self.remember(found, TaHF4Config(recipe, keep=keep))
+
+    def unpacked(self, model: nn.Module) -> None:
+        """See a model whose linears are plain again."""
+        for found in model.modules():
+            if isinstance(found, self._kind()) and isinstance(getattr(found, "hf_quantizer", None), self.quantizer):
+                self._forget(found)
+
+    def remember(self, model: Any, config: TaHF4Config) -> None:
+        """Let a packed model's ``save_pretrained`` write how it is packed."""
+        config.linears = describe(model)
+        if getattr(model, "hf_quantizer", None) is None:
+            model.hf_quantizer = self.quantizer(config, pre_quantized=True)
+        model.hf_quantizer.quantization_config = config
+        model.is_quantized, model.quantization_method = True, Method.TAHF4
+        self._tell(model, config)
+
+    def _models(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the library's outermost models in a model, itself perhaps, that hold packed linears."""
+        if isinstance(model, self._kind()):
+            if packed_linears(model):
+                yield model
+            return
+        for child in model.children():
+            yield from self._models(child)
 
 
 def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:

@@ -28,7 +28,7 @@ def check_saver(path: str) -> None:
     while frame is not None and frame.f_code.co_name != "save_pretrained":
         frame = frame.f_back  # type: ignore[assignment]
     saver = frame.f_locals.get("self") if frame is not None else None
-    if not isinstance(saver, nn.Module) or getattr(saver, "peft_config", None):  # adapters are saved without linears
+    if not isinstance(saver, nn.Module) or _saves_adapters_alone(saver):
         return
     config = getattr(getattr(saver, "hf_quantizer", None), "quantization_config", None)
     if path in getattr(config, "linears", ()):
@@ -37,6 +37,14 @@ def check_saver(path: str) -> None:
         f"{type(saver).__name__}.save_pretrained would save {path}, which is packed, and nothing that says so: "
         "from_pretrained would load random weights in its place. Models of diffusers and transformers can be saved if "
         "tahf4.quantize_ got the model that is saved, and not a part of it: call it again with the whole model and "
-        "keep=[...] for what stays as it is. Any other model: save its state_dict(), pack a new model in the same way, "
+        "keep=[...] for what stays as it is. Save an adapter's own state (peft.get_peft_model_state_dict) and take it "
+        "off (unload_lora) first. "
+        "Any other model: save its state_dict(), pack a new model in the same way, "
         "and load the state into it."
     )
+
+
+def _saves_adapters_alone(saver: nn.Module) -> bool:
+    """Whether a ``save_pretrained`` leaves linears out: that of peft, and of transformers with an adapter loaded."""
+    libraries = {cls.__module__.partition(".")[0] for cls in type(saver).__mro__}
+    return "peft" in libraries or ("transformers" in libraries and getattr(saver, "_hf_peft_config_loaded", False))

@@ -14,10 +14,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import Tahf4Error
-from ..packed.config import Method, TaHF4Config, describe
-from ..packed.convert import dequantize_, observers
-from ..packed.loading import PARTS, Loading, packed_models
-from ..recipe.recipe import Recipe
+from ..packed.config import Method, TaHF4Config
+from ..packed.convert import dequantize_
+from ..packed.linear import PARTS
+from ..packed.loading import Loading, Saving
 
 __all__ = ["TaHF4HfQuantizer", "register"]
 
@@ -80,7 +80,7 @@ class TaHF4HfQuantizer(HfQuantizer):
         if self.failed is not None:
             raise self.failed
         self.loading.finish(model, self.pre_quantized, lambda parameter: getattr(parameter, _ARRIVED, False))
-        _remember(model, self.loading.config)
+        _saving.remember(model, self.loading.config)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -127,20 +127,6 @@ class _Pack(ConversionOps):
                 setattr(parameter, _ARRIVED, True)
 
 
-class _Saving:
-    """Lets models of transformers save themselves as packed."""
-
-    def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
-        for found in packed_models(model, _mixin()):
-            _remember(found, TaHF4Config(recipe, keep=keep))
-
-    def unpacked(self, model: nn.Module) -> None:
-        for found in model.modules():
-            quantizer = getattr(found, "hf_quantizer", None)
-            if isinstance(found, _mixin()) and isinstance(quantizer, TaHF4HfQuantizer):
-                quantizer.remove_quantization_config(found)
-
-
 def _mixin() -> type[nn.Module]:
     from transformers import PreTrainedModel  # not yet importable when this module is
 
@@ -148,12 +134,7 @@ def _mixin() -> type[nn.Module]:
     return mixin
 
 
-def _remember(model: Any, config: TaHF4Config) -> None:
-    config.linears = describe(model)
-    if getattr(model, "hf_quantizer", None) is None:
-        model.hf_quantizer = TaHF4HfQuantizer(config, pre_quantized=True)
-    model.hf_quantizer.quantization_config = config
-    model.is_quantized, model.quantization_method = True, Method.TAHF4
+def _tell(model: Any, config: TaHF4Config) -> None:
     # Other models may hold the same configuration, and they are not packed.
     old, new = model.config, copy.deepcopy(model.config)
     for module in model.modules():
@@ -162,9 +143,15 @@ def _remember(model: Any, config: TaHF4Config) -> None:
     new.quantization_config = config
 
 
+def _forget(model: Any) -> None:
+    model.hf_quantizer.remove_quantization_config(model)
+
+
+_saving = Saving(TaHF4HfQuantizer, _mixin, _tell, _forget)
+
+
 def register() -> None:
     """Add the quantizer to transformers' tables, and let packed models save themselves."""
     auto.AUTO_QUANTIZER_MAPPING[Method.TAHF4.value] = TaHF4HfQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.TAHF4.value] = TaHF4Config
-    if not any(isinstance(observer, _Saving) for observer in observers):
-        observers.append(_Saving())
+    _saving.register()

@@ -124,7 +124,7 @@ class PackedStore:
             moment = recipe.second_moment if recipe is not None else None
             parts = []
             for weight in weights:
-                rounded = _reconstruction(weight, how, seed)
+                rounded = _reconstruction(weight, how, mask, seed)
                 parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment, rounded))
                 bar.update(weight.numel())
             packed = parts[0]
@@ -155,12 +155,17 @@ def _recipe(weight: Tensor, how: PackedWeight) -> Attachment | None:
     return attached_recipe(weight) if depends else None
 
 
-def _reconstruction(weight: Tensor, how: PackedWeight, seed: int | None) -> Reconstruction | None:
+def _reconstruction(
+    weight: Tensor, how: PackedWeight, mask: Tensor | None, seed: int | None
+) -> Reconstruction | None:
     """Return the weight as its recipe rounded it, if the graph transforms it as the recipe did."""
     recipe = attached_recipe(weight) if how.search == "reconstruct" else None
-    if recipe is None or (how.masked, how.hadamard_block) != (recipe.masked, recipe.hadamard_block):
+    if recipe is None or (how.hadamard_block, seed) != (recipe.hadamard_block, recipe.seed):
         return None
-    return recipe.reconstruction if seed == recipe.seed else None
+    if mask is None or recipe.mask is None:
+        return recipe.reconstruction if mask is recipe.mask else None
+    # In a merged product the mask is that of the first weight.
+    return recipe.reconstruction if torch.equal(mask, recipe.mask) else None
 
 
 def _values(recipe: Attachment | None, how: PackedWeight) -> tuple[Tensor | None, int | None]:

@@ -16,10 +16,12 @@ from tahf4_compiler.calibration.moments import Moments, widths
 from tahf4_compiler.format import hif4
 from tahf4_compiler.format.reconstruct import moment_error
 from tahf4_compiler.format.scale_search import search_scales
-from tahf4_compiler.format.transforms import signs, transform
+from tahf4_compiler.format.transforms import SEED, signs, transform
+from tahf4_compiler.graph.inputs import PackedWeight
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.recipe.recipe import Recipe
 from tahf4_compiler.weights import packing
+from tahf4_compiler.weights.store import store
 
 GRAPH = {"inductor": False}
 CHOICES = {"mask": "percentile", "weight_exponent": 0.7, "sensitivity": False}
@@ -213,6 +215,30 @@ def test_a_weight_of_two_names_is_packed_alike_in_every_way(model):
     assert torch.equal(packed.blocks[0].up.weight_codes, packed.blocks[2].up.weight_codes)
     tahf4.apply_recipe(model, recipe)
     assert relative(tahf4.lower(tahf4.capture(model, (x,)), options=GRAPH)(x), packed(x)) < 1e-6
+
+
+def test_a_merged_product_takes_no_weight_that_another_mask_rounded(model, caplog):
+    packing._said.clear()
+    recipe = calibrated(model).recipe(**CHOICES)
+    tahf4.apply_recipe(model, recipe)
+    weights = model.blocks[0].up.weight, model.blocks[1].up.weight
+    how = PackedWeight((0, 1), True, SEED, 64, "reconstruct")
+    codes = store.get([(weights, how)])[0].codes.split(128)
+    held = [recipe.experts[""][f"blocks.{i}.up"].packed[f"blocks.{i}.up"].codes for i in range(2)]
+    assert torch.equal(codes[0], held[0]) and not torch.equal(codes[1], held[1])
+    assert "are not those that the recipe reconstructed" in caplog.text
+
+
+def test_a_calibration_takes_calls_in_and_outside_of_inference_mode(model):
+    whole, parts = calibrated(model), tahf4.calibrate(model, options=GRAPH)
+    with parts:
+        for seed in range(4):
+            with torch.inference_mode(seed % 2 == 0):
+                model(rows(seed))
+    for key, cells in whole.activations.items():
+        for mine, want in zip(parts.activations[key].moments.blocks, cells.moments.blocks, strict=True):
+            assert torch.equal(mine, want)
+    assert parts.recipe(**CHOICES).linears("") == whole.recipe(**CHOICES).linears("")
 
 
 class Wrapped(nn.Module):

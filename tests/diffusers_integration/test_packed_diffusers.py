@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from helpers import relative
@@ -374,3 +375,28 @@ def test_diffusers_knows_the_quantizer_whatever_is_imported_first():
     arguments = [sys.executable, "-c", textwrap.dedent(script), *FIRST]
     result = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["TaHF4Quantizer"] * len(FIRST), result.stderr
+
+
+def test_a_model_that_diffusers_offloads_by_blocks_is_not_packed(tmp_path):
+    model, inputs = wan()
+    want = output(model(**inputs))
+    model.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="block_level",
+        num_blocks_per_group=1, offload_to_disk_path=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(tahf4.PackedError, match="is offloaded by the whole model. Pack the model first"):
+        tahf4.quantize_(model)
+    assert torch.equal(output(model(**inputs)), want)
+
+
+def test_a_packed_model_with_an_adapter_is_not_saved_as_a_folder_that_cannot_be_loaded(tmp_path):
+    model, inputs = wan()
+    tahf4.quantize_(model)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(tahf4.PackedError, match="take it off"):
+        model.save_pretrained(tmp_path / "model")
+    assert len(peft.get_peft_model_state_dict(model, adapter_name="default")) == 2 * 2 * 2
+    model.unload_lora()
+    model.save_pretrained(tmp_path / "model")
+    found = type(model).from_pretrained(tmp_path / "model")
+    assert torch.equal(output(found(**inputs)), output(model(**inputs)))

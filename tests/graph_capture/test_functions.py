@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-import tahf4_compiler as tahf4  # noqa: F401  (registers the backend)
+import tahf4_compiler as tahf4
 
 GRAPH = {"inductor": False}
 
@@ -80,3 +80,21 @@ def test_flex_attention_without_a_mask():
     options = {**GRAPH, "disable_passes": ["quantize"]}
     compiled = torch.compile(model, backend="tahf4", options=options, fullgraph=True)
     torch.testing.assert_close(compiled(x), torch.compile(model, backend="eager")(x))
+
+
+class Gradient(nn.Module):
+    """Takes the gradient of its own linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return torch.func.grad(lambda z: self.down(self.up(z).relu()).sum())(x)
+
+
+def test_a_packed_model_that_takes_a_gradient_in_its_forward_is_refused():
+    model, x = nn.Sequential(Gradient(), Gradient()).eval().requires_grad_(False), torch.randn(4, 64)
+    tahf4.quantize_(model)
+    with pytest.raises(Exception, match="a packed model takes a gradient"):
+        torch.compile(model, backend="tahf4", options={"inductor": False})(x)

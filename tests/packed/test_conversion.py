@@ -245,3 +245,21 @@ def test_a_conversion_that_packs_nothing_says_so_and_why(caplog):
     for _ in range(2):
         tahf4.quantize_(model)
     assert not caplog.records
+
+
+class Hook:
+    """As accelerate's, which moves the weights of all that lies in a module."""
+
+    def __init__(self, offload):
+        self.offload = offload
+
+
+@pytest.mark.parametrize("outer", ["", "0"])
+def test_what_a_module_around_it_offloads_is_not_packed(outer):
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), nn.Linear(64, 64))
+    model.get_submodule(outer)._hf_hook = Hook(True)
+    with pytest.raises(tahf4.PackedError, match="0.0 is offloaded by .* Pack the model first"):
+        tahf4.quantize_(model)
+    assert not any(isinstance(module, tahf4.HiF4Linear) for module in model.modules())
+    model.get_submodule(outer)._hf_hook = Hook(False)
+    assert [d.decision for d in tahf4.quantize_(model)] == ["hif4"] * 3

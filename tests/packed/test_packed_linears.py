@@ -473,3 +473,14 @@ def test_packing_needs_no_more_memory_than_the_model_and_its_packed_weights():
     above, freed = map(float, result.stdout.split())
     assert above < 75, f"{above} MB above the model: the packed weights have 40 MB, converting a layer takes some more"
     assert freed > 220, f"{freed} MB of 288 freed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_state_dict_that_was_cast_is_refused(dtype):
+    model = Stack(2).eval()
+    tahf4.quantize_(model)
+    state, before = model.state_dict(), copy.deepcopy(model.state_dict())
+    with pytest.raises(tahf4.PackedError, match=r"holds blocks.0.up.weight_\w+ in torch.\w+, expected .* it was cast"):
+        model.load_state_dict({key: value.to(dtype) for key, value in state.items()})
+    model.load_state_dict(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
