@@ -40,23 +40,26 @@ def available() -> bool:
     return build.library() is not None
 
 
-def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
-    """Transform and convert to HiF4 along the last axis: ``torch.ops.tahf4.quantize``, bit for bit.
+def quantize(
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Transform and convert to HiF4, or to 8 bits, along the last axis: ``torch.ops.tahf4.quantize``, bit for bit.
 
     Args:
         x: ``[..., K]``, float32, bfloat16 or float16, on the CPU.
         multiplier: float32 ``[K]``, or None.
         hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
+        bits: 4 or 8.
 
     Returns:
-        ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]``.
+        Codes and scales, as ``torch.ops.tahf4.quantize``.
 
     Raises:
         FormatError: dtype, device, the multiplier's shape or the block width do not fit.
     """
     build.loaded()
     checks.on_cpu("quantize", x)  # a meta tensor would give one
-    codes, scales = operators.OPERATORS["quantize"](x, multiplier, hadamard_block)
+    codes, scales = operators.OPERATORS["quantize"](x, multiplier, hadamard_block, bits)
     return codes, scales
 
 

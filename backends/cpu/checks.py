@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import ops
 from ...errors import FormatError
+from ...format import int8
 from ...ops import fused
 from .programs import DTYPES, encode
 
@@ -46,17 +47,18 @@ def rows(what: str, x: Tensor) -> None:
     on_cpu(what, x)
 
 
-def _target(what: str, k: int, multiplier: Tensor | None, hadamard_block: int) -> None:
+def _target(what: str, k: int, multiplier: Tensor | None, hadamard_block: int, bits: int) -> None:
+    int8.check_bits(bits)
     ops.check_transform(k, multiplier, hadamard_block)
     if multiplier is not None and multiplier.dtype not in DTYPES:
         raise FormatError(f"{what} got a multiplier of {multiplier.dtype}; expected float32")
     on_cpu(what, multiplier)
 
 
-def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> None:
+def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> None:
     """See ``tahf4::quantize``."""
     rows("quantize", x)
-    _target("quantize", x.shape[-1], multiplier, hadamard_block)
+    _target("quantize", x.shape[-1], multiplier, hadamard_block, bits)
 
 
 def linear(
@@ -73,13 +75,13 @@ def linear(
 
 
 def fused_quantize(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> None:
     """See ``tahf4::fused_quantize``."""
     _program(program, "x0")
     shape = _broadcast(inputs)
     _inputs("fused_quantize", inputs, shape)
-    _target("fused_quantize", shape[-1], multiplier, hadamard_block)
+    _target("fused_quantize", shape[-1], multiplier, hadamard_block, bits)
 
 
 def fused_linear(
@@ -113,11 +115,12 @@ def linear_quantize(
     program: str,
     multiplier: Tensor | None = None,
     hadamard_block: int = 0,
+    bits: int = 4,
 ) -> None:
     """See ``tahf4::linear_quantize``."""
     shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs)
     _program(program, "y")
-    _target("linear_quantize", shape[-1], multiplier, hadamard_block)
+    _target("linear_quantize", shape[-1], multiplier, hadamard_block, bits)
 
 
 def _product(

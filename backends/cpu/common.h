@@ -69,6 +69,12 @@ inline float scale_of(int32_t metadata) {
   return bits_as<float>(code == kNanScale ? 0x7FC00000u : ((code >> 2) + (127 - 48)) << 23 | (code & 3) << 21);
 }
 
+// Activations in 8 bits: see tahf4_compiler/format/int8.py.
+constexpr float kMostCode = 127.0f, kLeastMagnitude = 0x1p-100f;
+
+// Room for a unit's codes.
+inline int64_t code_bytes(int bits) { return kUnit * bits / 8; }
+
 struct Buffer {
   explicit Buffer(int64_t bytes) : data(::operator new(size_t(bytes), std::align_val_t(64))) {}
   ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
@@ -145,8 +151,13 @@ struct Target {
   const float* multiplier;  // or null
   int64_t block;            // of the Hadamard transform, or 0
   float norm;
-  uint8_t* codes;
-  int32_t* scales;
+  uint8_t* codes;           // int8 with 8 bits
+  int32_t* scales;          // the bits of a float32 with 8 bits
+  int32_t bits;             // 4: HiF4, or 8
+  // The same from a unit and its channel on.
+  Target from(int64_t unit, int64_t column) const {
+    return {multiplier ? multiplier + column : nullptr, block, norm, codes + unit * code_bytes(bits), scales + unit, bits};
+  }
 };
 
 // Room for the slots of a program, or of none; its constants are in place.
@@ -176,13 +187,14 @@ struct Functions {
 // Products.
 
 struct Operands {
-  const uint8_t* codes;  // [m, units * 32]
-  const int32_t* scales;  // [m, units]
+  const uint8_t* codes;  // [m, units * 32]; with 8 bits int8 [m, units * 64]
+  const int32_t* scales;  // [m, units]; with 8 bits float32
   const uint8_t* weight_codes;  // [n, units * 32]
   const int32_t* weight_scales;  // [n, units]
   const float* bias;  // [n] or null
   int64_t m, n, units;
   int32_t dtype;  // that the product, bias included, is rounded to
+  int32_t bits;   // of the activation
 };
 
 // What becomes of a product: a tensor, or units if target.codes is not null.

@@ -5,6 +5,7 @@
 // (-ffp-contract=off, no -ffast-math). Loops of fixed length over one unit are left to the compiler's
 // vectorizer; only the exchange of neighbouring lanes is spelled out.
 
+#include <tuple>
 #include <vector>
 
 #include "common.h"
@@ -162,6 +163,26 @@ inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale) {
   *scale = metadata;
 }
 
+// To 8 bits. The sum with 1.5 * 2**23 rounds to a whole number, half to even, as all sums are rounded.
+inline void quantize_unit8(const float* x, uint8_t* codes, int32_t* scale) {
+  int32_t bits[kUnit];
+  std::memcpy(bits, x, sizeof(bits));
+  int unit_max = 0;
+  for (int i = 0; i < kUnit; ++i) unit_max = std::max(unit_max, bits[i] & 0x7FFFFFFF);
+  if (unit_max >= kFiniteEnd) {  // an infinity or NaN
+    std::memset(codes, 0, kUnit);
+    *scale = 0x7FC00000;
+    return;
+  }
+  const float most = std::max(bits_as<float>(unit_max), kLeastMagnitude), factor = kMostCode / most;
+  for (int i = 0; i < kUnit; ++i) codes[i] = uint8_t(int32_t(x[i] * factor + 12582912.0f - 12582912.0f));
+  *scale = bits_as<int32_t>(most * (1 / kMostCode));
+}
+
+inline void to_units(const float* x, const Target& target) {
+  (target.bits == 8 ? quantize_unit8 : quantize_unit)(x, target.codes, target.scales);
+}
+
 template <class T>
 inline void load(const T* x, int64_t count, int64_t padded, const float* multiplier, float* out) {
   if (multiplier) {
@@ -174,7 +195,7 @@ inline void load(const T* x, int64_t count, int64_t padded, const float* multipl
 
 template <class T>
 void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const Target& target, int threads) {
-  const auto [multiplier, block, norm, codes, scales] = target;
+  const auto [multiplier, block, norm] = std::tie(target.multiplier, target.block, target.norm);
   const int64_t units = (k + kUnit - 1) / kUnit;
   const int64_t width = std::max<int64_t>(kUnit, block);  // values that one piece of work transforms
   const int64_t pieces = units * kUnit / width;
@@ -199,13 +220,13 @@ void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const Tar
           hadamard_unit(narrow, block);
           for (int i = 0; i < kUnit; ++i) narrow[i] *= norm;
         }
-        quantize_unit(narrow, codes + unit * (kUnit / 2), scales + unit);
+        to_units(narrow, target.from(unit, 0));
         continue;
       }
       load(source, std::max<int64_t>(0, std::min(width, k - first)), width, factors, wide.data());
       hadamard(wide.data(), width, block, norm);
       for (int64_t i = 0; i < width / kUnit; ++i) {
-        quantize_unit(wide.data() + i * kUnit, codes + (unit + i) * (kUnit / 2), scales + unit + i);
+        to_units(wide.data() + i * kUnit, target.from(unit + i, 0));
       }
     }
   }
@@ -238,10 +259,7 @@ void in_pieces(const Functions& functions, const char* x, int dtype, int64_t row
 #pragma omp for schedule(static)
     for (int64_t piece = 0; piece < rows * pieces; ++piece) {
       const int64_t row = piece / pieces, first = piece % pieces * width;
-      Target part = target;
-      part.multiplier = target.multiplier ? target.multiplier + first : nullptr;
-      part.codes = target.codes + row * units * (kUnit / 2) + first / 2;
-      part.scales = target.scales + row * units + first / kUnit;
+      const Target part = target.from(row * units + first / kUnit, first);
       functions.quantize(x + (row * row_stride + first) * size, dtype, std::min(width, k - first), part,
                          wide.as<float>());
     }
@@ -326,7 +344,7 @@ extern "C" {
 //
 // x: [rows, k], rows `row_stride` values apart; dtype 0 float32, 1 bfloat16, 2 float16. target: multiplier [k] or null;
 // block: a power of two that divides k rounded up to a multiple of 64, or 0; norm: block ** -0.5; codes [rows, units * 32];
-// scales [rows, units]. isa: a set of instructions that tahf4_instruction_sets allows, or 0.
+// scales [rows, units]; bits. isa: a set of instructions that tahf4_instruction_sets allows, or 0.
 void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const Target* target, int isa,
                     int threads) {
   if (const Functions* functions = functions_of(isa)) {
@@ -361,9 +379,7 @@ void tahf4_fused_quantize(const Program* program, const Inputs* inputs, int64_t 
     const Buffer kept(std::max<int64_t>(units * kUnit, kUnit) * 4);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-      Target part = *target;
-      part.codes += row * units * (kUnit / 2);
-      part.scales += row * units;
+      const Target part = target->from(row * units, 0);
       functions->quantize_program(*program, *inputs, row, columns, part, slots.values(), kept.as<float>());
     }
   }

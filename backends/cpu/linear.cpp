@@ -1,4 +1,4 @@
-// W4A4 products on x86: exact integer dots of 64 values, each scaled once in float32.
+// W4A4 and W4A8 products on x86: exact integer dots of 64 values, each scaled once in float32.
 //
 // Both sides are expanded from 4 bits: the activation, a block of rows at a time, into int8; the weight, 16 columns at a
 // time, into a panel that stays in the cache and serves all rows of the block. A dot product does not care for order, so
@@ -6,7 +6,7 @@
 //
 // The instructions multiply unsigned by signed bytes: weights are stored as v + 28 in [0, 56], and the sum starts at
 // -28 * sum(activation). maddubs adds in int16: 32 products of at most 28 * 28 fit in the end, and what wraps around on
-// the way cancels. Sums over units run in the order of K for each output alone: neither the number of threads nor the
+// the way cancels. An activation in 8 bits fits into int16 no more than pair by pair. Sums over units run in the order of K for each output alone: neither the number of threads nor the
 // other rows change a bit.
 
 #include "common.h"
@@ -82,6 +82,33 @@ AVX2_CODE void expand_row(const uint8_t* codes, const int32_t* scales, int64_t u
   }
 }
 
+// The same of an activation in 8 bits: its even and odd elements, scales / 4.
+AVX2_CODE void expand_row8(const int8_t* codes, const float* scales, int64_t units, int64_t together, int8_t* out,
+                           float* out_scales, int32_t* start) {
+  const __m256i ones = _mm256_set1_epi8(1);
+  const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                         0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  for (int64_t u = 0; u < units; ++u) {
+    __m256i half[2];
+    for (int h = 0; h < 2; ++h) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + u * kUnit + 32 * h));
+      half[h] = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, apart), 0xD8);
+    }
+    const __m256i even = _mm256_permute2x128_si256(half[0], half[1], 0x20);
+    const __m256i odd = _mm256_permute2x128_si256(half[0], half[1], 0x31);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + u * together * kUnit), even);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + u * together * kUnit + 32), odd);
+    out_scales[u * together] = scales[u] * 0.25f;
+    if (!start) continue;
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(ones, even), _mm256_maddubs_epi16(ones, odd));
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4E));
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xB1));
+    start[u * together] = -kBias * _mm_cvtsi128_si32(sums);
+  }
+}
+
 AVX2_CODE inline void transpose(const __m256i* rows, uint8_t* out, int64_t stride) {
   __m256i a[8], b[8];
   for (int i = 0; i < 4; ++i) {
@@ -146,6 +173,9 @@ inline int32_t word(const void* p) {
 
 #define STEP_MADDUBS(acc, b, a) _mm256_add_epi16(acc, _mm256_maddubs_epi16(b, a))
 #define SUM_MADDUBS(acc) _mm256_madd_epi16(acc, _mm256_set1_epi16(1))
+// Two products of at most 56 * 127.
+#define STEP_PAIRS(acc, b, a) \
+  _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(b, a), _mm256_set1_epi16(1)))
 #define STEP_VNNI(acc, b, a) _mm256_dpbusd_avx_epi32(acc, b, a)
 #define SUM_VNNI(acc) (acc)
 
@@ -184,6 +214,7 @@ inline int32_t word(const void* p) {
 
 TILE_256(tile_avx2, AVX2_CODE, STEP_MADDUBS, SUM_MADDUBS)
 #include "tile_avx2.inc"
+TILE_256(tile_avx2_8bit, AVX2_CODE, STEP_PAIRS, SUM_VNNI)
 TILE_256(tile_avx_vnni, AVX_VNNI_CODE, STEP_VNNI, SUM_VNNI)
 
 // 32 registers: for each row two sums in int32 and two in float32. Two panels side by side.
@@ -304,12 +335,14 @@ struct Variant {
   bool amx = false;
 };
 
-const Variant* variant_of(int isa, int64_t m) {
+const Variant* variant_of(int isa, int64_t m, int bits) {
   static const Variant amx = {kAmxPanels, kTall, false, kTall,
                               {nullptr, tile_amx<1>, tile_amx<2>, tile_amx<3>, tile_amx<4>, tile_amx<5>, tile_amx<6>,
                                tile_amx<7>, tile_amx<8>, tile_amx<9>, tile_amx<10>, tile_amx<11>, tile_amx<12>,
                                tile_amx<13>, tile_amx<14>, tile_amx<15>, tile_amx<16>}, true};
   static const Variant avx2 = {1, kShort, true, kShort, {nullptr, tile_avx2<1>, tile_avx2<2>, tile_avx2<3>, tile_avx2<4>}};
+  static const Variant avx2_8bit = {
+      1, kShort, false, kShort, {nullptr, tile_avx2_8bit<1>, tile_avx2_8bit<2>, tile_avx2_8bit<3>, tile_avx2_8bit<4>}};
   static const Variant avx_vnni = {
       1, kShort, false, kShort, {nullptr, tile_avx_vnni<1>, tile_avx_vnni<2>, tile_avx_vnni<3>, tile_avx_vnni<4>}};
   static const Variant avx512 = {2, 6, false, 1,
@@ -317,7 +350,7 @@ const Variant* variant_of(int isa, int64_t m) {
                                   tile_avx512<5>, tile_avx512<6>}};
   constexpr int64_t kFewRows = 8;  // are not worth a tile of sixteen
   if (isa == kAmx && m > kFewRows) return &amx;
-  return isa >= kAvx512Vnni ? &avx512 : isa == kAvxVnni ? &avx_vnni : &avx2;
+  return isa >= kAvx512Vnni ? &avx512 : isa == kAvxVnni ? &avx_vnni : bits == 8 ? &avx2_8bit : &avx2;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -345,17 +378,13 @@ void write(const Operands& x, const Result& result, const Functions& functions, 
     }
   }
   if (!result.target.codes) return;
-  Target target = result.target;
   const int64_t unit = row * ((x.n + kUnit - 1) / kUnit) + column / kUnit;
-  if (target.multiplier) target.multiplier += column;
-  target.codes += unit * (kUnit / 2);
-  target.scales += unit;
-  functions.quantize(values, kFloat32, count, target, values);
+  functions.quantize(values, kFloat32, count, result.target.from(unit, column), values);
 }
 
 // Columns are taken in groups of a unit or a Hadamard block: what follows a product wants them whole.
 void product(const Operands& x, const Result& result, int isa, int threads) {
-  const Variant& variant = *variant_of(isa, x.m);
+  const Variant& variant = *variant_of(isa, x.m, x.bits);
   const Functions& functions = *functions_of(isa);
   const int64_t m = x.m, n = x.n, units = x.units;
   const int64_t width = variant.panels * kPanel;
@@ -382,9 +411,15 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
       for (int64_t r = 0; r < height; ++r) {
         const int64_t row = (first + r) * units;
         const int64_t place = r / together * together * units + r % together;
-        expand_row(x.codes + row * (kUnit / 2), x.scales + row, units, together, variant.pairs,
-                   values.as<int8_t>() + place * kUnit, row_scales.as<float>() + place,
-                   variant.amx ? nullptr : starts.as<int32_t>() + place);
+        int8_t* out = values.as<int8_t>() + place * kUnit;
+        float* out_scales = row_scales.as<float>() + place;
+        int32_t* start = variant.amx ? nullptr : starts.as<int32_t>() + place;
+        if (x.bits == 8) {
+          expand_row8(reinterpret_cast<const int8_t*>(x.codes) + row * kUnit,
+                      reinterpret_cast<const float*>(x.scales) + row, units, together, out, out_scales, start);
+        } else {
+          expand_row(x.codes + row * (kUnit / 2), x.scales + row, units, together, variant.pairs, out, out_scales, start);
+        }
       }
 #pragma omp for schedule(static)
       for (int64_t piece = 0; piece < groups * parts; ++piece) {
@@ -422,7 +457,7 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
 
 extern "C" {
 
-// A W4A4 product and what follows it, as tahf4_compiler/ops.py and fused_ops.py define it. isa: a set of instructions
+// A W4A4 or W4A8 product and what follows it, as tahf4_compiler/ops.py and fused_ops.py define it. isa: a set of instructions
 // that tahf4_instruction_sets allows, not 0.
 void tahf4_linear(const Operands* operands, const Result* result, int isa, int threads) {
 #if TAHF4_X86

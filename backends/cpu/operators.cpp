@@ -77,20 +77,21 @@ bool readable(const Tensor& x) { return x.is_cpu() && number_of(x.scalar_type())
 
 // Where a quantization goes.
 struct Units {
-  static bool fit(int64_t k, const Optional& multiplier, int64_t block) {
+  static bool fit(int64_t k, const Optional& multiplier, int64_t block, int64_t bits) {
     const int64_t padded = (k + kUnit - 1) / kUnit * kUnit;
-    return (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
+    return (bits == 4 || bits == 8) && (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
            (block == 0 || (block > 0 && !(block & (block - 1)) && padded % block == 0));
   }
-  Units(IntArrayRef shape, const Optional& given, int64_t block) : multiplier(plain(given)) {
+  Units(IntArrayRef shape, const Optional& given, int64_t block, int64_t bits) : multiplier(plain(given)) {
     at::DimVector sizes(shape);
     const int64_t units = (shape.back() + kUnit - 1) / kUnit;
-    sizes.back() = units * (kUnit / 2);
-    codes = at::empty(sizes, at::kByte);
+    sizes.back() = units * code_bytes(int(bits));
+    codes = at::empty(sizes, bits == 8 ? at::kChar : at::kByte);
     sizes.back() = units;
-    scales = at::empty(sizes, at::kInt);
+    scales = at::empty(sizes, bits == 8 ? at::kFloat : at::kInt);
     target = {pointer(multiplier), block, block ? float(1.0 / std::sqrt(double(block))) : 1.0f,
-              codes.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr<int32_t>()};
+              static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<int32_t*>(scales.mutable_data_ptr()),
+              int(bits)};
   }
   bool empty() const { return codes.numel() == 0; }
   Optional multiplier;
@@ -196,11 +197,11 @@ class Broadcast {
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantization.
 
-Packed quantize(const Tensor& x, const Optional& multiplier, int64_t block) {
+Packed quantize(const Tensor& x, const Optional& multiplier, int64_t block, int64_t bits) {
   const int isa = instructions();
-  if (isa == kRefused || !readable(x) || !x.dim() || !Units::fit(x.size(-1), multiplier, block))
-    return general(quantize, "tahf4_cpu::quantize", x, multiplier, block);
-  const Units units(x.sizes(), multiplier, block);
+  if (isa == kRefused || !readable(x) || !x.dim() || !Units::fit(x.size(-1), multiplier, block, bits))
+    return general(quantize, "tahf4_cpu::quantize", x, multiplier, block, bits);
+  const Units units(x.sizes(), multiplier, block, bits);
   if (!units.empty()) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor rows = rows_of(x);
@@ -211,7 +212,7 @@ Packed quantize(const Tensor& x, const Optional& multiplier, int64_t block) {
   return {units.codes, units.scales};
 }
 
-Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, int64_t block) {
+Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, int64_t block, int64_t bits) {
   const int isa = instructions();
   int64_t axes = 0;
   for (const Tensor& x : given) axes = std::max(axes, x.dim());
@@ -223,9 +224,9 @@ Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, i
   Broadcast described;
   if (isa <= kNone || !axes || !find(text, false, &known) || !known.fits(given, shape) ||
       !described.describe(given, shape) ||
-      !Units::fit(shape.back(), multiplier, block))
-    return general(fused_quantize, "tahf4_cpu::fused_quantize", given, text, multiplier, block);
-  const Units units(shape, multiplier, block);
+      !Units::fit(shape.back(), multiplier, block, bits))
+    return general(fused_quantize, "tahf4_cpu::fused_quantize", given, text, multiplier, block, bits);
+  const Units units(shape, multiplier, block, bits);
   if (!units.empty())
     tahf4_fused_quantize(known.program, &described.inputs, units.scales.numel() / units.scales.size(-1), shape.back(),
                          &units.target, isa, threads());
@@ -243,17 +244,20 @@ struct Product {
   bool fits() const {
     for (int i = 0; i < 4; ++i) {
       const Tensor& x = tensors[i];
-      if (!x.is_cpu() || x.scalar_type() != (i & 1 ? at::kInt : at::kByte) || !x.dim()) return false;
+      const auto wanted = i >= 2 || bits() == 4 ? (i & 1 ? at::kInt : at::kByte) : (i & 1 ? at::kFloat : at::kChar);
+      if (!x.is_cpu() || x.scalar_type() != wanted || !x.dim()) return false;
     }
     const auto& [codes, scales, weight_codes, weight_scales] = tensors;
     const int64_t units = scales.size(-1), axes = scales.dim();
     if (codes.dim() != axes || weight_codes.dim() != 2 || weight_scales.dim() != 2) return false;
     for (int64_t axis = 0; axis + 1 < axes; ++axis)
       if (codes.size(axis) != scales.size(axis)) return false;
-    return codes.size(-1) == units * (kUnit / 2) && weight_scales.size(1) == units &&
+    return codes.size(-1) == units * code_bytes(bits()) && weight_scales.size(1) == units &&
            weight_codes.size(1) == units * (kUnit / 2) && weight_codes.size(0) == weight_scales.size(0) &&
            (!bias || (bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight_codes.size(0)));
   }
+  // Of the activation.
+  int bits() const { return tensors[0].scalar_type() == at::kChar ? 8 : 4; }
   at::DimVector shape() const {
     at::DimVector found(tensors[1].sizes());
     found.back() = tensors[2].size(0);
@@ -265,12 +269,12 @@ struct Product {
     if (!m || !columns) return;
     for (Tensor& x : tensors) x = x.contiguous();
     bias = plain(bias);
-    const Operands operands = {tensors[0].const_data_ptr<uint8_t>(),
-                               tensors[1].const_data_ptr<int32_t>(),
+    const Operands operands = {static_cast<const uint8_t*>(tensors[0].const_data_ptr()),
+                               static_cast<const int32_t*>(tensors[1].const_data_ptr()),
                                tensors[2].const_data_ptr<uint8_t>() + first * units * (kUnit / 2),
                                tensors[3].const_data_ptr<int32_t>() + first * units,
                                bias ? pointer(bias) + first : nullptr,
-                               m, columns, units, dtype};
+                               m, columns, units, dtype, bits()};
     tahf4_linear(&operands, &result, isa, threads());
   }
   std::array<Tensor, 4> tensors;
@@ -278,6 +282,8 @@ struct Product {
 };
 
 Tensor dequantized(const Tensor& codes, const Tensor& scales) {
+  if (codes.scalar_type() == at::kChar)
+    return codes.to(at::kFloat).unflatten(-1, {scales.size(-1), kUnit}).mul(scales.unsqueeze(-1)).flatten(-2);
   at::DimVector shape(scales.sizes());
   shape.back() *= kUnit;
   const Tensor out = at::empty(shape, at::kFloat), packed = codes.contiguous(), metadata = scales.contiguous();
@@ -339,17 +345,18 @@ std::vector<Tensor> fused_linear(const Tensor& codes, const Tensor& scales, cons
 
 Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes, const Tensor& weight_scales,
                        const Optional& bias, ScalarType dtype, TensorList given, Text text, const Optional& multiplier,
-                       int64_t block) {
+                       int64_t block, int64_t bits) {
   const int isa = instructions(), rounded = number_of(dtype);
   Product product(codes, scales, weight_codes, weight_scales, bias);
   Known known;
   Broadcast described;
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || !find(text, true, &known) ||
-      !known.fits(given, product.shape()) || !described.describe(given, product.shape()) || !Units::fit(weight_codes.size(0), multiplier, block))
+      !known.fits(given, product.shape()) || !described.describe(given, product.shape()) ||
+      !Units::fit(weight_codes.size(0), multiplier, block, bits))
     return general(linear_quantize, "tahf4_cpu::linear_quantize", codes, scales, weight_codes, weight_scales, bias,
-                   dtype, given, text, multiplier, block);
+                   dtype, given, text, multiplier, block, bits);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Units units(product.shape(), multiplier, block);
+  const Units units(product.shape(), multiplier, block, bits);
   product.run(0, weight_codes.size(0), rounded, {known.program, &described.inputs, nullptr, 0, units.target}, isa);
   return {units.codes, units.scales};
 }

@@ -24,7 +24,7 @@ from .programs import DTYPES, MOST_INPUTS, Encoded, encode
 __all__ = ["OPERATORS", "register"]
 
 _LIBRARY = torch.library.Library("tahf4_cpu", "FRAGMENT")
-_READ = {*DTYPES, torch.uint8, torch.int32}
+_READ = {*DTYPES, torch.uint8, torch.int32, torch.int8}
 _taught: dict[tuple[bool, str], Encoded | None] = {}  # whether it follows a product, and its text
 _lock = threading.Lock()
 _local = threading.local()

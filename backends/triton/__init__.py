@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from ... import ops
 from ...errors import FormatError
+from ...format import int8
 from ...ops import fused
 from ...ops.program import DTYPES, Program
 from ...ops.registry import register_kernel
@@ -76,20 +77,24 @@ def _device_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
 # What each operator launches: results, empty, and launches that fill them. The device may be the meta device.
 
 
-def _quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Any, list[Call]]:
-    from . import quantize
-
-    ops.check_transform(x.shape[-1], multiplier, hadamard_block)
-    return quantize.call([x], "", _dense(multiplier), hadamard_block)
-
-
-def _fused_quantize(
-    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+def _quantize(
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Any, list[Call]]:
     from . import quantize
 
+    int8.check_bits(bits)
+    ops.check_transform(x.shape[-1], multiplier, hadamard_block)
+    return quantize.call([x], "", _dense(multiplier), hadamard_block, bits)
+
+
+def _fused_quantize(
+    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+) -> tuple[Any, list[Call]]:
+    from . import quantize
+
+    int8.check_bits(bits)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
-    return quantize.call(inputs, program, _dense(multiplier), hadamard_block)
+    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits)
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
@@ -146,12 +151,14 @@ def _linear_quantize(
     program: str,
     multiplier: Tensor | None,
     hadamard_block: int,
+    bits: int = 4,
 ) -> tuple[Any, list[Call]]:
+    int8.check_bits(bits)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
     operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
-    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block)
+    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block, bits)
     return tuple(results), calls
 
 
@@ -224,7 +231,7 @@ def _serves(node: fx.Node) -> bool:
     block = arguments.get("hadamard_block")
     limit = 128 if "weight_codes" in arguments else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in arguments.values() if isinstance(v, torch.dtype)]
-    packed = (torch.uint8, torch.int32)
+    packed = (torch.uint8, torch.int32, torch.int8)
     narrow = not isinstance(block, int) or block <= limit
     return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
 

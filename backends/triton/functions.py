@@ -133,6 +133,60 @@ def store_hif4(codes, scales, unit, mask, words, metadata, T: tl.constexpr):
 
 
 @triton.jit
+def whole(x, factor):
+    """Round x * factor, at most 127, to whole numbers, half to even: as a sum with 1.5 * 2**23 is rounded."""
+    return (x * factor + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def int8_scale(most, finite):
+    """Return the factor and the scale of units in 8 bits, from their largest magnitudes (bits)."""
+    found = tl.maximum(tl.where(finite, most, 0).to(tl.float32, bitcast=True), 7.888609052210118e-31)
+    factor = tl.div_rn(tl.zeros_like(found) + 127.0, found)
+    return factor, tl.where(finite, found * 0.007874015748031496, float("nan"))
+
+
+@triton.jit
+def to_int8(parts, T: tl.constexpr):
+    """Convert units to a tuple of 16 words int32 [T], four bytes each, and the scale float32 [T]."""
+    most = tl.zeros((T,), tl.int32)
+    for i in tl.static_range(16):
+        most = tl.maximum(most, tl.max(parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))
+    finite = most < 0x7F800000
+    factor, scale = int8_scale(most, finite)
+    words = ()
+    for i in tl.static_range(16):
+        codes = tl.where(finite[:, None], whole(parts[i], factor[:, None]) & 255, 0)
+        words = words + (tl.sum(codes << (8 * tl.arange(0, 4)[None, :]), axis=1),)
+    return words, scale
+
+
+@triton.jit
+def store_int8(codes, scales, unit, mask, words, scale, T: tl.constexpr):
+    """Write units [T]: 64 bytes of codes (as int32) and the scale of each."""
+    for quarter in tl.static_range(4):
+        even = tl.join(words[4 * quarter], words[4 * quarter + 2])
+        odd = tl.join(words[4 * quarter + 1], words[4 * quarter + 3])
+        four = tl.reshape(tl.join(even, odd), (T, 4))
+        at = codes + (unit * 16)[:, None] + 4 * quarter + tl.arange(0, 4)[None, :]
+        tl.store(at, four, mask=mask[:, None])
+    tl.store(scales + unit, scale, mask=mask)
+
+
+@triton.jit
+def to_int8_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As to_int8, for a tile: words int32 [ROWS, COLUMNS / 4] and scales float32 [ROWS, COLUMNS / 64]."""
+    UNITS: tl.constexpr = COLUMNS // 64
+    values = tl.reshape(x, (ROWS, UNITS, 16, 4))
+    most = tl.max(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=3), axis=2)
+    finite = most < 0x7F800000
+    factor, scale = int8_scale(most, finite)
+    codes = tl.where(finite[:, :, None, None], whole(values, factor[:, :, None, None]) & 255, 0)
+    words = tl.sum(codes << (8 * tl.arange(0, 4)[None, None, None, :]), axis=3)
+    return tl.reshape(words, (ROWS, UNITS * 16)), scale
+
+
+@triton.jit
 def hadamard_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr):
     """As hadamard, for a tile [ROWS, COLUMNS] in the layout of a product, by sums over pairs: no layout changes."""
     for level in tl.static_range(LEVELS):

@@ -13,6 +13,8 @@ Three ways to compute the same sums, all exact inside a unit (:data:`PATHS`):
     Both sides are expanded beforehand to bfloat16. From compute capability 10 on, where Triton has no int8 product on
     the tensor memory.
 
+An activation in 8 bits is int8 with a scale a unit already: it is read as it is, and its scales multiply each unit's sum.
+
 Unpacking costs about ten instructions a value, and a tile of the product is as often unpacked as there are tiles beside
 it: for many rows that is slower than the product itself, so these are expanded once.
 """
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...format.hif4 import UNIT, units
+from ...ops.reference import activation_bits, empty_units
 from .call import Call
 from .expand import expand
 from .expressions import operand
@@ -52,12 +54,13 @@ def key_of(
     result_dtype: torch.dtype | None,
     multiplier: Tensor | None = None,
     block: int = 0,
+    bits: int = 4,
 ) -> LinearKernel:
     """Return the kernel of a product as :func:`calls` would make it, but for the path."""
     shape = (*codes.shape[:-1], weight_codes.shape[0])
     leaves = tuple(operand(f"x{i}", value, shape).leaf for i, value in enumerate(inputs))
-    masked = multiplier is not None
-    return kernel_for("", len(sizes), bias is not None, out_dtype, program, leaves, result_dtype, masked, block)
+    after = (program, leaves, result_dtype, multiplier is not None, block, activation_bits(codes), bits)
+    return kernel_for("", len(sizes), bias is not None, out_dtype, *after)
 
 
 def calls(
@@ -73,6 +76,7 @@ def calls(
     result_dtype: torch.dtype | None,
     multiplier: Tensor | None = None,
     block: int = 0,
+    bits: int = 4,
     *,
     capability: tuple[int, int] | None,
     processors: int,
@@ -94,6 +98,7 @@ def calls(
         result_dtype: None to quantize the result.
         multiplier: of that quantization.
         block: of that quantization.
+        bits: of that quantization.
         capability: of the device, None for the interpreter.
         processors: of the device.
         tile: in place of the default.
@@ -104,21 +109,19 @@ def calls(
     if result_dtype is not None:
         results = [torch.empty((*lead, size), dtype=result_dtype, device=device) for size in sizes]
     else:
-        results = [
-            torch.empty((*lead, units(n) * (UNIT // 2)), dtype=torch.uint8, device=device),
-            torch.empty((*lead, units(n)), dtype=torch.int32, device=device),
-        ]
+        results = list(empty_units(codes, (*lead, n), bits))
     if rows == 0 or n == 0:
         return results, []
     path = path or choose_path(rows, capability)
     operands = [operand(f"x{i}", value, (*lead, n)) for i, value in enumerate(inputs)]
     leaves = tuple(o.leaf for o in operands)
-    masked = multiplier is not None
-    kernel = kernel_for(path, len(sizes), bias is not None, out_dtype, program, leaves, result_dtype, masked, block)
+    activation = activation_bits(codes)
+    what = (program, leaves, result_dtype, multiplier is not None, block, activation, bits)
+    kernel = kernel_for(path, len(sizes), bias is not None, out_dtype, *what)
     before: list[Call] = []
     sides: list[Tensor] = []
     for matrix in ((codes.reshape(rows, -1), scales.reshape(rows, -1)), (weight_codes, weight_scales)):
-        if path == "packed":
+        if path == "packed" or matrix[0].dtype == torch.int8:
             sides += [part.contiguous() for part in matrix]
         else:
             expanded, launch = expand(*matrix, path)

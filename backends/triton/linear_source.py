@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ...format.hif4 import UNIT
 from ...ops.program import DTYPES, Program
 from . import source
 from .expressions import Leaf, emit, leaf_parameters
+from .quantize import FORMATS
 
 __all__ = ["LinearKernel"]
 
@@ -32,6 +34,8 @@ class LinearKernel:
         result_dtype: of the outputs; None where the result is quantized.
         multiplier: whether the quantization has one.
         block: its Hadamard block.
+        activation: bits of the activation: 4 for HiF4, or 8.
+        bits: of the result, where that is quantized.
     """
 
     path: str
@@ -43,6 +47,8 @@ class LinearKernel:
     result_dtype: torch.dtype | None
     multiplier: bool = False
     block: int = 0
+    activation: int = 4
+    bits: int = 4
 
     def targets(self) -> list[str]:
         """Return the parameters of what is written."""
@@ -51,7 +57,8 @@ class LinearKernel:
     def parameters(self, kernel: str) -> list[str]:
         """Return the parameters, but for the constants, of ``kernel``, ``partial`` or ``finish``."""
         sizes = ["rows", "U", *(f"N{i}" for i in range(self.outputs))]
-        sides = ["a", "a_scales", "b", "b_scales"] if self.path != "bf16" else ["a", "b"]
+        left = ["a", "a_scales"] if self.path != "bf16" or self.activation == 8 else ["a"]
+        sides = [*left, "b", "b_scales"] if self.path != "bf16" else [*left, "b"]
         after = [*(["bias"] if self.bias else []), *(["multiplier"] if self.multiplier else [])]
         after += leaf_parameters(self.leaves)
         if kernel == "partial":
@@ -81,7 +88,7 @@ _WHERE = """
 """
 
 _LOOPS = {
-    "packed": """
+    ("packed", 4): """
     byte = tl.arange(0, 32)
     a_at = a + a_row[:, None] * (U * 32) + byte[None, :] + {first} * 32
     b_at = b + b_row[:, None] * (U * 32) + byte[None, :] + {first} * 32
@@ -100,7 +107,26 @@ _LOOPS = {
         a_scale_at += 1
         b_scale_at += 1
 """,
-    "int8": """
+    ("packed", 8): """
+    byte = tl.arange(0, 32)
+    k = tl.arange(0, 64)
+    a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
+    b_at = b + b_row[:, None] * (U * 32) + byte[None, :] + {first} * 32
+    a_scale_at = a_scales + a_row * U + {first}
+    b_scale_at = b_scales + b_row * U + {first}
+    total = tl.zeros((BM, BN), tl.float32)
+    for u in range({first}, {last}):
+        a_even, a_odd = tl.split(tl.reshape(tl.load(a_at).to(tl.float32).to(tl.bfloat16), (BM, 32, 2)))
+        b_even, b_odd = unpacked(tl.load(b_at), tl.load(b_scale_at), BN)
+        dot = tl.dot(a_even, tl.trans(b_even))
+        dot = tl.dot(a_odd, tl.trans(b_odd), dot)
+        total += dot * tl.load(a_scale_at)[:, None]
+        a_at += 64
+        b_at += 32
+        a_scale_at += 1
+        b_scale_at += 1
+""",
+    ("int8", 4): """
     k = tl.arange(0, 64)
     a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
     b_at = b + b_row[None, :] * (U * 64) + k[:, None] + {first} * 64
@@ -121,7 +147,27 @@ _LOOPS = {
         a_scale_at += rows
         b_scale_at += {all}
 """,
-    "bf16": """
+    # The scales of the activation lie in rows and have 24 bits: a product of them with 1.5 * 2**23 would be rounded.
+    ("int8", 8): """
+    k = tl.arange(0, 64)
+    a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
+    b_at = b + b_row[None, :] * (U * 64) + k[:, None] + {first} * 64
+    a_scale_at = a_scales + a_row * U + {first}
+    b_scale_at = b_scales + start + column + {first} * ({all})
+    total = tl.zeros((BM, BN), tl.float32)
+    for u in range({first}, {last}):
+        # Sums stay below 2**22: added to the bits of 1.5 * 2**23 they are the mantissa of a float.
+        magic = tl.full((BM, BN), 0x4B400000, tl.int32)
+        dot = tl.dot(tl.load(a_at), tl.load(b_at), magic, out_dtype=tl.int32)
+        b_scale = tl.load(b_scale_at, mask=column < width, other=0.0)[None, :]
+        scaled = (dot.to(tl.float32, bitcast=True) - 12582912.0) * tl.load(a_scale_at)[:, None]
+        total = tl.fma(scaled, b_scale, total)
+        a_at += 64
+        b_at += 64
+        a_scale_at += 1
+        b_scale_at += {all}
+""",
+    ("bf16", 4): """
     k = tl.arange(0, 64)
     a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
     b_at = b + b_row[None, :] * (U * 64) + k[:, None] + {first} * 64
@@ -131,17 +177,31 @@ _LOOPS = {
         a_at += 64
         b_at += 64
 """,
+    ("bf16", 8): """
+    k = tl.arange(0, 64)
+    a_at = a + a_row[:, None] * (U * 64) + k[None, :] + {first} * 64
+    b_at = b + b_row[None, :] * (U * 64) + k[:, None] + {first} * 64
+    a_scale_at = a_scales + a_row * U + {first}
+    total = tl.zeros((BM, BN), tl.float32)
+    for u in range({first}, {last}):
+        dot = tl.dot(tl.load(a_at).to(tl.float32).to(tl.bfloat16), tl.load(b_at))
+        total += dot * tl.load(a_scale_at)[:, None]
+        a_at += 64
+        b_at += 64
+        a_scale_at += 1
+""",
 }
 
 
 def _text(kernel: LinearKernel) -> str:
-    what = f"Product of two HiF4 matrices ({kernel.path}).\n\nWhat follows the product y::\n\n"
+    left = "a matrix in HiF4" if kernel.activation == 4 else "an int8 matrix with a scale a unit"
+    what = f"Product of {left} and another in HiF4 ({kernel.path}).\n\nWhat follows the product y::\n\n"
     what += textwrap.indent(kernel.program or "y as it is", "    ")
     if kernel.result_dtype is None:
-        what += "\n\nThe result is quantized to HiF4 and only its codes are written."
+        what += "\n\nThe result is quantized and only its codes are written."
     needed = ["unpacked"] if kernel.path == "packed" else []
     if kernel.result_dtype is None:
-        needed += ["to_hif4_tile", *(["hadamard_tile"] if kernel.block else [])]
+        needed += [f"to_{FORMATS[kernel.bits]}_tile", *(["hadamard_tile"] if kernel.block else [])]
     every = " + ".join(f"N{i}" for i in range(kernel.outputs))
 
     def where() -> str:
@@ -149,7 +209,7 @@ def _text(kernel: LinearKernel) -> str:
         return _WHERE.format(tiles=tiles, output=_output(kernel)).strip("\n")
 
     def loop(first: str, last: str) -> str:
-        return _LOOPS[kernel.path].format(first=first, last=last, all=every).strip("\n")
+        return _LOOPS[kernel.path, kernel.activation].format(first=first, last=last, all=every).strip("\n")
 
     constants = ", BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr"
     epilogue = textwrap.indent("\n".join(_epilogue(kernel)), "    ")
@@ -213,14 +273,15 @@ def _epilogue(kernel: LinearKernel) -> list[str]:
     if kernel.block:
         levels = kernel.block.bit_length() - 1
         lines.append(f"result = hadamard_tile(result, BM, BN, {levels}, {kernel.block**-0.5!r})")
+    words = UNIT * kernel.bits // 32  # of a unit
     return [
         *lines,
-        "words, metadata = to_hif4_tile(result, BM, BN)",
+        f"words, metadata = to_{FORMATS[kernel.bits]}_tile(result, BM, BN)",
         "in_row = tl.cdiv(width, 64)",
         "unit = tile_n * (BN // 64) + tl.arange(0, BN // 64)[None, :]",
         "tl.store(scales + row * in_row + unit, metadata, mask=row_mask & (unit < in_row))",
-        "word = tile_n * (BN // 8) + tl.arange(0, BN // 8)[None, :]",
-        "tl.store(codes + row * (in_row * 8) + word, words, mask=row_mask & (word < in_row * 8))",
+        f"word = tile_n * (BN // 64 * {words}) + tl.arange(0, BN // 64 * {words})[None, :]",
+        f"tl.store(codes + row * (in_row * {words}) + word, words, mask=row_mask & (word < in_row * {words}))",
     ]
 
 

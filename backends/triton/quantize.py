@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...format.hif4 import UNIT, units
 from ...ops.program import Program, Statement
+from ...ops.reference import empty_units
 from . import source
 from .call import Call
 from .expressions import Leaf, Operand, emit, leaf_parameters, operand
@@ -26,6 +27,8 @@ from .expressions import Leaf, Operand, emit, leaf_parameters, operand
 __all__ = ["QuantizeKernel", "call", "describe"]
 
 THREADS = 128
+FORMATS = {4: "hif4", 8: "int8"}
+"""Bits of an activation -> what functions of Triton call it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class QuantizeKernel:
         multiplier: whether there is one.
         block: Hadamard block, 0 for none.
         width: values that a thread reads at once, 4 or 8.
+        bits: 4 for HiF4, or 8.
     """
 
     program: str
@@ -47,6 +51,12 @@ class QuantizeKernel:
     multiplier: bool
     block: int
     width: int
+    bits: int = 4
+
+    @property
+    def format(self) -> str:
+        """What its functions call what it writes."""
+        return FORMATS[self.bits]
 
     def parameters(self) -> list[str]:
         """Return the kernel's parameters but for the constants."""
@@ -87,8 +97,8 @@ def _text(kernel: QuantizeKernel) -> str:
     kernels = _rows_kernel(kernel, reduction, given) if reduction is not None else _flat_kernel(kernel, given)
     pieces.append(kernels)
     shown = textwrap.indent(kernel.program or "x0 as it is", "    ")
-    what = f"Quantize to HiF4, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
-    needed = ["to_hif4", "store_hif4", "fours", *(["hadamard"] if kernel.block else [])]
+    what = f"Quantize to {'HiF4' if kernel.bits == 4 else 'int8'}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
+    needed = [f"to_{kernel.format}", f"store_{kernel.format}", "fours", *(["hadamard"] if kernel.block else [])]
     return source.module_text(what, needed, "\n\n\n".join(pieces))
 
 
@@ -122,8 +132,8 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
         f"{body}\n"
         f"        parts = parts + fours(x, T, {kernel.width})\n"
         f"{transform}"
-        "    words, metadata = to_hif4(parts, T)\n"
-        "    store_hif4(codes, scales, unit, mask, words, metadata, T)"
+        f"    words, found = to_{kernel.format}(parts, T)\n"
+        f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
     )
 
 
@@ -184,14 +194,14 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
 
 @functools.lru_cache(maxsize=4096)
 def kernel_for(
-    program: str, leaves: tuple[Leaf, ...], whole: bool, multiplier: bool, block: int, width: int
+    program: str, leaves: tuple[Leaf, ...], whole: bool, multiplier: bool, block: int, width: int, bits: int = 4
 ) -> QuantizeKernel:
     """Return the kernel of a key; its text is made once."""
-    return QuantizeKernel(program, leaves, whole, multiplier, block, width)
+    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits)
 
 
 def describe(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, shape: Sequence[int]
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, shape: Sequence[int], bits: int = 4
 ) -> tuple[QuantizeKernel, list[Operand]]:
     """Return the kernel for some inputs, and how they are passed."""
     operands = [operand(f"x{i}", value, shape) for i, value in enumerate(inputs)]
@@ -199,23 +209,21 @@ def describe(
     # 16 bytes at once of the input that is read most; other widths follow it.
     full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
     width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
-    kernel = kernel_for(program, leaves, shape[-1] % UNIT == 0, multiplier is not None, block, width)
+    kernel = kernel_for(program, leaves, shape[-1] % UNIT == 0, multiplier is not None, block, width, bits)
     return kernel, operands
 
 
 def call(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, bits: int = 4
 ) -> tuple[tuple[Tensor, Tensor], list[Call]]:
     """Return the results of ``tahf4::fused_quantize``, empty, and the launch that fills them (none for no values)."""
     shape = torch.broadcast_shapes(*(value.shape for value in inputs))
     k, count = shape[-1], units(shape[-1])
-    device = inputs[0].device
-    codes = torch.empty((*shape[:-1], count * (UNIT // 2)), dtype=torch.uint8, device=device)
-    scales = torch.empty((*shape[:-1], count), dtype=torch.int32, device=device)
+    codes, scales = empty_units(inputs[0], shape, bits)
     rows = math.prod(shape[:-1])
     if rows == 0 or k == 0:
         return (codes, scales), []
-    kernel, operands = describe(inputs, program, multiplier, block, shape)
+    kernel, operands = describe(inputs, program, multiplier, block, shape, bits)
     constants = kernel.constants(count)
     per_block = constants.get("ROWS")
     blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from .program import Program
-from .reference import check_memory, linear, quantize
+from .reference import check_memory, empty_units, linear, quantize
 
 __all__ = ["check_sizes", "fused_linear", "fused_quantize", "linear_quantize"]
 
@@ -37,7 +37,7 @@ def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
 
 @torch.library.custom_op("tahf4::fused_quantize", mutates_args=())
 def fused_quantize(
-    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
     """Compute a program and quantize its result, which never reaches memory in a kernel.
 
@@ -46,9 +46,10 @@ def fused_quantize(
         program: see :mod:`tahf4_compiler.ops.program`; its result has the shape that the inputs broadcast to.
         multiplier: float32 ``[K]`` or None, as for ``tahf4::quantize``.
         hadamard_block: as for ``tahf4::quantize``.
+        bits: as for ``tahf4::quantize``.
 
     Returns:
-        Codes uint8 ``[..., ceil(K / 64) * 32]`` and scales int32 ``[..., ceil(K / 64)]``.
+        Codes and scales of ``[..., K]``, as ``tahf4::quantize``.
 
     Raises:
         FormatError: as ``tahf4::quantize``; a program that cannot be read, or whose result is smaller than its inputs.
@@ -56,22 +57,16 @@ def fused_quantize(
     x = Program.parse(program).run(_named(inputs), "x0")
     if x.shape != _shape(inputs):
         raise FormatError(f"the program's result is {tuple(x.shape)}; expected {tuple(_shape(inputs))}, as its inputs")
-    codes, scales = quantize(x, multiplier, hadamard_block)
+    codes, scales = quantize(x, multiplier, hadamard_block, bits)
     return codes, scales
 
 
 @fused_quantize.register_fake
 def _(
-    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
+    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
     check_memory("fused_quantize", *inputs, multiplier)
-    shape = _shape(inputs)
-    count = (shape[-1] + 63) // 64
-    first = inputs[0]
-    return (
-        first.new_empty((*shape[:-1], count * 32), dtype=torch.uint8),
-        first.new_empty((*shape[:-1], count), dtype=torch.int32),
-    )
+    return empty_units(inputs[0], _shape(inputs), bits)
 
 
 @torch.library.custom_op("tahf4::fused_linear", mutates_args=())
@@ -87,7 +82,7 @@ def fused_linear(
     program: str,
     result_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """W4A4 linear, then a program on its result, or several contiguous results.
+    """W4A4 or W4A8 linear, then a program on its result, or several contiguous results.
 
     Args:
         codes: and the next five as for ``tahf4::linear``; its result is ``y`` of the program.
@@ -156,8 +151,9 @@ def linear_quantize(
     program: str,
     multiplier: Tensor | None,
     hadamard_block: int,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor]:
-    """W4A4 linear, a program on its result (bias, GELU), and the quantization of that.
+    """W4A4 or W4A8 linear, a program on its result (bias, GELU), and the quantization of that.
 
     Args:
         codes: and the following as for ``tahf4::fused_linear``.
@@ -170,9 +166,10 @@ def linear_quantize(
         program: see :mod:`tahf4_compiler.ops.program`.
         multiplier: float32 ``[N]`` or None, as for ``tahf4::quantize``.
         hadamard_block: as for ``tahf4::quantize``.
+        bits: of the result, as for ``tahf4::quantize``.
 
     Returns:
-        Codes uint8 ``[..., ceil(N / 64) * 32]`` and scales int32 ``[..., ceil(N / 64)]``.
+        Codes and scales of ``[..., N]``, as ``tahf4::quantize``.
 
     Raises:
         FormatError: as ``tahf4::linear`` and ``tahf4::quantize``; a program that cannot be read, or whose result is not
@@ -180,7 +177,7 @@ def linear_quantize(
     """
     y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
     y = _after(y, program, inputs)
-    found, metadata = quantize(y, multiplier, hadamard_block)
+    found, metadata = quantize(y, multiplier, hadamard_block, bits)
     return found, metadata
 
 
@@ -196,10 +193,7 @@ def _(
     program: str,
     multiplier: Tensor | None,
     hadamard_block: int,
+    bits: int = 4,
 ) -> tuple[Tensor, Tensor]:
     check_memory("linear_quantize", codes, scales, weight_codes, weight_scales, bias, *inputs, multiplier)
-    count = (weight_codes.shape[0] + 63) // 64
-    return (
-        codes.new_empty((*codes.shape[:-1], count * 32)),
-        scales.new_empty((*scales.shape[:-1], count)),
-    )
+    return empty_units(codes, (*codes.shape[:-1], weight_codes.shape[0]), bits)

@@ -8,47 +8,74 @@ must give the same codes and scales, bit for bit.
 A transform before quantization is ``(multiplier[K], hadamard_block)``: a product with one factor for each
 channel (the channel mask, the signs of a rotation folded in), then a Walsh-Hadamard transform of blocks
 of ``hadamard_block`` channels (0 for none).
+
+Activations have 4 bits (HiF4) or 8 (:mod:`tahf4_compiler.format.int8`); the dtype of their codes says which. Weights
+are in HiF4.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..format import hif4
+from ..format import hif4, int8
 from ..format.transforms import transform
 from .observers import take
 
-__all__ = ["dequantize", "linear", "observe", "quantize"]
+__all__ = ["activation_bits", "dequantize", "empty_units", "linear", "observe", "quantize"]
 
 
 @torch.library.custom_op("tahf4::quantize", mutates_args=())
-def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
-    """Transform and convert to HiF4 along the last axis.
+def quantize(
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Transform and convert to HiF4, or to 8 bits, along the last axis.
 
     Args:
         x: ``[..., K]`` of a floating-point type.
         multiplier: float32 ``[K]``, or None.
         hadamard_block: a power of two, or 0.
+        bits: 4 or 8.
 
     Returns:
-        ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]``
-        (see :class:`tahf4_compiler.format.hif4.Packed`).
+        ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]`` (see
+        :class:`tahf4_compiler.format.hif4.Packed`). With 8 bits int8 ``[..., ceil(K / 64) * 64]`` and float32
+        ``[..., ceil(K / 64)]`` (see :mod:`tahf4_compiler.format.int8`).
 
     Raises:
-        FormatError: as :func:`tahf4_compiler.format.hif4.quantize` and :func:`transform`.
+        FormatError: as :func:`tahf4_compiler.format.hif4.quantize` and :func:`transform`; another number of bits.
     """
-    packed = hif4.quantize(transform(x, multiplier, hadamard_block))
+    int8.check_bits(bits)
+    transformed = transform(x, multiplier, hadamard_block)
+    if bits == 8:
+        return int8.quantize(transformed)
+    packed = hif4.quantize(transformed)
     return packed.codes, packed.scales
 
 
 @quantize.register_fake
-def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> tuple[Tensor, Tensor]:
     check_memory("quantize", x, multiplier)
-    count = hif4.units(x.shape[-1])
-    codes = x.new_empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8)
-    return codes, x.new_empty((*x.shape[:-1], count), dtype=torch.int32)
+    return empty_units(x, x.shape, bits)
+
+
+def empty_units(like: Tensor, shape: Sequence[int], bits: int) -> tuple[Tensor, Tensor]:
+    """Return room for the codes and scales of an activation ``[..., K]`` of ``shape``."""
+    int8.check_bits(bits)
+    count = hif4.units(shape[-1])
+    codes, scales = (torch.uint8, torch.int32) if bits == 4 else (torch.int8, torch.float32)
+    return (
+        like.new_empty((*shape[:-1], count * (hif4.UNIT * bits // 8)), dtype=codes),
+        like.new_empty((*shape[:-1], count), dtype=scales),
+    )
+
+
+def activation_bits(codes: Tensor) -> int:
+    """Return how many bits an activation of such codes has."""
+    return 8 if codes.dtype == torch.int8 else 4
 
 
 @torch.library.custom_op("tahf4::dequantize", mutates_args=())
@@ -85,11 +112,11 @@ def linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """W4A4 linear: the sum over units of (exact integer dot) * scaleA * scaleB / 16, plus bias.
+    """W4A4 or W4A8 linear: the sum over units of (exact integer dot) * scaleA * scaleB, plus bias.
 
     Args:
-        codes: uint8 ``[..., K / 2]`` of the activation, K a multiple of 64.
-        scales: int32 ``[..., K / 64]`` of the activation.
+        codes: uint8 ``[..., K / 2]`` of the activation, K a multiple of 64; int8 ``[..., K]`` for 8 bits.
+        scales: int32 ``[..., K / 64]`` of the activation; float32 for 8 bits.
         weight_codes: uint8 ``[N, K / 2]``.
         weight_scales: int32 ``[N, K / 64]``.
         bias: ``[N]`` or None, added in float32.
@@ -101,13 +128,15 @@ def linear(
     Raises:
         FormatError: shapes or dtypes of the two sides do not fit each other.
 
-    The reference multiplies the dequantized operands in float32. Both have at most 6 significant bits and
+    The reference multiplies the dequantized operands in float32. Both have at most 6 significant bits in HiF4 and
     every partial sum inside a unit at most 22, so each unit's contribution is exact; only the float32 sum over
-    units depends on the order. TF32 and bfloat16 matrix units hold the operands exactly too.
+    units depends on the order. TF32 and bfloat16 matrix units hold the operands exactly too. With 8 bits the values
+    of the activation are rounded to float32.
     """
     check_linear(codes, scales, weight_codes, weight_scales, bias)
     k = scales.shape[-1] * hif4.UNIT
-    left = hif4.dequantize(hif4.Packed(codes, scales, k))
+    four = activation_bits(codes) == 4
+    left = hif4.dequantize(hif4.Packed(codes, scales, k)) if four else int8.dequantize(codes, scales)
     right = hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k))
     with torch.autocast(codes.device.type, enabled=False):  # its cast would lose what is exact
         out = torch.nn.functional.linear(left, right)
@@ -141,23 +170,33 @@ def check_memory(what: str, *tensors: Tensor | None) -> None:
         )
 
 
-_PACKED_DTYPES = (torch.uint8, torch.int32, torch.uint8, torch.int32)
+_DTYPES = {
+    4: (torch.uint8, torch.int32, torch.uint8, torch.int32),
+    8: (torch.int8, torch.float32, torch.uint8, torch.int32),
+}
 
 
 def check_linear(
     codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None
 ) -> None:
     shape, rows = scales.shape, weight_scales.shape
+    bits = activation_bits(codes)
     if (
-        (codes.dtype, scales.dtype, weight_codes.dtype, weight_scales.dtype) == _PACKED_DTYPES
+        (codes.dtype, scales.dtype, weight_codes.dtype, weight_scales.dtype) == _DTYPES[bits]
         and (len(shape) > 0 and len(rows) == 2 and shape[-1] == rows[1])
-        and codes.shape == (*shape[:-1], shape[-1] * (hif4.UNIT // 2))
+        and codes.shape == (*shape[:-1], shape[-1] * (hif4.UNIT * bits // 8))
         and weight_codes.shape == (rows[0], rows[1] * (hif4.UNIT // 2))
         and (bias is None or bias.shape == (rows[0],))
     ):
         return  # what follows takes as long as a small product
     k = scales.shape[-1] * hif4.UNIT if scales.dim() else 0
-    hif4.check_packed(hif4.Packed(codes, scales, k))
+    if bits == 4:
+        hif4.check_packed(hif4.Packed(codes, scales, k))
+    elif scales.dtype != torch.float32 or scales.dim() == 0 or codes.shape != (*shape[:-1], k):
+        raise FormatError(
+            f"an activation in 8 bits has codes int8 {tuple(codes.shape)} and scales {scales.dtype} {tuple(shape)}; "
+            "expected [..., K] and float32 [..., K / 64]"
+        )
     if weight_codes.dim() != 2 or weight_scales.dim() != 2:
         raise FormatError(
             f"weight codes {tuple(weight_codes.shape)} and scales {tuple(weight_scales.shape)}; expected two axes, "
