@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import fx
 
 from ..errors import PackedError
@@ -16,6 +15,8 @@ from ..graph_capture.regions import linears_in_regions
 from ..model.attachments import attached, attached_recipe
 from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason
+from ..options import bits_for
+from ..pipeline.activations import quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
 from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
@@ -32,7 +33,8 @@ class Plan(Pass):
     In order: what cannot be quantized, what the user keeps, what a recipe decided (by measured sensitivity and a
     budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4. Linears that the
     model holds in HiF4 already are planned as such; the others of their graph stay as they are. So do the linears in
-    branches and loops (``torch.cond``, ``while_loop``, ``map``).
+    branches and loops (``torch.cond``, ``while_loop``, ``map``). The option ``activation_bits`` says how many bits the
+    activations of the linears in HiF4 have.
 
     Attributes:
         min_features: linears with fewer input or output features stay in high precision: less than one
@@ -66,10 +68,12 @@ class Plan(Pass):
             for node, linear, weight in linears_in_regions(graph_module)
         }
         context.plan += inside.values()
-        if context.plan and context.options.keep:
+        if context.plan:
             known = context.surroundings.linear_paths
-            paths = known or [d.module for d in context.plan]
-            require_matches(context.options.keep, paths, "the compiled module" if known else "this graph")
+            paths, where = known or [d.module for d in context.plan], "the compiled module" if known else "this graph"
+            require_matches(context.options.keep, paths, where)
+            named = [pattern for pattern, _ in context.options.activation_bits]
+            require_matches(named, paths, where, "activation_bits")
         return PassResult(graph_module, modified=False)
 
     def decide(
@@ -117,6 +121,7 @@ class Plan(Pass):
             flops=2 * _rows(node) * k * n,
             node=(region or node).name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
+            activation_bits=bits_for(module, context.options.activation_bits),
         )
 
 
@@ -150,9 +155,9 @@ def _held(node: fx.Node, context: Context) -> Decision:
         )
     n, units = (size_hint(size) for size in node_arg(node, 3).meta["val"].shape)
     k = units * hif4.UNIT
-    part = node_arg(node, 0)
-    if part.all_input_nodes and part.all_input_nodes[0].target is torch.ops.tahf4.quantize.default:
-        k = size_hint(node_arg(part.all_input_nodes[0], 0).meta["val"].shape[-1])
+    bits = 4
+    if (quantization := quantization_of(node)) is not None:
+        k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), cast(int, quantization.args[3])
     return Decision(
         module=module,
         k=k,
@@ -164,6 +169,7 @@ def _held(node: fx.Node, context: Context) -> Decision:
         flops=2 * _rows(node) * k * n,
         node=node.name,
         weight_index=source.positions[0],
+        activation_bits=bits_for(module, context.options.activation_bits, bits),
     )
 
 

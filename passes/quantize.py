@@ -11,9 +11,10 @@ from torch import fx
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..graph.inputs import DECISION, INPUT, PackedWeight
 from ..graph.nodes import linears, node_arg, weight_input
-from ..pipeline.activations import call, drop_unused_weights, packed_input
+from ..pipeline.activations import call, drop_unused_weights, packed_input, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
+from ..weights.held import packed_products
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Quantize(Pass):
 
         codes, scales = tahf4.quantize(x)
         y = tahf4.linear(codes, scales, weight_codes, weight_scales, bias, dtype)
+
+    The plan also says how many bits the activation has, of linears that the model holds in HiF4, too::
+
+        codes, scales = tahf4.quantize(x, None, 0, 8)
     """
 
     after = ("plan",)
@@ -37,6 +42,7 @@ class Quantize(Pass):
         graph = graph_module.graph
         chosen = [n for n in linears(graph) if any(d.decision == "hif4" for d in decisions_of(n))]
         for node in chosen:
+            bits = min(d.activation_bits for d in decisions_of(node))
             x, *rest = node.args[0], *node.args[2:]
             bias = rest[0] if rest else node.kwargs.get("bias")
             source = weight_input(node_arg(node, 1))
@@ -44,7 +50,7 @@ class Quantize(Pass):
             weight = PackedWeight((source.meta[INPUT].index,))
             codes, scales = (packed_input(graph, source, weight, part) for part in ("codes", "scales"))
             with graph.inserting_before(node):
-                activation = call(node, torch.ops.tahf4.quantize.default, (x, None, 0))
+                activation = call(node, torch.ops.tahf4.quantize.default, (x, None, 0, bits))
                 parts = [call(node, operator.getitem, (activation, i)) for i in (0, 1)]
                 dtype = node.meta["val"].dtype
                 product = call(node, torch.ops.tahf4.linear.default, (*parts, codes, scales, bias, dtype))
@@ -54,4 +60,16 @@ class Quantize(Pass):
             context.matched(product)
         if chosen:
             drop_unused_weights(graph)
-        return PassResult(graph_module, modified=bool(chosen))
+        changed = [node for node in packed_products(graph) if _set_bits(node)]
+        context.matched(count=len(changed))
+        return PassResult(graph_module, modified=bool(chosen or changed))
+
+
+def _set_bits(product: fx.Node) -> bool:
+    """Give the activation of a product that the model holds in HiF4 the bits of the plan; say whether it had others."""
+    quantization = quantization_of(product)
+    wanted = {d.activation_bits for d in decisions_of(product)}
+    if quantization is None or not wanted or quantization.args[3] in wanted:
+        return False
+    quantization.update_arg(3, wanted.pop())
+    return True

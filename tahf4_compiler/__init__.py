@@ -31,7 +31,7 @@ from .model.attachments import keep
 from .ops.registry import Kernel, register_kernel
 from .options import Options
 from .packed.config import TaHF4Config
-from .packed.convert import dequantize_, quantize_
+from .packed.convert import dequantize_, quantize_, set_activation_bits
 from .packed.linear import HiF4Linear
 from .packed.plan import plan_modules
 from .pipeline.base import Pass, PassResult, register_pass, unregister_pass
@@ -89,6 +89,7 @@ __all__ = [
     "register_pass",
     "register_weight_format",
     "replace_pattern",
+    "set_activation_bits",
     "unregister_pass",
 ]
 

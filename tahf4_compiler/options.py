@@ -12,10 +12,12 @@ from typing import Any
 
 from .errors import OptionError, PatternError
 
-__all__ = ["Options", "reference_forced"]
+__all__ = ["ACTIVATION_BITS", "Options", "activation_bits", "bits_for", "patterns", "reference_forced"]
 
 WEIGHT_CHECKS = ("content", "version")
 KERNELS = ("best", "reference")
+ACTIVATION_BITS = (4, 8)
+"""What an activation may be quantized to: HiF4, or int8 with a float32 scale for each unit of 64 values."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,10 @@ class Options:
     Attributes:
         keep: regular expressions, searched in module paths; linears that match stay in high precision.
             One that matches no linear is an error.
+        activation_bits: bits of the activations of linears that run in HiF4: 4 (HiF4) or 8 (int8 with a float32 scale
+            for each unit of 64 values). A number for all linears, or a mapping of regular expressions, searched in
+            module paths, to numbers: the first that matches counts, and one that matches no linear is an error.
+            Other linears have 4, or what their packed module says (:attr:`tahf4_compiler.HiF4Linear.activation_bits`).
         passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
         disable_passes: names of passes to leave out.
         dump_dir: folder for graphs, plan and report of each compiled graph; by default ``TAHF4_DUMP_DIR``.
@@ -44,6 +50,7 @@ class Options:
     """
 
     keep: tuple[str, ...] = ()
+    activation_bits: tuple[tuple[str, int], ...] = ()
     passes: tuple[Any, ...] = ()
     disable_passes: tuple[str, ...] = ()
     dump_dir: str | None = None
@@ -134,6 +141,23 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def activation_bits(name: str, value: Any) -> tuple[tuple[str, int], ...]:
+    """Return (regular expression, bits) of what was given for the bits of activations, checked."""
+    given = value if isinstance(value, Mapping) else {"": value}
+    for pattern, bits in given.items():
+        if type(bits) is not int or bits not in ACTIVATION_BITS or not isinstance(pattern, str):
+            raise OptionError(
+                f"option {name!r} is {value!r}; expected 4 (HiF4), 8 (int8), or a mapping of regular expressions to these"
+            )
+    patterns(name, list(given))
+    return tuple(given.items())
+
+
+def bits_for(path: str, given: Sequence[tuple[str, int]], default: int = 4) -> int:
+    """Return the bits of the activation of a linear, of what :func:`activation_bits` returned."""
+    return next((bits for pattern, bits in given if re.search(pattern, path)), default)
+
+
 def _passes(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise OptionError(f"option {name!r} is {value!r}; expected a list of passes")
@@ -207,6 +231,7 @@ def _weight_check(name: str, value: Any) -> str:
 
 _CONVERT = {
     "keep": patterns,
+    "activation_bits": activation_bits,
     "passes": _passes,
     "disable_passes": _strings,
     "dump_dir": _path,

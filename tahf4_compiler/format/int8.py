@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..options import ACTIVATION_BITS
 from .hif4 import UNIT, units
 
-__all__ = ["BITS", "LEAST", "MOST", "check_bits", "dequantize", "quantize"]
-
-BITS = (4, 8)
-"""What an activation may be quantized to: HiF4, or the units of this module."""
+__all__ = ["LEAST", "MOST", "check_bits", "dequantize", "quantize"]
 
 MOST = 127
 """The largest magnitude of a code."""
@@ -26,7 +24,7 @@ LEAST = 2.0**-100
 
 def check_bits(bits: int) -> None:
     """Raise :class:`FormatError` unless activations can have so many bits."""
-    if bits not in BITS:
+    if bits not in ACTIVATION_BITS:
         raise FormatError(f"an activation of {bits!r} bits; expected 4 (HiF4) or 8 (int8 with a scale a unit)")
 
 

@@ -73,13 +73,18 @@ def matching(patterns: Sequence[str], path: str) -> str | None:
     return next((pattern for pattern in patterns if re.search(pattern, path)), None)
 
 
-def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str) -> None:
+def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str, option: str = "keep") -> None:
     """Raise :class:`PatternError` for the first pattern that is found in none of the paths."""
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
             shown = ", ".join(sorted(paths)[:5]) + (", ..." if len(paths) > 5 else "")
             raise PatternError(
-                f"keep pattern {pattern!r} matches none of the {len(paths)} linears of {where} ({shown or 'none'}). "
-                "Paths are relative to the compiled module; to name them from the whole model while its blocks are "
-                "compiled one by one, call tahf4.keep(model, patterns) first."
+                f"{option} pattern {pattern!r} matches none of the {len(paths)} linears of {where} ({shown or 'none'}). "
+                "Paths are relative to the compiled module"
+                + (
+                    "; to name them from the whole model while its blocks are compiled one by one, call "
+                    "tahf4.keep(model, patterns) first."
+                    if option == "keep"
+                    else "."
+                )
             )

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import PackedError
 from ..format import hif4
-from ..options import patterns
+from ..options import ACTIVATION_BITS, patterns
 from ..recipe.recipe import Recipe
 from .convert import packed_linears
 
@@ -43,7 +43,7 @@ class TaHF4Config:
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated.
         linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
-            ``multiplier`` is False for one that has none.
+            ``multiplier`` is False for one that has none, ``activation_bits`` 8 for one whose activation has these.
         provenance: of the recipe of a packed model.
     """
 
@@ -142,6 +142,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             "activation": linear.activation,
             "dtype": str(linear.weight_dtype).removeprefix("torch."),
             **({} if linear.multiplier is not None else {"multiplier": False}),
+            **({} if linear.activation_bits == 4 else {"activation_bits": linear.activation_bits}),
         }
         for path, linear in packed_linears(model).items()
     }
@@ -158,6 +159,8 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
             raise PackedError(f"{where} is {values!r}; expected {', '.join(_KEYS)}")
         if not isinstance(values.get("multiplier", False), bool):
             raise PackedError(f"{where}: multiplier is {values['multiplier']!r}, expected true or false")
+        if (bits := values.get("activation_bits", 4)) not in ACTIVATION_BITS or type(bits) is not int:
+            raise PackedError(f"{where}: activation_bits is {bits!r}, expected 4 or 8; update tahf4, or load a whole file")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

@@ -17,7 +17,8 @@ from ..errors import PackedError
 from ..format import hif4
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import experts
-from ..model.linears import linear_weights
+from ..model.linears import linear_weights, require_matches
+from ..options import activation_bits, bits_for
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
@@ -26,7 +27,7 @@ from .linear import HiF4Linear
 from .plan import plan_modules, plan_transforms
 from .transform import Transform
 
-__all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_"]
+__all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_", "set_activation_bits"]
 
 
 class PackingObserver(Protocol):
@@ -34,6 +35,9 @@ class PackingObserver(Protocol):
 
     def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
         """See a model some linears of which are packed now."""
+
+    def changed(self, model: nn.Module) -> None:
+        """See a model whose packed linears have other activations."""
 
     def unpacked(self, model: nn.Module) -> None:
         """See a model whose linears are plain again."""
@@ -204,6 +208,47 @@ def dequantize_(model: Any) -> list[str]:
         leave_as_they_are(module, {})
         found += [f"{component}.{path}" if component else path for path in linears]
     return found
+
+
+def set_activation_bits(model: Any, bits: int | Mapping[str, int]) -> dict[str, int]:
+    """Say how many bits the activations of a packed model's linears have.
+
+    The packed weights stay as they are, so that nothing is lost or copied, and it may be said as often as wanted.
+    ``torch.compile`` compiles a graph for each choice once.
+
+    Args:
+        model: a packed module, or a pipeline.
+        bits: 4 (HiF4) or 8 (int8 with a float32 scale for each unit of 64 values) for all linears, or a mapping of
+            regular expressions, searched in module paths, to these: the first that matches counts. Linears that none
+            matches keep what they have.
+
+    Returns:
+        The bits of every packed linear by module path; paths in a pipeline begin with the component's name.
+
+    Raises:
+        OptionError: another number of bits, or the model is neither module nor pipeline.
+        PatternError: a pattern is no regular expression, or matches no packed linear.
+        PackedError: nothing is packed.
+    """
+    given = activation_bits("bits", bits)
+    models = _unwrapped(model)
+    found = {
+        f"{name}.{path}" if name else path: linear
+        for name, module in models.items()
+        for path, linear in packed_linears(module).items()
+    }
+    if not found:
+        raise PackedError(
+            f"{type(model).__name__} holds no packed linear; call tahf4.quantize_(model) first, or compile the model "
+            'with options={"activation_bits": ...}'
+        )
+    require_matches([pattern for pattern, _ in given], list(found), type(model).__name__, "activation_bits")
+    for path, linear in found.items():
+        linear.activation_bits = bits_for(path, given, linear.activation_bits)
+    for module in models.values():
+        for observer in observers if packed_linears(module) else ():
+            observer.changed(module)
+    return {path: linear.activation_bits for path, linear in found.items()}
 
 
 def packed_linears(model: nn.Module) -> dict[str, HiF4Linear]:

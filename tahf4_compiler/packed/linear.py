@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, GradientError, PackedError
-from ..format import hif4
+from ..format import hif4, int8
 from ..format.transforms import hadamard
 from ..ops import registry
 from .no_weight import NoWeight, no_weight
@@ -39,6 +39,8 @@ class HiF4Linear(nn.Linear):
         weight_scales: int32 ``[N, ceil(K / 64)]``.
         bias: ``[N]`` or None.
         multiplier: float32 ``[K]``, the channel mask times the rotation's signs, or None for ones.
+        activation_bits: of the activation, 4 (HiF4) or 8 (int8). The weight does not depend on it; see
+            :func:`tahf4_compiler.set_activation_bits`.
     """
 
     weight_codes: nn.Parameter
@@ -54,6 +56,7 @@ class HiF4Linear(nn.Linear):
         hadamard_block: int = 0,
         multiplies: bool = False,
         activation: str = "",
+        activation_bits: int = 4,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,13 +69,14 @@ class HiF4Linear(nn.Linear):
             hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
             multiplies: whether there is a multiplier.
             activation: name of the activation.
+            activation_bits: 4 or 8.
             device: of the parameters; ``"meta"`` for none.
             dtype: of the bias, and of the dequantized weight.
         """
         nn.Module.__init__(self)
         units = hif4.units(in_features)
         dtype = dtype if dtype is not None else torch.get_default_dtype()
-        self._set(in_features, out_features, hadamard_block, activation, dtype)
+        self._set(in_features, out_features, hadamard_block, activation, dtype, activation_bits)
         codes = torch.zeros(out_features, units * hif4.UNIT // 2, dtype=torch.uint8, device=device)
         scales = torch.zeros(out_features, units, dtype=torch.int32, device=device)
         self.weight_codes, self.weight_scales = _parameter(codes), _parameter(scales)
@@ -81,8 +85,9 @@ class HiF4Linear(nn.Linear):
         ones = torch.ones(in_features, dtype=torch.float32, device=device) if multiplies else None
         self.register_parameter("multiplier", _parameter(ones) if ones is not None else None)
 
-    def _set(self, k: int, n: int, block: int, activation: str, dtype: torch.dtype) -> None:
-        self.in_features, self.out_features = k, n
+    def _set(self, k: int, n: int, block: int, activation: str, dtype: torch.dtype, bits: int = 4) -> None:
+        int8.check_bits(bits)
+        self.in_features, self.out_features, self.activation_bits = k, n, bits
         self.hadamard_block, self.activation, self.weight_dtype = block, activation, dtype
 
     @classmethod
@@ -125,9 +130,8 @@ class HiF4Linear(nn.Linear):
         Raises:
             GradientError: a gradient is asked for.
         """
-        return packed_product(
-            input, self.multiplier, self.hadamard_block, self.weight_codes, self.weight_scales, self.bias
-        )
+        weight = self.weight_codes, self.weight_scales, self.bias
+        return packed_product(input, self.multiplier, self.hadamard_block, *weight, self.activation_bits)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
@@ -148,7 +152,7 @@ class HiF4Linear(nn.Linear):
         """Return a plain linear in the place of this one, with the dequantized weight."""
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
-        own = ("hadamard_block", "activation", "weight_dtype")
+        own = ("hadamard_block", "activation", "weight_dtype", "activation_bits")
         linear.__dict__.update({key: value for key, value in _carried(self).items() if key not in own})
         gradients = self.bias is None or self.bias.requires_grad
         linear.weight = nn.Parameter(self.dequantized(), requires_grad=gradients)
@@ -159,7 +163,8 @@ class HiF4Linear(nn.Linear):
         """Return shape and transform."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"hadamard_block={self.hadamard_block}, multiplier={self.multiplier is not None}"
+            f"hadamard_block={self.hadamard_block}, multiplier={self.multiplier is not None}, "
+            f"activation_bits={self.activation_bits}"
         )
 
     @property
@@ -233,6 +238,7 @@ def packed_product(
     weight_codes: Tensor,
     weight_scales: Tensor,
     bias: Tensor | None,
+    activation_bits: int = 4,
 ) -> Tensor:
     """Return what :meth:`HiF4Linear.forward` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
     kind = input.device.type
@@ -244,7 +250,7 @@ def packed_product(
             "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
         )
     quantize, linear = registry.operators(input)
-    codes, scales = quantize(input, multiplier, hadamard_block)
+    codes, scales = quantize(input, multiplier, hadamard_block, activation_bits)
     result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, input.dtype)
     return result
 

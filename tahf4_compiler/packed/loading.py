@@ -172,6 +172,11 @@ class Saving:
         for found in self._models(model):
             self.remember(found, TaHF4Config(recipe, keep=keep))
 
+    def changed(self, model: nn.Module) -> None:
+        """See a model whose packed linears have other activations."""
+        for found in self._models(model):
+            self.remember(found, found.hf_quantizer.quantization_config)
+
     def unpacked(self, model: nn.Module) -> None:
         """See a model whose linears are plain again."""
         for found in model.modules():
@@ -219,6 +224,7 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
             hadamard_block=values["hadamard_block"],
             multiplies=values.get("multiplier", not keys or f"{path}.multiplier" in keys),
             activation=values["activation"],
+            activation_bits=values.get("activation_bits", 4),
             device="meta",
             dtype=getattr(torch, values["dtype"]) if linear.bias is None else linear.bias.dtype,
         )

@@ -177,7 +177,9 @@ def _decide(
                 "Name it when the model is packed, quantize_(model, keep=[...])."
             )
         size = module.weight_dtype.itemsize
-        return Decision(path, k, n, "hif4", Reason(Cause.PACKED, "packed"), n * k * size, after, flops=2 * k * n)
+        packed = Reason(Cause.PACKED, "packed")
+        bits = module.activation_bits
+        return Decision(path, k, n, "hif4", packed, n * k * size, after, flops=2 * k * n, activation_bits=bits)
     chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
     # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
     held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]

@@ -116,6 +116,12 @@ def activation_of(node: fx.Node) -> Activation | None:
     return Activation(node, products, tuple(weights))
 
 
+def quantization_of(product: fx.Node) -> fx.Node | None:
+    """Return the ``tahf4.quantize`` node whose result a ``tahf4.linear`` node multiplies, or None."""
+    sources = node_arg(product, 0).all_input_nodes
+    return sources[0] if sources and sources[0].target is torch.ops.tahf4.quantize.default else None
+
+
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
     """Add a call where the graph inserts, with the module path and stack trace of ``like``."""
     node = like.graph.call_function(target, args)

@@ -38,6 +38,7 @@ class Decision:
         node: name of the ``aten.linear`` node it was made for.
         weight_index: the weight's position among the captured graph's arguments, -1 if it is computed.
         numbers: what passes attached (:meth:`Context.attach`), by name.
+        activation_bits: of the activation, 4 or 8, where the decision is ``"hif4"``.
     """
 
     module: str
@@ -52,6 +53,7 @@ class Decision:
     node: str = ""
     weight_index: int = -1
     numbers: dict[str, float | int | str] = field(default_factory=dict)
+    activation_bits: int = 4
 
     @property
     def cause(self) -> Cause:

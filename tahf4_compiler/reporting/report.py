@@ -22,6 +22,7 @@ class Totals:
         quantized: those in 4 bits.
         flops: of one call.
         flops_4bit: of those in 4 bits.
+        flops_8bit_activations: of those in 4 bits whose activations have 8.
         bytes_before: of all linears' weights.
         bytes_4bit: of the weights (before) that the plan puts in 4 bits.
         bytes_after: of all weights as the plan leaves them.
@@ -36,6 +37,7 @@ class Totals:
     bytes_4bit: int
     bytes_after: int
     formats: tuple[str, ...] = ()
+    flops_8bit_activations: int = 0
 
     @classmethod
     def of(cls, plan: Sequence[Decision]) -> Totals:
@@ -50,13 +52,16 @@ class Totals:
             bytes_4bit=sum(d.bytes_before for d in chosen),
             bytes_after=sum(d.bytes_after for d in plan),
             formats=tuple(sorted({d.decision for d in chosen})),
+            flops_8bit_activations=sum(d.flops for d in chosen if d.activation_bits == 8),
         )
 
     def lines(self) -> list[str]:
         """Return the totals as text."""
+        eight = self.flops_8bit_activations > 0
         return [
             f"{f'linears in {self._formats()}':<21} {self.quantized} of {self.linears}",
-            f"FLOPs in 4 bits       {_percent(self.flops_4bit, self.flops)} of {self.flops / 1e9:.3f} GFLOP a call",
+            f"FLOPs in 4 bits       {_percent(self.flops_4bit, self.flops)} of {self.flops / 1e9:.3f} GFLOP a call"
+            + (f", {_percent(self.flops_8bit_activations, self.flops)} with activations in 8 bits" * eight),
             f"weight bytes in 4 bits {_percent(self.bytes_4bit, self.bytes_before)}: "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
             + (f" ({self.bytes_before / self.bytes_after:.2f}x smaller)" if self.bytes_after else ""),
@@ -70,6 +75,7 @@ class Totals:
 def plan_json(plan: Sequence[Decision]) -> str:
     """Return a plan as JSON: a list with one object a linear."""
     fields = ("module", "k", "n", "decision", "reason", "bytes_before", "bytes_after", "flops", "kernel")
+    fields += ("activation_bits",)
     entries = [
         {**{name: getattr(d, name) for name in fields}, "cause": d.cause.value, "numbers": _plain(d.numbers)}
         for d in plan
@@ -101,7 +107,7 @@ def report(
     lines = [f"tahf4 report: {name}", ""]
     rows: list[tuple[str, ...]] = [("module", "k", "n", "decision", "bytes", "after", "reason")]
     rows += [
-        (d.module, str(d.k), str(d.n), d.decision, f"{d.bytes_before:,}", f"{d.bytes_after:,}", d.reason) for d in plan
+        (d.module, str(d.k), str(d.n), _decision(d), f"{d.bytes_before:,}", f"{d.bytes_after:,}", d.reason) for d in plan
     ]
     lines += _table(rows, right={1, 2, 4, 5}) if plan else ["no linears in this graph"]
     numbered = [d for d in plan if d.numbers]
@@ -127,6 +133,10 @@ def report(
         lines += [f"{pass_name}: {text}" for text in texts]
     lines += ["", "compile time: " + ", ".join(f"{stage} {value:.2f} s" for stage, value in seconds.items())]
     return "\n".join(lines) + "\n"
+
+
+def _decision(decision: Decision) -> str:
+    return f"{decision.decision}, int8 activation" if decision.activation_bits == 8 else decision.decision
 
 
 def _short(value: float | int | str) -> str:
