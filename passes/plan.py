@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import fx
 
@@ -16,7 +16,7 @@ from ..model.attachments import attached, attached_recipe
 from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import bits_for
-from ..pipeline.activations import quantization_of
+from ..pipeline.activations import bits_of, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision
 from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
@@ -157,7 +157,7 @@ def _held(node: fx.Node, context: Context) -> Decision:
     k = units * hif4.UNIT
     bits = 4
     if (quantization := quantization_of(node)) is not None:
-        k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), cast(int, quantization.args[3])
+        k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), bits_of(quantization)
     return Decision(
         module=module,
         k=k,

@@ -11,7 +11,7 @@ from torch import fx
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..graph.inputs import DECISION, INPUT, PackedWeight
 from ..graph.nodes import linears, node_arg, weight_input
-from ..pipeline.activations import call, drop_unused_weights, packed_input, quantization_of
+from ..pipeline.activations import bits_of, call, drop_unused_weights, packed_input, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
 from ..weights.held import packed_products
@@ -50,7 +50,7 @@ class Quantize(Pass):
             weight = PackedWeight((source.meta[INPUT].index,))
             codes, scales = (packed_input(graph, source, weight, part) for part in ("codes", "scales"))
             with graph.inserting_before(node):
-                activation = call(node, torch.ops.tahf4.quantize.default, (x, None, 0, bits))
+                activation = call(node, torch.ops.tahf4.quantize.default, (x, None, 0, *([bits] if bits != 4 else [])))
                 parts = [call(node, operator.getitem, (activation, i)) for i in (0, 1)]
                 dtype = node.meta["val"].dtype
                 product = call(node, torch.ops.tahf4.linear.default, (*parts, codes, scales, bias, dtype))
@@ -69,7 +69,7 @@ def _set_bits(product: fx.Node) -> bool:
     """Give the activation of a product that the model holds in HiF4 the bits of the plan; say whether it had others."""
     quantization = quantization_of(product)
     wanted = {d.activation_bits for d in decisions_of(product)}
-    if quantization is None or not wanted or quantization.args[3] in wanted:
+    if quantization is None or not wanted or bits_of(quantization) in wanted:
         return False
-    quantization.update_arg(3, wanted.pop())
+    quantization.args = (*quantization.args[:3], wanted.pop())
     return True

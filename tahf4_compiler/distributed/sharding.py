@@ -50,12 +50,12 @@ def _whole(k: int, parts: int, block: int) -> bool:
     return k % (parts * max(hif4.UNIT, block)) == 0
 
 
-def _quantize(x: Any, multiplier: Any = None, hadamard_block: int = 0) -> list[Rule]:
+def _quantize(x: Any, multiplier: Any = None, hadamard_block: int = 0, bits: int = 4) -> list[Rule]:
     shape = _shape(x)
     last = len(shape) - 1
 
     def rule(out: Any, source: Any, factors: Any) -> Rule:
-        return [out, out], [source, factors if multiplier is not None else None, None]
+        return [out, out], [source, factors if multiplier is not None else None, None, None]
 
     rules = [rule(Replicate(), Replicate(), Replicate())]
     rules += [rule(Shard(i), Shard(i), Replicate()) for i in range(last)]
@@ -98,12 +98,14 @@ def _aligned(inputs: Sequence[Any], axis: int, axes: int) -> list[Any]:
     return found
 
 
-def _fused_quantize(inputs: Sequence[Any], program: str, multiplier: Any = None, hadamard_block: int = 0) -> list[Rule]:
+def _fused_quantize(
+    inputs: Sequence[Any], program: str, multiplier: Any = None, hadamard_block: int = 0, bits: int = 4
+) -> list[Rule]:
     # A program may hold a norm along the last axis, so that one stays whole.
     axes = max(len(_shape(spec)) for spec in inputs)
 
     def rule(out: Any, sources: Sequence[Any]) -> Rule:
-        return [out, out], [*sources, None, Replicate() if multiplier is not None else None, None]
+        return [out, out], [*sources, None, Replicate() if multiplier is not None else None, None, None]
 
     rules = [rule(Replicate(), [Replicate()] * len(inputs))]
     return rules + [rule(Shard(i), _aligned(inputs, i, axes)) for i in range(axes - 1)]
@@ -120,6 +122,7 @@ def _linear_quantize(
     program: str,
     multiplier: Any,
     hadamard_block: int,
+    bits: int = 4,
 ) -> list[Rule]:
     axes = len(_shape(codes))
 
@@ -127,7 +130,7 @@ def _linear_quantize(
         whole = Replicate()
         added = whole if bias is not None else None
         factors = whole if multiplier is not None else None
-        return [out, out], [out, out, whole, whole, added, None, *sources, None, factors, None]
+        return [out, out], [out, out, whole, whole, added, None, *sources, None, factors, None, None]
 
     rules = [rule(Replicate(), [Replicate()] * len(inputs))]
     return rules + [rule(Shard(i), _aligned(inputs, i, axes)) for i in range(axes - 1)]

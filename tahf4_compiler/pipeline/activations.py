@@ -122,6 +122,13 @@ def quantization_of(product: fx.Node) -> fx.Node | None:
     return sources[0] if sources and sources[0].target is torch.ops.tahf4.quantize.default else None
 
 
+def bits_of(quantization: fx.Node) -> int:
+    """Return how many bits a ``tahf4.quantize`` node gives its activation."""
+    bits = quantization.args[3] if len(quantization.args) > 3 else quantization.kwargs.get("bits", 4)
+    assert isinstance(bits, int)
+    return bits
+
+
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
     """Add a call where the graph inserts, with the module path and stack trace of ``like``."""
     node = like.graph.call_function(target, args)

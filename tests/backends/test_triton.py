@@ -128,3 +128,37 @@ def test_needed_functions_come_with_those_that_they_call():
 def test_a_cpu_without_the_interpreter_is_not_served():
     assert "interpreter" in backend.why_not(torch.device("cpu"))
     assert backend.why_not(torch.device("meta")) is not None
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("rows", [8, 32760])
+def test_products_of_activations_in_8_bits_fit_the_chip(capability, rows):
+    from tahf4_compiler.backends.triton import linear
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    k, n = 5120, 13824
+    sides = (empty(1, rows, k, dtype=torch.int8), empty(1, rows, k // 64, dtype=torch.float32))
+    weight = (empty(n, k // 2, dtype=torch.uint8), empty(n, k // 64, dtype=torch.int32))
+    after = ([n], [], "v0: bfloat16 = gelu_tanh(y)", None, empty(n, dtype=torch.float32), 64, 8)
+    where = {"capability": divmod(capability, 10), "processors": 132}
+    _, calls = linear.calls(*sides, *weight, empty(n), torch.bfloat16, *after, **where)
+    for call in calls:
+        found = compile_call(call, capability)
+        print(call.name, found)
+        assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability]
+        if "tl.dot" in call.text and call.name in ("kernel", "partial") and "BM" in call.constants:
+            wanted = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if rows > 64 else "mma"
+            assert found.counts[wanted] > 0
+
+
+def test_the_quantization_to_8_bits_keeps_a_unit_in_a_thread():
+    from tahf4_compiler.backends.triton import quantize
+    from tahf4_compiler.backends.triton.targets import compile_call
+
+    x = torch.empty(1, 32760, 5120, dtype=torch.bfloat16, device="meta")
+    _, (call,) = quantize.call([x], "", torch.empty(5120, device="meta"), 64, 8)
+    found = compile_call(call, 90)
+    assert found.spills == 0 and found.counts["shuffles"] == 0 and found.counts["stores of 16 bytes"] == 4

@@ -280,11 +280,11 @@ def test_packed_linears_are_classified_like_others():
         x: f32[4, 64]
         {inputs}
         @ blocks.0 net.Block
-        c, s = tahf4.quantize(x, None, 0)
+        c, s = tahf4.quantize(x, None, 0, 4)
         y = tahf4.linear(c, s, ac, as_, None, f32){0}
         h = linear(y, u){0}
         @ blocks.1 net.Block
-        d, t = tahf4.quantize(h, None, 0)
+        d, t = tahf4.quantize(h, None, 0, 4)
         z = tahf4.linear(d, t, bc, bs, None, f32){1}
         o = linear(z, v){1}
         return o
@@ -315,13 +315,13 @@ def test_a_packed_weight_counts_as_many_values_as_it_holds():
         a: param[80, 64]
         o: param[64, 80]
         @ blocks.0 net.Block
-        c0, s0 = tahf4.quantize(x, None, 0)
+        c0, s0 = tahf4.quantize(x, None, 0, 4)
         h0 = tahf4.linear(c0, s0, pc, ps, None, f32){0}
-        c1, s1 = tahf4.quantize(h0, None, 0)
+        c1, s1 = tahf4.quantize(h0, None, 0, 4)
         h1 = tahf4.linear(c1, s1, qc, qs, None, f32){0}
-        c2, s2 = tahf4.quantize(h1, None, 0)
+        c2, s2 = tahf4.quantize(h1, None, 0, 4)
         h2 = tahf4.linear(c2, s2, rc, rs, None, f32){0}
-        c3, s3 = tahf4.quantize(h2, None, 0)
+        c3, s3 = tahf4.quantize(h2, None, 0, 4)
         h3 = tahf4.linear(c3, s3, tc, ts, None, f32){0}
         @
         y = linear(h3, a){1}

@@ -187,7 +187,7 @@ HELD = """
     wc: {codes} = "blocks.0.up.weight_codes"
     ws: {scales} = "blocks.0.up.weight_scales"
     v: param[128, 64] = "blocks.0.down.weight"
-    c, s = tahf4.quantize(x, None, 0)
+    c, s = tahf4.quantize(x, None, 0, 4)
     y = tahf4.linear(c, s, wc, ws, None, f32)
     z = linear(y, v)
     return z
@@ -198,7 +198,7 @@ PLANNED = """
     wc: held codes of wc
     ws: held scales of ws
     v: param[128, 64] = "blocks.0.down.weight"
-    c, s = tahf4.quantize(x, None, 0)
+    c, s = tahf4.quantize(x, None, 0, 4)
     y = tahf4.linear(c, s, wc, ws, None, f32)  # hif4: packed
     z = linear(y, v)  # high_precision: not packed: it came to the model after quantize_, or was left out
     return z

@@ -78,7 +78,7 @@ def test_what_the_model_holds_in_hif4_was_rotated_when_it_was_packed():
         x: f32[4, 64]
         {}
         {}
-        c, s = tahf4.quantize(x, None, 0)
+        c, s = tahf4.quantize(x, None, 0, 4)
         y = tahf4.linear(c, s, wc, ws, None, f32)
         return y
     """

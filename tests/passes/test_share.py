@@ -225,9 +225,9 @@ def test_packed_linears_share_a_quantization_if_their_multipliers_are_equal_and_
         kc: held codes of kc
         ks: held scales of ks
         km: param[64] = "k.multiplier"
-        c, s = tahf4.quantize(x, qm, 64)
+        c, s = tahf4.quantize(x, qm, 64, 4)
         y = tahf4.linear(c, s, qc, qs, None, f32)
-        d, t = tahf4.quantize(x, km, 64)
+        d, t = tahf4.quantize(x, km, 64, 4)
         z = tahf4.linear(d, t, kc, ks, None, f32)
         a = neg(y)
         b = neg(z)
@@ -240,7 +240,7 @@ def test_packed_linears_share_a_quantization_if_their_multipliers_are_equal_and_
         qm: param[64] = "q.multiplier"
         kc: held codes of kc
         ks: held scales of ks
-        c, s = tahf4.quantize(x, qm, 64)
+        c, s = tahf4.quantize(x, qm, 64, 4)
         y = tahf4.linear(c, s, qc, qs, None, f32)
         z = tahf4.linear(c, s, kc, ks, None, f32)
         a = neg(y)
@@ -260,7 +260,7 @@ def test_a_packed_linear_and_one_that_is_packed_by_this_compilation_stay_apart()
         {}
         {}
         k: hif4[32, 64]
-        c, s = tahf4.quantize(x, None, 0)
+        c, s = tahf4.quantize(x, None, 0, 4)
         y = tahf4.linear(c, s, qc, qs, None, f32)
         z = tahf4.linear(c, s, k, None, f32)
         return y, z
