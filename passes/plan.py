@@ -34,7 +34,7 @@ class Plan(Pass):
     budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4. Linears that the
     model holds in HiF4 already are planned as such; the others of their graph stay as they are. So do the linears in
     branches and loops (``torch.cond``, ``while_loop``, ``map``). The option ``activation_bits`` says how many bits the
-    activations of the linears in HiF4 have.
+    activations of the linears in HiF4 have; then a recipe does.
 
     Attributes:
         min_features: linears with fewer input or output features stay in high precision: less than one
@@ -105,7 +105,8 @@ class Plan(Pass):
         obstacle = adapter_obstacle(context.surroundings.adapts(example)) or _obstacle(node, source, example)
         if region is not None:
             obstacle = Reason(Cause.REGION, f"region: inside of {region.target}, which stays as it is")
-        facts = Facts(module, k, n, obstacle, attached(example), node.meta.get(ROLE), beside_packed, has_recipe)
+        said = attached(example)
+        facts = Facts(module, k, n, obstacle, said, node.meta.get(ROLE), beside_packed, has_recipe)
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
             value = source.meta["val"]
@@ -121,7 +122,9 @@ class Plan(Pass):
             flops=2 * _rows(node) * k * n,
             node=(region or node).name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
-            activation_bits=bits_for(module, context.options.activation_bits),
+            activation_bits=bits_for(
+                module, context.options.activation_bits, said.activation_bits if said is not None else 4
+            ),
         )
 
 

@@ -45,6 +45,11 @@ def calibrate(
     keep_blocks: Annotated[
         int | None, typer.Option(min=0, help="Blocks of each expert to keep in high precision, by measured effect.")
     ] = None,
+    activation_bits: Annotated[int, typer.Option(help="Of all activations: 4 (HiF4) or 8 (int8).")] = 4,
+    max_8bit_flops: Annotated[
+        float | None,
+        typer.Option(help="Share of the FLOPs, 0 to 1, whose activations may have 8 bits, by measured effect."),
+    ] = None,
     step_groups: Annotated[int, typer.Option(min=1, help="Parts of the schedule whose statistics are apart.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a video.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Height of a frame in pixels.")] = None,
@@ -87,11 +92,14 @@ def calibrate(
         "mask": None if mask is MaskKind.none else mask.value,
         "percentile": percentile,
         "weight_exponent": weight_exponent,
+        "activation_bits": activation_bits,
     }
     if keep_linears is not None:
         choices["max_high_precision_linears"] = keep_linears
     if keep_blocks is not None:
         choices["max_high_precision_blocks"] = keep_blocks
+    if max_8bit_flops is not None:
+        choices["max_8bit_flops"] = max_8bit_flops
     check_choices(**choices)  # before hours of generation, not after
     check_writable(out)
     pipe = load_any_pipeline(model_dir, getattr(torch, dtype.value), "cuda" if torch.cuda.is_available() else "cpu")
@@ -106,7 +114,9 @@ def calibrate(
         linears = recipe.linears(expert)
         kept = [path for path, linear in linears.items() if linear.decision != "hif4"]
         worst = sorted(linears, key=lambda p: -(linears[p].effect or 0))[:5]
-        typer.echo(f"{expert}: {len(linears) - len(kept)} linears in HiF4, {len(kept)} in high precision")
+        eight = sum(linear.decision == "hif4" and linear.activation_bits == 8 for linear in linears.values())
+        with_eight = f" ({eight} with activations in 8 bits)" if eight else ""
+        typer.echo(f"{expert}: {len(linears) - len(kept)} linears in HiF4{with_eight}, {len(kept)} in high precision")
         for path in worst:
             typer.echo(f"  {path}: {linears[path].decision}, {linears[path].reason}")
     typer.echo(f"Written to {out} ({out.stat().st_size:,} bytes); statistics in {checkpoint}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
+from ..options import ACTIVATION_BITS
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
@@ -27,6 +28,7 @@ class Choices:
     combine: str
     block: int
     scale_search: str
+    activation_bits: int = 4
 
 
 def check_choices(
@@ -38,6 +40,7 @@ def check_choices(
     block: Any = 64,
     scale_search: Any = "",
     high_precision_steps: Any = (),
+    activation_bits: Any = 4,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -58,5 +61,7 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+    if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
+        raise OptionError(f"activation_bits is {activation_bits!r}; expected 4 (HiF4) or 8 (int8)")
     if budget:
         check_budget(**budget)

@@ -53,6 +53,7 @@ def make_recipe(
     scale_search: str = "reconstruct",
     sensitivity: bool = True,
     high_precision_steps: Sequence[int] = (),
+    activation_bits: int = 4,
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -73,6 +74,7 @@ def make_recipe(
         sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
             effect on the network's output, and the output's error with everything quantized in each kept call.
         high_precision_steps: denoising steps that run in high precision.
+        activation_bits: of all activations: 4 (HiF4), or 8 (int8 with a float32 scale for each unit of 64 values).
         budget: as for :meth:`Recipe.plan`.
 
     Returns:
@@ -84,12 +86,12 @@ def make_recipe(
     """
     check_choices(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
-        scale_search=scale_search, high_precision_steps=high_precision_steps, **budget,
+        scale_search=scale_search, high_precision_steps=high_precision_steps, activation_bits=activation_bits, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
-    choices = Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search)
+    choices = Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search, activation_bits)
     measured = calibration.measured()
     network = functools.cache(functools.partial(_network, calibration))
     found: dict[str, dict[str, RecipeEntry]] = {}
@@ -168,7 +170,8 @@ def _entry(
             found = [packed[path] for path in activation.members]
             codes, scales = (torch.cat(parts).to(device) for parts in list(zip(*found, strict=True))[:2])
             whole = hif4.Packed(codes, scales, k)
-        return QuantizedWeight(torch.cat([w.detach() for w in weights]), mask, seed, block, search, importance, whole)
+        every, bits = torch.cat([w.detach() for w in weights]), choices.activation_bits
+        return QuantizedWeight(every, mask, seed, block, search, importance, whole, bits)
 
     def error(mask: Tensor | None) -> float:
         # Relative to each linear's own output: v may be much smaller than q.
@@ -202,8 +205,9 @@ def _entry(
         db, along = noise[i] if noise is not None else (None, ())
         reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
         linears[path] = LinearEntry(
-            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, step_sqnr_db=along, flops=2 * seen * n * k
-        )
+            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, step_sqnr_db=along, flops=2 * seen * n * k,
+            activation_bits=choices.activation_bits,
+        )  # fmt: skip
     return RecipeEntry(
         linears,
         block,
@@ -335,7 +339,8 @@ def _products(
         packed = entry.packed.get(path)
         if packed is not None:
             packed = hif4.Packed(packed.codes.to(weight.device), packed.scales.to(weight.device), packed.k)
-        return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance, packed)
+        bits = entry.linears[path].activation_bits
+        return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance, packed, bits)
 
     for path in entry.linears:
         yield path, functools.partial(make, path)

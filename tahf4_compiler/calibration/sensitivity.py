@@ -25,7 +25,7 @@ __all__ = ["Network", "QuantizedWeight", "output_error", "sqnr_db", "squares"]
 
 
 class QuantizedWeight:
-    """A weight in HiF4 with its transform; calling it is a W4A4 product in float32."""
+    """A weight in HiF4 with its transform; calling it is a W4A4 or W4A8 product in float32."""
 
     def __init__(
         self,
@@ -36,11 +36,12 @@ class QuantizedWeight:
         search: str = "",
         importance: Tensor | None = None,
         packed: hif4.Packed | None = None,
+        activation_bits: int = 4,
     ) -> None:
         """Transform and convert ``[N, K]``; or take what was packed before, on the weight's device."""
         forward, backward = multipliers(weight.shape[1], mask, seed)
         self.multiplier = forward.to(weight.device) if forward is not None else None
-        self.block = block
+        self.block, self.activation_bits = block, activation_bits
         inverse = backward.to(weight.device) if backward is not None else None
         if packed is None:
             packed = pack_weight(weight, inverse, block, search=search, importance=importance)
@@ -68,10 +69,10 @@ class QuantizedWeight:
         return mine
 
     def __call__(self, x: Tensor, first: int = 0, count: int | None = None) -> Tensor:
-        """Return the W4A4 product of ``[..., K]`` with some rows of the weight: float32 ``[..., count]``."""
+        """Return the product of ``[..., K]`` with some rows of the weight: float32 ``[..., count]``."""
         rows = slice(first, None if count is None else first + count)
         codes, scales = (part[rows].contiguous() for part in self.packed[:2])
-        return registry.linear(*registry.quantize(x, self.multiplier, self.block), codes, scales)
+        return registry.linear(*registry.quantize(x, self.multiplier, self.block, self.activation_bits), codes, scales)
 
 
 def output_error(rows: Tensor, weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> list[float]:

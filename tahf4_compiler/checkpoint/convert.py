@@ -161,6 +161,7 @@ def _parts(
                 "activation": transforms[path].activation,
                 "dtype": str(component.model.get_submodule(path).weight.dtype).removeprefix("torch."),
                 **({} if transforms[path].multiplies else {"multiplier": False}),
+                **({} if d.activation_bits == 4 else {"activation_bits": d.activation_bits}),
             }
             for path, d in chosen.items()
         }

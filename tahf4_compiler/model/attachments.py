@@ -53,6 +53,7 @@ class Attachment:
         seed: of the rotation's signs.
         second_moment: float32 ``[K]``, of the activation's channels.
         reconstruction: the weight as the recipe rounded it, for ``search="reconstruct"``.
+        activation_bits: of the activation, 4 or 8.
         steps: says whether the step at hand runs in high precision, or None.
     """
 
@@ -66,6 +67,7 @@ class Attachment:
     seed: int | None = field(default=None, compare=False)
     second_moment: torch.Tensor | None = field(default=None, compare=False, repr=False)
     reconstruction: Reconstruction | None = field(default=None, compare=False, repr=False)
+    activation_bits: int = 4
     steps: StepPrecision | None = field(default=None, compare=False, repr=False)
 
 

@@ -204,7 +204,7 @@ def operators(x: torch.Tensor) -> tuple[torch._ops.OpOverload, torch._ops.OpOver
 
 
 def quantize(
-    x: torch.Tensor, multiplier: torch.Tensor | None = None, hadamard_block: int = 0
+    x: torch.Tensor, multiplier: torch.Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the best ``tahf4::quantize`` for a tensor outside of a graph, as packing does.
 
@@ -212,15 +212,16 @@ def quantize(
         x: ``[..., K]``.
         multiplier: float32 ``[K]`` or None.
         hadamard_block: a power of two, or 0.
+        bits: 4 or 8.
 
     Returns:
-        Codes uint8 ``[..., ceil(K / 64) * 32]`` and scales int32 ``[..., ceil(K / 64)]``.
+        Codes and scales, as ``tahf4::quantize``.
 
     Raises:
         FormatError: as ``tahf4::quantize``.
     """
     kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=reference_forced())
-    codes, scales = kernel.target(x, multiplier, hadamard_block)
+    codes, scales = kernel.target(x, multiplier, hadamard_block, bits)
     return codes, scales
 
 
@@ -228,8 +229,8 @@ def linear(x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, s
     """Run the best ``tahf4::linear`` for quantized operands outside of a graph.
 
     Args:
-        x_codes: uint8 ``[..., units * 32]``.
-        x_scales: int32 ``[..., units]``.
+        x_codes: uint8 ``[..., units * 32]``, or int8 ``[..., units * 64]``.
+        x_scales: int32 ``[..., units]``, or float32.
         codes: uint8 ``[N, units * 32]``, of the weight.
         scales: int32 ``[N, units]``.
 

@@ -151,7 +151,9 @@ def _packed(
         multiplier = transform.multiplier(linear.in_features)
         packed = transform.pack(linear.weight)
         block, activation = transform.hadamard_block, transform.activation
-        found[path] = linear, HiF4Linear.from_linear(linear, packed, multiplier, block, activation)
+        made = HiF4Linear.from_linear(linear, packed, multiplier, block, activation)
+        made.activation_bits = transform.activation_bits
+        found[path] = linear, made
         done(linear.in_features * linear.out_features)
     return found
 

@@ -154,6 +154,7 @@ def plan_transforms(
             said.mask if said is not None and said.masked else None,
             said.second_moment if said is not None else None,
             said.reconstruction if said is not None else None,
+            decision.activation_bits,
         )
     return found
 
@@ -193,6 +194,7 @@ def _decide(
         bytes_before=before,
         bytes_after=after if chosen else before,
         flops=2 * k * n,
+        activation_bits=attachment.activation_bits if attachment is not None else 4,
     )
 
 

@@ -27,6 +27,7 @@ class Transform:
         mask: float32 ``[K]`` or None.
         second_moment: ``[K]`` or None, for ``search="weighted"``.
         reconstruction: for ``search="reconstruct"``.
+        activation_bits: 4 or 8.
     """
 
     activation: str
@@ -36,6 +37,7 @@ class Transform:
     mask: Tensor | None = field(default=None, repr=False, compare=False)
     second_moment: Tensor | None = field(default=None, repr=False, compare=False)
     reconstruction: Reconstruction | None = field(default=None, repr=False, compare=False)
+    activation_bits: int = 4
 
     @property
     def multiplies(self) -> bool:

@@ -176,6 +176,7 @@ def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
                     reconstruction=(
                         Reconstruction(entry.packed[path], linear.weight_sum) if path in entry.packed else None
                     ),
+                    activation_bits=linear.activation_bits,
                     steps=steps,
                 ),
             )

@@ -16,17 +16,17 @@ def check_budget(**budget: Any) -> None:
     Raises:
         OptionError: an unknown name, not exactly one budget, or one out of range.
     """
-    known = ("max_high_precision_linears", "max_high_precision_blocks", "min_flops_4bit")
+    known = ("max_high_precision_linears", "max_high_precision_blocks", "min_flops_4bit", "max_8bit_flops")
     for name in budget:
         if name not in known:
             raise OptionError(f"unknown budget {name!r}; expected one of {', '.join(known)}")
     given = {name: value for name, value in budget.items() if value is not None}
     if len(given) != 1:
-        raise OptionError(f"a budget is one of {', '.join(known[:2])} and {known[2]}; got {len(given)} of them")
+        raise OptionError(f"a budget is one of {', '.join(known[:-1])} and {known[-1]}; got {len(given)} of them")
     ((name, value),) = given.items()
-    if name == "min_flops_4bit":
+    if name in ("min_flops_4bit", "max_8bit_flops"):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise OptionError(f"min_flops_4bit is {value!r}; expected a share from 0 to 1")
+            raise OptionError(f"{name} is {value!r}; expected a share from 0 to 1")
     elif type(value) is not int or value < 0:
         raise OptionError(f"the budget {name} is {value!r}; expected an integer of at least 0")
 
@@ -39,8 +39,9 @@ def choose(
     max_high_precision_linears: int | None = None,
     max_high_precision_blocks: int | None = None,
     min_flops_4bit: float | None = None,
+    max_8bit_flops: float | None = None,
 ) -> list[str]:
-    """Return the linears to keep in high precision: those of the greatest effect, within a budget.
+    """Return the linears to keep in high precision, or to give activations in 8 bits: those of the greatest effect, within a budget.
 
     Effects of different linears are taken to add up, as independent errors do.
 
@@ -52,6 +53,8 @@ def choose(
         max_high_precision_blocks: keep at most so many whole blocks.
         min_flops_4bit: keep linears while at least this share (0 to 1) of ``flops`` stays in 4 bits, those of
             the greatest effect for their FLOPs first.
+        max_8bit_flops: give linears activations in 8 bits while they have at most this share (0 to 1) of ``flops``,
+            those of the greatest effect for their FLOPs first.
 
     Raises:
         OptionError: not exactly one budget, or one out of range.
@@ -60,9 +63,12 @@ def choose(
         max_high_precision_linears=max_high_precision_linears,
         max_high_precision_blocks=max_high_precision_blocks,
         min_flops_4bit=min_flops_4bit,
+        max_8bit_flops=max_8bit_flops,
     )
     if min_flops_4bit is not None:
-        allowed, kept = (1 - min_flops_4bit) * sum(flops.values()), []
+        max_8bit_flops = 1 - min_flops_4bit
+    if max_8bit_flops is not None:
+        allowed, kept = max_8bit_flops * sum(flops.values()), []
         for path in sorted(effects, key=lambda p: (-effects[p] / max(flops[p], 1), p)):
             if flops[path] <= allowed * (1 + 1e-9):
                 allowed -= flops[path]

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import RecipeError
 from ..format import hif4
+from ..options import ACTIVATION_BITS
 from .entries import CallError, LinearEntry, RecipeEntry
 
 
@@ -65,6 +66,8 @@ def check_entry(entry: RecipeEntry, where: str) -> None:
                 raise RecipeError(damaged.format(f"an error of {path} is {value!r}, expected a number"))
         if linear.decision not in ("hif4", "high_precision"):
             raise RecipeError(damaged.format(f"the decision of {path} is {linear.decision!r}"))
+        if type(bits := linear.activation_bits) is not int or bits not in ACTIVATION_BITS:
+            raise RecipeError(damaged.format(f"the activation of {path} has {bits!r} bits, expected 4 or 8"))
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
         raise RecipeError(f"{where}: the mask holds values that are not positive and finite; the file is damaged")
 

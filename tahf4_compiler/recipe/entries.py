@@ -26,6 +26,7 @@ class LinearEntry:
             was seen; empty if it was not measured.
         effect: relative squared error of the network's output when only it is quantized, or None.
         flops: of the calibration's calls.
+        activation_bits: of its activation in 4-bit products: 4 (HiF4) or 8 (int8).
     """
 
     shape: tuple[int, int]
@@ -36,6 +37,7 @@ class LinearEntry:
     effect: float | None = None
     flops: int = 0
     step_sqnr_db: tuple[float | None, ...] = ()
+    activation_bits: int = 4
 
 
 @dataclass(frozen=True)

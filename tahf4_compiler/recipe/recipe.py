@@ -46,11 +46,14 @@ class Recipe:
         return {path: linear for entry in self.experts[expert].values() for path, linear in entry.linears.items()}
 
     def plan(self, **budget: Any) -> Recipe:
-        """Return the recipe with other linears in high precision, chosen by measured effect.
+        """Return the recipe with other linears in high precision, or with activations in 8 bits, by measured effect.
+
+        A plan for high precision leaves the bits of activations as they are, and a plan for these leaves the linears
+        in high precision: one may follow the other.
 
         Args:
-            budget: one of ``max_high_precision_linears``, ``max_high_precision_blocks`` (both for each expert) and
-                ``min_flops_4bit`` (a share of the FLOPs of the linears in the recipe), see
+            budget: one of ``max_high_precision_linears``, ``max_high_precision_blocks`` (both for each expert),
+                ``min_flops_4bit`` and ``max_8bit_flops`` (shares of the FLOPs of the linears in the recipe), see
                 :func:`tahf4_compiler.recipe.budget.choose`.
 
         Raises:
@@ -59,6 +62,7 @@ class Recipe:
         """
         check_budget(**budget)
         words = ", ".join(f"{name}={value}" for name, value in budget.items())
+        decided = _with_bits if "max_8bit_flops" in budget else _decided
         planned = {}
         for expert, entries in self.experts.items():
             linears = self.linears(expert)
@@ -67,13 +71,15 @@ class Recipe:
             # A few may not be measured: products that are written as no linear. They come last.
             effects = {path: linear.effect or 0.0 for path, linear in linears.items()}
             flops = {path: linear.flops for path, linear in linears.items()}
+            if decided is _with_bits:
+                effects = {path: effect for path, effect in effects.items() if linears[path].decision == "hif4"}
             kept = choose(effects, flops, _block_of(list(linears)), **budget)
             ranks = {path: i + 1 for i, path in enumerate(sorted(effects, key=lambda p: (-effects[p], p)))}
             planned[expert] = {
                 name: dataclasses.replace(
                     entry,
                     linears={
-                        path: _decided(linear, path in kept, ranks[path], len(ranks), words)
+                        path: decided(linear, path in kept, ranks.get(path, 0), len(ranks), words)
                         for path, linear in entry.linears.items()
                     },
                 )
@@ -152,6 +158,14 @@ def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str
     if kept:
         return dataclasses.replace(linear, decision="high_precision", reason=f"sensitivity: {numbers}; budget {budget}")
     return dataclasses.replace(linear, decision="hif4", reason=f"recipe: {numbers}")
+
+
+def _with_bits(linear: LinearEntry, chosen: bool, rank: int, count: int, budget: str) -> LinearEntry:
+    if linear.decision != "hif4":
+        return linear
+    found = _decided(linear, False, rank, count, budget)
+    reason = f"{found.reason}; activation in 8 bits by budget {budget}" if chosen else found.reason
+    return dataclasses.replace(found, reason=reason, activation_bits=8 if chosen else 4)
 
 
 def _block_of(paths: Sequence[str]) -> Callable[[str], str]:

@@ -77,7 +77,7 @@ def test_a_packed_linear_is_written_in_our_operators():
         x: f32[4, 64]
         wc: param.u8[64, 32] = "blocks.0.weight_codes"
         ws: param.i32[64, 1] = "blocks.0.weight_scales"
-        c, s = tahf4.quantize(x, None, 0, 4)
+        c, s = tahf4.quantize(x, None, 0)
         y = tahf4.linear(c, s, wc, ws, None, f32)
         return y
         """,

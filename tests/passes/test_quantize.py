@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from graphs import DECISION, assert_pass
+from tahf4_compiler.passes.normalize import Normalize
+from tahf4_compiler.passes.plan import Plan
 from tahf4_compiler.passes.quantize import Quantize
 
 
@@ -153,4 +155,45 @@ def test_parameters_that_nothing_reads_stay_if_nothing_is_rewritten_and_others_s
         y = tahf4.linear(c, s, w, None, f32)
         return y
         """,
+    )
+
+
+def test_what_the_model_holds_gets_the_bits_of_the_plan():
+    """The plan says 8 where the graph says 4: the activation changes, the weight does not."""
+    ran = assert_pass(
+        """
+        x: f32[4, 64]
+        wc: param.u8[64, 32] = "blocks.0.up.weight_codes"
+        ws: param.i32[64, 1] = "blocks.0.up.weight_scales"
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, wc, ws, None, f32)
+        return y
+        """,
+        Quantize(),
+        """
+        x: f32[4, 64]
+        wc: held codes of wc
+        ws: held scales of ws
+        c, s = tahf4.quantize(x, None, 0, 8)
+        y = tahf4.linear(c, s, wc, ws, None, f32)
+        return y
+        """,
+        first=[Normalize(), Plan()],
+        run=False,
+        activation_bits=8,
+    )
+    assert [d.activation_bits for d in ran.plan] == [8] and ran.record.matches == 1
+
+
+def test_a_linear_with_an_activation_in_8_bits():
+    head = "x: f32[4, 64]\n {}\n v: {}[64, 64]\n"
+    assert_pass(
+        head.format('w: param[64, 64] = "up.weight"', "param") + "y = linear(x, w)\n z = linear(x, v)\n return y, z",
+        Quantize(),
+        head.format("w: hif4[64, 64]", "hif4")
+        + "c, s = tahf4.quantize(x, None, 0, 8)\n y = tahf4.linear(c, s, w, None, f32)\n"
+        + "d, t = tahf4.quantize(x, None, 0)\n z = tahf4.linear(d, t, v, None, f32)\n return y, z",
+        first=[Plan()],
+        run=False,
+        activation_bits={"^up$": 8},
     )

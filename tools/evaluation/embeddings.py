@@ -25,6 +25,8 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("+ reconstruction", {"mask": None, "scale_search": "reconstruct"}),
     ("network-searched mask, rotation, searched scales", {"scale_search": "squared"}),
     ("the defaults of recipe(): the same with reconstruction", {}),
+    ("rotation, no data, activations in 8 bits", {"mask": None, "scale_search": "", "activation_bits": 8}),
+    ("the defaults, activations in 8 bits", {"activation_bits": 8}),
 )
 SENTENCES = 84, 64
 """Of the calibration, and of the judgement."""

@@ -52,6 +52,8 @@ ROWS = (
         {"sensitivity": False, "scale_search": "squared"},
     ),
     Row("defaults (network-searched mask, rotation, reconstruction)", {"sensitivity": False}),
+    Row("defaults, activations in 8 bits", {"sensitivity": False, "activation_bits": 8}),
+    Row("defaults, activations of 20 % of the FLOPs in 8 bits", {"sensitivity": True, "max_8bit_flops": 0.2}),
     Row("everything without rotation", {**_PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
     Row("everything", _EVERYTHING),
     Row("everything, first step in high precision", {**_EVERYTHING, "high_precision_steps": (0,)}),
