@@ -102,6 +102,7 @@ def quantizing(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str,
                 "copy": lambda x=x, target=target: target.copy_(x),  # type: ignore[misc]
                 "quantize": lambda x=x: cpu.quantize(x),  # type: ignore[misc]
                 "mask, rotation": lambda x=x, f=multiplier: cpu.quantize(x, f, 64),  # type: ignore[misc]
+                "to 8 bits": lambda x=x, f=multiplier: cpu.quantize(x, f, 64, 8),  # type: ignore[misc]
                 "bfloat16": lambda x=half: cpu.quantize(x),  # type: ignore[misc]
             },
             rounds,
@@ -131,15 +132,15 @@ def _torchao(module: nn.Module) -> nn.Module | None:
     return found
 
 
-def _w4a4(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+def _packed(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor, bits: int = 4) -> Tensor:
     # As lowered graphs call them.
-    codes, scales = torch.ops.tahf4_cpu.quantize.default(x, None, 64)
+    codes, scales = torch.ops.tahf4_cpu.quantize.default(x, None, 64, bits)
     out: Tensor = torch.ops.tahf4_cpu.linear.default(codes, scales, weight[0], weight[1], bias, torch.float32)
     return out
 
 
 def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
-    """Time W4A4 linears, quantization of the activation included, beside PyTorch's."""
+    """Time W4A4 linears, and those with activations in 8 bits, quantization of the activation included, beside PyTorch's."""
     rows: list[dict[str, Any]] = []
     for m, k, n in shapes:
         linear, x = nn.Linear(k, n), torch.randn(m, k)
@@ -150,7 +151,8 @@ def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[st
             "float32": lambda f=linear, x=x: f(x),  # type: ignore[misc]
             "bfloat16": lambda f=half, x=half_x: f(x),  # type: ignore[misc]
             "int8": lambda f=int8, x=x: f(x),  # type: ignore[misc]
-            "W4A4": lambda x=x, w=weight, b=linear.bias: _w4a4(x, w, b),  # type: ignore[misc]
+            "W4A4": lambda x=x, w=weight, b=linear.bias: _packed(x, w, b),  # type: ignore[misc]
+            "W4A8": lambda x=x, w=weight, b=linear.bias: _packed(x, w, b, 8),  # type: ignore[misc]
         }
         if usable(rows) and (torchao := _torchao(nn.Sequential(nn.Linear(k, n)))) is not None:
             functions["torchao int8"] = lambda f=torchao, x=x: f(x)  # type: ignore[misc]
@@ -264,8 +266,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Return the tables of a measurement."""
     known = ", ".join(f"{name} {value}" for name, value in found["facts"].items())
     lines = [f"{known}; medians of {found['rounds']}.", ""]
-    lines += ["| million values/s | copy | quantize | mask, rotation | from bfloat16 | quantize / copy |"]
-    lines += ["|---" * 6 + "|"]
+    lines += ["| million values/s | copy | quantize | mask, rotation | ... to 8 bits | from bfloat16 | quantize / copy |"]
+    lines += ["|---" * 7 + "|"]
     for row in found["quantize"]:
         speed = {name: row["values"] / t["seconds"] / 1e6 for name, t in row["times"].items()}
         cells = [f"{s:,.0f}" for s in speed.values()] + [f"{speed['quantize'] / speed['copy']:.2f}"]
