@@ -17,7 +17,7 @@ from ..errors import Tahf4Error
 from ..packed.config import Method, TaHF4Config
 from ..packed.convert import dequantize_
 from ..packed.linear import PARTS
-from ..packed.loading import Loading, Saving
+from ..packed.loading import Loading, Owner, Saving
 
 __all__ = ["TaHF4HfQuantizer", "register"]
 
@@ -32,6 +32,8 @@ class TaHF4HfQuantizer(HfQuantizer):
     it arrives, so that the original is never in memory as a whole.
     """
 
+    owner: Owner
+
     def __init__(self, quantization_config: TaHF4Config, **kwargs: Any) -> None:
         """Keep a copy of the settings."""
         self.loading = Loading(quantization_config)
@@ -39,7 +41,13 @@ class TaHF4HfQuantizer(HfQuantizer):
         super().__init__(self.loading.config, **kwargs)
 
     def is_serializable(self) -> bool:
-        """Whether the model can be saved."""
+        """Whether the model can be saved. transformers asks this first, so the settings are brought up to date here.
+
+        Raises:
+            PackedError: the model could not be loaded again.
+        """
+        if not getattr(self.owner(), "_hf_peft_config_loaded", False):  # else the adapter alone is saved
+            _saving.update(self)
         return True
 
     @property
@@ -80,6 +88,7 @@ class TaHF4HfQuantizer(HfQuantizer):
         if self.failed is not None:
             raise self.failed
         self.loading.finish(model, self.pre_quantized, lambda parameter: getattr(parameter, _ARRIVED, False))
+        model.hf_quantizer = self
         _saving.remember(model, self.loading.config)
         return model
 
@@ -134,6 +143,12 @@ def _mixin() -> type[nn.Module]:
     return mixin
 
 
+def _empty(model: Any) -> nn.Module:
+    with torch.device("meta"):
+        made: nn.Module = type(model)(copy.deepcopy(model.config))
+    return made
+
+
 def _tell(model: Any, config: TaHF4Config) -> None:
     # Other models may hold the same configuration, and they are not packed.
     old, new = model.config, copy.deepcopy(model.config)
@@ -147,7 +162,7 @@ def _forget(model: Any) -> None:
     model.hf_quantizer.remove_quantization_config(model)
 
 
-_saving = Saving(TaHF4HfQuantizer, _mixin, _tell, _forget)
+_saving = Saving(TaHF4HfQuantizer, _mixin, _empty, _tell, _forget)
 
 
 def register() -> None:
