@@ -65,7 +65,13 @@ class TaHF4Quantizer(DiffusersQuantizer):
         return torch_dtype if torch_dtype is not None else torch.float32
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Remember which tensors there are."""
+        """Remember which tensors there are.
+
+        Raises:
+            PackedError: the settings say that they are packed, and all are plain.
+        """
+        if self.pre_quantized:
+            self._loading.check_packed(loaded_keys)
         self._keys = set(loaded_keys)
         return loaded_keys
 

@@ -83,6 +83,15 @@ class Loading:
                 "quantization_config; from_single_file reads plain weights only."
             )
 
+    def check_packed(self, keys: Iterable[str]) -> None:
+        """Raise :class:`PackedError` if all tensors are plain, and the settings say that they are packed."""
+        if self.config.linears and not any(key.endswith(".weight_codes") for key in keys):
+            raise PackedError(
+                "config.json describes a packed model, and the weights beside it are plain, as those of a model that "
+                "was made with the configuration of a packed one (from_config). Delete quantization_config from "
+                "config.json."
+            )
+
     def pack(self, model: nn.Module, path: str, weight: Tensor) -> HiF4Linear:
         """Pack a weight ``[N, K]`` that has arrived, and put a packed linear in the place of its linear.
 

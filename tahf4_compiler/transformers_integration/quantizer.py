@@ -63,10 +63,15 @@ class TaHF4HfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        for file in checkpoint_files or () if not self.pre_quantized else ():
+        keys: set[str] = set()
+        for file in checkpoint_files or ():
             if file.endswith(".safetensors"):
                 with safe_open(file, "pt") as tensors:
-                    self.loading.check_plain(tensors.keys())
+                    keys.update(tensors.keys())
+        if not self.pre_quantized:
+            self.loading.check_plain(keys)
+        elif keys:
+            self.loading.check_packed(keys)
         linears = self.loading.config.linears
         self.loading.config.linears = dict(zip(_paths(model, linears), linears.values(), strict=True))
         # transformers ties weights after loading; the plan has to know, since a weight that others read is not packed.

@@ -121,3 +121,15 @@ def test_a_quantizer_of_another_kind_keeps_its_settings(tmp_path):
     assert model.hf_quantizer.quantization_config is mine and not mine.linears
     with pytest.raises(tahf4.PackedError, match="nothing that says so"):
         model.save_pretrained(tmp_path)
+
+
+def test_plain_weights_beside_the_configuration_of_a_packed_model_are_told_apart_from_damaged_ones(tmp_path):
+    model, _ = packed()
+    plain = type(model).from_config(model.config)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(tahf4.PackedError, match=r"weights beside it are plain.*Delete quantization_config"):
+        type(model).from_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    del said["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert torch.equal(type(model).from_pretrained(tmp_path).proj_out.weight, plain.proj_out.weight)
