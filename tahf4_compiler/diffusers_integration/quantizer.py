@@ -11,7 +11,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from ..errors import PackedError
-from ..packed.config import Method, TaHF4Config
+from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
 from ..packed.linear import PARTS, HiF4Linear
 from ..packed.loading import Loading, Owner, Saving
@@ -73,7 +73,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
         if self.pre_quantized:
             self._loading.check_packed(loaded_keys)
         self._keys = set(loaded_keys)
-        return loaded_keys
+        return [key for key in loaded_keys if key not in stand_ins(self.quantization_config.linears)]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Hide multipliers as integers, so that they are not cast to the dtype of the model.
@@ -89,6 +89,12 @@ class TaHF4Quantizer(DiffusersQuantizer):
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 state_dict[f"{path}.multiplier"] = value.view(torch.int32)
         return state_dict
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what is written into a folder."""
+        return {**state_dict, **stand_ins(self.quantization_config.linears)}, {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._loading.begin(model, self.pre_quantized, self._keys)

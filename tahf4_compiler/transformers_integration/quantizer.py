@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import Tahf4Error
-from ..packed.config import Method, TaHF4Config
+from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
 from ..packed.linear import PARTS
 from ..packed.loading import Loading, Owner, Saving
@@ -73,12 +74,20 @@ class TaHF4HfQuantizer(HfQuantizer):
         elif keys:
             self.loading.check_packed(keys)
         linears = self.loading.config.linears
+        ignored = {f"{re.escape(name)}$" for name in stand_ins(linears)}
+        model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         self.loading.config.linears = dict(zip(_paths(model, linears), linears.values(), strict=True))
         # transformers ties weights after loading; the plan has to know, since a weight that others read is not packed.
         for name, source in model.all_tied_weights_keys.items():
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path).register_parameter(leaf, model.get_parameter(source))
         self.loading.begin(model, self.pre_quantized)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return what is written into a folder, or None for what an adapter alone writes."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        return {**model.state_dict(), **stand_ins(self.quantization_config.linears)}, {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a weight of the checkpoint is packed as it arrives."""

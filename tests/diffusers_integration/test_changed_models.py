@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import masked_recipe, output, wan
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.packed.convert import packed_linears
@@ -133,3 +134,29 @@ def test_plain_weights_beside_the_configuration_of_a_packed_model_are_told_apart
     del said["quantization_config"]
     (tmp_path / "config.json").write_text(json.dumps(said))
     assert torch.equal(type(model).from_pretrained(tmp_path).proj_out.weight, plain.proj_out.weight)
+
+
+@pytest.mark.parametrize("shards", ["10GB", "100KB"])
+def test_a_packed_folder_with_the_original_configuration_is_refused(shards, tmp_path):
+    model, inputs = packed()
+    model.save_pretrained(tmp_path, max_shard_size=shards)
+    found, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values()) and torch.equal(output(found(**inputs)), output(model(**inputs)))
+    said = json.loads((tmp_path / "config.json").read_text())
+    del said["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"\.weight expected shape .* but got torch.Size\(\[1\]\)"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_the_tensors_of_a_folder_load_into_a_packed_model_and_into_no_plain_one(tmp_path):
+    model, inputs = packed()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    other, _ = packed()
+    other.load_state_dict(state)
+    assert torch.equal(output(other(**inputs)), output(model(**inputs)))
+    with pytest.raises(ValueError, match="expected shape"):
+        type(model).from_single_file(tmp_path / "diffusion_pytorch_model.safetensors", config=str(tmp_path))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        wan()[0].load_state_dict(state, strict=False)

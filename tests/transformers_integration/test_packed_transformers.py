@@ -322,3 +322,17 @@ def test_plain_weights_beside_the_configuration_of_a_packed_model_are_told_apart
     type(model)(model.config).save_pretrained(tmp_path)
     with pytest.raises(tahf4.PackedError, match=r"weights beside it are plain.*Delete quantization_config"):
         type(model).from_pretrained(tmp_path)
+
+
+def test_a_packed_folder_is_refused_where_tahf4_is_not_known(tmp_path, monkeypatch):
+    from transformers.quantizers import auto
+
+    model = llama()
+    tahf4.quantize_(model)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    for cls in (type(model), transformers.LlamaModel):
+        _, told = cls.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(told.values()), "nothing is unexpected"
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "tahf4")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
