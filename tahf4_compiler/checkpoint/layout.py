@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..files.reading import DTYPES, TensorInfo
 from ..format import hif4
+from ..packed.config import stand_ins
 from ..packed.transform import Transform
 from ..pipeline.context import Decision
 from .source import Component
@@ -124,6 +125,7 @@ def _items(component: Component, transforms: Mapping[str, Transform]) -> Iterato
         items = [Item((codes, scales), info, dtype, transform, path)]
         if (multiplier := transform.multiplier(k)) is not None:
             items.append(Item(((f"{path}.multiplier", "F32", (k,)),), value=multiplier))
+        items += [Item(((mark, "U8", tuple(value.shape)),), value=value) for mark, value in stand_ins([path]).items()]
         yield items
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from ..errors import PackedError
-from ..packed.config import Method, TaHF4Config
+from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
 from ..packed.linear import PARTS, HiF4Linear
-from ..packed.loading import Loading, Saving
+from ..packed.loading import Loading, Owner, Saving
 
 __all__ = ["TaHF4Quantizer", "register"]
 
@@ -27,6 +28,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     required_packages = ("accelerate",)
+    owner: Owner
 
     def __init__(self, quantization_config: TaHF4Config, **kwargs: Any) -> None:
         """Keep a copy of the settings.
@@ -40,7 +42,12 @@ class TaHF4Quantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Whether the model can be saved."""
+        """Whether the model can be saved. diffusers asks this first, so the settings are brought up to date here.
+
+        Raises:
+            PackedError: the model could not be loaded again.
+        """
+        _saving.update(self)
         return True
 
     @property
@@ -58,9 +65,15 @@ class TaHF4Quantizer(DiffusersQuantizer):
         return torch_dtype if torch_dtype is not None else torch.float32
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Remember which tensors there are."""
+        """Remember which tensors there are.
+
+        Raises:
+            PackedError: the settings say that they are packed, and all are plain.
+        """
+        if self.pre_quantized:
+            self._loading.check_packed(loaded_keys)
         self._keys = set(loaded_keys)
-        return loaded_keys
+        return [key for key in loaded_keys if key not in stand_ins(self.quantization_config.linears)]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Hide multipliers as integers, so that they are not cast to the dtype of the model.
@@ -76,6 +89,12 @@ class TaHF4Quantizer(DiffusersQuantizer):
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 state_dict[f"{path}.multiplier"] = value.view(torch.int32)
         return state_dict
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what is written into a folder."""
+        return {**state_dict, **stand_ins(self.quantization_config.linears)}, {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._loading.begin(model, self.pre_quantized, self._keys)
@@ -112,6 +131,7 @@ class TaHF4Quantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._loading.finish(model, self.pre_quantized, lambda parameter: parameter.device.type != "meta")
+        model.hf_quantizer = self
         _saving.remember(model, self._loading.config)
         return model
 
@@ -129,6 +149,12 @@ def _mixin() -> type[nn.Module]:
     return mixin
 
 
+def _empty(model: Any) -> nn.Module:
+    with init_empty_weights():
+        made: nn.Module = type(model).from_config(model.config)
+    return made
+
+
 def _tell(model: Any, config: TaHF4Config) -> None:
     model.register_to_config(quantization_config=config)
 
@@ -140,7 +166,7 @@ def _forget(model: Any) -> None:
     model._internal_dict = type(model._internal_dict)(settings)
 
 
-_saving = Saving(TaHF4Quantizer, _mixin, _tell, _forget)
+_saving = Saving(TaHF4Quantizer, _mixin, _empty, _tell, _forget)
 
 
 def register() -> None:

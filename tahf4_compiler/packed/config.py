@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import PackedError
 from ..format import hif4
@@ -18,7 +19,7 @@ from ..options import ACTIVATION_BITS, patterns
 from ..recipe.recipe import Recipe
 from .convert import packed_linears
 
-__all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe"]
+__all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe", "stand_ins"]
 
 FORMAT_VERSION = 1
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -146,6 +147,15 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for path, linear in packed_linears(model).items()
     }
+
+
+def stand_ins(linears: Iterable[str]) -> dict[str, Tensor]:
+    """Return what a folder holds in the places of weights that are packed: uint8 ``[1]`` each, by name.
+
+    Their shape is wrong on purpose. Whoever loads a folder as a plain model, because tahf4 was not imported or
+    ``config.json`` is the original one, would leave these weights random. Libraries refuse a wrong shape.
+    """
+    return {f"{path}.weight": torch.zeros(1, dtype=torch.uint8, device="cpu") for path in linears}
 
 
 def _checked(linears: Any) -> dict[str, dict[str, Any]]:

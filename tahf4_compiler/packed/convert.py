@@ -77,7 +77,7 @@ def quantize_(
         PatternError: a pattern of ``keep`` is no regular expression or matches no linear.
         RecipeError: the recipe does not fit the model.
         PackedError: the recipe has steps in high precision, the model is offloaded, or ``keep`` names a linear that is
-            packed already.
+            packed already, or an adapter is fused into a weight.
         OptionError: the model is neither module nor pipeline.
     """
     models = _unwrapped(model)
@@ -280,7 +280,7 @@ def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
             raise PackedError("got a single nn.Linear, which cannot be replaced; pass the module that holds it")
         linear = model.get_submodule(path)
         _check_not_hooked(path, linear, "Pack the model first and enable offloading afterwards.")
-        _check_not_offloaded(model, path)
+        _check_around(model, path)
         recipe = attached_recipe(linear.weight)
         if recipe is not None and recipe.steps is not None:
             raise PackedError(
@@ -289,8 +289,8 @@ def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
             )
 
 
-def _check_not_offloaded(model: nn.Module, path: str) -> None:
-    """Raise :class:`PackedError` for a linear that a module around it offloads: its weight is elsewhere, or nowhere."""
+def _check_around(model: nn.Module, path: str) -> None:
+    """Raise :class:`PackedError` for a linear whose weight a module around it moves away or will subtract from."""
     parts = path.split(".")
     for outer in (".".join(parts[:i]) for i in range(len(parts))):
         module = model.get_submodule(outer)
@@ -301,6 +301,12 @@ def _check_not_offloaded(model: nn.Module, path: str) -> None:
             raise PackedError(
                 f"{path} is offloaded by {outer or 'the whole model'}. Pack the model first and enable offloading "
                 "afterwards."
+            )
+        if merged := getattr(module, "merged_adapters", ()):  # peft
+            raise PackedError(
+                f"the weight of {path} has adapters fused into it ({', '.join(map(str, merged))}), and nothing takes "
+                "them out of a packed one. Unfuse them first (unfuse_lora, unmerge_adapter): they run beside the 4-bit "
+                "product. Or unload them (unload_lora_weights, merge_and_unload): then the fused weight is packed."
             )
 
 

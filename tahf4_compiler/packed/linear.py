@@ -204,7 +204,10 @@ class HiF4Linear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if f"{prefix}weight" in state_dict and f"{prefix}weight_codes" not in state_dict:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and f"{prefix}weight_codes" in state_dict:
+            del state_dict[f"{prefix}weight"]  # what a folder holds in its place
+        elif weight is not None:
             raise PackedError(
                 f"the state dict holds {prefix}weight, a plain weight, but this linear is packed. Load it into the "
                 "model before quantize_, or after dequantize_."

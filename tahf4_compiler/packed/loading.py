@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
@@ -20,7 +21,7 @@ from .linear import PARTS, HiF4Linear
 from .plan import plan_modules, plan_transforms
 from .transform import Transform
 
-__all__ = ["Loading", "Saving"]
+__all__ = ["Loading", "Owner", "Saving"]
 
 
 class Loading:
@@ -80,6 +81,15 @@ class Loading:
                 "the checkpoint holds packed linears, but the settings that say how they were packed were not read "
                 "with it. Load the folder with its config.json by from_pretrained(folder), without "
                 "quantization_config; from_single_file reads plain weights only."
+            )
+
+    def check_packed(self, keys: Iterable[str]) -> None:
+        """Raise :class:`PackedError` if all tensors are plain, and the settings say that they are packed."""
+        if self.config.linears and not any(key.endswith(".weight_codes") for key in keys):
+            raise PackedError(
+                "config.json describes a packed model, and the weights beside it are plain, as those of a model that "
+                "was made with the configuration of a packed one (from_config). Delete quantization_config from "
+                "config.json."
             )
 
     def pack(self, model: nn.Module, path: str, weight: Tensor) -> HiF4Linear:
@@ -142,13 +152,14 @@ class Saving:
     """Lets the models of a library save themselves as packed; see ``PackingObserver``.
 
     Attributes:
-        quantizer: the library's quantizer that this project brings.
+        quantizer: the class of the library's quantizer that this project brings.
     """
 
     def __init__(
         self,
-        quantizer: type,
+        quantizer: type[Any],
         kind: Callable[[], type[nn.Module]],
+        empty: Callable[[Any], nn.Module],
         tell: Callable[[Any, TaHF4Config], None],
         forget: Callable[[Any], None],
     ) -> None:
@@ -157,10 +168,11 @@ class Saving:
         Args:
             quantizer: see the class.
             kind: gives the class of the library's models.
+            empty: makes what ``from_pretrained`` puts the tensors of a saved model into, without values.
             tell: writes the settings into a model's configuration.
             forget: takes settings and quantizer off a model that is plain again.
         """
-        self.quantizer, self._kind, self._tell, self._forget = quantizer, kind, tell, forget
+        self.quantizer, self._kind, self._empty, self._tell, self._forget = quantizer, kind, empty, tell, forget
 
     def register(self) -> None:
         """See every model that is packed or unpacked from now on."""
@@ -170,7 +182,12 @@ class Saving:
     def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
         """See a model some linears of which are packed now."""
         for found in self._models(model):
-            self.remember(found, TaHF4Config(recipe, keep=keep))
+            old = getattr(getattr(found, "hf_quantizer", None), "quantization_config", None)
+            config = TaHF4Config(recipe, keep=keep)
+            if isinstance(old, TaHF4Config):  # some linears were packed before
+                config.keep = tuple(dict.fromkeys([*old.keep, *config.keep]))
+                config.provenance = config.provenance if recipe is not None else old.provenance
+            self.remember(found, config)
 
     def changed(self, model: nn.Module) -> None:
         """See a model whose packed linears have other activations."""
@@ -188,9 +205,31 @@ class Saving:
         config.linears = describe(model)
         if getattr(model, "hf_quantizer", None) is None:
             model.hf_quantizer = self.quantizer(config, pre_quantized=True)
-        model.hf_quantizer.quantization_config = config
+        quantizer = model.hf_quantizer
+        if not isinstance(quantizer, self.quantizer):
+            return  # something else quantized the model before, and says how
+        quantizer.quantization_config, quantizer.owner = config, Owner(model)
         model.is_quantized, model.quantization_method = True, Method.TAHF4
         self._tell(model, config)
+
+    def update(self, quantizer: Any) -> None:
+        """Let the settings list what a model holds now, before they are saved.
+
+        Adapters and fused projections come and go after a model was packed, and parts of it are unpacked.
+
+        Raises:
+            PackedError: ``from_pretrained`` would make a model of another structure.
+        """
+        model, config = quantizer.owner(), quantizer.quantization_config
+        config.linears = describe(model)
+        try:
+            _put_empty(self._empty(model), config, frozenset())
+        except PackedError as error:
+            raise PackedError(
+                f"the saved folder could not be loaded: {error}. A folder holds a model in the structure that its "
+                "class gives it. Take adapters off first (unload_lora; peft.get_peft_model_state_dict gives their own "
+                "state to save), and undo fused projections (unfuse_qkv_projections)."
+            ) from error
 
     def _models(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yield the library's outermost models in a model, itself perhaps, that hold packed linears."""
@@ -200,6 +239,27 @@ class Saving:
             return
         for child in model.children():
             yield from self._models(child)
+
+
+class Owner:
+    """The model that a quantizer belongs to, which holds the quantizer; a copy of the model gets a copy of this."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Hold a model as long as others do."""
+        self._model = weakref.ref(model)
+
+    def __call__(self) -> Any:
+        """Return the model, or None after it is gone."""
+        return self._model()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        """Return the owner of a copy."""
+        model: Any = self()
+        return Owner(memo.get(id(model), model))
+
+    def __reduce__(self) -> Any:
+        """Let it be pickled with its model."""
+        return Owner, (self(),)
 
 
 def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:

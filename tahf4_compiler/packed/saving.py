@@ -37,9 +37,7 @@ def check_saver(path: str) -> None:
         f"{type(saver).__name__}.save_pretrained would save {path}, which is packed, and nothing that says so: "
         "from_pretrained would load random weights in its place. Models of diffusers and transformers can be saved if "
         "tahf4.quantize_ got the model that is saved, and not a part of it: call it again with the whole model and "
-        "keep=[...] for what stays as it is. Save an adapter's own state (peft.get_peft_model_state_dict) and take it "
-        "off (unload_lora) first. "
-        "Any other model: save its state_dict(), pack a new model in the same way, "
+        "keep=[...] for what stays as it is. Any other model: save its state_dict(), pack a new model in the same way, "
         "and load the state into it."
     )
 

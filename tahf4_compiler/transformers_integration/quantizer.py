@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..errors import Tahf4Error
-from ..packed.config import Method, TaHF4Config
+from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
 from ..packed.linear import PARTS
-from ..packed.loading import Loading, Saving
+from ..packed.loading import Loading, Owner, Saving
 
 __all__ = ["TaHF4HfQuantizer", "register"]
 
@@ -32,6 +33,8 @@ class TaHF4HfQuantizer(HfQuantizer):
     it arrives, so that the original is never in memory as a whole.
     """
 
+    owner: Owner
+
     def __init__(self, quantization_config: TaHF4Config, **kwargs: Any) -> None:
         """Keep a copy of the settings."""
         self.loading = Loading(quantization_config)
@@ -39,7 +42,13 @@ class TaHF4HfQuantizer(HfQuantizer):
         super().__init__(self.loading.config, **kwargs)
 
     def is_serializable(self) -> bool:
-        """Whether the model can be saved."""
+        """Whether the model can be saved. transformers asks this first, so the settings are brought up to date here.
+
+        Raises:
+            PackedError: the model could not be loaded again.
+        """
+        if not getattr(self.owner(), "_hf_peft_config_loaded", False):  # else the adapter alone is saved
+            _saving.update(self)
         return True
 
     @property
@@ -55,17 +64,30 @@ class TaHF4HfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        for file in checkpoint_files or () if not self.pre_quantized else ():
+        keys: set[str] = set()
+        for file in checkpoint_files or ():
             if file.endswith(".safetensors"):
                 with safe_open(file, "pt") as tensors:
-                    self.loading.check_plain(tensors.keys())
+                    keys.update(tensors.keys())
+        if not self.pre_quantized:
+            self.loading.check_plain(keys)
+        elif keys:
+            self.loading.check_packed(keys)
         linears = self.loading.config.linears
+        ignored = {f"{re.escape(name)}$" for name in stand_ins(linears)}
+        model._keys_to_ignore_on_load_unexpected = ignored | set(model._keys_to_ignore_on_load_unexpected or ())
         self.loading.config.linears = dict(zip(_paths(model, linears), linears.values(), strict=True))
         # transformers ties weights after loading; the plan has to know, since a weight that others read is not packed.
         for name, source in model.all_tied_weights_keys.items():
             path, _, leaf = name.rpartition(".")
             model.get_submodule(path).register_parameter(leaf, model.get_parameter(source))
         self.loading.begin(model, self.pre_quantized)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Return what is written into a folder, or None for what an adapter alone writes."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        return {**model.state_dict(), **stand_ins(self.quantization_config.linears)}, {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a weight of the checkpoint is packed as it arrives."""
@@ -80,6 +102,7 @@ class TaHF4HfQuantizer(HfQuantizer):
         if self.failed is not None:
             raise self.failed
         self.loading.finish(model, self.pre_quantized, lambda parameter: getattr(parameter, _ARRIVED, False))
+        model.hf_quantizer = self
         _saving.remember(model, self.loading.config)
         return model
 
@@ -134,6 +157,12 @@ def _mixin() -> type[nn.Module]:
     return mixin
 
 
+def _empty(model: Any) -> nn.Module:
+    with torch.device("meta"):
+        made: nn.Module = type(model)(copy.deepcopy(model.config))
+    return made
+
+
 def _tell(model: Any, config: TaHF4Config) -> None:
     # Other models may hold the same configuration, and they are not packed.
     old, new = model.config, copy.deepcopy(model.config)
@@ -147,7 +176,7 @@ def _forget(model: Any) -> None:
     model.hf_quantizer.remove_quantization_config(model)
 
 
-_saving = Saving(TaHF4HfQuantizer, _mixin, _tell, _forget)
+_saving = Saving(TaHF4HfQuantizer, _mixin, _empty, _tell, _forget)
 
 
 def register() -> None:

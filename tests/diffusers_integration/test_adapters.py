@@ -144,3 +144,44 @@ def test_a_recipe_fits_before_and_after_an_adapter_is_loaded():
     assert any(path.endswith(".base_layer") for path in with_adapter.linears(""))
     tahf4.quantize_(model, with_adapter)
     assert len(packed_linears(model)) == len(packed_linears(adapted)) == 10
+
+
+@pytest.mark.parametrize("fuse", ["fuse_lora", "merge_adapter"])
+def test_a_weight_with_a_fused_adapter_is_not_packed_until_it_is_unfused_or_the_adapter_unloaded(fuse):
+    model, inputs = frozen()
+    adapted, _ = added(model, 4)
+    if fuse == "fuse_lora":
+        adapted.fuse_lora()
+    else:
+        wrappers = [m for m in adapted.modules() if hasattr(m, "merged_adapters")]
+        for wrapper in wrappers[:1]:  # one of many
+            wrapper.merge()
+    want = output(adapted(**inputs))
+    with pytest.raises(tahf4.PackedError, match=r"has adapters fused into it \(style\).*Unfuse them first"):
+        tahf4.quantize_(adapted)
+    assert not packed_linears(adapted) and torch.equal(output(adapted(**inputs)), want)
+    fused = copy.deepcopy(adapted)
+    adapted.unfuse_lora()
+    tahf4.quantize_(adapted)
+    assert relative(output(adapted(**inputs)), want) < 0.3
+    if fuse == "fuse_lora":
+        fused.unload_lora()
+        tahf4.quantize_(fused)
+        assert relative(output(fused(**inputs)), want) < 0.3
+
+
+def test_a_compiled_model_follows_its_adapters_when_they_are_fused_and_unfused():
+    model, inputs = frozen()
+    adapted, _ = added(model, 4)
+    want = output(adapted(**inputs))
+    for each in (model, adapted):
+        each.compile(backend="tahf4", options=GRAPH)
+    without, beside = output(model(**inputs)), output(adapted(**inputs))
+    adapted.fuse_lora()
+    fused = output(adapted(**inputs))
+    for whole in (beside, fused):
+        assert relative(whole, want) < 0.7 * relative(without, want)
+    adapted.unfuse_lora()
+    assert relative(output(adapted(**inputs)), beside) < 1e-3
+    adapted.disable_lora()
+    assert relative(output(adapted(**inputs)), without) < 1e-3 < 0.05 < relative(fused, without)

@@ -84,7 +84,7 @@ def test_the_bits_are_those_of_quantize_in_memory(model, saved, tmp_path, with_r
     assert set(found) == set(wanted)
     for name, value in wanted.items():
         assert torch.equal(value.double(), found[name].double()), name
-        stored = original.get(name, value)  # loading casts norms to float32; the file has them as they were
+        stored = value if f"{name}_codes" in wanted else original.get(name, value)  # loading casts norms to float32
         assert found[name].dtype == stored.dtype, name
     configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("out", "memory")]
     assert configs[0]["quantization_config"]["linears"] == configs[1]["quantization_config"]["linears"]
@@ -325,13 +325,13 @@ def test_keep_and_dtype(model, saved, tmp_path):
     finally:
         model.to(torch.bfloat16)
     quantize_checkpoint(tmp_path / "float32", tmp_path / "a", keep=[r"blocks\.0\."], dtype=torch.bfloat16)
-    found, wanted = tensors(tmp_path / "a"), tensors(saved)
-    assert found["blocks.0.ffn.net.2.weight"].dtype == torch.bfloat16 and "blocks.1.ffn.net.2.weight" not in found
+    found = tensors(tmp_path / "a")
+    assert found["blocks.0.ffn.net.2.weight"].dtype == torch.bfloat16
+    assert found["blocks.1.ffn.net.2.weight"].shape == (1,), "it is packed"
     assert found["scale_shift_table"].dtype == torch.float32, "diffusers keeps it so"
     quantize_checkpoint(saved, tmp_path / "b", keep=[r"blocks\.0\."])
     same = tensors(tmp_path / "b")
     assert all(torch.equal(found[n], same[n]) for n in found if "weight_" in n) and set(found) == set(same)
-    assert set(wanted) - set(found)
     with pytest.raises(tahf4.PatternError):
         quantize_checkpoint(saved, tmp_path / "c", keep=["nothing"])
 

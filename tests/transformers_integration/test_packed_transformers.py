@@ -314,3 +314,25 @@ def test_packing_needs_neither_library():
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert result.stdout.split() == ["4", "tahf4"], result.stderr
+
+
+def test_plain_weights_beside_the_configuration_of_a_packed_model_are_told_apart_from_damaged_ones(tmp_path):
+    model = umt5()
+    tahf4.quantize_(model)
+    type(model)(model.config).save_pretrained(tmp_path)
+    with pytest.raises(tahf4.PackedError, match=r"weights beside it are plain.*Delete quantization_config"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_packed_folder_is_refused_where_tahf4_is_not_known(tmp_path, monkeypatch):
+    from transformers.quantizers import auto
+
+    model = llama()
+    tahf4.quantize_(model)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    for cls in (type(model), transformers.LlamaModel):
+        _, told = cls.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(told.values()), "nothing is unexpected"
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "tahf4")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
