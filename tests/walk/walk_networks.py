@@ -17,8 +17,9 @@ from diffusers.loaders import PeftAdapterMixin
 from models import wan
 from torch import Tensor, nn
 
-__all__ = ["KINDS", "inputs", "make", "reads"]
+__all__ = ["DTYPES", "KINDS", "inputs", "make"]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH = 64
 
 
@@ -106,11 +107,3 @@ def inputs(kind: str, rows: int, seed: int, dtype: torch.dtype) -> dict[str, Ten
         "timestep": torch.tensor([10.0] * rows, dtype=torch.float32),
         "encoder_hidden_states": draw(rows, 6, 64),
     }
-
-
-def reads(path: str) -> str:
-    """Return the first linear that reads the activation of a linear, as ``docs/packed.md`` says."""
-    parent, _, leaf = path.rpartition(".")
-    if leaf in ("to_k", "to_v"):
-        return f"{parent}.to_k" if parent.endswith("attn2") else f"{parent}.to_q"
-    return path

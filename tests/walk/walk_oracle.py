@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from walk_networks import make, reads
+from walk_networks import make
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.format.transforms import multipliers, seed_of
+from tahf4_compiler.format.transforms import SEED, multipliers
 from tahf4_compiler.recipe.entries import RecipeEntry
 from tahf4_compiler.recipe.recipe import Recipe
 from tahf4_compiler.weights.packing import pack_transformed
@@ -73,7 +73,7 @@ class Held:
         """Return the weight as it is packed."""
         k = self.weight.shape[1]
         if entry is None:
-            mask, seed, block, search = None, seed_of(reads(self.path)), 64, ""
+            mask, seed, block, search = None, SEED, 64, ""
         else:
             mask, seed, block, search = entry.mask, entry.seed, entry.hadamard_block, entry.search
         made = pack_transformed(self.weight, mask, seed, block, search)
@@ -140,6 +140,13 @@ class Oracle:
             parent, _, name = path.rpartition(".")
             setattr(self.network.get_submodule(parent), name, Reference(self.held[path], self))
         return self
+
+    def plain(self) -> nn.Module:
+        """Return the network with the plain weights, as a new one."""
+        made = make(self.kind, 0)
+        for path, linear in linears(made).items():
+            linear.weight = nn.Parameter(self.held[path].weight, requires_grad=False)
+        return made
 
     def body(self) -> list[str]:
         """Return the paths of the linears that the plan may put in 4 bits."""
