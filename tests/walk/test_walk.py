@@ -1,8 +1,9 @@
-"""Seeded random walks over everything that a user does to a model, each step compared with an oracle.
+"""Random walks over everything that a user does to a model, each step compared with an oracle.
 
-``TAHF4_WALKS`` in the environment is the number of walks, 300 by default; ``TAHF4_WALK_SEED`` is the first seed. Each
-seed stands for 50 walks. A walk that fails is printed as the shortest list of steps that still fails, with the command
-that repeats it.
+A round is a few hundred walks: for each network some that compile it and many that do not, which take a twentieth of
+the time. ``TAHF4_WALK_SEED`` in the environment is the seed of the first round, 0 by default; ``TAHF4_WALK_ROUNDS`` is
+the number of rounds, 1 by default. A walk that fails is printed as the shortest list of steps that still fails, with
+the command that repeats it.
 """
 
 from __future__ import annotations
@@ -12,19 +13,26 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from walk_machine import Walk
+from walk_machine import WALKS, Walk
+from walk_networks import KINDS
 
-BATCH = 50
 FIRST = int(os.environ.get("TAHF4_WALK_SEED", "0"))
-COUNT = int(os.environ.get("TAHF4_WALKS", "300"))
+ROUNDS = int(os.environ.get("TAHF4_WALK_ROUNDS", "1"))
+SHARES = [(kind, compiles) for compiles in (True, False) for kind in KINDS]
+"""Parts of a round; the longest come first, so that workers end together."""
+
+
+def test_a_round_is_300_walks():
+    assert set(WALKS) == set(SHARES)
+    assert sum(WALKS.values()) >= 300
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("number", range(FIRST, FIRST + -(-COUNT // BATCH)))
-def test_walks_end_where_their_oracle_is(number):
-    walks = min(BATCH, COUNT - (number - FIRST) * BATCH)
+@pytest.mark.parametrize("share", SHARES, ids=lambda share: f"{share[0]}-{'compiled' if share[1] else 'eager'}")
+@pytest.mark.parametrize("number", range(FIRST, FIRST + ROUNDS))
+def test_walks_end_where_their_oracle_is(number, share):
     chosen = settings(
-        max_examples=walks,
+        max_examples=WALKS[share],
         stateful_step_count=8,
         database=None,
         deadline=None,
@@ -32,8 +40,9 @@ def test_walks_end_where_their_oracle_is(number):
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
+    walk = type("Walk", (Walk,), {"kind": share[0], "compiling": share[1]})
     try:
-        run_state_machine_as_test(seed(number)(Walk), settings=chosen)
+        run_state_machine_as_test(seed(len(SHARES) * number + SHARES.index(share))(walk), settings=chosen)
     except BaseException as error:
-        error.add_note(f"make walk SEED={number} COUNT={walks} repeats this walk.")
+        error.add_note(f"make walk SEED={number} ROUNDS=1 repeats this walk.")
         raise

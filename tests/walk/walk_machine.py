@@ -12,25 +12,36 @@ from walk_packing import Packing
 from walk_running import Running
 from walk_weights import Weights
 
-__all__ = ["Walk"]
+__all__ = ["WALKS", "Walk"]
+
+WALKS = {
+    ("module", True): 16,
+    ("diffusers", True): 20,
+    ("norms", True): 8,
+    ("wan", True): 6,
+    ("module", False): 80,
+    ("diffusers", False): 100,
+    ("norms", False): 50,
+    ("wan", False): 30,
+}
+"""How many walks a round has of each network, compiled or not."""
 
 
 class Walk(Running, Packing, Weights, Copies):
     """One model and its oracle."""
 
     @initialize(
-        kind=st.sampled_from([*["module"] * 4, *["diffusers"] * 4, "norms", "wan"]),
         seed=st.integers(0, 3),
         dtype=st.sampled_from([*DTYPES[:1], *DTYPES]),
-        compiles=st.sampled_from([0, 0, 0, 1, 2]),
+        may_compile=st.integers(1, 2),
         first=st.sampled_from(["", "pack", "keep", "masks"]),
         compiled=st.booleans(),
     )
-    def start(self, kind: str, seed: int, dtype: torch.dtype, compiles: int, first: str, compiled: bool) -> None:
-        """Make a network; ``compiles`` says how often the walk may compile it."""
-        self.kind, self.dtype, self.may_compile = kind, dtype if kind != "wan" else torch.float32, compiles
-        self.model, self.oracle = make(kind, seed), Oracle.of(kind, seed)
-        if dtype is not torch.float32 and kind != "wan":
+    def start(self, seed: int, dtype: torch.dtype, may_compile: int, first: str, compiled: bool) -> None:
+        """Make a network; ``may_compile`` says how often a walk that compiles may do so."""
+        self.dtype, self.may_compile = dtype if self.kind != "wan" else torch.float32, may_compile * self.compiling
+        self.model, self.oracle = make(self.kind, seed), Oracle.of(self.kind, seed)
+        if self.dtype is not torch.float32:
             self.model.to(dtype)
             self.oracle.cast(dtype)
         self.check()
@@ -40,5 +51,5 @@ class Walk(Running, Packing, Weights, Copies):
             self.keeps("to_out")
         elif first == "masks":
             self.applies_recipe("masks")
-        if compiled and compiles:
+        if compiled and self.may_compile:
             self.compiles("wrapper", False, {})

@@ -27,8 +27,8 @@ class Packing(State):
             refusal = "steps"
         elif keep and any(h.packed is not None and kept(keep, path) for path, h in self.oracle.held.items()):
             refusal = "is packed"
-        elif self.hooks and self.hooks != "blocks" and not packed:
-            refusal = "hooked"
+        elif self.hooks and not packed:
+            refusal = "hooked|offloaded"
         elif self.clock is not None and not packed:
             refusal = "steps"
 

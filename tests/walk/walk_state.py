@@ -65,8 +65,15 @@ class Announced(logging.Handler):
 
 
 class State(RuleBasedStateMachine):
-    """One model and its oracle."""
+    """One model and its oracle.
 
+    Attributes:
+        kind: of the network.
+        compiling: whether the walk may compile it.
+    """
+
+    kind: str
+    compiling: bool
     model: nn.Module
     oracle: Oracle
 
