@@ -198,7 +198,12 @@ class Saving:
 
 
 def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
-    """Put empty packed linears in the places that a checkpoint names."""
+    """Put empty packed linears in the places that a checkpoint names.
+
+    A bias arrives in the dtype of its linear's weight. Without one, the dtype is that in which the library made the
+    model, or the saved one where the library keeps a weight in float32.
+    """
+    wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     for path, values in config.linears.items():
         try:
             linear = model.get_submodule(path)
@@ -220,6 +225,6 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
             multiplies=values.get("multiplier", not keys or f"{path}.multiplier" in keys),
             activation=values["activation"],
             device="meta",
-            dtype=getattr(torch, values["dtype"]) if linear.bias is None else linear.bias.dtype,
+            dtype=getattr(torch, values["dtype"]) if wide.intersection(path.split(".")) else linear.weight.dtype,
         )
         setattr(model.get_submodule(parent), name, empty.train(linear.training))

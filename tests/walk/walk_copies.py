@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
+from walk_networks import DTYPES
 from walk_state import KNOWN, State
 
 import tahf4_compiler as tahf4
@@ -83,18 +84,28 @@ class Copies(State):
         self.goes_on_with(other)
         self.check()
 
-    @precondition(lambda self: self.diffusers and self.hooks in ("", "blocks", "leaves") and not self.wrapped)
-    @rule(pack_while_loading=st.booleans())
-    def goes_through_a_folder(self, pack_while_loading: bool) -> None:
+    @precondition(lambda self: self.diffusers and self.hooks in ("", "blocks", "leaves"))
+    @rule(pack=st.booleans(), shards=st.booleans(), dtype=st.sampled_from([None, *DTYPES]))
+    def goes_through_a_folder(self, pack: bool, shards: bool, dtype: torch.dtype | None) -> None:
+        """Save, and load in a dtype; ``pack`` while it loads, if it is plain."""
         self.saved += 1
         folder = self.folder / str(self.saved)
-        self.model.save_pretrained(folder)
-        packs = pack_while_loading and not self.oracle.is_packed()
+        size = {"max_shard_size": "40KB"} if shards else {}
+        if self.oracle.is_packed() and (self.wrapped or self.part):
+            self.attempt(lambda: self.model.save_pretrained(folder, **size), tahf4.PackedError, "would save")
+            return
+        if self.wrapped:  # diffusers saves the adapter's tensors in the model's own files, and cannot load them
+            return
+        self.model.save_pretrained(folder, **size)
+        packs = pack and not self.oracle.is_packed()
         extra = {"quantization_config": tahf4.TaHF4Config()} if packs else {}
-        other = type(self.model).from_pretrained(folder, torch_dtype=self.dtype, **extra)
+        loaded = dtype if dtype is not None and self.kind != "wan" else self.dtype
+        other = type(self.model).from_pretrained(folder, torch_dtype=loaded, **extra)
         self.goes_on_with(other.requires_grad_(False).eval())
+        self.dtype = loaded
+        self.oracle.cast(loaded)
         self.oracle.kept, self.hooks, self.clock, self.oracle.high = set(), "", None, False
         self.oracle.apply(None)
         if packs:
-            self.oracle.pack(None, "$^")
+            self.oracle.pack(None)
         self.check()

@@ -46,7 +46,7 @@ class Walk(Running, Packing, Weights, Copies):
             self.oracle.cast(dtype)
         self.check()
         if first == "pack":
-            self.packs("", "")
+            self.packs("", "", False)
         elif first == "keep":
             self.keeps("to_out")
         elif first == "masks":

@@ -6,8 +6,7 @@ a time: no graph, no store of weights, no kernel and no packed module takes part
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -176,16 +175,12 @@ class Oracle:
         for path, held in self.held.items():
             held.entry = _entry(recipe, path)
 
-    def pack(self, recipe: Recipe | None, keep: str) -> list[str]:
-        """Pack; return the paths."""
+    def pack(self, recipe: Recipe | None, keep: Set[str] = frozenset()) -> list[str]:
+        """Pack all but some; return the paths."""
         if self.is_packed():  # what was left then is left now
             return []
         said = {path: held.entry if recipe is None else _entry(recipe, path) for path, held in self.held.items()}
-        chosen = [
-            path
-            for path in self.body()
-            if path not in self.kept and not re.search(keep, path) and self._says(path, said[path])
-        ]
+        chosen = [path for path in self.body() if path not in self.kept | keep and self._says(path, said[path])]
         for path in chosen:
             held = self.held[path]
             held.packed, held.entry = held.packed_now(said[path]), None

@@ -16,16 +16,25 @@ KEEPS = ("", "to_out", r"blocks\.1\.")
 class Packing(State):
     """Packing, keeping, recipes."""
 
-    @rule(keep=st.sampled_from(KEEPS), recipe=st.sampled_from(["", "", "masks", "steps"]))
-    def packs(self, keep: str, recipe: str) -> None:
+    @rule(
+        keep=st.sampled_from(KEEPS),
+        recipe=st.sampled_from(["", "", "masks", "steps"]),
+        part=st.sampled_from([False, False, True]),
+    )
+    def packs(self, keep: str, recipe: str, part: bool) -> None:
+        """Pack the model, or its blocks alone."""
         packed = self.oracle.is_packed()
-        if packed or self.hooks:
+        if part:
+            keep = keep.replace(r"blocks\.", "^")
+        if packed or self.hooks or part:
             recipe = ""
         made = self.recipe(steps=recipe == "steps") if recipe else None
         refusal = None
         if recipe == "steps":
             refusal = "steps"
-        elif keep and any(h.packed is not None and kept(keep, path) for path, h in self.oracle.held.items()):
+        elif keep and any(
+            h.packed is not None and kept(keep, _inside(path, part)) for path, h in self.oracle.held.items()
+        ):
             refusal = "is packed"
         elif self.hooks and not packed:
             refusal = "hooked|offloaded"
@@ -33,10 +42,12 @@ class Packing(State):
             refusal = "steps"
 
         def act() -> None:
-            plan = tahf4.quantize_(self.model, made, keep=[keep] if keep else [])
-            chosen = set(self.oracle.pack(made, keep or "$^"))
+            plan = tahf4.quantize_(self.model.blocks if part else self.model, made, keep=[keep] if keep else [])
+            keeps = {path for path in self.oracle.held if keep and kept(keep, _inside(path, part))}
+            chosen = {_inside(path, part) for path in self.oracle.pack(made, keeps)}
             found = {plain_path(d.module) for d in plan if d.decision == "hif4" and d.reason != "packed"}
             assert found == chosen, f"the plan has {sorted(found ^ chosen)} otherwise"
+            self.part = part and (self.part or not packed)
 
         self.attempt(act, tahf4.PackedError, refusal)
 
@@ -48,6 +59,7 @@ class Packing(State):
             found = {plain_path(path) for path in tahf4.dequantize_(self.model)}
             assert found == set(self.oracle.unpack())
             self.model.requires_grad_(False)  # that of a linear without a bias is not known
+            self.part = False
 
         self.attempt(act, tahf4.PackedError, "hooked" if hooked else None)
 
@@ -73,3 +85,8 @@ class Packing(State):
         self.clock.step()  # type: ignore[union-attr]
         self.oracle.high = False
         self.check()
+
+
+def _inside(path: str, part: bool) -> str:
+    """Return a linear's path in what is packed."""
+    return path.removeprefix("blocks.") if part else path

@@ -31,6 +31,7 @@ from tahf4_compiler.recipe.recipe import Recipe
 __all__ = ["KNOWN", "Clock", "State", "kept", "mode_of", "plain_path"]
 
 KNOWN: dict[str, str] = {
+    "fused, then packed": "unfuse_lora of an adapter that was fused when the model was packed: peft counts it as unfused",
     "frames given up": "a hook of accelerate breaks every graph; Dynamo then skips the frame for good, and when the "
     "hook is taken off the model runs in its original precision: compiled models get no such hooks",
 }
@@ -96,7 +97,8 @@ class State(RuleBasedStateMachine):
         self.full = False
         self.compilations = 0
         self.hooks = ""  # of accelerate, of groups of blocks or of leaves, or of layers that are cast
-        self.wrapped = self.merged = self.mixed = False
+        self.wrapped = self.merged = False  # an adapter around its linears; and it is fused into them
+        self.part = False  # packed as a part of the model, of which the whole knows nothing
         self.clock: Clock | None = None
         self.saved = 0
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from walk_networks import DTYPES
 from walk_oracle import base, linears
-from walk_state import State
+from walk_state import KNOWN, State
 
 import tahf4_compiler as tahf4
 
@@ -115,13 +115,13 @@ class Weights(State):
             module.requires_grad_(False)
         self.check()
 
-    @precondition(lambda self: self.wrapped and not self.merged and not self.hooks)
+    @precondition(lambda self: self.wrapped and not self.hooks)
     @rule()
     def removes_adapter(self) -> None:
         recurse_remove_peft_layers(self.model)
         self.model._hf_peft_config_loaded = False
         del self.model.peft_config
-        self.wrapped = False
+        self.wrapped = self.merged = False  # what is fused stays
         for held in self.oracle.held.values():
             held.adapter = None
         self.check()
@@ -146,3 +146,22 @@ class Weights(State):
         if self.options.get("weight_check") == "version" and not packed:
             return  # which sees no writes through .data
         self.attempt(act, tahf4.PackedError, "unfused" if packed else None)
+
+    @precondition(lambda self: self.merged and not self.hooks)
+    @rule()
+    def unfuses_adapter(self) -> None:
+        if self.oracle.is_packed() and "fused, then packed" in KNOWN:
+            return
+        if self.options.get("weight_check") == "version":
+            return
+        if self.diffusers:
+            self.model.unfuse_lora()
+        else:
+            for module in self.tuners():
+                module.unmerge()
+        for held in self.oracle.held.values():
+            if held.adapter is not None:
+                first, second, scale = held.adapter
+                held.weight = held.weight - (second @ first) * scale
+        self.merged, self.oracle.adapted = False, True
+        self.check()
