@@ -263,7 +263,12 @@ class Owner:
 
 
 def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
-    """Put empty packed linears in the places that a checkpoint names."""
+    """Put empty packed linears in the places that a checkpoint names.
+
+    A bias arrives in the dtype of its linear's weight. Without one, the dtype is that in which the library made the
+    model, or the saved one where the library keeps a weight in float32.
+    """
+    wide = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     for path, values in config.linears.items():
         try:
             linear = model.get_submodule(path)
@@ -286,6 +291,6 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
             activation=values["activation"],
             activation_bits=values.get("activation_bits", 4),
             device="meta",
-            dtype=getattr(torch, values["dtype"]) if linear.bias is None else linear.bias.dtype,
+            dtype=getattr(torch, values["dtype"]) if wide.intersection(path.split(".")) else linear.weight.dtype,
         )
         setattr(model.get_submodule(parent), name, empty.train(linear.training))

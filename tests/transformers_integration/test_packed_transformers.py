@@ -120,6 +120,20 @@ def test_a_model_is_packed_while_it_loads_and_a_packed_folder_loads_as_it_was(ma
         assert again.lm_head.weight is again.shared.weight
 
 
+@pytest.mark.parametrize("make", [llama, t5])
+def test_linears_without_a_bias_load_in_the_dtype_that_is_asked_for(make, tmp_path):
+    model = make()
+    tahf4.quantize_(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float16)
+    kept = {path for path in packed_linears(model) if path.endswith(".wo")}  # that T5 needs in float32
+    for path, linear in packed_linears(again).items():
+        assert linear.bias is None
+        assert linear.weight_dtype == (torch.float32 if path in kept else torch.float16), path
+    tahf4.dequantize_(again)
+    assert run(again).isfinite().all(), "no linear has another dtype than its input"
+
+
 def test_one_weight_at_a_time_is_in_memory_while_packing(tmp_path, monkeypatch):
     llama().save_pretrained(tmp_path)
     seen = []
