@@ -36,9 +36,6 @@ class PackingObserver(Protocol):
     def packed(self, model: nn.Module, recipe: Recipe | None, keep: Sequence[str]) -> None:
         """See a model some linears of which are packed now."""
 
-    def changed(self, model: nn.Module) -> None:
-        """See a model whose packed linears have other activations."""
-
     def unpacked(self, model: nn.Module) -> None:
         """See a model whose linears are plain again."""
 
@@ -247,9 +244,6 @@ def set_activation_bits(model: Any, bits: int | Mapping[str, int]) -> dict[str, 
     require_matches([pattern for pattern, _ in given], list(found), type(model).__name__, "activation_bits")
     for path, linear in found.items():
         linear.activation_bits = bits_for(path, given, linear.activation_bits)
-    for module in models.values():
-        for observer in observers if packed_linears(module) else ():
-            observer.changed(module)
     return {path: linear.activation_bits for path, linear in found.items()}
 
 

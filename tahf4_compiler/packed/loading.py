@@ -189,11 +189,6 @@ class Saving:
                 config.provenance = config.provenance if recipe is not None else old.provenance
             self.remember(found, config)
 
-    def changed(self, model: nn.Module) -> None:
-        """See a model whose packed linears have other activations."""
-        for found in self._models(model):
-            self.remember(found, found.hf_quantizer.quantization_config)
-
     def unpacked(self, model: nn.Module) -> None:
         """See a model whose linears are plain again."""
         for found in model.modules():

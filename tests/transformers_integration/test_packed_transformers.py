@@ -350,3 +350,14 @@ def test_a_packed_folder_is_refused_where_tahf4_is_not_known(tmp_path, monkeypat
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "tahf4")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(model).from_pretrained(tmp_path)
+
+
+def test_a_folder_keeps_the_bits_of_activations(tmp_path):
+    model = llama()
+    tahf4.quantize_(model)
+    tahf4.set_activation_bits(model, {"mlp": 8})
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    found = {path: linear.activation_bits for path, linear in packed_linears(again).items()}
+    assert {path for path, bits in found.items() if bits == 8} == {path for path in found if ".mlp." in path} != set()
+    assert torch.equal(run(model), run(again))

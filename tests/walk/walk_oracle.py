@@ -175,16 +175,20 @@ class Oracle:
         for path, held in self.held.items():
             held.entry = _entry(recipe, path)
 
+    def to_pack(self, recipe: Recipe | None, keep: Set[str] = frozenset()) -> dict[str, RecipeEntry | None]:
+        """Return the paths that packing chooses, all but some, with what a recipe says about each."""
+        if self.is_packed():  # what was left then is left now
+            return {}
+        said = {path: held.entry if recipe is None else _entry(recipe, path) for path, held in self.held.items()}
+        return {p: said[p] for p in self.body() if p not in self.kept | keep and self._says(p, said[p])}
+
     def pack(self, recipe: Recipe | None, keep: Set[str] = frozenset()) -> list[str]:
         """Pack all but some; return the paths."""
-        if self.is_packed():  # what was left then is left now
-            return []
-        said = {path: held.entry if recipe is None else _entry(recipe, path) for path, held in self.held.items()}
-        chosen = [path for path in self.body() if path not in self.kept | keep and self._says(path, said[path])]
-        for path in chosen:
+        chosen = self.to_pack(recipe, keep)
+        for path, entry in chosen.items():
             held = self.held[path]
-            held.packed, held.entry = held.packed_now(said[path]), None
-        return chosen
+            held.packed, held.entry = held.packed_now(entry), None
+        return [*chosen]
 
     def unpack(self) -> list[str]:
         """Dequantize; return the paths."""

@@ -29,6 +29,8 @@ class Packing(State):
         if packed or self.hooks or part:
             recipe = ""
         made = self.recipe(steps=recipe == "steps") if recipe else None
+        keeps = {path for path in self.oracle.held if keep and kept(keep, _inside(path, part))}
+        fused = self.merged and any(self.oracle.held[p].adapter for p in self.oracle.to_pack(made, keeps))
         refusal = None
         if recipe == "steps":
             refusal = "steps"
@@ -37,13 +39,14 @@ class Packing(State):
         ):
             refusal = "is packed"
         elif self.hooks and not packed:
-            refusal = "hooked|offloaded"
+            refusal = "hooked|offloaded|fused" if fused else "hooked|offloaded"
         elif self.clock is not None and not packed:
-            refusal = "steps"
+            refusal = "steps|fused" if fused else "steps"
+        elif fused:
+            refusal = "fused into it"
 
         def act() -> None:
             plan = tahf4.quantize_(self.model.blocks if part else self.model, made, keep=[keep] if keep else [])
-            keeps = {path for path in self.oracle.held if keep and kept(keep, _inside(path, part))}
             chosen = {_inside(path, part) for path in self.oracle.pack(made, keeps)}
             found = {plain_path(d.module) for d in plan if d.decision == "hif4" and d.reason != "packed"}
             assert found == chosen, f"the plan has {sorted(found ^ chosen)} otherwise"

@@ -31,7 +31,6 @@ from tahf4_compiler.recipe.recipe import Recipe
 __all__ = ["KNOWN", "Clock", "State", "kept", "mode_of", "plain_path"]
 
 KNOWN: dict[str, str] = {
-    "fused, then packed": "unfuse_lora of an adapter that was fused when the model was packed: peft counts it as unfused",
     "frames given up": "a hook of accelerate breaks every graph; Dynamo then skips the frame for good, and when the "
     "hook is taken off the model runs in its original precision: compiled models get no such hooks",
 }

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from walk_networks import DTYPES
 from walk_oracle import base, linears
-from walk_state import KNOWN, State
+from walk_state import State
 
 import tahf4_compiler as tahf4
 
@@ -150,8 +150,6 @@ class Weights(State):
     @precondition(lambda self: self.merged and not self.hooks)
     @rule()
     def unfuses_adapter(self) -> None:
-        if self.oracle.is_packed() and "fused, then packed" in KNOWN:
-            return
         if self.options.get("weight_check") == "version":
             return
         if self.diffusers:
