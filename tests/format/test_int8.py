@@ -39,15 +39,15 @@ def test_a_value_that_is_not_finite_spoils_its_unit_alone(bad):
     assert codes[1, 64:].eq(0).all() and codes[1, :64].eq(127).all()
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3.4e38])
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-35, 1e-30, 1e30, 3.4e38])
 def test_units_at_both_ends_of_the_range(size):
     x = torch.linspace(-1, 1, 64) * size
     back = int8.dequantize(*int8.quantize(x))
     assert back.isfinite().all()
-    if size >= 2.0**-90:
+    if size >= 1e-30:
         assert (back - x).abs().max() <= size / 254 * 1.00001
     else:
-        assert back.abs().max() <= max(size, 1e-31)
+        assert not back.any(), "what is far below the smallest scale becomes 0"
 
 
 def test_other_numbers_of_bits_and_tensors_without_axes_are_refused():
