@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .define import operator
 from .program import Program
 from .reference import check_memory, linear, quantize
 
@@ -35,7 +36,7 @@ def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
     return found
 
 
-@torch.library.custom_op("tahf4::fused_quantize", mutates_args=())
+@operator
 def fused_quantize(
     inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def fused_quantize(
     return codes, scales
 
 
-@fused_quantize.register_fake
+@torch.library.register_fake("tahf4::fused_quantize")
 def _(
     inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def _(
     )
 
 
-@torch.library.custom_op("tahf4::fused_linear", mutates_args=())
+@operator
 def fused_linear(
     codes: Tensor,
     scales: Tensor,
@@ -118,7 +119,7 @@ def fused_linear(
     return [part.clone(memory_format=torch.contiguous_format) for part in y.split(sizes, -1)]
 
 
-@fused_linear.register_fake
+@torch.library.register_fake("tahf4::fused_linear")
 def _(
     codes: Tensor,
     scales: Tensor,
@@ -144,7 +145,7 @@ def check_sizes(sizes: Sequence[int], n: int, program: str) -> None:
         )
 
 
-@torch.library.custom_op("tahf4::linear_quantize", mutates_args=())
+@operator
 def linear_quantize(
     codes: Tensor,
     scales: Tensor,
@@ -184,7 +185,7 @@ def linear_quantize(
     return found, metadata
 
 
-@linear_quantize.register_fake
+@torch.library.register_fake("tahf4::linear_quantize")
 def _(
     codes: Tensor,
     scales: Tensor,

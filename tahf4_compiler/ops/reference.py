@@ -18,12 +18,13 @@ from torch import Tensor
 from ..errors import FormatError
 from ..format import hif4
 from ..format.transforms import transform
+from .define import operator
 from .observers import take
 
 __all__ = ["dequantize", "linear", "observe", "quantize"]
 
 
-@torch.library.custom_op("tahf4::quantize", mutates_args=())
+@operator
 def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
     """Transform and convert to HiF4 along the last axis.
 
@@ -43,7 +44,7 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
     return packed.codes, packed.scales
 
 
-@quantize.register_fake
+@torch.library.register_fake("tahf4::quantize")
 def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> tuple[Tensor, Tensor]:
     check_memory("quantize", x, multiplier)
     count = hif4.units(x.shape[-1])
@@ -51,7 +52,7 @@ def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0) -> t
     return codes, x.new_empty((*x.shape[:-1], count), dtype=torch.int32)
 
 
-@torch.library.custom_op("tahf4::dequantize", mutates_args=())
+@operator
 def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """Convert back to floating point; no transform is undone.
 
@@ -71,12 +72,12 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Ten
     return hif4.dequantize(hif4.Packed(codes, scales, k), dtype).contiguous()
 
 
-@dequantize.register_fake
+@torch.library.register_fake("tahf4::dequantize")
 def _(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
 
 
-@torch.library.custom_op("tahf4::linear", mutates_args=())
+@operator
 def linear(
     codes: Tensor,
     scales: Tensor,
@@ -116,7 +117,7 @@ def linear(
     return out.to(out_dtype)
 
 
-@linear.register_fake
+@torch.library.register_fake("tahf4::linear")
 def _(
     codes: Tensor,
     scales: Tensor,
