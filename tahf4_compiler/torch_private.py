@@ -9,18 +9,21 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 __all__ = [
     "AUTOCAST",
     "Interpreter",
     "around_next_calls",
+    "below_autograd",
     "caller_that_holds",
     "compiled_whole",
+    "derivative_asked",
     "dynamo_scope",
     "dynamo_source",
     "fake_input",
@@ -120,6 +123,23 @@ def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
+
+
+def derivative_asked(tensors: Sequence[Tensor]) -> bool:
+    """Whether a gradient or a forward-mode derivative with respect to some tensors is asked for now."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    if forward_ad._current_level < 0:  # no dual tensors live, which torch.func.jvp makes as well
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def below_autograd(
+    operator: torch._ops.OpOverload, keyset: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run what of an operator comes after its function for autograd, which got this set of dispatch keys."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
 
 def refuse_in_inductor(operator: Any, error: Callable[[], Exception]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import Block, Stack
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tahf4_compiler import torch_private
@@ -251,3 +252,37 @@ def test_dynamo_says_when_it_makes_weights_constants():
         with torch._inductor.config.patch(freezing=freezing):
             torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
     assert found == [(True, 2), (False, 0)]
+
+
+def test_a_derivative_is_asked_for_by_gradients_and_by_tangents():
+    x = torch.randn(3)
+    asked = torch_private.derivative_asked
+    assert not asked([x.clone().requires_grad_()]), "gradient mode is off"
+    with torch.enable_grad():
+        assert asked([x, x.clone().requires_grad_()])
+        assert not asked([x])
+    with forward_ad.dual_level():
+        assert not asked([x])
+        assert asked([x, forward_ad.make_dual(x, x)])
+    seen = []
+    torch.func.jvp(lambda value: (seen.append(asked([value])), value)[1], (x,), (x,))
+    assert seen == [True]
+
+
+def test_an_operator_runs_below_its_function_for_autograd():
+    with torch.library._scoped_library("tahf4_tests", "FRAGMENT") as library:
+        library.define("below(Tensor x) -> Tensor")
+        operator, seen = torch.ops.tahf4_tests.below.default, []
+
+        def autograd(keyset, *args):
+            seen.append("autograd")
+            return torch_private.below_autograd(operator, keyset, args, {})
+
+        library.impl("below", autograd, "Autograd", with_keyset=True)
+        library.impl("below", lambda x: x + 1, "CompositeExplicitAutograd")
+        x = torch.zeros(2, requires_grad=True)
+        with torch.enable_grad():
+            y = operator(x)
+        assert seen == ["autograd"]
+        assert torch.equal(y, torch.ones(2))
+        assert not y.requires_grad, "nothing below records"

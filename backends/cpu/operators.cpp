@@ -8,9 +8,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
 #include <cstdlib>
@@ -361,6 +362,25 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
   return {units.codes, units.scales};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Derivatives, which there are none of: the general function says so to who asks for one.
+
+bool derivative_asked(const c10::IValue& argument) {
+  const auto asked = [](const Tensor& x) {
+    return (c10::GradMode::is_enabled() && x.requires_grad()) || torch::autograd::isFwGradDefined(x);
+  };
+  if (argument.isTensor()) return asked(argument.toTensor());
+  if (!argument.isTensorList()) return false;
+  const auto tensors = argument.toTensorVector();
+  return std::any_of(tensors.begin(), tensors.end(), asked);
+}
+
+void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  const bool asked = std::any_of(arguments.begin(), arguments.end(), derivative_asked);
+  op.redispatchBoxed(asked ? c10::DispatchKeySet() : keys & c10::after_autograd_keyset, stack);
+}
+
 }  // namespace
 
 extern "C" {
@@ -368,12 +388,11 @@ extern "C" {
 // Put the functions into the operators that operators.py defines.
 void tahf4_register() {
   static torch::Library library(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::CPU, __FILE__, __LINE__);
-  // Who asks for a gradient is told that there is none.
-  static torch::Library autograd(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::Autograd, __FILE__, __LINE__);
+  static torch::Library autograd(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__);
   static std::once_flag once;
   std::call_once(once, [] {
     for (const char* name : {"quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize"})
-      autograd.impl(name, torch::autograd::autogradNotImplementedFallback());
+      autograd.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
     library.impl("quantize", TORCH_FN(quantize));
     library.impl("linear", TORCH_FN(linear));
     library.impl("fused_quantize", TORCH_FN(fused_quantize));

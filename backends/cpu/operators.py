@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
+from ...ops.define import define, refuse_derivatives
 from ...ops.registry import register_kernel
 from . import build, checks
 from .build import instruction_set
@@ -38,6 +39,7 @@ def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
     place = names.index("program") if "program" in names else None
 
     def general(*args: Any, **kwargs: Any) -> Any:
+        refuse_derivatives(found, *args, **kwargs)  # C++ sends them here
         if build.library() is not None and (instruction_set() != "none" or place is None):
             if not getattr(_local, "again", False):  # compiled or taught meanwhile, perhaps by another thread
                 _teach(name, "" if place is None else args[place])
@@ -52,11 +54,8 @@ def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return reference.default(*args, **kwargs)
 
-    # Not custom_op: the layers that it puts around a call take longer than a small product.
-    _LIBRARY.define(name + text)
-    _LIBRARY.impl(name, general, "CompositeExplicitAutograd")  # a function for the CPU alone comes before it
+    found = define(_LIBRARY, name, text, general)
     torch.library.register_fake(f"tahf4_cpu::{name}", fake, lib=_LIBRARY)
-    found: torch._ops.OpOverload = getattr(torch.ops.tahf4_cpu, name).default
     return found
 
 

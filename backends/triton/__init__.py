@@ -3,7 +3,7 @@
 Each operator of a lowered graph has a counterpart in the namespace ``tahf4_triton`` that generates a kernel for what it
 is called with, or takes it from the cache, and launches it.
 
-The counterparts are opaque to Inductor (``torch.library.custom_op``). ``triton_op`` would show it the launch, but there
+The counterparts are opaque to Inductor. ``triton_op`` would show it the launch, but there
 is nothing left to gain: what Inductor could fuse is in the kernel already, and grid, strides and paths are chosen from
 the sizes at run time, which would otherwise be specialized for each number of tokens.
 """
@@ -23,12 +23,14 @@ from ... import ops
 from ...errors import FormatError
 from ...format import int8
 from ...ops import fused
+from ...ops.define import define
 from ...ops.program import DTYPES, Program
 from ...ops.registry import register_kernel
 from .call import Call
 
 __all__ = ["available", "calls_of", "register", "run", "sources_of", "why_not"]
 
+_LIBRARY = torch.library.Library("tahf4_triton", "FRAGMENT")
 _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
 MAX_QUANTIZE_BLOCK = 4096
@@ -246,9 +248,8 @@ def _operator(name: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
         run(calls)
         return results
 
-    operator = torch.library.custom_op(f"tahf4_triton::{name}", launched, mutates_args=(), schema=text)
-    operator.register_fake(_fake(name))
-    found: torch._ops.OpOverload = getattr(torch.ops.tahf4_triton, name).default
+    found = define(_LIBRARY, name, text, launched)
+    torch.library.register_fake(f"tahf4_triton::{name}", _fake(name), lib=_LIBRARY)
     return found
 
 

@@ -9,8 +9,6 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..errors import GradientError
-from ..ops import registry
 from ..torch_private import Interpreter, outside_of_tracing, transformed_regions
 from .decompositions import DECOMPOSITIONS
 
@@ -30,14 +28,6 @@ class Tracing(Interpreter):
         super().__init__(graph_module)
         self._fake_mode = fake_mode
         self._regions = {region[0]: region for region in transformed_regions(graph_module.graph)}
-        packed = {target for kernel in registry.kernels() for target in (kernel.operator, kernel.target)}
-        for region in self._regions.values():
-            targets = {node.target for node in region}
-            if targets & packed and any(getattr(target, "__name__", "") == "_autograd_grad" for target in targets):
-                raise GradientError(
-                    "the forward of a packed model takes a gradient (torch.func), but 4-bit codes have none. Keep the "
-                    "linears that the gradient goes through in high precision: quantize_(model, keep=[...])."
-                )
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, or the region that begins with it."""

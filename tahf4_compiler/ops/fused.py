@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .define import operator
 from .program import Program
 from .reference import check_memory, empty_units, linear, quantize
 
@@ -35,7 +36,7 @@ def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
     return found
 
 
-@torch.library.custom_op("tahf4::fused_quantize", mutates_args=())
+@operator
 def fused_quantize(
     inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ def fused_quantize(
     return codes, scales
 
 
-@fused_quantize.register_fake
+@torch.library.register_fake("tahf4::fused_quantize")
 def _(
     inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def _(
     return empty_units(inputs[0], _shape(inputs), bits)
 
 
-@torch.library.custom_op("tahf4::fused_linear", mutates_args=())
+@operator
 def fused_linear(
     codes: Tensor,
     scales: Tensor,
@@ -113,7 +114,7 @@ def fused_linear(
     return [part.clone(memory_format=torch.contiguous_format) for part in y.split(sizes, -1)]
 
 
-@fused_linear.register_fake
+@torch.library.register_fake("tahf4::fused_linear")
 def _(
     codes: Tensor,
     scales: Tensor,
@@ -139,7 +140,7 @@ def check_sizes(sizes: Sequence[int], n: int, program: str) -> None:
         )
 
 
-@torch.library.custom_op("tahf4::linear_quantize", mutates_args=())
+@operator
 def linear_quantize(
     codes: Tensor,
     scales: Tensor,
@@ -181,7 +182,7 @@ def linear_quantize(
     return found, metadata
 
 
-@linear_quantize.register_fake
+@torch.library.register_fake("tahf4::linear_quantize")
 def _(
     codes: Tensor,
     scales: Tensor,

@@ -23,12 +23,13 @@ from torch import Tensor
 from ..errors import FormatError
 from ..format import hif4, int8
 from ..format.transforms import transform
+from .define import operator
 from .observers import take
 
 __all__ = ["activation_bits", "dequantize", "empty_units", "linear", "observe", "quantize"]
 
 
-@torch.library.custom_op("tahf4::quantize", mutates_args=())
+@operator
 def quantize(
     x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def quantize(
     return packed.codes, packed.scales
 
 
-@quantize.register_fake
+@torch.library.register_fake("tahf4::quantize")
 def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> tuple[Tensor, Tensor]:
     check_memory("quantize", x, multiplier)
     return empty_units(x, x.shape, bits)
@@ -78,7 +79,7 @@ def activation_bits(codes: Tensor) -> int:
     return 8 if codes.dtype == torch.int8 else 4
 
 
-@torch.library.custom_op("tahf4::dequantize", mutates_args=())
+@operator
 def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """Convert back to floating point; no transform is undone.
 
@@ -98,12 +99,12 @@ def dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Ten
     return hif4.dequantize(hif4.Packed(codes, scales, k), dtype).contiguous()
 
 
-@dequantize.register_fake
+@torch.library.register_fake("tahf4::dequantize")
 def _(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], k), dtype=dtype)
 
 
-@torch.library.custom_op("tahf4::linear", mutates_args=())
+@operator
 def linear(
     codes: Tensor,
     scales: Tensor,
@@ -145,7 +146,7 @@ def linear(
     return out.to(out_dtype)
 
 
-@linear.register_fake
+@torch.library.register_fake("tahf4::linear")
 def _(
     codes: Tensor,
     scales: Tensor,

@@ -128,7 +128,8 @@ class HiF4Linear(nn.Linear):
         """Return ``[..., N]`` of the dtype of ``input`` (under autocast, of its dtype).
 
         Raises:
-            GradientError: a gradient is asked for.
+            GradientError: a gradient or a forward-mode derivative is asked for.
+            FormatError: the input is a nested tensor.
         """
         weight = self.weight_codes, self.weight_scales, self.bias
         return packed_product(input, self.multiplier, self.hadamard_block, *weight, self.activation_bits)
@@ -251,6 +252,11 @@ def packed_product(
         raise GradientError(
             "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
             "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
+        )
+    if input.is_nested:
+        raise FormatError(
+            "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
+            "call the model with each of its parts (.unbind())."
         )
     quantize, linear = registry.operators(input)
     codes, scales = quantize(input, multiplier, hadamard_block, activation_bits)

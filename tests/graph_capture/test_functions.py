@@ -6,7 +6,9 @@ import re
 
 import pytest
 import torch
+from models import Stack
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import flex_attention
 
 import tahf4_compiler as tahf4
@@ -93,8 +95,30 @@ class Gradient(nn.Module):
         return torch.func.grad(lambda z: self.down(self.up(z).relu()).sum())(x)
 
 
-def test_a_packed_model_that_takes_a_gradient_in_its_forward_is_refused():
+@pytest.mark.parametrize("backend", ["tahf4", "aot_eager", "eager", None])
+def test_a_packed_model_that_takes_a_gradient_in_its_forward_is_refused(backend):
     model, x = nn.Sequential(Gradient(), Gradient()).eval().requires_grad_(False), torch.randn(4, 64)
     tahf4.quantize_(model)
-    with pytest.raises(Exception, match="a packed model takes a gradient"):
-        torch.compile(model, backend="tahf4", options={"inductor": False})(x)
+    with pytest.raises(Exception, match="GradientError|needs gradients"):
+        (torch.compile(model, backend=backend) if backend else model)(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_packed_model_refuses_forward_mode_derivatives(compiled):
+    model, x = Stack().eval().requires_grad_(False), torch.randn(4, 64)
+    tahf4.quantize_(model)
+    call = torch.compile(model, backend="tahf4", options=GRAPH) if compiled else model
+    with pytest.raises(tahf4.GradientError, match="4-bit codes have none"):
+        torch.func.jvp(call, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(tahf4.GradientError, match="4-bit codes have none"):
+        call(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_packed_model_refuses_nested_tensors(compiled):
+    model = Stack().eval().requires_grad_(False)
+    tahf4.quantize_(model)
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    parts = torch.nested.nested_tensor([torch.randn(3, 64), torch.randn(5, 64)], layout=torch.jagged)
+    with pytest.raises(Exception, match="got a nested tensor, expected a plain one"):
+        call(parts)

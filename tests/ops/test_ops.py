@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from helpers import relative
 
+import tahf4_compiler
 from tahf4_compiler import FormatError, ops
 from tahf4_compiler.format import hif4
+from tahf4_compiler.ops import registry
 
 tahf4 = torch.ops.tahf4
 
@@ -104,3 +108,40 @@ def test_a_transform_on_both_sides_leaves_the_product():
 def test_bad_input_says_what_was_expected(call, message):
     with pytest.raises(FormatError, match=message):
         call()
+
+
+OPERATORS = ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize")
+
+
+def call(space, name: str, x: torch.Tensor, bias: torch.Tensor | None):
+    if name == "quantize":
+        return space.quantize(x)
+    if name == "fused_quantize":
+        return space.fused_quantize([x], "a: float32 = neg(x0)")
+    operands = (*tahf4.quantize(X), *tahf4.quantize(X), bias, torch.float32)
+    more = {"linear": (), "fused_linear": ([4], [], "", torch.float32), "linear_quantize": ([], "", None, 0)}
+    return getattr(space, name)(*operands, *more[name])
+
+
+X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("space", ["tahf4", "tahf4_cpu"])
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("without_cpp", ["", "1"])
+def test_operators_say_that_they_have_no_derivative(space, name, without_cpp, monkeypatch):
+    registry.kernels()  # defines tahf4_cpu
+    monkeypatch.setenv("TAHF4_NO_CPP", without_cpp)
+    run = functools.partial(call, getattr(torch.ops, space), name)
+    bias = torch.zeros(4)
+    refused = pytest.raises(tahf4_compiler.GradientError, match=f"{space}::{name} got a tensor whose derivative")
+    with refused:
+        run(X.clone().requires_grad_(), bias.clone().requires_grad_())
+    with refused:
+        torch.func.grad(lambda x: run(x, x[:, 0])[0].sum())(X)
+    with refused:
+        torch.func.jvp(lambda x: run(x, x[:, 0]), (X,), (X,))
+    with torch.no_grad():
+        found = run(X.clone().requires_grad_(), bias.clone().requires_grad_())
+    wanted = call(tahf4, name, X, bias)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
