@@ -1,9 +1,10 @@
 """What of a compiled model runs in high precision because Dynamo hands its code to no backend.
 
-A backend sees graphs only. Code that Dynamo skips runs as it is, and nothing that the backend is told shows it. So if
-some linear that the model's tree puts in 4 bits is in the plan of no graph, the next calls are looked at from outside:
-which of these linears does Python itself call? One that is not called, as in another expert or in a block that a cache
-left out, is not said.
+A backend sees graphs only. Code that Dynamo skips runs as it is, and nothing that the backend is told shows it; it can
+skip code that it compiled before, too (a hook came or went, a recompile limit, ``torch.vmap`` around the model). So the
+linears in the graphs of each call are counted. If there are fewer than the model's tree puts in 4 bits, the next such
+call is looked at from outside: which of these linears does Python itself call? One that is not called, as in another
+expert or in a block that a cache left out, is not said.
 """
 
 from __future__ import annotations
@@ -11,73 +12,76 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..model.linears import matching
 from ..model.reasons import Cause
 from ..packed.plan import plan_modules
-from ..torch_private import around_next_calls, graph_breaks
+from ..torch_private import around_calls, graph_breaks
 
-__all__ = ["covered", "watch"]
+__all__ = ["ran", "say_transformed", "watch"]
 
 log = logging.getLogger(__name__)
 
-CALLS = 4
-"""Calls after the first that are looked at, at most, until one shows a linear outside of the graphs."""
-
-_planned: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def covered(weights: Iterable[Any]) -> None:
-    """Remember the weights of linears that the plan of a graph has decided about."""
-    for weight in weights:
-        _planned[weight] = True
+class _Ran(threading.local):
+    linears = 0
+
+
+_ran = _Ran()
+
+
+def ran(linears: int) -> None:
+    """Count linears of repeated blocks that stand in a graph which runs now."""
+    _ran.linears += linears
 
 
 def watch(model: nn.Module, keep: Sequence[str]) -> None:
-    """Look at the next calls of a model that runs compiled, once in its life, and warn about linears outside of graphs.
+    """Count the linears in the graphs of a model's calls, and warn once in its life about linears outside of graphs.
 
     Args:
-        model: its first call runs now.
+        model: a call of it runs compiled now.
         keep: patterns of linears that stay in high precision.
     """
-    if model in _watched:
+    if model in _said:
         return
-    _watched.add(model)
-    calls = 0
+    wanted = len(_linears(model, keep))
+    explained: set[int] = set()  # counts of calls in which Python called none of the linears
+    look = False
 
     def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
-        nonlocal calls
-        calls += 1
+        nonlocal look
+        before, looks = _ran.linears, look
         outside: set[nn.Module] = set()
-        linears = _linears(model, keep)
-        if not _missing(linears):
-            return call(*args, **kwargs), True
-        with _python_calls(outside):
+        with _python_calls(outside) if looks else contextlib.nullcontext():
             result = call(*args, **kwargs)
-        found = [path for path, module in linears.items() if module in outside]
-        if found:
+        count = _ran.linears - before
+        if count >= wanted or count in explained:
+            return result, False
+        look = not looks
+        if not looks:
+            return result, False
+        explained.add(count)
+        found = [path for path, module in _linears(model, keep).items() if module in outside]
+        if found and model not in _said:
+            _said.add(model)
             _say(type(model).__name__, found)
-        return result, bool(found) or not _missing(linears) or calls == CALLS
+        return result, bool(found)
 
-    around_next_calls(model, around)
+    around_calls(model, around)
 
 
 def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
     """Return the linears that the model's tree puts in 4 bits, by path."""
     planned = (d.module for d in plan_modules(model) if d.decision == "hif4" and d.cause is not Cause.PACKED)
     return {path: model.get_submodule(path) for path in planned if matching(keep, path) is None}
-
-
-def _missing(linears: Mapping[str, nn.Module]) -> bool:
-    """Whether some linear is in the plan of no graph."""
-    return any(module.weight not in _planned for module in linears.values())
 
 
 @contextlib.contextmanager
@@ -98,13 +102,26 @@ def _python_calls(modules: set[nn.Module]) -> Iterator[None]:
         sys.setprofile(before)
 
 
+def say_transformed(model: nn.Module) -> None:
+    """Warn once that Dynamo compiles nothing of a model under a transform of functions that was called around it."""
+    if model in _said:
+        return
+    _said.add(model)
+    log.warning(
+        "%s: called under torch.vmap or torch.func, where Dynamo compiles nothing. This call runs in high precision, "
+        "and so does what it called until torch._dynamo.reset(). Compile the transform with the model: "
+        'torch.compile(lambda x: torch.vmap(lambda row: model(row))(x), backend="tahf4").',
+        type(model).__name__,
+    )
+
+
 def _say(name: str, paths: Sequence[str]) -> None:
     shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
     causes = "; ".join(graph_breaks()[:2]) or "none"
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
         "(%s). Dynamo's most frequent reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
-        "fullgraph=True turns a graph break into an error.",
+        "fullgraph=True turns a graph break into an error. What Dynamo gave up stays so until torch._dynamo.reset().",
         name,
         len(paths),
         shown,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import linear_path, linears
 from ..graph_capture.captured import Capture
@@ -26,9 +27,10 @@ from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
+from ..torch_private import before_transformed_frames, has_tangent
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import covered, watch
+from .coverage import ran, say_transformed, watch
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -61,11 +63,15 @@ def tahf4(
             ``BackendCompilerFailed``, with their message.
     """
     parsed = Options.parse(options, mode)
+    before_transformed_frames(tahf4, say_transformed)  # again, since torch._dynamo.reset() forgets it
     start = time.perf_counter()
     captured = capture_dynamo(graph_module, example_inputs)
     captured.seconds = time.perf_counter() - start
     compiled = CompiledGraph(captured, parsed)
     return lambda *args: compiled(*args)
+
+
+before_transformed_frames(tahf4, say_transformed)
 
 
 class CompiledGraph:
@@ -99,7 +105,8 @@ class CompiledGraph:
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options)
-        self._planned = {decision.weight_index for decision in first.plan}
+        where = captured.surroundings
+        self._linears = sum(not where.blocks or where.block_of(d.module) is not None for d in first.plan)
         self._known: dict[tuple[int, ...], _Known] = {}
         first_key = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
@@ -114,7 +121,16 @@ class CompiledGraph:
             watch(root, options.keep)
 
     def __call__(self, *args: Any) -> Any:
-        """Run the lowering that fits the parameters among ``args``."""
+        """Run the lowering that fits the parameters among ``args``.
+
+        Raises:
+            GradientError: an argument has a tangent, which Inductor's kernels would not see.
+        """
+        if has_tangent(args):
+            raise GradientError(
+                "a compiled model got a tensor with a tangent (torch.autograd.forward_ad), but 4-bit codes have no "
+                "derivative. Differentiate the model as it was before torch.compile."
+            )
         args = (*args, *self._lifted)
         key = self._decisions(args)
         if key not in self._variants:
@@ -122,6 +138,7 @@ class CompiledGraph:
         if key not in self._variants:
             self._add_variant(key, args)
         lowered, run = self._variants[key]
+        ran(self._linears)
         return run(*lowered.binding(args, store, self._options.weight_check))
 
     def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -140,7 +157,6 @@ class CompiledGraph:
             self._known.pop(key, None)
         seen = {id(ref()) for known in list(self._known.values()) for ref in known.weights}
         if unseen := [weight for weight in weights if id(weight) not in seen]:
-            covered(weight for index, weight in zip(self._weights, weights, strict=True) if index in self._planned)
             self._captured.surroundings.learn(unseen)  # another module's, or parameters that were replaced
         names: dict[str, int] = {}
         now = changes()  # before anything is read: what another thread attaches meanwhile is looked up again

@@ -132,8 +132,13 @@ def _path(node: fx.Node, context: Context) -> str | None:
 def _modules_around(node: fx.Node, context: Context) -> dict[str, str]:
     """Return ``path -> class name`` of the modules that a node belongs to, outermost first."""
     path = _path(node, context) if weight_of(node) is not None else None
-    named = context.surroundings.around(path) if path is not None else {}
-    return named or module_classes(node)
+    called = module_classes(node)
+    if path is None:
+        return called
+    # The tree of modules does not show a module in a plain list.
+    unseen = {p: cls for p, cls in called.items() if f"{path}.".startswith(f"{p}.")}
+    found = {**unseen, **context.surroundings.around(path)}
+    return {p: found[p] for p in sorted(found, key=len)} or called
 
 
 @dataclass

@@ -119,7 +119,13 @@ def lower_graph(
     _check_plan_against_graph(graph_module, context.plan)
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     lowered = LoweredGraph(
-        graph_module, Binding(graph_module), context.plan, history, context.notes, seconds, captured.name
+        graph_module,
+        Binding(graph_module, captured.surroundings.path),
+        context.plan,
+        history,
+        context.notes,
+        seconds,
+        captured.name,
     )
     lowered.snapshots = recorder.snapshots
     if tracing:

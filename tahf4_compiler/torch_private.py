@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 __all__ = [
     "AUTOCAST",
     "Interpreter",
-    "around_next_calls",
+    "around_calls",
+    "before_transformed_frames",
     "below_autograd",
     "caller_that_holds",
     "compiled_whole",
@@ -28,6 +29,7 @@ __all__ = [
     "dynamo_source",
     "fake_input",
     "graph_breaks",
+    "has_tangent",
     "outside_of_tracing",
     "refuse_in_inductor",
     "replaced_linear",
@@ -127,10 +129,14 @@ def outside_of_tracing() -> contextlib.AbstractContextManager[Any]:
 
 def derivative_asked(tensors: Sequence[Tensor]) -> bool:
     """Whether a gradient or a forward-mode derivative with respect to some tensors is asked for now."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return True
-    if forward_ad._current_level < 0:  # no dual tensors live, which torch.func.jvp makes as well
+    return (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) or has_tangent(tensors)
+
+
+def has_tangent(values: Sequence[Any]) -> bool:
+    """Whether some of the values are dual tensors of forward-mode differentiation."""
+    if forward_ad._current_level < 0:  # none live, which torch.func.jvp makes as well
         return False
+    tensors = [value for value in values if isinstance(value, Tensor)]
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
@@ -178,12 +184,13 @@ def caller_that_holds(part: object) -> nn.Module | None:
     return outermost
 
 
-def around_next_calls(
+def around_calls(
     model: nn.Module, around: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
 ) -> None:
-    """Let the next calls of a compiled module, which runs now, go through a function until it has seen enough.
+    """Let the calls of a compiled module, which runs now, go through a function until it has seen enough.
 
-    Nothing happens if the module was not compiled itself, as where a function that calls it was.
+    Nothing happens if the module was not compiled itself, as where a function that calls it was, or if its calls go
+    through such a function already.
 
     Args:
         model: as it was before ``torch.compile``.
@@ -203,14 +210,54 @@ def around_next_calls(
         return
     held: nn.Module = host
     original = getattr(held, name)
+    if hasattr(original, "_tahf4_around"):
+        return
 
+    @functools.wraps(original)  # Dynamo, where it traces a call, finds there what stands behind
     def call(*args: Any, **kwargs: Any) -> Any:
         result, last = around(original, args, kwargs)
         if last and held.__dict__.get(name) is call:
             setattr(held, name, original)
         return result
 
+    call._tahf4_around = True  # type: ignore[attr-defined]
     setattr(held, name, call)
+
+
+def before_transformed_frames(backend: Callable[..., Any], function: Callable[[nn.Module], None]) -> None:
+    """Call a function where Dynamo gives up to compile a module, because ``torch.vmap`` or ``torch.func`` is around it.
+
+    ``torch._dynamo.reset`` forgets it. A second call with the same arguments changes nothing.
+
+    Args:
+        backend: that the frame would be compiled with.
+        function: takes the module that was compiled, or one that a compiled function calls.
+    """
+    handler, notice = torch._dynamo.callback_handler, _notice(backend, function)
+    if notice not in handler.start_callbacks:
+        handler.register_start_callback(notice)
+
+
+@functools.cache
+def _notice(backend: Callable[..., Any], function: Callable[[nn.Module], None]) -> Callable[[Any], None]:
+    from torch._dynamo.convert_frame import _compile
+    from torch._dynamo.eval_frame import innermost_backend
+
+    def notice(_: Any) -> None:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not _compile.__code__:
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is None:
+            return
+        compiler = innermost_backend(frame.f_locals["compiler_fn"])
+        if getattr(compiler, "compiler_fn", compiler) is backend:  # torch.compile wraps one that has options
+            module = frame.f_locals["locals"].get("self")
+            if isinstance(module, nn.Module):
+                function(caller_that_holds(module) or module)
+
+    return notice
 
 
 def graph_breaks() -> list[str]:
@@ -221,7 +268,7 @@ def graph_breaks() -> list[str]:
     for text, count in (*counters["unimplemented"].items(), *counters["graph_break"].items()):
         title, _, rest = text.partition("\n")
         explained = rest.strip().partition("Explanation: ")[2].splitlines()
-        found[explained[0] if explained else title] += count
+        found[next((line.strip(" -") for line in explained if not line.endswith(":")), title)] += count
     return [text for text, _ in found.most_common()]
 
 

@@ -155,7 +155,7 @@ def test_a_traced_graph_has_the_types_of_its_autocast_regions():
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_the_next_calls_of_a_compiled_module_go_through_a_function_until_it_has_seen_enough(whole):
+def test_the_calls_of_a_compiled_module_go_through_a_function_until_it_has_seen_enough(whole):
     model, x, seen = Stack(depth=1), torch.randn(3, 64), []
 
     def around(call, args, kwargs):
@@ -163,7 +163,8 @@ def test_the_next_calls_of_a_compiled_module_go_through_a_function_until_it_has_
         return call(*args, **kwargs), len(seen) == 2
 
     def backend(graph_module, example_inputs):
-        torch_private.around_next_calls(model, around)
+        for _ in range(2):
+            torch_private.around_calls(model, around)  # the second changes nothing
         return graph_module.forward
 
     given = torch.compile(model, backend=backend) if whole else model
@@ -172,6 +173,47 @@ def test_the_next_calls_of_a_compiled_module_go_through_a_function_until_it_has_
     results = [given(x) for _ in range(4)]
     assert len(seen) == 2 and all(args[0] is x for args in seen)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_dynamo_traces_through_what_stands_around_a_compiled_call():
+    model, x, seen = Stack(depth=1), torch.randn(3, 64), []
+
+    def around(call, args, kwargs):
+        seen.append(args)
+        return call(*args, **kwargs), False
+
+    def backend(graph_module, example_inputs):
+        torch_private.around_calls(model, around)
+        return graph_module.forward
+
+    model.compile(backend=backend)
+    want = model(x)
+    outer = torch.compile(lambda x: model(x) + 1, backend="eager", fullgraph=True)
+    assert torch.allclose(outer(x), want + 1)
+    assert not seen
+
+
+def test_frames_that_dynamo_gives_up_under_transforms_are_told():
+    def mine(graph_module, example_inputs, options=None):
+        return graph_module.forward
+
+    told, x = [], torch.randn(3, 64)
+    for _ in range(2):
+        torch_private.before_transformed_frames(mine, told.append)
+    for backend in (mine, "eager"):
+        torch.compile(Stack(depth=1), backend=backend)(x)
+    torch.compile(lambda x: torch.vmap(torch.sin)(x), backend=mine)(x)
+    assert told == []
+    models = [Stack(depth=1), Stack(depth=1)]
+    for model, options in zip(models, ({}, {"some": 1}), strict=True):
+        torch.vmap(torch.compile(model, backend=mine, options=options))(x)
+        torch._dynamo.reset()
+        torch_private.before_transformed_frames(mine, told.append)
+    assert set(told) == set(models)
+    torch._dynamo.utils.counters.clear()
+    torch.vmap(torch.compile(Stack(depth=1), backend=mine))(x)
+    (why,) = torch_private.graph_breaks()
+    assert "Calling torch.func.vmap(compiled_fn) function from eager mode is not supported" in why
 
 
 def test_dynamo_says_why_it_broke_graphs():

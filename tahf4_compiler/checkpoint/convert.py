@@ -20,7 +20,6 @@ from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
 from ..recipe.recipe import Recipe
-from ..weights.packing import warn_not_finite
 from .layout import Shard, shards_of
 from .manifest import NAME, file_sha256, manifest_text, read_manifest, verify
 from .source import Component, Source, open_source
@@ -270,7 +269,7 @@ def _write_all(
                         result.bytes_written += found[0]
             finally:
                 workers.close()
-            warn_not_finite(sorted(workers.not_finite), part.component.name)
+            workers.flaws.warn(part.component.name)
             for name, text in part.texts.items():
                 _write_text(stage, name, text)
         for name, path in others.items():

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError
 from ..files.reading import DTYPES, read_into
-from ..format import hif4
 from ..weights.checksum import checksum
+from ..weights.flaws import Flaws
 from .layout import Item, Shard
 
 __all__ = ["Workers", "write_shard"]
@@ -36,13 +36,13 @@ class Workers:
         sums: checksums that weights must have, by module path within the component.
 
     Attributes:
-        not_finite: linears whose weights were found to hold NaN or infinities.
+        flaws: of the linears' weights.
     """
 
     def __init__(self, count: int, sums: Mapping[str, int]) -> None:
         """Start no thread yet."""
         self.count, self.sums = count, sums
-        self.not_finite: set[str] = set()
+        self.flaws = Flaws()
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
         self._local = threading.local()
 
@@ -86,10 +86,9 @@ class Workers:
                         "recipe that was made for this model; --no-check-weights accepts other weights."
                     )
                 packed = transform.pack(part)
+                self.flaws.look(item.path, part, packed, transform.mask, transform.seed, transform.hadamard_block)
                 codes[first : first + count] = packed.codes
                 scales[first : first + count] = packed.scales
-        if hif4.has_nan(scales):
-            self.not_finite.add(item.path)
         return [codes, scales]
 
     def _buffer(self, count: int, dtype: torch.dtype) -> Tensor:

@@ -32,9 +32,9 @@ __all__ = [
     "UNIT",
     "Packed",
     "dequantize",
+    "extremes",
     "fake_quantize",
     "from_bytes",
-    "has_nan",
     "level1_scale",
     "quantize",
     "subgroup_exponents",
@@ -172,13 +172,17 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return values.flatten(-3)[..., :k].to(dtype)
 
 
-def has_nan(scales: Tensor) -> Tensor:
-    """Return a bool scalar: whether a unit stands for NaN, which one NaN or infinity among its values makes of it.
+def extremes(scales: Tensor) -> Tensor:
+    """Return three bools: whether a unit stands for NaN, has the largest level-1 scale, or the smallest.
+
+    One NaN or infinity among its values makes a unit NaN. Magnitudes beyond the range are in units of the largest
+    scale, and those that are too small for the format in units of the smallest.
 
     Args:
         scales: int32 of any shape, see :class:`Packed`.
     """
-    return ((scales & 0xFF) == _NAN_SCALE).any()
+    codes = scales & 0xFF
+    return torch.stack([(codes == code).any() for code in (_NAN_SCALE, _NAN_SCALE - 1, 0)])
 
 
 def fake_quantize(x: Tensor, *, rounding: str = "half_away") -> Tensor:

@@ -143,12 +143,15 @@ def _name_modules(graph_module: fx.GraphModule, roots: set[str]) -> None:
     """Write module paths relative to their root, as torch.export does.
 
     With several roots (a function that calls two models) each path begins with its root, so that one
-    model's blocks are not taken for another's.
+    model's blocks are not taken for another's. A module in a plain list (``self.blocks[0]``) is a root, but has its
+    place in the list as well, so that it can be a block.
     """
 
     def relative(path: str) -> str:
         root = max((r for r in roots if path.startswith(r)), key=len, default="")
         inner = module_path(path[len(root) :])
+        if not inner and re.search(r"\.\w+\[\d+\]$", root):
+            return module_path(root)
         return f"{module_path(root) or root_expression(root)[3:-2]}.{inner}" if len(roots) > 1 and inner else inner
 
     for node in graph_module.graph.nodes:

@@ -14,7 +14,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import PackedError
-from ..format import hif4
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import experts
 from ..model.linears import linear_weights, require_matches
@@ -22,7 +21,7 @@ from ..options import activation_bits, bits_for
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
-from ..weights.packing import warn_not_finite
+from ..weights.flaws import Flaws
 from .linear import HiF4Linear
 from .plan import plan_modules, plan_transforms
 from .transform import Transform
@@ -57,7 +56,8 @@ def quantize_(
     All linears are converted before the first is replaced, so that an error or an interrupt leaves the model as it was.
     Until then memory holds the packed weights beside the model. Linears that are packed already stay as they are. The
     others carry their reason, so that compiling the model leaves them, too. Weights with NaN or infinities are packed
-    as NaN, with a warning. A model in which nothing is packed is told of in a warning, too.
+    as NaN, with a warning; so are those beyond the range of HiF4, cut to it. A model in which nothing is packed is told
+    of in a warning, too.
 
     Args:
         model: a module, or a pipeline whose denoisers are packed. It is changed in place.
@@ -95,12 +95,13 @@ def quantize_(
         _check_ready(module, work[-1][-1])
     todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
     with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
-        made = {name: _packed(module, transforms, bar.update) for name, module, _, transforms in work}
+        flaws = {name: Flaws() for name in models}
+        made = {name: _packed(module, transforms, flaws[name], bar.update) for name, module, _, transforms in work}
     with contextlib.ExitStack() as stack:
         for name, module, _, _ in work:
             stack.enter_context(_replaced(module, made[name].values()))
         for name, module, _, _ in work:
-            warn_not_finite(_not_finite(made[name]), name)
+            flaws[name].warn(name)
             for observer in observers if packed_linears(module) else ():
                 observer.packed(module, recipe, keep)
     decisions: list[Decision] = []
@@ -122,23 +123,23 @@ def _why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
     return f"it holds no nn.Linear ({found}), and no other module is packed"
 
 
-def pack_modules(model: nn.Module, transforms: Mapping[str, Transform]) -> list[str]:
+def pack_modules(model: nn.Module, transforms: Mapping[str, Transform], flaws: Flaws) -> None:
     """Replace linears by packed ones, all or none.
 
     Args:
         model: changed in place.
         transforms: by module path, see :func:`tahf4_compiler.packed.plan.plan_transforms`.
-
-    Returns:
-        The paths whose weights are not finite.
+        flaws: is shown the weights.
     """
-    made = _packed(model, transforms)
-    with _replaced(model, made.values()):
-        return _not_finite(made)
+    with _replaced(model, _packed(model, transforms, flaws).values()):
+        pass
 
 
 def _packed(
-    model: nn.Module, transforms: Mapping[str, Transform], done: Callable[[int], Any] = lambda values: None
+    model: nn.Module,
+    transforms: Mapping[str, Transform],
+    flaws: Flaws,
+    done: Callable[[int], Any] = lambda values: None,
 ) -> dict[str, tuple[nn.Linear, HiF4Linear]]:
     """Return linears and their packed forms, by module path; ``done`` is told how many values were converted."""
     found = {}
@@ -147,6 +148,7 @@ def _packed(
         assert isinstance(linear, nn.Linear)
         multiplier = transform.multiplier(linear.in_features)
         packed = transform.pack(linear.weight)
+        flaws.look(path, linear.weight, packed, transform.mask, transform.seed, transform.hadamard_block)
         block, activation = transform.hadamard_block, transform.activation
         made = HiF4Linear.from_linear(linear, packed, multiplier, block, activation)
         made.activation_bits = transform.activation_bits
@@ -170,13 +172,6 @@ def _replaced(model: nn.Module, pairs: Iterable[tuple[nn.Linear, nn.Linear]]) ->
         for parent, name, old in done:
             setattr(parent, name, old)
         raise
-
-
-def _not_finite(made: Mapping[str, tuple[nn.Linear, HiF4Linear]]) -> list[str]:
-    """Return the paths of packed linears whose weights are not finite."""
-    scales = {path: packed.weight_scales.detach() for path, (_, packed) in made.items()}
-    flags = {path: hif4.has_nan(value) for path, value in scales.items() if value.device.type != "meta"}
-    return [path for path, flag in flags.items() if flag]  # read at the end: each is a wait for the device
 
 
 def dequantize_(model: Any) -> list[str]:

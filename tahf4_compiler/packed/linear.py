@@ -35,6 +35,7 @@ class HiF4Linear(nn.Linear):
         hadamard_block: width of the rotation along K, 0 for none.
         activation: name of the activation that it reads; linears of one name have equal multipliers.
         weight_dtype: of the weight that :meth:`dequantized` returns; a cast of the module changes it.
+        weight_requires_grad: whether the weight that was packed required gradients.
         weight_codes: uint8 ``[N, ceil(K / 64) * 32]``.
         weight_scales: int32 ``[N, ceil(K / 64)]``.
         bias: ``[N]`` or None.
@@ -46,6 +47,7 @@ class HiF4Linear(nn.Linear):
     weight_codes: nn.Parameter
     weight_scales: nn.Parameter
     multiplier: nn.Parameter | None
+    weight_requires_grad = False
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class HiF4Linear(nn.Linear):
         nn.Module.__init__(self)
         self.__dict__.update(_carried(linear))
         self._set(k, n, hadamard_block, activation, linear.weight.dtype)
+        self.weight_requires_grad = linear.weight.requires_grad
         self.weight_codes, self.weight_scales = _parameter(packed.codes), _parameter(packed.scales)
         self.register_parameter("bias", linear.bias)
         place = multiplier.to(packed.codes.device, torch.float32) if multiplier is not None else None
@@ -150,12 +153,15 @@ class HiF4Linear(nn.Linear):
         return weight.to(dtype if dtype is not None else self.weight_dtype).contiguous()
 
     def to_linear(self) -> nn.Linear:
-        """Return a plain linear in the place of this one, with the dequantized weight."""
+        """Return a plain linear in the place of this one, with the dequantized weight.
+
+        It requires gradients as before it was packed, unless the model was frozen since, which the bias tells.
+        """
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
-        own = ("hadamard_block", "activation", "weight_dtype", "activation_bits")
+        own = ("hadamard_block", "activation", "weight_dtype", "weight_requires_grad", "activation_bits")
         linear.__dict__.update({key: value for key, value in _carried(self).items() if key not in own})
-        gradients = self.bias is None or self.bias.requires_grad
+        gradients = self.weight_requires_grad and (self.bias is None or self.bias.requires_grad)
         linear.weight = nn.Parameter(self.dequantized(), requires_grad=gradients)
         linear.register_parameter("bias", self.bias)
         return linear

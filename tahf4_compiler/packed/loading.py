@@ -14,7 +14,7 @@ from ..errors import PackedError, RecipeError
 from ..model.attachments import leave_as_they_are
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
-from ..weights.packing import warn_not_finite
+from ..weights.flaws import Flaws
 from .config import Method, TaHF4Config, describe
 from .convert import observers, pack_modules, packed_linears
 from .linear import PARTS, HiF4Linear
@@ -38,7 +38,7 @@ class Loading:
         self.transforms: dict[str, Transform] = {}
         self._reasons: dict[str, str] = {}
         self._sums: dict[str, int] = {}
-        self._not_finite: list[str] = []
+        self._flaws = Flaws()
 
     def begin(self, model: nn.Module, packed: bool, keys: Set[str] = frozenset()) -> None:
         """Prepare a model without values.
@@ -107,7 +107,7 @@ class Loading:
             )
         linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         with torch.no_grad():
-            self._not_finite += pack_modules(model, {path: self.transforms[path]})
+            pack_modules(model, {path: self.transforms[path]}, self._flaws)
         found = model.get_submodule(path)
         assert isinstance(found, HiF4Linear)
         return found
@@ -135,12 +135,10 @@ class Loading:
             for leaf, dtype in PARTS.items():
                 value = linear._parameters[leaf]
                 if value is not None and value.dtype != dtype:
-                    raise PackedError(
-                        f"{path}.{leaf} is of {value.dtype}, expected {dtype}; the checkpoint is damaged"
-                    )
+                    raise PackedError(f"{path}.{leaf} is of {value.dtype}, expected {dtype}; the checkpoint is damaged")
             if linear.bias is not None:
                 linear.weight_dtype = linear.bias.dtype
-        warn_not_finite(self._not_finite, self.config.expert or "")
+        self._flaws.warn(self.config.expert or "")
         if packed:
             plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, HiF4Linear)]
             self._reasons = dict.fromkeys(plain, "not packed in the checkpoint")

@@ -16,6 +16,7 @@ from ..model.linears import linear_weights, place_of
 from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
 from ..weights.checksum import checksum
+from .checks import check_entry
 from .entries import RecipeEntry
 from .recipe import Recipe
 
@@ -39,8 +40,8 @@ def apply_recipe(
         scheduler: of a bare module, if the recipe has ``high_precision_steps``.
 
     Raises:
-        RecipeError: module paths, shapes or weights are not those of the recipe (the first three are named), or the
-            recipe has experts that the model has not.
+        RecipeError: module paths, shapes or weights are not those of the recipe (the first three are named), the
+            recipe has experts that the model has not, or its parts do not fit each other.
         OptionError: the model is neither module nor pipeline.
     """
     models = experts(model)
@@ -139,7 +140,9 @@ def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weig
     weights = dict(linear_weights(model))
     parameters = {name for name, _ in model.named_parameters()}
     wrong = []
-    for entry in entries.values():
+    for name, entry in entries.items():
+        where = f"{expert}/{name}" if expert else name
+        check_entry(entry, where, "the recipe was made or changed by hand: make it with a calibration")
         for path, linear in entry.linears.items():
             weight = weights.get(path)
             if weight is None:

@@ -32,16 +32,22 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_entry(entry: RecipeEntry, where: str) -> None:
-    """Raise :class:`RecipeError` if the parts of an entry do not fit each other."""
+def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damaged or was edited") -> None:
+    """Raise :class:`RecipeError` if the parts of an entry do not fit each other.
+
+    Args:
+        entry: an activation of a recipe.
+        where: it stands.
+        cause: why it may be so, for the message.
+    """
+    damaged = f"{where}: {{}}; {cause}"
     if not all(len(linear.shape) == 2 for linear in entry.linears.values()):
-        raise RecipeError(f"{where}: a shape does not have two sizes; the file is damaged")
+        raise RecipeError(damaged.format("a shape does not have two sizes"))
     ks = {linear.shape[1] for linear in entry.linears.values()}
     k = next(iter(ks), 0)
     for part in (entry.mask, entry.second_moment):
         if len(ks) != 1 or (part is not None and tuple(part.shape) != (k,)):
-            raise RecipeError(f"{where}: mask and shapes of the linears do not fit each other; the file is damaged")
-    damaged = f"{where}: {{}}; the file is damaged or was edited"
+            raise RecipeError(damaged.format("mask and shapes of the linears do not fit each other"))
     if entry.mask is not None and entry.mask.dtype != torch.float32:
         raise RecipeError(damaged.format(f"the mask is of {entry.mask.dtype}, expected float32"))
     if entry.search not in ("", "squared", "weighted", "reconstruct"):
@@ -69,7 +75,7 @@ def check_entry(entry: RecipeEntry, where: str) -> None:
         if type(bits := linear.activation_bits) is not int or bits not in ACTIVATION_BITS:
             raise RecipeError(damaged.format(f"the activation of {path} has {bits!r} bits, expected 4 or 8"))
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
-        raise RecipeError(f"{where}: the mask holds values that are not positive and finite; the file is damaged")
+        raise RecipeError(damaged.format("the mask holds values that are not positive and finite"))
 
 
 def _check_packed(packed: hif4.Packed, shape: tuple[int, int], message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ class Binding:
         weights: the packed weights that the graph asks for, in order.
     """
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        """Read the inputs off the graph's placeholders."""
+    def __init__(
+        self, graph_module: fx.GraphModule, name: Callable[[torch.Tensor], str | None] = lambda weight: None
+    ) -> None:
+        """Read the inputs off the graph's placeholders; ``name`` gives a weight's module path, for warnings."""
+        self._name = name
         sources = [node.meta[INPUT] for node in graph_module.graph.nodes if node.op == "placeholder"]
         packed = [source for source in sources if isinstance(source, PackedInput)]
         made = (s.weight for s in packed if s.part not in _AT_RUN_TIME and isinstance(s.weight, PackedWeight))
@@ -47,7 +50,7 @@ class Binding:
         """
         packed: list[Any] = []
         if self.weights:
-            packed = store.get([(tuple([args[i] for i in w.weights]), w) for w in self.weights], check)
+            packed = store.get([(tuple([args[i] for i in w.weights]), w) for w in self.weights], check, self._name)
         out = [args[index] for index in self._given]
         for place, source in self._made:
             if isinstance(source.weight, HeldWeight):

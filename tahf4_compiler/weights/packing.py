@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ..ops import registry
 from ..plugins import host
 from .checksum import checksum
 
-__all__ = ["moment_as_quantized", "moments_as_quantized", "pack_transformed", "pack_weight", "warn_not_finite"]
+__all__ = ["moment_as_quantized", "moments_as_quantized", "pack_transformed", "pack_weight"]
 
 log = logging.getLogger(__name__)
 
@@ -62,26 +61,6 @@ def pack_weight(
         codes.append(parts[0])
         scales.append(parts[1])
     return hif4.Packed(torch.cat(codes), torch.cat(scales), weight.shape[1])
-
-
-def warn_not_finite(paths: Sequence[str], model: str = "") -> None:
-    """Warn of linears whose weights hold NaN or infinities; the first three are named.
-
-    Args:
-        paths: of the linears; nothing is said if there are none.
-        model: name of the model in its pipeline, or ``""``.
-    """
-    if paths:
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        log.warning(
-            "%sthe weights of %d %s hold NaN or infinities: %s%s. Their units of 64 values are packed as NaN, and "
-            "so is what is computed with them. Get the weights again, or keep these linears in high precision (keep).",
-            f"{model}: " if model else "",
-            len(paths),
-            "linears" if len(paths) > 1 else "linear",
-            ", ".join(paths[:3]),
-            more,
-        )
 
 
 def pack_transformed(

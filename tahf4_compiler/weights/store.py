@@ -12,7 +12,7 @@ import logging
 import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..format.transforms import multipliers
 from ..graph.inputs import PackedWeight
 from ..model.attachments import Attachment, attached_recipe, changes
 from .checksum import contents, identity
+from .flaws import Flaws
 from .formats import pack_rows
 from .packing import pack_transformed
 
@@ -54,12 +55,18 @@ class PackedStore:
         self._lock = threading.RLock()
         self.conversions = 0
 
-    def get(self, requests: Sequence[tuple[tuple[Tensor, ...], PackedWeight]], check: str = "content") -> list[Any]:
+    def get(
+        self,
+        requests: Sequence[tuple[tuple[Tensor, ...], PackedWeight]],
+        check: str = "content",
+        name: Callable[[Tensor], str | None] = lambda weight: None,
+    ) -> list[Any]:
         """Return one packed weight for each request, converting those that are new or whose contents changed.
 
         Args:
             requests: ``(weights, how they are transformed)``; the rows of several weights are joined.
             check: ``"content"`` or ``"version"``, see :class:`tahf4_compiler.options.Options`.
+            name: gives a weight's module path, for warnings about what HiF4 does not hold.
 
         Returns:
             Packed weights in the order of the requests, on the weights' device: :class:`tahf4_compiler.hif4.Packed`,
@@ -70,13 +77,17 @@ class PackedStore:
             found = [self._find(w, how, state) for (w, how), state in zip(requests, states, strict=True)]
             missing = [i for i, packed in enumerate(found) if packed is None]
             if missing:
+                flaws = Flaws()
                 total = sum(w.numel() for i in missing for w in requests[i][0])
                 # Shown only when it takes more than a second.
                 with tqdm(total=total, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
                     for i in missing:
                         weights, how = requests[i]
                         # A weight that two requests name is converted for the first of them.
-                        found[i] = self._find(weights, how, states[i]) or self._pack(weights, how, states[i], bar)
+                        found[i] = self._find(weights, how, states[i]) or self._pack(
+                            weights, how, states[i], bar, name, flaws
+                        )
+                flaws.warn()
             return [packed for packed in found if packed is not None]
 
     def multiplier(self, weights: tuple[Tensor, ...], how: PackedWeight) -> Tensor:
@@ -111,7 +122,15 @@ class PackedStore:
         on_device = held.device == weights[0].device
         return entry.packed if same and on_device else None
 
-    def _pack(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...], bar: tqdm) -> Any:
+    def _pack(
+        self,
+        weights: tuple[Tensor, ...],
+        how: PackedWeight,
+        state: tuple[object, ...],
+        bar: tqdm,
+        name: Callable[[Tensor], str | None],
+        flaws: Flaws,
+    ) -> Any:
         now, recipe = changes(), _recipe(weights[0], how)
         mask, seed = _values(recipe, how)
         packed: Any
@@ -126,6 +145,8 @@ class PackedStore:
             for weight in weights:
                 rounded = _reconstruction(weight, how, mask, seed)
                 parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment, rounded))
+                path = name(weight) or f"a linear of {weight.shape[1]} -> {weight.shape[0]} features"
+                flaws.look(path, weight, parts[-1], mask, seed, how.hadamard_block)
                 bar.update(weight.numel())
             packed = parts[0]
             if len(parts) > 1:

@@ -1,17 +1,21 @@
-"""Linears that Dynamo does not hand over are said once, by name; those that are not called are not."""
+"""Linears that Dynamo does not hand over, now or later, are said once, by name; those that are not called are not."""
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from helpers import GRAPH
 from models import Stack
 from tahf4_compiler.backends import coverage
+from tahf4_compiler.backends.dynamo import tahf4 as tahf4_backend
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.torch_private import before_transformed_frames, without_compiled_calls
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +60,24 @@ def test_linears_outside_of_the_graphs_are_said_once_with_the_cause(whole, caplo
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_nothing_stays_in_the_way_of_later_calls(whole):
+def test_a_copy_does_not_run_what_stands_around_the_calls_of_its_original(whole):
     model, x = Stack().eval(), torch.randn(4, 64)
     call = compiled(model, whole)
-    name = "forward" if whole else "_compiled_call_impl"
-    before = getattr(call, name)
     call(x)
-    assert getattr(call, name) is not before
-    call(x)
-    assert getattr(call, name) is before
-    assert sys.getprofile() is None
+    copied = copy.deepcopy(call)
+    for parameter in copied.parameters():
+        parameter.zero_()
+    assert not copied(x).any()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_pytorch_drops_the_compilation_of_a_model_in_place_from_its_copy(whole):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    call = compiled(model, whole)
+    found, copied = call(x), copy.deepcopy(call)
+    assert torch.equal(copied(x), found) == whole
+    with without_compiled_calls(model):
+        assert torch.equal(copied(x), model(x)) == (not whole)
 
 
 def test_calls_of_a_model_whose_linears_all_run_in_4_bits_are_not_watched(monkeypatch):
@@ -73,7 +85,8 @@ def test_calls_of_a_model_whose_linears_all_run_in_4_bits_are_not_watched(monkey
     call = compiled(model, True)
     call(x)
     monkeypatch.setattr(sys, "setprofile", None)  # calling it would raise
-    call(x)
+    for _ in range(3):
+        call(x)
 
 
 class Sometimes(Stack):
@@ -126,4 +139,70 @@ def test_a_first_call_that_fails_says_nothing(caplog):
     model.fail = False
     for _ in range(3):
         call(x)
+    assert not said(caplog)
+
+
+def gave_up(call, x):
+    """Run a model that Dynamo has given up, and return whether all of it ran as it is."""
+    model = getattr(call, "_orig_mod", call)
+    with without_compiled_calls(model):
+        want = model(x)
+    return torch.equal(call(x), want)
+
+
+def with_hooks_of_accelerate(call, model, x):
+    for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        add_hook_to_module(linear, AlignDevicesHook("cpu"))
+    call(x)
+    remove_hook_from_module(model, recurse=True)
+    return x
+
+
+def beyond_the_recompile_limit(call, model, x):
+    with torch._dynamo.config.patch(recompile_limit=1, automatic_dynamic_shapes=False):
+        call(x[:2])
+    return x[:2]
+
+
+def under_vmap(call, model, x):
+    torch.vmap(call)(x)
+    return x
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("give_up", [with_hooks_of_accelerate, beyond_the_recompile_limit, under_vmap])
+def test_what_dynamo_gives_up_later_is_said_once(give_up, whole, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    call = compiled(model, whole)
+    for _ in range(3):
+        call(x)
+    assert not said(caplog)
+    x = give_up(call, model, x)
+    for _ in range(3):
+        assert gave_up(call, x), "Dynamo itself compiles it now: nothing is to be said"
+    (message,) = said(caplog)
+    text = "called under torch.vmap" if give_up is under_vmap else "6 linears of its repeated blocks run in high"
+    assert f"Stack: {text}" in message
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("how", ["vmap", "jvp", "grad"])
+def test_a_first_call_under_a_transform_is_said_once(how, whole, caplog):
+    before_transformed_frames(tahf4_backend, coverage.say_transformed)  # as torch.compile(backend="tahf4") does first
+    call, x = compiled(Stack().eval().requires_grad_(False), whole), torch.randn(4, 64)
+    calls = {
+        "vmap": lambda: torch.vmap(call)(x),
+        "jvp": lambda: torch.func.jvp(call, (x,), (x,)),
+        "grad": lambda: torch.func.grad(lambda x: call(x).sum())(x),
+    }
+    for _ in range(2):
+        calls[how]()
+    (message,) = said(caplog)
+    assert "Stack: called under torch.vmap or torch.func" in message
+
+
+def test_a_transform_inside_of_what_is_compiled_is_not_said(caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    call = torch.compile(lambda x: torch.vmap(lambda row: model(row))(x), backend="tahf4", options=GRAPH)
+    assert not torch.equal(call(x), model(x)), "it runs in 4 bits"
     assert not said(caplog)

@@ -18,6 +18,7 @@ from tahf4_compiler.format import hif4
 from tahf4_compiler.recipe.budget import choose
 from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
 from tahf4_compiler.recipe.recipe import FORMAT, Recipe
+from tahf4_compiler.weights.checksum import checksum
 
 QUICK = {"inductor": False}
 
@@ -280,6 +281,25 @@ def test_damaged_errors_are_refused(tmp_path, wrong):
     save_tensors(tmp_path / "recipe", {}, FORMAT, header, tahf4.RecipeError)
     with pytest.raises(tahf4.RecipeError, match="damaged"):
         Recipe.load(tmp_path / "recipe")
+
+
+WRONG = [
+    ({"hadamard_block": 48, "seed": 1}, "the Hadamard block is 48, expected a power of two that divides 64"),
+    ({"hadamard_block": 128, "seed": 1}, "the Hadamard block is 128, expected a power of two that divides 64"),
+    ({"hadamard_block": 64}, "the seed is None with a Hadamard block of 64"),
+    ({"mask": torch.zeros(64)}, "not positive and finite"),
+    ({"mask": torch.ones(63)}, "do not fit each other"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG)
+def test_a_recipe_by_hand_whose_parts_do_not_fit_is_refused(values, message):
+    model = Stack()
+    linear = LinearEntry((128, 64), int(checksum(model.blocks[0].up.weight)))
+    recipe = Recipe({"": {"first": RecipeEntry({"blocks.0.up": linear}, **values)}})
+    for use in (tahf4.apply_recipe, tahf4.quantize_):
+        with pytest.raises(tahf4.RecipeError, match=f"first: .*{message}.*made or changed by hand"):
+            use(model, recipe)
 
 
 def test_budgets():

@@ -88,7 +88,7 @@ def test_rows_that_are_not_finite_and_activations_of_zeros():
     damaged = weight.clone()
     damaged[3, 70] = float("nan")
     found = reconstruct.reconstruct(damaged, moments)
-    assert hif4.has_nan(found.scales[3]) and not hif4.has_nan(found.scales[:3])
+    assert hif4.extremes(found.scales[3])[0] and not hif4.extremes(found.scales[:3])[0]
     rest = [0, 1, 2, 4]
     assert torch.equal(found.codes[rest], whole.codes[rest]) and torch.equal(found.scales[rest], whole.scales[rest])
     zeros = reconstruct.reconstruct(weight, torch.zeros(128, 128))

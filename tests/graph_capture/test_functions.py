@@ -114,6 +114,22 @@ def test_a_packed_model_refuses_forward_mode_derivatives(compiled):
         call(forward_ad.make_dual(x, x))
 
 
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp() * 2
+
+
+@pytest.mark.parametrize("options", [GRAPH, {}])
+def test_a_compiled_model_refuses_tangents(options):
+    model, x = nn.Sequential(Exponential(), *Stack(depth=2).blocks).eval().requires_grad_(False), torch.randn(4, 64)
+    call = torch.compile(model, backend="tahf4", options=options)
+    with forward_ad.dual_level(), pytest.raises(tahf4.GradientError, match="a compiled model got a tensor with a tan"):
+        call(forward_ad.make_dual(x, x))
+    call(x)
+    with forward_ad.dual_level():
+        call(x)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_packed_model_refuses_nested_tensors(compiled):
     model = Stack().eval().requires_grad_(False)

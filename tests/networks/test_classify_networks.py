@@ -309,3 +309,41 @@ def test_blocks_that_the_tree_has_and_the_graph_does_not_are_said(caplog):
     with torch.no_grad():
         torch.compile(model, backend="tahf4", options=GRAPH)(torch.randn(4, 64))
     assert "none of 4 linears runs in 4 bits (experts.0.down: boundary" in caplog.text
+
+
+class Listed(nn.Module):
+    """Blocks in a plain list, which no tree of modules shows, alone or beside others."""
+
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.listed = [Block().requires_grad_(False) for _ in range(2)]
+        self.blocks = nn.ModuleList(Block() for _ in range(2 * beside))
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in (*self.listed, *self.blocks):
+            x = block(x)
+        return self.last(x)
+
+
+class Around(nn.Module):
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(64, 64), Listed(beside)
+
+    def forward(self, x):
+        return self.inner(self.first(x))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("cls", [Listed, Around])
+def test_blocks_in_a_plain_list_are_blocks_of_a_compiled_model(cls, beside, tmp_path):
+    model, x = cls(beside).eval().requires_grad_(False), torch.randn(4, 64)
+    torch.compile(model, backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)}, fullgraph=True)(x)
+    (plan,) = plans(tmp_path)
+    found = {entry["module"]: entry["decision"] for entry in plan}
+    assert {path for path, decision in found.items() if decision == "high_precision"} == {
+        path for path in found if path.endswith(("first", "last"))
+    }
+    assert sum(decision == "hif4" for decision in found.values()) == (8 if beside else 4)

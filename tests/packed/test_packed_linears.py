@@ -293,6 +293,19 @@ def test_keep_two_calls_and_back():
     assert relative(model(x), original(x)) < relative(want, original(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_dequantized_weights_require_gradients_as_before(before, bias):
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=bias) for _ in range(3))).requires_grad_(before)
+    tahf4.quantize_(model)
+    again = copy.deepcopy(model)
+    assert len(tahf4.dequantize_(model)) == 3
+    assert {p.requires_grad for p in model.parameters()} == {before}
+    if bias:  # frozen since
+        tahf4.dequantize_(again.requires_grad_(False))
+        assert not any(p.requires_grad for p in again.parameters())
+
+
 def test_a_recipe_with_masks_dequantizes_to_the_unmasked_weight():
     model, _ = wan()
     original = copy.deepcopy(model)
