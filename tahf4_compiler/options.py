@@ -147,7 +147,8 @@ def activation_bits(name: str, value: Any) -> tuple[tuple[str, int], ...]:
     for pattern, bits in given.items():
         if type(bits) is not int or bits not in ACTIVATION_BITS or not isinstance(pattern, str):
             raise OptionError(
-                f"option {name!r} is {value!r}; expected 4 (HiF4), 8 (int8), or a mapping of regular expressions to these"
+                f"option {name!r} is {value!r}; expected 4 (HiF4), 8 (int8), or a mapping of regular expressions to "
+                "these numbers"
             )
     patterns(name, list(given))
     return tuple(given.items())

@@ -140,7 +140,7 @@ def _packed(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor, bits: int = 
 
 
 def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
-    """Time W4A4 linears, and those with activations in 8 bits, quantization of the activation included, beside PyTorch's."""
+    """Time W4A4 and W4A8 linears, quantization of the activation included, beside PyTorch's."""
     rows: list[dict[str, Any]] = []
     for m, k, n in shapes:
         linear, x = nn.Linear(k, n), torch.randn(m, k)
@@ -266,7 +266,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Return the tables of a measurement."""
     known = ", ".join(f"{name} {value}" for name, value in found["facts"].items())
     lines = [f"{known}; medians of {found['rounds']}.", ""]
-    lines += ["| million values/s | copy | quantize | mask, rotation | ... to 8 bits | from bfloat16 | quantize / copy |"]
+    lines += ["| million values/s | copy | quantize | mask, rotation | ... 8 bits | from bfloat16 | quantize / copy |"]
     lines += ["|---" * 7 + "|"]
     for row in found["quantize"]:
         speed = {name: row["values"] / t["seconds"] / 1e6 for name, t in row["times"].items()}

@@ -13,7 +13,8 @@ Three ways to compute the same sums, all exact inside a unit (:data:`PATHS`):
     Both sides are expanded beforehand to bfloat16. From compute capability 10 on, where Triton has no int8 product on
     the tensor memory.
 
-An activation in 8 bits is int8 with a scale a unit already: it is read as it is, and its scales multiply each unit's sum.
+An activation in 8 bits is int8 with a scale a unit already: it is read as it is, and its scales multiply each unit's
+sum.
 
 Unpacking costs about ten instructions a value, and a tile of the product is as often unpacked as there are tiles beside
 it: for many rows that is slower than the product itself, so these are expanded once.

@@ -97,7 +97,8 @@ def _text(kernel: QuantizeKernel) -> str:
     kernels = _rows_kernel(kernel, reduction, given) if reduction is not None else _flat_kernel(kernel, given)
     pieces.append(kernels)
     shown = textwrap.indent(kernel.program or "x0 as it is", "    ")
-    what = f"Quantize to {'HiF4' if kernel.bits == 4 else 'int8'}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
+    name = "HiF4" if kernel.bits == 4 else "int8"
+    what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
     needed = [f"to_{kernel.format}", f"store_{kernel.format}", "fours", *(["hadamard"] if kernel.block else [])]
     return source.module_text(what, needed, "\n\n\n".join(pieces))
 

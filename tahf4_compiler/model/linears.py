@@ -79,7 +79,8 @@ def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str, o
         if not any(re.search(pattern, path) for path in paths):
             shown = ", ".join(sorted(paths)[:5]) + (", ..." if len(paths) > 5 else "")
             raise PatternError(
-                f"{option} pattern {pattern!r} matches none of the {len(paths)} linears of {where} ({shown or 'none'}). "
+                f"{option} pattern {pattern!r} matches none of the {len(paths)} linears of {where} "
+                f"({shown or 'none'}). "
                 "Paths are relative to the compiled module"
                 + (
                     "; to name them from the whole model while its blocks are compiled one by one, call "

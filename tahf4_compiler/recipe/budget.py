@@ -41,7 +41,9 @@ def choose(
     min_flops_4bit: float | None = None,
     max_8bit_flops: float | None = None,
 ) -> list[str]:
-    """Return the linears to keep in high precision, or to give activations in 8 bits: those of the greatest effect, within a budget.
+    """Return the linears to keep in high precision, or to give activations in 8 bits.
+
+    They are those of the greatest effect, within a budget.
 
     Effects of different linears are taken to add up, as independent errors do.
 

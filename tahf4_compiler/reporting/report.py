@@ -74,8 +74,8 @@ class Totals:
 
 def plan_json(plan: Sequence[Decision]) -> str:
     """Return a plan as JSON: a list with one object a linear."""
-    fields = ("module", "k", "n", "decision", "reason", "bytes_before", "bytes_after", "flops", "kernel")
-    fields += ("activation_bits",)
+    numbers = ("bytes_before", "bytes_after", "flops")
+    fields = ("module", "k", "n", "decision", "activation_bits", "reason", *numbers, "kernel")
     entries = [
         {**{name: getattr(d, name) for name in fields}, "cause": d.cause.value, "numbers": _plain(d.numbers)}
         for d in plan
@@ -107,7 +107,8 @@ def report(
     lines = [f"tahf4 report: {name}", ""]
     rows: list[tuple[str, ...]] = [("module", "k", "n", "decision", "bytes", "after", "reason")]
     rows += [
-        (d.module, str(d.k), str(d.n), _decision(d), f"{d.bytes_before:,}", f"{d.bytes_after:,}", d.reason) for d in plan
+        (d.module, str(d.k), str(d.n), _decision(d), f"{d.bytes_before:,}", f"{d.bytes_after:,}", d.reason)
+        for d in plan
     ]
     lines += _table(rows, right={1, 2, 4, 5}) if plan else ["no linears in this graph"]
     numbered = [d for d in plan if d.numbers]

@@ -59,7 +59,8 @@ def test_all_of_them(calibration, measured, tmp_path):
     assert {d.activation_bits for d in found.plan if d.decision == "hif4"} == {8}
     assert error < of_four
     linears = eight.linears("")
-    assert all(linears[p].sqnr_db > l.sqnr_db for p, l in measured.linears("").items()), "measured as it runs"
+    four = measured.linears("")
+    assert all(linears[path].sqnr_db > four[path].sqnr_db for path in four), "measured as it runs"
     eight.save(tmp_path / "r.safetensors")
     again = tahf4.Recipe.load(tmp_path / "r.safetensors")
     assert bits(again) == bits(eight)
@@ -117,7 +118,8 @@ def test_other_bits_are_refused(calibration, measured, value, tmp_path):
         calibration.recipe(activation_bits=value)
     ((name, entry), *rest) = measured.experts[""].items()
     ((path, linear), *_) = entry.linears.items()
-    wrong = dataclasses.replace(entry, linears={**entry.linears, path: dataclasses.replace(linear, activation_bits=value)})
+    wrong = dataclasses.replace(linear, activation_bits=value)
+    wrong = dataclasses.replace(entry, linears={**entry.linears, path: wrong})
     dataclasses.replace(measured, experts={"": {**dict(rest), name: wrong}}).save(tmp_path / "r.safetensors")
     with pytest.raises(tahf4.RecipeError, match="bits, expected 4 or 8"):
         tahf4.Recipe.load(tmp_path / "r.safetensors")

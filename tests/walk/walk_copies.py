@@ -92,7 +92,8 @@ class Copies(State):
         folder = self.folder / str(self.saved)
         size = {"max_shard_size": "40KB"} if shards else {}
         if self.oracle.is_packed() and (self.wrapped or self.part):
-            self.attempt(lambda: self.model.save_pretrained(folder, **size), tahf4.PackedError, "would save|could not be loaded")
+            refusal = "would save|could not be loaded"
+            self.attempt(lambda: self.model.save_pretrained(folder, **size), tahf4.PackedError, refusal)
             return
         if self.wrapped:  # diffusers saves the adapter's tensors in the model's own files, and cannot load them
             return
