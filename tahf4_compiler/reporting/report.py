@@ -52,7 +52,7 @@ class Totals:
             bytes_4bit=sum(d.bytes_before for d in chosen),
             bytes_after=sum(d.bytes_after for d in plan),
             formats=tuple(sorted({d.decision for d in chosen})),
-            flops_8bit_activations=sum(d.flops for d in chosen if d.activation_bits == 8),
+            flops_8bit_activations=sum(d.flops for d in chosen if d.decision == "hif4" and d.activation_bits == 8),
         )
 
     def lines(self) -> list[str]:
@@ -75,9 +75,14 @@ class Totals:
 def plan_json(plan: Sequence[Decision]) -> str:
     """Return a plan as JSON: a list with one object a linear."""
     numbers = ("bytes_before", "bytes_after", "flops")
-    fields = ("module", "k", "n", "decision", "activation_bits", "reason", *numbers, "kernel")
+    fields = ("module", "k", "n", "decision", "reason", *numbers, "kernel")
     entries = [
-        {**{name: getattr(d, name) for name in fields}, "cause": d.cause.value, "numbers": _plain(d.numbers)}
+        {
+            **{name: getattr(d, name) for name in fields},
+            "activation_bits": d.activation_bits if d.decision == "hif4" else None,
+            "cause": d.cause.value,
+            "numbers": _plain(d.numbers),
+        }
         for d in plan
     ]
     return json.dumps(entries, indent=1) + "\n"
@@ -137,7 +142,8 @@ def report(
 
 
 def _decision(decision: Decision) -> str:
-    return f"{decision.decision}, int8 activation" if decision.activation_bits == 8 else decision.decision
+    eight = decision.decision == "hif4" and decision.activation_bits == 8
+    return f"{decision.decision}, int8 activation" if eight else decision.decision
 
 
 def _short(value: float | int | str) -> str:

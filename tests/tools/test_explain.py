@@ -135,3 +135,17 @@ def test_a_linear_of_high_precision_is_named_as_what_it_became():
 def test_each_reason_has_its_remedy(cause, words):
     row = {"module": "a.b", "decision": "high_precision", "reason": "in words", "cause": cause, "k": 32, "n": 64}
     assert words in " ".join(what_would_change(row))
+
+
+def test_the_bits_of_an_activation_are_named_and_how_to_get_8():
+    model = Stack(2).eval().requires_grad_(False)
+    captured = tahf4.capture(model, (torch.randn(4, 64),))
+    lowered = tahf4.lower(captured, options={"activation_bits": {r"down$": 8}})
+    up, down = (
+        next(explanations(Report.of(lowered, Evidence()), rf"blocks\.0\.{name}$")) for name in ("up", "down")
+    )
+    assert "activation  8 bits: int8" in down and "gives its activation 8 bits" not in down
+    assert "activation  8 bits" not in up and r'{"activation_bits": {r"^blocks\.0\.up$": 8}}' in up
+    rows = {row["module"]: row["activation_bits"] for row in Report.of(lowered, Evidence()).linears()}
+    assert rows["blocks.0.up"] == 4 and rows["blocks.0.down"] == 8
+    assert all(bits is None for path, bits in rows.items() if not path.startswith("blocks."))

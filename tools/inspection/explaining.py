@@ -38,6 +38,8 @@ def overview(report: Report) -> str:
             numbers.append(f"SQNR {row['sqnr_db']:.1f} dB")
         if "milliseconds" in row:
             numbers.append(f"{row['milliseconds']:.3f} ms")
+        if row.get("activation_bits") == 8:
+            numbers.append("int8 activation")
         lines.append(f"{row['module']:{width}}  {row['decision']:14}  {', '.join(numbers)}  {row['reason']}")
     lines.append("")
     for entry in report.passes:
@@ -66,6 +68,8 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
     yield f"{row['module']}  ({row['k']} -> {row['n']}, {report.title})"
     saved = f"{row['bytes_before']:,} -> {row['bytes_after']:,} bytes"
     yield f"  decision    {_DECISIONS.get(row['decision'], row['decision'])}, {saved}"
+    if row.get("activation_bits") == 8:
+        yield "  activation  8 bits: int8, with a float32 scale for each unit of 64 values"
     yield f"  reason      {row['reason']}"
     yield f"  FLOPs       {row['flops']:,} a call"
     yield from (f"  {text}" for text in _statistics(report, row))
@@ -169,6 +173,8 @@ def what_would_change(row: Mapping[str, Any]) -> list[str]:
     pattern = re.escape(row["module"]).replace("\\-", "-")
     if row["decision"] != "high_precision":
         found = [f'options={{"keep": [r"^{pattern}$"]}}, or tahf4.keep(model, [...]), keeps it in high precision']
+        if row.get("activation_bits") == 4:
+            found.append(f'options={{"activation_bits": {{r"^{pattern}$": 8}}}} gives its activation 8 bits')
         if row.get("effect") is not None:
             found.append("recipe.plan(max_high_precision_linears=n) protects it if its effect is among the n largest")
         elif "activation" not in row:
