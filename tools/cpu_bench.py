@@ -138,6 +138,7 @@ def _w4a4(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
     return out
 
 
+@torch.no_grad()
 def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
     """Time W4A4 linears, quantization of the activation included, beside PyTorch's."""
     rows: list[dict[str, Any]] = []
