@@ -139,6 +139,7 @@ def _packed(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor, bits: int = 
     return out
 
 
+@torch.no_grad()
 def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
     """Time W4A4 and W4A8 linears, quantization of the activation included, beside PyTorch's."""
     rows: list[dict[str, Any]] = []

@@ -73,6 +73,7 @@ CALLS = {
 @compiled
 @pytest.mark.skipif(cpu.available() and cpu.instruction_set() == "none", reason="needs AVX2")
 @pytest.mark.parametrize(("name", "arguments"), [(name, call) for name, calls in CALLS.items() for call in calls])
+@torch.no_grad()
 def test_operators_need_no_python_after_their_first_call(name, arguments, monkeypatch):
     given = arguments(torch.randn(6, 100), registry.quantize(torch.randn(7, 100)), torch.rand(100) + 0.5)
     operator = operators.OPERATORS[name]
