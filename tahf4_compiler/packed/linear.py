@@ -48,6 +48,7 @@ class HiF4Linear(nn.Linear):
     weight_scales: nn.Parameter
     multiplier: nn.Parameter | None
     weight_requires_grad = False
+    activation_bits = 4  # of one that was pickled by an earlier version, too
 
     def __init__(
         self,

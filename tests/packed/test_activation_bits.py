@@ -134,12 +134,29 @@ def test_a_folder_keeps_it(tmp_path):
     assert {path for path, bits in found.items() if bits == 8} == {path for path in found if ".ffn." in path} != set()
 
 
+def test_a_linear_that_an_earlier_version_pickled_has_4(net, x):
+    tahf4.quantize_(net)
+    wanted = net(x)
+    for module in net.modules():
+        module.__dict__.pop("activation_bits", None)
+    assert torch.equal(net(x), wanted)
+
+
 def test_copies_keep_it_and_plain_linears_have_none(net):
     tahf4.quantize_(net)
     tahf4.set_activation_bits(net, 8)
     assert copy.deepcopy(net).blocks[0].up.activation_bits == 8
     tahf4.dequantize_(net)
     assert not hasattr(net.blocks[0].up, "activation_bits")
+
+
+def test_a_program_holds_what_the_model_had_when_it_was_exported(net, x, tmp_path):
+    tahf4.quantize_(net)
+    tahf4.set_activation_bits(net, 8)
+    eight = net(x)
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "net.pt2")
+    tahf4.set_activation_bits(net, 4)
+    assert error(torch.export.load(tmp_path / "net.pt2").module()(x), eight) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [3, 8.0, True, "8", {"up": 16}, {1: 8}, None])
