@@ -15,14 +15,14 @@ from walk_weights import Weights
 __all__ = ["WALKS", "Walk"]
 
 WALKS = {
-    ("module", True): 16,
-    ("diffusers", True): 20,
-    ("norms", True): 8,
-    ("wan", True): 6,
+    ("module", True): 12,
+    ("diffusers", True): 14,
+    ("norms", True): 5,
+    ("wan", True): 4,
     ("module", False): 80,
     ("diffusers", False): 100,
     ("norms", False): 50,
-    ("wan", False): 30,
+    ("wan", False): 35,
 }
 """How many walks a round has of each network, compiled or not."""
 
