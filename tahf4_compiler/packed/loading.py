@@ -211,9 +211,10 @@ class Saving:
         Adapters and fused projections come and go after a model was packed, and parts of it are unpacked.
 
         Raises:
-            PackedError: ``from_pretrained`` would make a model of another structure.
+            PackedError: ``from_pretrained`` would make a model of another structure, or values are not in memory.
         """
         model, config = quantizer.owner(), quantizer.quantization_config
+        _check_values(model)
         config.linears = describe(model)
         try:
             _put_empty(self._empty(model), config, frozenset())
@@ -232,6 +233,24 @@ class Saving:
             return
         for child in model.children():
             yield from self._models(child)
+
+
+def _check_values(model: nn.Module) -> None:
+    """Raise :class:`PackedError` if values of a model are on disk, or in a type that only stores them."""
+    for path, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = registry.get_hook("group_offloading") if registry is not None else None
+        on_disk = getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None
+        if on_disk or any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None):
+            raise PackedError(
+                f"values of {path or 'the model'} are offloaded, and what is in memory in their places is not the "
+                "model. Save the model before you offload it."
+            )
+        if isinstance(module, HiF4Linear) and module.weight_dtype.itemsize == 1:
+            raise PackedError(
+                f"{path} is stored in {module.weight_dtype} (enable_layerwise_casting), which a packed model is not "
+                "loaded in. Save the model before you enable it."
+            )
 
 
 class Owner:

@@ -160,3 +160,32 @@ def test_the_tensors_of_a_folder_load_into_a_packed_model_and_into_no_plain_one(
         type(model).from_single_file(tmp_path / "diffusion_pytorch_model.safetensors", config=str(tmp_path))
     with pytest.raises(RuntimeError, match="size mismatch"):
         wan()[0].load_state_dict(state, strict=False)
+
+
+def on_disk(model, folder):
+    device = torch.device("cpu")
+    model.enable_group_offload(
+        onload_device=device, offload_device=device, offload_type="block_level", num_blocks_per_group=1,
+        offload_to_disk_path=str(folder / "offloaded"),
+    )  # fmt: skip
+
+
+def on_meta(model, folder):
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device="cpu")
+
+
+def in_float8(model, folder):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(on_disk, "are offloaded"), (on_meta, "are offloaded"), (in_float8, "float8_e4m3fn")]
+)
+def test_a_model_whose_values_are_elsewhere_is_not_saved(change, told, tmp_path):
+    model, _ = packed()
+    change(model, tmp_path)
+    with pytest.raises(tahf4.PackedError, match=f"{told}.*Save the model before"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
