@@ -172,6 +172,6 @@ def masked_recipe(model: nn.Module, high: Sequence[str] = (), widest: int = 128)
             seed=(None, i, i)[i % 3],
             search=("squared", "")[i % 2],
             percentile=99.9,
-            mask=torch.rand(k) + 0.5,
+            mask=torch.rand(k, dtype=torch.float32) + 0.5,
         )
     return Recipe({"": made})

@@ -63,5 +63,9 @@ def check_choices(
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
         raise OptionError(f"activation_bits is {activation_bits!r}; expected 4 (HiF4) or 8 (int8)")
+    if activation_bits == 8 and budget.get("max_8bit_flops") is not None:
+        raise OptionError(
+            "activation_bits=8 gives all activations 8 bits, and max_8bit_flops a share of them; leave one of them out"
+        )
     if budget:
         check_budget(**budget)

@@ -81,7 +81,7 @@ def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str, o
             raise PatternError(
                 f"{option} pattern {pattern!r} matches none of the {len(paths)} linears of {where} "
                 f"({shown or 'none'}). "
-                "Paths are relative to the compiled module"
+                "Paths are relative to the module that was given or compiled"
                 + (
                     "; to name them from the whole model while its blocks are compiled one by one, call "
                     "tahf4.keep(model, patterns) first."

@@ -19,6 +19,8 @@ __all__ = ["PARTS", "HiF4Linear", "packed_product"]
 PARTS = {"weight_codes": torch.uint8, "weight_scales": torch.int32, "multiplier": torch.float32}
 """The tensors of a packed linear beside its bias, with their dtypes."""
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 registry.kernels()  # defines the operators that forward calls, before anything traces it
 
 
@@ -259,6 +261,10 @@ def packed_product(
         raise GradientError(
             "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
             "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
+        )
+    if input.dtype not in _FLOATS:
+        raise FormatError(
+            f"a packed linear got a tensor of {input.dtype}, expected float32, bfloat16, float16 or float64"
         )
     if input.is_nested:
         raise FormatError(

@@ -217,7 +217,9 @@ class Saving:
         _check_values(model)
         config.linears = describe(model)
         try:
-            _put_empty(self._empty(model), config, frozenset())
+            again = self._empty(model)
+            _put_empty(again, config, frozenset())
+            _check_same(_shapes(model), _shapes(again), type(model).__name__)
         except PackedError as error:
             raise PackedError(
                 f"the saved folder could not be loaded: {error}. A folder holds a model in the structure that its "
@@ -233,6 +235,22 @@ class Saving:
             return
         for child in model.children():
             yield from self._models(child)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of a model, by each of its names."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _check_same(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], name: str) -> None:
+    """Raise :class:`PackedError` if a model has other parameters than the one that its class makes."""
+    if found == wanted:
+        return
+    more, less = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
+    other = [n for n in found if n in wanted and found[n] != wanted[n]]
+    differ = {"it has": more, "it lacks": less, "of another shape:": other}
+    words = "; ".join(f"{what} {', '.join(names[:3])}" for what, names in differ.items() if names)
+    raise PackedError(f"its parameters are not those that {name} makes ({words})")
 
 
 def _check_values(model: nn.Module) -> None:

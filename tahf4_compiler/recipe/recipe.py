@@ -106,7 +106,7 @@ class Recipe:
                     tensors[f"{prefix}/{linear}.weight_scales"] = packed.scales
                 values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
                 del values["mask"], values["second_moment"], values["packed"]
-                values["linears"] = {p: dataclasses.asdict(linear) for p, linear in entry.linears.items()}
+                values["linears"] = {p: _written(linear) for p, linear in entry.linears.items()}
                 entries.append({"expert": expert, "name": name, **values})
         header = {
             "entries": entries,
@@ -148,6 +148,14 @@ class Recipe:
             return cls(found, tuple(header["high_precision_steps"]), header["provenance"], errors)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} is damaged: its header lacks or misspells {error}") from error
+
+
+def _written(linear: LinearEntry) -> dict[str, Any]:
+    """Return a linear for the file; 4 bits are left out, so that earlier versions read it."""
+    values = dataclasses.asdict(linear)
+    if linear.activation_bits == 4:
+        del values["activation_bits"]
+    return values
 
 
 def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str) -> LinearEntry:

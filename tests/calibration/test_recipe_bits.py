@@ -123,3 +123,8 @@ def test_other_bits_are_refused(calibration, measured, value, tmp_path):
     dataclasses.replace(measured, experts={"": {**dict(rest), name: wrong}}).save(tmp_path / "r.safetensors")
     with pytest.raises(tahf4.RecipeError, match="bits, expected 4 or 8"):
         tahf4.Recipe.load(tmp_path / "r.safetensors")
+
+
+def test_all_of_them_and_a_share_are_refused_together(calibration):
+    with pytest.raises(tahf4.OptionError, match="leave one of them out"):
+        calibration.recipe(**FAST, activation_bits=8, max_8bit_flops=0.2)

@@ -189,3 +189,23 @@ def test_a_model_whose_values_are_elsewhere_is_not_saved(change, told, tmp_path)
     with pytest.raises(tahf4.PackedError, match=f"{told}.*Save the model before"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("keep", [["attn1"], []])
+def test_a_packed_model_with_an_adapter_on_plain_linears_is_not_saved(keep, tmp_path):
+    """The folder would hold their weights under the names that the adapter gives them."""
+    model = wan()[0]
+    tahf4.quantize_(model, keep=keep)
+    targets = ["to_q"] if keep else ["proj_out"]
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), "a")
+    with pytest.raises(tahf4.PackedError, match="could not be loaded"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_packed_model_without_one_of_its_blocks_is_not_saved(tmp_path):
+    model = wan()[0]
+    tahf4.quantize_(model)
+    model.blocks = model.blocks[:1]
+    with pytest.raises(tahf4.PackedError, match="it lacks blocks.1"):
+        model.save_pretrained(tmp_path)

@@ -36,7 +36,7 @@ def test_the_blocks_of_the_page_run(tmp_path):
     with torch.no_grad():
         for code in BLOCKS:
             exec(compile(code, "docs/packed.md", "exec"), namespace)
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     assert len(packed_linears(namespace["pipe"].text_encoder)) == 14
     settings = json.loads((tmp_path / "encoded" / "transformer_2" / "config.json").read_text())
     assert len(settings["quantization_config"]["linears"]) == 30

@@ -497,3 +497,11 @@ def test_a_state_dict_that_was_cast_is_refused(dtype):
         model.load_state_dict({key: value.to(dtype) for key, value in state.items()})
     model.load_state_dict(before)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_what_is_no_float_is_refused(dtype):
+    linear = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).requires_grad_(False)
+    tahf4.quantize_(linear)
+    with pytest.raises(tahf4.FormatError, match=f"got a tensor of {dtype}"):
+        linear(torch.ones(2, 64).to(dtype))
