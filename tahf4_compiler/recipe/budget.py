@@ -67,10 +67,9 @@ def choose(
         min_flops_4bit=min_flops_4bit,
         max_8bit_flops=max_8bit_flops,
     )
-    if min_flops_4bit is not None:
-        max_8bit_flops = 1 - min_flops_4bit
-    if max_8bit_flops is not None:
-        allowed, kept = max_8bit_flops * sum(flops.values()), []
+    share = 1 - min_flops_4bit if min_flops_4bit is not None else max_8bit_flops
+    if share is not None:
+        allowed, kept = share * sum(flops.values()), []
         for path in sorted(effects, key=lambda p: (-effects[p] / max(flops[p], 1), p)):
             if flops[path] <= allowed * (1 + 1e-9):
                 allowed -= flops[path]
