@@ -9,12 +9,15 @@ import contextlib
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch.autograd import forward_ad
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "AUTOCAST",
@@ -23,6 +26,8 @@ __all__ = [
     "before_transformed_frames",
     "below_autograd",
     "caller_that_holds",
+    "changing_floats",
+    "compile_for_values",
     "compiled_whole",
     "derivative_asked",
     "dynamo_scope",
@@ -30,6 +35,7 @@ __all__ = [
     "fake_input",
     "graph_breaks",
     "has_tangent",
+    "keep_number",
     "outside_of_tracing",
     "refuse_in_inductor",
     "replaced_linear",
@@ -88,6 +94,26 @@ def fake_input(context: Any, value: Any) -> Any:
     if symbolic is None:
         return context.fake_mode.from_tensor(value, static_shapes=True)
     return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+
+def keep_number(fake: Any, copy: Any) -> None:
+    """Let ``copy.item()`` be the symbol that ``fake.item()`` is: Dynamo's, of a Python number that changes."""
+    if getattr(fake, "item_memo", None) is not None:
+        copy.item_memo = fake.item_memo
+
+
+def changing_floats(value: Any) -> set[str]:
+    """Return the symbols, of Python floats that change between calls, that a symbolic number depends on."""
+    if not isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool):
+        return set()
+    return {str(symbol) for symbol in value.node.expr.free_symbols if symbol_is_type(symbol, SymT.FLOAT)}
+
+
+def compile_for_values(symbols: Iterable[str]) -> NoReturn:
+    """Let Dynamo begin again with the floats of these symbols as constants, with a guard on their values."""
+    for symbol in symbols:
+        TensorifyState.specialize(symbol)
+    raise TensorifyScalarRestartAnalysis
 
 
 def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:

@@ -328,3 +328,30 @@ def test_an_operator_runs_below_its_function_for_autograd():
         assert seen == ["autograd"]
         assert torch.equal(y, torch.ones(2))
         assert not y.requires_grad, "nothing below records"
+
+
+def test_dynamo_begins_again_with_floats_as_constants():
+    found = []
+
+    def backend(graph_module, example_inputs):
+        context = torch._guards.TracingContext.get()
+        fakes = [torch_private.fake_input(context, value) for value in example_inputs]
+        reads = [node for node in graph_module.graph.nodes if node.target == "item"]
+        numbers = [fake.item() for fake in fakes if fake.ndim == 0]
+        copies = [fake.detach() for fake in fakes if fake.ndim == 0]
+        for fake, copy in zip([fake for fake in fakes if fake.ndim == 0], copies, strict=True):
+            torch_private.keep_number(fake, copy)
+            assert str(copy.item()) == str(fake.item())
+        symbols = set().union(*map(torch_private.changing_floats, numbers))
+        found.append((len(reads), len(symbols)))
+        if symbols:
+            torch_private.compile_for_values(symbols)
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, scale: x * scale, backend=backend)
+    x = torch.randn(3)
+    for scale in (1.0, 0.5, 0.25):
+        assert torch.equal(compiled(x, scale), x * scale)
+    assert found[:3] == [(0, 0), (1, 1), (0, 0)]
+    assert torch_private.changing_floats(3) == torch_private.changing_floats(None) == set()

@@ -15,13 +15,23 @@ from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import module_path, root_expression
 from ..model.tree import Surroundings
-from ..torch_private import dynamo_scope, dynamo_source, fake_input, weights_are_constants
+from ..torch_private import (
+    changing_floats,
+    compile_for_values,
+    dynamo_scope,
+    dynamo_source,
+    fake_input,
+    keep_number,
+    weights_are_constants,
+)
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
 from .functions import Tracing
 from .regions import inline_regions
 
 __all__ = ["capture_dynamo"]
+
+aten = torch.ops.aten
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
@@ -76,10 +86,12 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     for node in reversed(list(traced.graph.nodes)):
         if node.target in _READS and not node.users:  # a Python number that tracing found to be constant
             traced.graph.erase_node(node)
+    _fix_numbers(traced)
     roots = {_parameter_root(value, source) for value, source in zip(inputs, sources, strict=True)} - {""}
-    for index, (node, value, source) in enumerate(
-        zip([n for n in traced.graph.nodes if n.op == "placeholder"], inputs, sources, strict=True)
+    for index, (node, value, source, fake) in enumerate(
+        zip([n for n in traced.graph.nodes if n.op == "placeholder"], inputs, sources, fakes, strict=True)
     ):
+        keep_number(fake, node.meta["val"])
         kind, path = _kind(value, source), _path(source, roots)
         node.meta[INPUT] = GraphInput(kind, path or placeholders[index].name, index)
         _rename(node, f"{kind[0]}_{path}" if kind in ("parameter", "buffer") else placeholders[index].name)
@@ -101,6 +113,24 @@ def _write_data_as_detach(graph_module: fx.GraphModule) -> None:
         if getattr(node.target, "__name__", "") == "_get_data_attr":
             node.op, node.target = "call_function", torch.ops.aten.detach.default
     graph_module.recompile()
+
+
+def _fix_numbers(graph_module: fx.GraphModule) -> None:
+    """Compile again for the value of each Python number whose changes Inductor would not see.
+
+    Dynamo makes a float that changes between calls a tensor, which the graph reads. Inductor computes with that tensor
+    where it is an operand of arithmetic; elsewhere it takes the value of the first call, and can lose the guard on it.
+    """
+    arithmetic = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+    lost: set[str] = set()
+    for node in graph_module.graph.nodes:
+        if floats := changing_floats(node.meta.get("val")):
+            for user in node.users:
+                operand = user.target in arithmetic and node not in user.kwargs.values()
+                if not operand and not changing_floats(user.meta.get("val")):
+                    lost |= floats
+    if lost:
+        compile_for_values(lost)
 
 
 _READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)

@@ -74,6 +74,23 @@ def test_adapters_are_weighted_switched_and_deleted_on_a_packed_model(rank):
         assert torch.equal(output(packed(**inputs)), without), "packed alike, before the adapter came and after"
 
 
+def test_an_adapter_of_a_compiled_model_takes_another_scale():
+    model, inputs = frozen()
+    _, state = added(model, 4)
+    model.load_lora_adapter(state, adapter_name="style")
+    model.requires_grad_(False)
+    packed = copy.deepcopy(model)
+    tahf4.quantize_(packed)
+    model.compile(backend="tahf4", dynamic=True)  # else the first graph has a constant
+    outputs = []
+    for scale in (1.0, 0.5, 0.25):
+        for one in (model, packed):
+            one.set_adapters("style", scale)
+        outputs.append(output(packed(**inputs)))
+        assert relative(output(model(**inputs)), outputs[-1]) < 1e-2
+    assert relative(outputs[0], outputs[1]) > 0.05 and relative(outputs[1], outputs[2]) > 0.03
+
+
 @pytest.mark.parametrize("way", ["compiled", "packed"])
 def test_an_adapter_is_swapped_while_the_model_runs(way):
     model, inputs = frozen()
