@@ -28,6 +28,7 @@ __all__ = ["ran", "say_transformed", "watch"]
 
 log = logging.getLogger(__name__)
 
+_COPIED = "_tahf4_copied"
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -50,6 +51,8 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         model: a call of it runs compiled now.
         keep: patterns of linears that stay in high precision.
     """
+    if model._compiled_call_impl is not None:
+        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
     if model in _said:
         return
     wanted = len(_linears(model, keep))
@@ -76,6 +79,25 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         return result, bool(found)
 
     around_calls(model, around)
+
+
+class _Copied:
+    """An attribute of a model that was compiled in place; warns where the model is copied without its compilation."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> None:
+        if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
+            return
+        log.warning(
+            "%s: PyTorch leaves the compilation by model.compile() out of a deep copy, which runs in the original "
+            'precision. Compile the copy as well: copy.compile(backend="tahf4").',
+            self._name,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bool, ()  # what is pickled loads where tahf4 is not
 
 
 def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:

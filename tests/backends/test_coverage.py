@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 
 import pytest
@@ -71,13 +72,27 @@ def test_a_copy_does_not_run_what_stands_around_the_calls_of_its_original(whole)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_pytorch_drops_the_compilation_of_a_model_in_place_from_its_copy(whole):
+def test_pytorch_drops_the_compilation_of_a_model_in_place_from_its_copy(whole, caplog):
     model, x = Stack().eval(), torch.randn(4, 64)
     call = compiled(model, whole)
     found, copied = call(x), copy.deepcopy(call)
+    assert ("Stack: PyTorch leaves the compilation" in caplog.text) == (not whole)
+    caplog.clear()
+    copy.deepcopy(copied)
+    pickle.loads(pickle.dumps(model))
+    assert not caplog.text
     assert torch.equal(copied(x), found) == whole
     with without_compiled_calls(model):
         assert torch.equal(copied(x), model(x)) == (not whole)
+
+
+def test_a_copy_of_many_compiled_blocks_warns_once(caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    for block in model.blocks:
+        compiled(block, False)
+    model(x)
+    copy.deepcopy(copy.deepcopy(model))
+    assert [r.getMessage()[:5] for r in caplog.records if "deep copy" in r.getMessage()] == ["Block"]
 
 
 def test_calls_of_a_model_whose_linears_all_run_in_4_bits_are_not_watched(monkeypatch):
