@@ -178,10 +178,23 @@ class HiF4Linear(nn.Linear):
         )
 
     @property
-    def weight(self) -> Any:  # type: ignore[override]
+    def weight(self) -> Any:
         """A :class:`NoWeight`: shape, dtype and device of the weight, for libraries that ask."""
         make = no_weight if torch.compiler.is_compiling() else NoWeight
         return make(self.out_features, self.in_features, self.weight_dtype, self.weight_codes.device)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        """Take back what the property gave, as peft does where it unloads an adapter.
+
+        Raises:
+            PackedError: it is anything else.
+        """
+        if not isinstance(value, NoWeight) or value.shape != (self.out_features, self.in_features):
+            raise PackedError(
+                "this linear is packed and takes no weight. Unpack it with tahf4.dequantize_, set its weight, and pack "
+                "it again."
+            )
 
     def reset_parameters(self) -> None:
         """Do nothing: codes are not drawn at random."""
@@ -255,7 +268,7 @@ def packed_product(
 ) -> Tensor:
     """Return what :meth:`HiF4Linear.forward` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
     kind = input.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # which autocast leaves alone
         input = input.to(torch.get_autocast_dtype(kind))
     if torch.is_grad_enabled() and input.requires_grad:
         raise GradientError(

@@ -129,7 +129,7 @@ class Loading:
         if lacking:
             raise PackedError(
                 f"the checkpoint lacks tensors of {len(lacking)} packed linears ({', '.join(lacking[:3])}); it is not "
-                "complete"
+                "complete, or they are left on disk (device_map, offload_folder): load a packed model into memory"
             )
         for path, linear in found.items():
             for leaf, dtype in PARTS.items():
@@ -214,8 +214,16 @@ class Saving:
             PackedError: ``from_pretrained`` would make a model of another structure, or values are not in memory.
         """
         model, config = quantizer.owner(), quantizer.quantization_config
+        if model is None:
+            raise PackedError(
+                "the packed model that this one shares its parts with (copy.copy) is gone, and its settings went with "
+                "it. Make copies with copy.deepcopy."
+            )
         _check_values(model)
         config.linears = describe(model)
+        if not config.linears:  # unpacked in parts
+            self._forget(model)
+            return
         try:
             again = self._empty(model)
             _put_empty(again, config, frozenset())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from helpers import plans, relative
@@ -202,3 +203,23 @@ def test_a_compiled_model_follows_its_adapters_when_they_are_fused_and_unfused()
     assert relative(output(adapted(**inputs)), beside) < 1e-3
     adapted.disable_lora()
     assert relative(output(adapted(**inputs)), without) < 1e-3 < 0.05 < relative(fused, without)
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "LoKrConfig", "VeraConfig"])
+def test_other_adapters_of_peft_are_unloaded_from_a_packed_model(kind):
+    model = Stack(depth=1).requires_grad_(False)
+    tahf4.quantize_(model)
+    x = torch.randn(4, 64)
+    without = model(x)
+    extra = {"feedforward_modules": ["down"]} if kind == "IA3Config" else {"r": 4}
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(target_modules=["up", "down"], **extra)).eval()
+    adapted.requires_grad_(False)
+    for name, parameter in adapted.named_parameters():
+        if "default" in name and parameter.is_floating_point():  # the name of the adapter
+            parameter += 0.1
+    assert relative(adapted(x), without) > 0.01
+    plain = adapted.unload()
+    assert isinstance(plain.blocks[0].up, tahf4.HiF4Linear)
+    assert torch.equal(plain(x), without)
+    with pytest.raises(tahf4.PackedError, match="takes no weight"):
+        plain.blocks[0].up.weight = torch.randn(128, 64)

@@ -209,3 +209,28 @@ def test_a_packed_model_without_one_of_its_blocks_is_not_saved(tmp_path):
     model.blocks = model.blocks[:1]
     with pytest.raises(tahf4.PackedError, match="it lacks blocks.1"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_model_that_was_unpacked_in_parts_is_saved_as_plain(tmp_path):
+    model, inputs = packed()
+    for block in model.blocks:
+        tahf4.dequantize_(block)
+    found = saved(model, tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(output(found(**inputs)), output(model(**inputs)))
+
+
+def test_a_shallow_copy_whose_model_is_gone_is_not_saved(tmp_path):
+    model, _ = packed()
+    shallow = copy.copy(model)
+    del model
+    gc.collect()
+    with pytest.raises(tahf4.PackedError, match=r"copy\.deepcopy"):
+        shallow.save_pretrained(tmp_path)
+
+
+def test_a_packed_folder_that_is_loaded_onto_disk_is_refused(tmp_path):
+    model, _ = packed()
+    model.save_pretrained(tmp_path / "folder")
+    with pytest.raises(tahf4.PackedError, match=r"load a packed model into memory"):
+        type(model).from_pretrained(tmp_path / "folder", device_map={"": "disk"}, offload_folder=tmp_path / "disk")

@@ -443,6 +443,7 @@ def test_autocast_strides_axes_and_double():
         compiled = torch.compile(plain, backend="tahf4", options=GRAPH)(x)
         assert model(x).dtype == compiled.dtype == torch.bfloat16
         assert relative(model(x), compiled) < 1e-2
+        assert relative(copy.deepcopy(model).double()(x.double()), want) < 1e-5, "autocast leaves float64 alone"
 
 
 def test_inference_mode_runs_and_lays_products_together():
