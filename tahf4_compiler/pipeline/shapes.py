@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import PassError
@@ -142,7 +143,8 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
         _check_dtypes(node, [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)], pass_name)
     key = _call_key(node, args, kwargs)
     try:
-        with context.fake_mode, torch.no_grad():  # as a lowered graph runs
+        # As a lowered graph runs; PyTorch 2.11 cannot compute symbolic sizes of a linear without its Python dispatcher.
+        with enable_python_dispatcher(), context.fake_mode, torch.no_grad():
             if key is not None and key in results:
                 return torch.utils._pytree.tree_map(lambda size: size.empty(), results[key])
             value = node.target(*args, **kwargs)  # type: ignore[operator]
