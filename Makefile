@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+INSTALL := -c constraints.txt
 WORKERS ?= 2
 # Of `make walk`: the first round, and how many; a round is 300 walks.
 SEED ?= 0
@@ -12,7 +13,7 @@ ROUNDS ?= 67
 FAST := tests/passes
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test mutants lint types docs fuzz walk sanitize tiny-wan clean
+.PHONY: help env demo check test test-latest test-oldest mutants lint types docs fuzz walk sanitize tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +22,7 @@ env: $(STAMP) ## Make the environment (.venv) from constraints.txt
 
 $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(INSTALL) -e '.[dev]'
 	touch $@
 
 demo: $(STAMP) ## Generate clips with the shipped tiny Wan2.2, original beside W4A4, into out/
@@ -33,6 +34,14 @@ check: $(STAMP) ## Run the fast tests: every pass on small graphs, in less than 
 test: $(STAMP) ## Run the tests (no GPU, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests --ignore tests/interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/interpreter
+
+# build/latest, build/oldest: an environment each. A pip configuration that caps versions must be out of the way
+# (PIP_CONFIG_FILE=/dev/null make test-latest).
+test-latest: ## Run the tests on the newest releases (PyTorch's CUDA build: 3 GB to download, 6 GB on disk)
+	$(MAKE) test VENV=build/latest INSTALL='--upgrade'
+
+test-oldest: ## Run the tests on the oldest releases that are supported, constraints-oldest.txt (as large as the newest)
+	$(MAKE) test VENV=build/oldest INSTALL='-c constraints-oldest.txt'
 
 mutants: $(STAMP) ## Put faults into the source one at a time (tests/mutants.toml): the tests must notice each
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --workers $(WORKERS)
