@@ -2,8 +2,8 @@
 
 A backend sees graphs only. Code that Dynamo skips runs as it is, and nothing that the backend is told shows it; it can
 skip code that it compiled before, too (a hook came or went, a recompile limit, ``torch.vmap`` around the model). So the
-linears in the graphs of each call are counted. If there are fewer than the model's tree puts in 4 bits, the next such
-call is looked at from outside: which of these linears does Python itself call? One that is not called, as in another
+linears in the graphs of each call are counted. If there are fewer than the model's tree puts in 4 bits, the next calls
+are looked at from outside: which of these linears does Python itself call? One that is not called, as in another
 expert or in a block that a cache left out, is not said.
 """
 
@@ -28,6 +28,8 @@ __all__ = ["ran", "say_transformed", "watch"]
 
 log = logging.getLogger(__name__)
 
+# A cache leaves blocks out in some calls, for both branches of guidance, and not in others.
+_LOOKS = 16
 _COPIED = "_tahf4_copied"
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -55,24 +57,30 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
     if model in _said:
         return
-    wanted = len(_linears(model, keep))
-    explained: set[int] = set()  # counts of calls in which Python called none of the linears
-    look = False
+    wanted: int | None = None
+    explained: set[int] = set()  # counts of calls that were looked at, and Python called none of the linears
+    counts: set[int] = set()
+    look = 0  # at so many calls more
 
     def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
-        nonlocal look
-        before, looks = _ran.linears, look
+        nonlocal look, wanted
+        if wanted is None:
+            wanted = len(_linears(model, keep))
+        before, looks = _ran.linears, look > 0
         outside: set[nn.Module] = set()
         with _python_calls(outside) if looks else contextlib.nullcontext():
             result = call(*args, **kwargs)
         count = _ran.linears - before
-        if count >= wanted or count in explained:
-            return result, False
-        look = not looks
-        if not looks:
-            return result, False
-        explained.add(count)
-        found = [path for path, module in _linears(model, keep).items() if module in outside]
+        found: list[str] = []
+        if count < wanted and count not in explained:
+            counts.add(count)
+            if looks:
+                found = [path for path, module in _linears(model, keep).items() if module in outside]
+            else:
+                look = _LOOKS + 1
+        look -= look > 0
+        if looks and not look:
+            explained.update(counts)
         if found and model not in _said:
             _said.add(model)
             _say(type(model).__name__, found)

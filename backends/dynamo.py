@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from ..errors import GradientError
+from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import linear_path, linears
 from ..graph_capture.captured import Capture
@@ -27,7 +27,7 @@ from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
-from ..torch_private import before_transformed_frames, has_tangent
+from ..torch_private import before_frames, caller_that_holds, has_tangent
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
 from .coverage import ran, say_transformed, watch
@@ -63,7 +63,7 @@ def tahf4(
             ``BackendCompilerFailed``, with their message.
     """
     parsed = Options.parse(options, mode)
-    before_transformed_frames(tahf4, say_transformed)  # again, since torch._dynamo.reset() forgets it
+    before_frames(tahf4, _begin)  # again, since torch._dynamo.reset() forgets it
     start = time.perf_counter()
     captured = capture_dynamo(graph_module, example_inputs)
     captured.seconds = time.perf_counter() - start
@@ -71,7 +71,17 @@ def tahf4(
     return lambda *args: compiled(*args)
 
 
-before_transformed_frames(tahf4, say_transformed)
+def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> None:
+    """Watch a model before anything of it is compiled: it may be that Dynamo hands over nothing at all."""
+    if transformed:
+        say_transformed(model)
+        return
+    options = Options.parse(keywords.get("options"), keywords.get("mode"))
+    if options.pipeline == "default":
+        watch(model, options.keep)
+
+
+before_frames(tahf4, _begin)
 
 
 class CompiledGraph:
@@ -84,6 +94,11 @@ class CompiledGraph:
 
     def __init__(self, captured: Capture, options: Options) -> None:
         """Lower the graph for the parameters of the example."""
+        if any(isinstance(value, torch._subclasses.FakeTensor) for value in captured.example_inputs):
+            raise CaptureError(
+                "the graph came without its weights, as where Dynamo splits it into the buckets of "
+                "DistributedDataParallel. Set torch._dynamo.config.optimize_ddp = False before the first call."
+            )
         self._captured = captured
         self._options = options
         self._lock = threading.Lock()
@@ -118,7 +133,7 @@ class CompiledGraph:
         self._captured = replace(captured, example_inputs=())
         _announce(first, captured.surroundings)
         if (root := captured.surroundings.root) is not None and options.pipeline == "default":
-            watch(root, options.keep)
+            watch(caller_that_holds(root) or root, options.keep)
 
     def __call__(self, *args: Any) -> Any:
         """Run the lowering that fits the parameters among ``args``.
@@ -158,6 +173,8 @@ class CompiledGraph:
         seen = {id(ref()) for known in list(self._known.values()) for ref in known.weights}
         if unseen := [weight for weight in weights if id(weight) not in seen]:
             self._captured.surroundings.learn(unseen)  # another module's, or parameters that were replaced
+            if (model := caller_that_holds(unseen[0])) is not None and self._options.pipeline == "default":
+                watch(model, self._options.keep)
         names: dict[str, int] = {}
         now = changes()  # before anything is read: what another thread attaches meanwhile is looked up again
         recipes = [attached_recipe(weight) for weight in weights]

@@ -23,7 +23,7 @@ __all__ = [
     "AUTOCAST",
     "Interpreter",
     "around_calls",
-    "before_transformed_frames",
+    "before_frames",
     "below_autograd",
     "caller_that_holds",
     "changing_floats",
@@ -250,14 +250,18 @@ def around_calls(
     setattr(held, name, call)
 
 
-def before_transformed_frames(backend: Callable[..., Any], function: Callable[[nn.Module], None]) -> None:
-    """Call a function where Dynamo gives up to compile a module, because ``torch.vmap`` or ``torch.func`` is around it.
+def before_frames(
+    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any], bool], None]
+) -> None:
+    """Call a function where Dynamo begins to compile code of a module, whether a graph comes of it or not.
 
     ``torch._dynamo.reset`` forgets it. A second call with the same arguments changes nothing.
 
     Args:
-        backend: that the frame would be compiled with.
-        function: takes the module that was compiled, or one that a compiled function calls.
+        backend: that the code would be compiled with.
+        function: takes the module that was compiled, or one that a compiled function calls; the keywords that the
+            backend gets (``options``, ``mode``); and whether ``torch.vmap`` or ``torch.func`` is around the call, where
+            Dynamo gives up.
     """
     handler, notice = torch._dynamo.callback_handler, _notice(backend, function)
     if notice not in handler.start_callbacks:
@@ -265,13 +269,14 @@ def before_transformed_frames(backend: Callable[..., Any], function: Callable[[n
 
 
 @functools.cache
-def _notice(backend: Callable[..., Any], function: Callable[[nn.Module], None]) -> Callable[[Any], None]:
+def _notice(
+    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any], bool], None]
+) -> Callable[[Any], None]:
     from torch._dynamo.convert_frame import _compile
     from torch._dynamo.eval_frame import innermost_backend
 
     def notice(_: Any) -> None:
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            return
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not _compile.__code__:
             frame = frame.f_back  # type: ignore[assignment]
@@ -279,9 +284,10 @@ def _notice(backend: Callable[..., Any], function: Callable[[nn.Module], None]) 
             return
         compiler = innermost_backend(frame.f_locals["compiler_fn"])
         if getattr(compiler, "compiler_fn", compiler) is backend:  # torch.compile wraps one that has options
-            module = frame.f_locals["locals"].get("self")
-            if isinstance(module, nn.Module):
-                function(caller_that_holds(module) or module)
+            values = frame.f_locals["locals"]  # a hook's own function has the module under another name than self
+            found = (v for v in (values.get("self"), *values.values()) if isinstance(v, nn.Module))
+            if (module := next(found, None)) is not None:
+                function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
 
     return notice
 

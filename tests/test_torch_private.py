@@ -193,23 +193,41 @@ def test_dynamo_traces_through_what_stands_around_a_compiled_call():
     assert not seen
 
 
-def test_frames_that_dynamo_gives_up_under_transforms_are_told():
+def test_modules_are_told_before_dynamo_compiles_them_also_where_it_gives_up():
     def mine(graph_module, example_inputs, options=None):
         return graph_module.forward
 
+    def tell(*what):
+        told.append(what)
+
+    class Hidden(Stack):
+        def forward(self, x):
+            for block in self.blocks:
+                x = self.hidden(block, x)
+            return x
+
+        @torch.compiler.disable
+        def hidden(self, block, x):
+            return block(x)
+
     told, x = [], torch.randn(3, 64)
     for _ in range(2):
-        torch_private.before_transformed_frames(mine, told.append)
-    for backend in (mine, "eager"):
-        torch.compile(Stack(depth=1), backend=backend)(x)
-    torch.compile(lambda x: torch.vmap(torch.sin)(x), backend=mine)(x)
+        torch_private.before_frames(mine, tell)
+    models = [Stack(depth=1), Hidden(depth=1)]
+    torch.compile(Stack(depth=1), backend="eager")(x)
     assert told == []
+    for model in models:
+        model.compile(backend=mine, options={"some": 1})
+        model(x)
+    assert {model for model, _, _ in told} == set(models)
+    assert all(what[1:] == ({"options": {"some": 1}}, False) for what in told)
+    del told[:]
     models = [Stack(depth=1), Stack(depth=1)]
     for model, options in zip(models, ({}, {"some": 1}), strict=True):
         torch.vmap(torch.compile(model, backend=mine, options=options))(x)
         torch._dynamo.reset()
-        torch_private.before_transformed_frames(mine, told.append)
-    assert set(told) == set(models)
+        torch_private.before_frames(mine, tell)
+    assert {model for model, _, transformed in told if transformed} == set(models)
     torch._dynamo.utils.counters.clear()
     torch.vmap(torch.compile(Stack(depth=1), backend=mine))(x)
     (why,) = torch_private.graph_breaks()

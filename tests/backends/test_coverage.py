@@ -11,12 +11,11 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from helpers import GRAPH
 from models import Stack
-from tahf4_compiler.backends import coverage
-from tahf4_compiler.backends.dynamo import tahf4 as tahf4_backend
+from tahf4_compiler.backends import coverage, dynamo
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.torch_private import before_transformed_frames, without_compiled_calls
+from tahf4_compiler.torch_private import before_frames, without_compiled_calls
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +83,58 @@ def test_pytorch_drops_the_compilation_of_a_model_in_place_from_its_copy(whole, 
     assert torch.equal(copied(x), found) == whole
     with without_compiled_calls(model):
         assert torch.equal(copied(x), model(x)) == (not whole)
+
+
+class Cached(Stack):
+    """Runs its blocks outside of every graph, and in some calls not at all, as MagCache and others do."""
+
+    pattern = "yes"
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inside(self.first(x)))
+
+    @torch.compiler.disable
+    def inside(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.pattern[self.calls % len(self.pattern)] == "y":
+            for block in self.blocks:
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("pattern", ["y", "yn", "ynn", "yyn", "ynnnnnnnnn"])
+def test_blocks_outside_of_graphs_are_said_however_often_a_cache_leaves_them_out(pattern, whole, caplog):
+    model, x = Cached().eval(), torch.randn(4, 64)
+    model.pattern = pattern
+    call = compiled(model, whole)
+    for _ in range(24):
+        call(x)
+    (message,) = said(caplog)
+    assert "Cached: 6 linears of its repeated blocks run in high precision" in message
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_of_which_dynamo_hands_over_nothing_is_said(whole, caplog):
+    class Nothing(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = self.hidden(block, x)  # breaks a graph inside of a loop: Dynamo gives the function up
+            return x
+
+        @torch.compiler.disable
+        def hidden(self, block: nn.Module, x: Tensor) -> Tensor:
+            return block(x)
+
+    model, x = Nothing().eval(), torch.randn(4, 64)
+    for options in ({"keep": ["up", "down"]}, {}):
+        torch._dynamo.reset()
+        before_frames(dynamo.tahf4, dynamo._begin)  # as torch.compile(backend="tahf4") does first
+        call = compiled(copy.deepcopy(model), whole, **options)
+        for _ in range(3):
+            assert torch.equal(call(x), model(x))
+        assert len(said(caplog)) == (not options)
 
 
 def test_a_copy_of_many_compiled_blocks_warns_once(caplog):
@@ -203,7 +254,7 @@ def test_what_dynamo_gives_up_later_is_said_once(give_up, whole, caplog):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("how", ["vmap", "jvp", "grad"])
 def test_a_first_call_under_a_transform_is_said_once(how, whole, caplog):
-    before_transformed_frames(tahf4_backend, coverage.say_transformed)  # as torch.compile(backend="tahf4") does first
+    before_frames(dynamo.tahf4, dynamo._begin)  # as torch.compile(backend="tahf4") does first
     call, x = compiled(Stack().eval().requires_grad_(False), whole), torch.randn(4, 64)
     calls = {
         "vmap": lambda: torch.vmap(call)(x),
