@@ -62,10 +62,13 @@ def check_choices(
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
-        raise OptionError(f"activation_bits is {activation_bits!r}; expected 4 (HiF4) or 8 (int8)")
-    if activation_bits == 8 and budget.get("max_8bit_flops") is not None:
         raise OptionError(
-            "activation_bits=8 gives all activations 8 bits, and max_8bit_flops a share of them; leave one of them out"
+            f"activation_bits is {activation_bits!r}; expected 4 (HiF4), 8 (int8) or 16 (not quantized)"
+        )
+    if activation_bits != 4 and budget.get("max_8bit_flops") is not None:
+        raise OptionError(
+            f"activation_bits={activation_bits} gives all activations {activation_bits} bits, and max_8bit_flops a "
+            "share of them 8; leave one of them out"
         )
     if budget:
         check_budget(**budget)

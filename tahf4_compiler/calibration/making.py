@@ -74,7 +74,8 @@ def make_recipe(
         sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
             effect on the network's output, and the output's error with everything quantized in each kept call.
         high_precision_steps: denoising steps that run in high precision.
-        activation_bits: of all activations: 4 (HiF4), or 8 (int8 with a float32 scale for each unit of 64 values).
+        activation_bits: of all activations: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16
+            (not quantized).
         budget: as for :meth:`Recipe.plan`.
 
     Returns:

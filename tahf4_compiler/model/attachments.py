@@ -53,7 +53,7 @@ class Attachment:
         seed: of the rotation's signs.
         second_moment: float32 ``[K]``, of the activation's channels.
         reconstruction: the weight as the recipe rounded it, for ``search="reconstruct"``.
-        activation_bits: of the activation, 4 or 8.
+        activation_bits: of the activation, 4, 8 or 16.
         steps: says whether the step at hand runs in high precision, or None.
     """
 

@@ -44,7 +44,7 @@ class TaHF4Config:
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated.
         linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
-            ``multiplier`` is False for one that has none, ``activation_bits`` 8 for one whose activation has these.
+            ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4.
         provenance: of the recipe of a packed model.
     """
 
@@ -170,7 +170,7 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(values.get("multiplier", False), bool):
             raise PackedError(f"{where}: multiplier is {values['multiplier']!r}, expected true or false")
         if (bits := values.get("activation_bits", 4)) not in ACTIVATION_BITS or type(bits) is not int:
-            raise PackedError(f"{where}: activation_bits is {bits!r}, expected 4 or 8; the file is damaged")
+            raise PackedError(f"{where}: activation_bits is {bits!r}, expected 4, 8 or 16; the file is damaged")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

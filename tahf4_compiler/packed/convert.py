@@ -212,9 +212,9 @@ def set_activation_bits(model: Any, bits: int | Mapping[str, int]) -> dict[str, 
 
     Args:
         model: a packed module, or a pipeline.
-        bits: 4 (HiF4) or 8 (int8 with a float32 scale for each unit of 64 values) for all linears, or a mapping of
-            regular expressions, searched in module paths, to these: the first that matches counts. Linears that none
-            matches keep what they have.
+        bits: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16 (not quantized; the weight is
+            dequantized in each call) for all linears, or a mapping of regular expressions, searched in module paths,
+            to these: the first that matches counts. Linears that none matches keep what they have.
 
     Returns:
         The bits of every packed linear by module path; paths in a pipeline begin with the component's name.

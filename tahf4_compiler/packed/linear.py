@@ -42,7 +42,8 @@ class HiF4Linear(nn.Linear):
         weight_scales: int32 ``[N, ceil(K / 64)]``.
         bias: ``[N]`` or None.
         multiplier: float32 ``[K]``, the channel mask times the rotation's signs, or None for ones.
-        activation_bits: of the activation, 4 (HiF4) or 8 (int8). The weight does not depend on it; see
+        activation_bits: of the activation, 4 (HiF4), 8 (int8) or 16 (not quantized; the weight is dequantized in each
+            call). What the linear holds does not depend on it; see
             :func:`tahf4_compiler.set_activation_bits`.
     """
 
@@ -74,7 +75,7 @@ class HiF4Linear(nn.Linear):
             hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
             multiplies: whether there is a multiplier.
             activation: name of the activation.
-            activation_bits: 4 or 8.
+            activation_bits: 4, 8 or 16.
             device: of the parameters; ``"meta"`` for none.
             dtype: of the bias, and of the dequantized weight.
         """
@@ -271,7 +272,7 @@ def packed_product(
             "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
             "call the model with each of its parts (.unbind())."
         )
-    quantize, linear = registry.operators(input)
+    quantize, linear = registry.operators(input, activation_bits)
     codes, scales = quantize(input, multiplier, hadamard_block, activation_bits)
     result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, input.dtype)
     return result

@@ -73,7 +73,7 @@ def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damage
         if linear.decision not in ("hif4", "high_precision"):
             raise RecipeError(damaged.format(f"the decision of {path} is {linear.decision!r}"))
         if type(bits := linear.activation_bits) is not int or bits not in ACTIVATION_BITS:
-            raise RecipeError(damaged.format(f"the activation of {path} has {bits!r} bits, expected 4 or 8"))
+            raise RecipeError(damaged.format(f"the activation of {path} has {bits!r} bits, expected 4, 8 or 16"))
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
         raise RecipeError(damaged.format("the mask holds values that are not positive and finite"))
 

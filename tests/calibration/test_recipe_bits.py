@@ -121,7 +121,7 @@ def test_other_bits_are_refused(calibration, measured, value, tmp_path):
     wrong = dataclasses.replace(linear, activation_bits=value)
     wrong = dataclasses.replace(entry, linears={**entry.linears, path: wrong})
     dataclasses.replace(measured, experts={"": {**dict(rest), name: wrong}}).save(tmp_path / "r.safetensors")
-    with pytest.raises(tahf4.RecipeError, match="bits, expected 4 or 8"):
+    with pytest.raises(tahf4.RecipeError, match="bits, expected 4, 8 or 16"):
         tahf4.Recipe.load(tmp_path / "r.safetensors")
 
 
