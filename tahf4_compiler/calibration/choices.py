@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
-from ..options import ACTIVATION_BITS
+from ..options import ACTIVATION_BITS, STEP_BITS
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
@@ -40,6 +40,7 @@ def check_choices(
     block: Any = 64,
     scale_search: Any = "",
     high_precision_steps: Any = (),
+    step_activation_bits: Any = None,
     activation_bits: Any = 4,
     **budget: Any,
 ) -> None:
@@ -61,6 +62,8 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+    if type(step_activation_bits) is bool or step_activation_bits not in STEP_BITS:
+        raise OptionError(f"step_activation_bits is {step_activation_bits!r}; expected 8, 16 or None")
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
         raise OptionError(
             f"activation_bits is {activation_bits!r}; expected 4 (HiF4), 8 (int8) or 16 (not quantized)"

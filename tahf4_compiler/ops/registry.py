@@ -17,7 +17,7 @@ from torch import fx
 from ..errors import OptionError
 from ..options import reference_forced
 from ..plugins import host
-from . import fused  # noqa: F401  (they define torch.ops.tahf4)
+from . import by_step, fused  # noqa: F401  (they define torch.ops.tahf4)
 from .reference import activation_bits
 
 __all__ = [
@@ -77,6 +77,8 @@ def _reference(operator: torch._ops.OpOverload) -> Kernel:
 
 
 _kernels: list[Kernel] = [_reference(operator) for operator in OPERATORS]
+# In a graph it stands for the operator that it serves, as a kernel does; it runs nothing.
+_kernels.append(Kernel("by step", OPERATORS[0], torch.ops.tahf4.quantize_by_step.default, lambda node: False))
 _targets: dict[tuple[str, str], torch._ops.OpOverload] = {(str(op), "reference"): op for op in OPERATORS}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import FormatError, GradientError, PackedError
 from ..format import hif4, int8
 from ..format.transforms import hadamard
+from ..model.attachments import by_step, step_bits
 from ..ops import registry
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver
@@ -137,9 +138,13 @@ class HiF4Linear(nn.Linear):
         Raises:
             GradientError: a gradient or a forward-mode derivative is asked for.
             FormatError: the input is a nested tensor.
+            RecipeError: the bits of the activation depend on the step, and nothing counts steps.
         """
-        weight = self.weight_codes, self.weight_scales, self.bias
-        return packed_product(input, self.multiplier, self.hadamard_block, *weight, self.activation_bits)
+        weight, bits, waits = (self.weight_codes, self.weight_scales, self.bias), self.activation_bits, False
+        if by_step(self):
+            waits = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
+            bits = bits if waits else step_bits(self, "weight_codes", bits)
+        return packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
@@ -253,6 +258,7 @@ def packed_product(
     weight_scales: Tensor,
     bias: Tensor | None,
     activation_bits: int = 4,
+    by_step: bool = False,
 ) -> Tensor:
     """Return what :meth:`HiF4Linear.forward` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
     kind = input.device.type
@@ -273,6 +279,8 @@ def packed_product(
             "call the model with each of its parts (.unbind())."
         )
     quantize, linear = registry.operators(input, activation_bits)
+    if by_step:
+        quantize = torch.ops.tahf4.quantize_by_step.default
     codes, scales = quantize(input, multiplier, hadamard_block, activation_bits)
     result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, input.dtype)
     return result

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import RecipeError
 from ..format import hif4
-from ..options import ACTIVATION_BITS
+from ..options import ACTIVATION_BITS, STEP_BITS
 from .entries import CallError, LinearEntry, RecipeEntry
 
 
@@ -26,6 +26,21 @@ def read_call_error(values: Mapping[str, Any], where: str) -> CallError:
     if not (_is_number(found.error) and type(found.step) is type(found.steps) is int and 0 <= found.step < found.steps):
         raise RecipeError(f"{where}: the error of a call is {dict(values)}; the file is damaged or was edited")
     return found
+
+
+def check_steps(steps: Any, bits: Any, where: str) -> tuple[tuple[int, ...], int | None]:
+    """Return the steps in high precision and the bits of their activations, of what a file holds.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    whole = isinstance(steps, list | tuple) and all(type(step) is int for step in steps)
+    if not whole or type(bits) not in (int, type(None)) or bits not in STEP_BITS:
+        raise RecipeError(
+            f"{where}: the steps in high precision are {steps!r}, with activations of {bits!r} bits; expected a list "
+            "of integers, and 8, 16 or nothing; the file is damaged or was edited"
+        )
+    return tuple(steps), bits
 
 
 def _is_number(value: Any) -> bool:

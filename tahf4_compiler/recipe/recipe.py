@@ -16,7 +16,7 @@ from ..errors import RecipeError
 from ..files.tensors import load_tensors, save_tensors
 from ..format.hif4 import Packed
 from .budget import check_budget, choose
-from .checks import check_entry, read_call_error, read_linear
+from .checks import check_entry, check_steps, read_call_error, read_linear
 from .entries import CallError, LinearEntry, RecipeEntry
 
 __all__ = ["Recipe"]
@@ -34,12 +34,15 @@ class Recipe:
         provenance: how it was made.
         errors: of the network's output by expert, in order of the steps; none if they were not measured, or linears
             were planned otherwise since.
+        step_activation_bits: 8 or 16 if the weights stay in HiF4 in these steps, and the activations have so many bits;
+            None for the original weights (a packed model has none: there the activations have 16 bits).
     """
 
     experts: Mapping[str, Mapping[str, RecipeEntry]]
     high_precision_steps: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     errors: Mapping[str, tuple[CallError, ...]] = field(default_factory=dict)
+    step_activation_bits: int | None = None
 
     def linears(self, expert: str) -> dict[str, LinearEntry]:
         """Return an expert's linears by module path."""
@@ -111,6 +114,7 @@ class Recipe:
         header = {
             "entries": entries,
             "high_precision_steps": list(self.high_precision_steps),
+            **({} if (bits := self.step_activation_bits) is None else {"step_activation_bits": bits}),
             "provenance": dict(self.provenance),
             "errors": {expert: [dataclasses.asdict(e) for e in errors] for expert, errors in self.errors.items()},
         }
@@ -145,7 +149,8 @@ class Recipe:
                 expert: tuple(read_call_error(entry, f"{path}: {expert}") for entry in listed)
                 for expert, listed in header.get("errors", {}).items()
             }
-            return cls(found, tuple(header["high_precision_steps"]), header["provenance"], errors)
+            steps, bits = check_steps(header["high_precision_steps"], header.get("step_activation_bits"), str(path))
+            return cls(found, steps, header["provenance"], errors, bits)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} is damaged: its header lacks or misspells {error}") from error
 
