@@ -12,14 +12,22 @@ from typing import Any
 
 from .errors import OptionError, PatternError
 
-__all__ = ["ACTIVATION_BITS", "STEP_BITS", "Options", "activation_bits", "bits_for", "patterns", "reference_forced"]
+__all__ = [
+    "ACTIVATION_BITS",
+    "PROTECTING_BITS",
+    "Options",
+    "activation_bits",
+    "bits_for",
+    "patterns",
+    "reference_forced",
+]
 
 WEIGHT_CHECKS = ("content", "version")
 KERNELS = ("best", "reference")
 ACTIVATION_BITS = (4, 8, 16)
 """What an activation may have: HiF4; int8 with a float32 scale for each unit of 64 values; 16 bits, not quantized."""
-STEP_BITS = (None, 8, 16)
-"""What activations may have in steps in high precision; None: the original weights run, where they are there."""
+PROTECTING_BITS = (None, 8, 16)
+"""What protects a linear or a step: activations of so many bits on weights in HiF4, or None, the original weights."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
-from ..options import ACTIVATION_BITS, STEP_BITS
+from ..options import ACTIVATION_BITS, PROTECTING_BITS
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
@@ -42,6 +42,7 @@ def check_choices(
     high_precision_steps: Any = (),
     step_activation_bits: Any = None,
     activation_bits: Any = 4,
+    protect_bits: Any = None,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -62,7 +63,7 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
-    if type(step_activation_bits) is bool or step_activation_bits not in STEP_BITS:
+    if type(step_activation_bits) is bool or step_activation_bits not in PROTECTING_BITS:
         raise OptionError(f"step_activation_bits is {step_activation_bits!r}; expected 8, 16 or None")
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
         raise OptionError(
@@ -73,5 +74,5 @@ def check_choices(
             f"activation_bits={activation_bits} gives all activations {activation_bits} bits, and max_8bit_flops a "
             "share of them 8; leave one of them out"
         )
-    if budget:
-        check_budget(**budget)
+    if budget or protect_bits is not None:
+        check_budget(protect_bits=protect_bits, **budget)

@@ -55,6 +55,7 @@ def make_recipe(
     high_precision_steps: Sequence[int] = (),
     step_activation_bits: int | None = None,
     activation_bits: int = 4,
+    protect_bits: int | None = None,
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -79,6 +80,7 @@ def make_recipe(
             None: they run with the original weights, and in a packed model with activations of 16 bits.
         activation_bits: of all activations: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16
             (not quantized).
+        protect_bits: as for :meth:`Recipe.plan`.
         budget: as for :meth:`Recipe.plan`.
 
     Returns:
@@ -91,7 +93,7 @@ def make_recipe(
     check_choices(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
         scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
-        activation_bits=activation_bits, **budget,
+        activation_bits=activation_bits, protect_bits=protect_bits, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
@@ -138,7 +140,7 @@ def make_recipe(
     if any(missing.values()):
         made["calibration"]["unseen"] = missing
     recipe = Recipe(found, tuple(high_precision_steps), made, step_activation_bits=step_activation_bits)
-    recipe = recipe.plan(**budget) if budget else recipe
+    recipe = recipe.plan(protect_bits=protect_bits, **budget) if budget else recipe
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe
 
 

@@ -12,7 +12,7 @@ from ..model.attachments import Attachment, attach, attached_recipe
 from ..model.components import unwrapped_experts
 from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
-from ..options import STEP_BITS
+from ..options import PROTECTING_BITS
 from .linear import HiF4Linear
 
 __all__ = ["attach_steps", "set_high_precision_steps", "steps_of"]
@@ -41,7 +41,7 @@ def set_high_precision_steps(
     """
     if steps is not None and (isinstance(steps, str) or any(type(step) is not int for step in steps)):
         raise OptionError(f"steps is {steps!r}; expected a list of step indices")
-    if type(bits) is bool or bits not in STEP_BITS:
+    if type(bits) is bool or bits not in PROTECTING_BITS:
         raise OptionError(f"bits is {bits!r}; expected 8, or 16 (not quantized)")
     clock = scheduler if scheduler is not None else model if getattr(model, "scheduler", None) is not None else None
     if clock is None and (steps is None or steps):

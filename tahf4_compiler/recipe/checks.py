@@ -10,7 +10,7 @@ import torch
 
 from ..errors import RecipeError
 from ..format import hif4
-from ..options import ACTIVATION_BITS, STEP_BITS
+from ..options import ACTIVATION_BITS, PROTECTING_BITS
 from .entries import CallError, LinearEntry, RecipeEntry
 
 
@@ -35,7 +35,7 @@ def check_steps(steps: Any, bits: Any, where: str) -> tuple[tuple[int, ...], int
         RecipeError: the file is damaged.
     """
     whole = isinstance(steps, list | tuple) and all(type(step) is int for step in steps)
-    if not whole or type(bits) not in (int, type(None)) or bits not in STEP_BITS:
+    if not whole or type(bits) not in (int, type(None)) or bits not in PROTECTING_BITS:
         raise RecipeError(
             f"{where}: the steps in high precision are {steps!r}, with activations of {bits!r} bits; expected a list "
             "of integers, and 8, 16 or nothing; the file is damaged or was edited"
