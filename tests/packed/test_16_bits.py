@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from models import Stack, wan
+from tahf4_compiler.passes.lower import _say_once
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.format import hif4
@@ -100,13 +101,15 @@ def test_the_option_of_a_compilation(stack, x, inductor):
         assert error(torch.compile(model, backend="tahf4", options=options)(x), plain) < 1e-5
 
 
-def test_reports_say_it(stack, x):
+def test_reports_say_it(stack, x, caplog):
+    _say_once.cache_clear()
     found = lowered(stack, x, activation_bits={r"blocks\.0": 16, r"blocks\.1": 8})
     assert [d.activation_bits for d in found.plan if d.decision == "hif4"] == [16, 16, 8, 8, 4, 4]
     report = found.report()
     assert report.count("hif4, 16-bit activation") == 2 and report.count("hif4, int8 activation") == 2
     assert "% with activations in 8 bits" in report and "% with activations in 16 bits" in report
     assert {d.kernel for d in found.plan if d.activation_bits == 16} == {"reference"}
+    assert "no compiled HiF4 kernel" not in caplog.text
     always = lowered(stack, x, activation_bits=16, kernels="reference", **{"fuse.always": True})
     assert error(always(x), found(x)) < 0.2 and "fused_quantize" not in str(always.graph_module.graph)
 
