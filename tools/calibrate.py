@@ -51,6 +51,18 @@ def calibrate(
         float | None,
         typer.Option(help="Share of the FLOPs, 0 to 1, whose activations may have 8 bits, by measured effect."),
     ] = None,
+    protect_bits: Annotated[
+        int | None,
+        typer.Option(help="Protect linears by activations of so many bits, 8 or 16, instead of by high precision."),
+    ] = None,
+    high_precision_step: Annotated[
+        list[int] | None,
+        typer.Option(help="Index of a denoising step in high precision, negative from the end; repeat it for more."),
+    ] = None,
+    step_activation_bits: Annotated[
+        int | None,
+        typer.Option(help="In these steps weights stay in HiF4, and activations have so many bits, 8 or 16."),
+    ] = None,
     step_groups: Annotated[int, typer.Option(min=1, help="Parts of the schedule whose statistics are apart.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a video.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Height of a frame in pixels.")] = None,
@@ -94,6 +106,9 @@ def calibrate(
         "percentile": percentile,
         "weight_exponent": weight_exponent,
         "activation_bits": activation_bits,
+        "protect_bits": protect_bits,
+        "high_precision_steps": high_precision_step or [],
+        "step_activation_bits": step_activation_bits,
     }
     if keep_linears is not None:
         choices["max_high_precision_linears"] = keep_linears
