@@ -13,8 +13,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from helpers import relative
 from models import Stack, masked_recipe, wan
+from tahf4_compiler.tools.generation import load_pipeline
+from tahf4_compiler.tools.inspection.sources import loaded
+from tahf4_compiler.tools.tiny_wan import settings
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.packed.steps import steps_of
 
 FAST = {"inductor": False}
 
@@ -260,3 +264,17 @@ def test_damaged_files_are_refused(tmp_path):
         tahf4.Recipe.load(tmp_path / "r")
     with pytest.raises(tahf4.OptionError, match="step_activation_bits"):
         recipe(make(), step_activation_bits=4)
+
+
+def test_the_commands_take_a_folder_with_steps(tmp_path):
+    pipe = load_pipeline(settings.PIPELINE_DIR, torch.float32, "cpu")
+    tahf4.quantize_(pipe)
+    tahf4.set_high_precision_steps(pipe, [0], bits=8)
+    pipe.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path, torch.float32, "cpu")
+    again.set_progress_bar_config(disable=True)
+    again("a circle", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="latent")
+    assert [steps_of(e).steps for e in (again.transformer, again.transformer_2)] == [(0,), (0,)]
+    model, arguments = loaded(tmp_path / "transformer", torch.float32, None)
+    plan = tahf4.lower(tahf4.capture(model, (), arguments)).plan
+    assert {d.activation_bits for d in plan} == {4}
