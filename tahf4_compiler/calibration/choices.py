@@ -76,3 +76,8 @@ def check_choices(
         )
     if budget or protect_bits is not None:
         check_budget(protect_bits=protect_bits, **budget)
+    if protect_bits is not None and protect_bits <= activation_bits:
+        raise OptionError(
+            f"protect_bits={protect_bits} protects nothing where activation_bits={activation_bits} gives all "
+            "activations as many; leave one of them out"
+        )

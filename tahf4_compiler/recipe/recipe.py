@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import RecipeError
 from ..files.tensors import load_tensors, save_tensors
 from ..format.hif4 import Packed
+from ..options import ACTIVATION_BITS
 from .budget import check_budget, choose
 from .checks import check_entry, check_steps, read_call_error, read_linear
 from .entries import CallError, LinearEntry, RecipeEntry
@@ -69,7 +70,7 @@ class Recipe:
         check_budget(protect_bits=protect_bits, **budget)
         words = ", ".join(f"{name}={value}" for name, value in budget.items())
         bits = 8 if "max_8bit_flops" in budget else protect_bits
-        decided = functools.partial(_with_bits, bits) if bits is not None else _decided
+        decided = functools.partial(_with_bits, bits, _rest(self.provenance, bits)) if bits is not None else _decided
         planned = {}
         for expert, entries in self.experts.items():
             linears = self.linears(expert)
@@ -177,12 +178,21 @@ def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str
     return dataclasses.replace(linear, decision="hif4", reason=f"recipe: {numbers}")
 
 
-def _with_bits(bits: int, linear: LinearEntry, chosen: bool, rank: int, count: int, budget: str) -> LinearEntry:
+def _rest(provenance: Mapping[str, Any], bits: int) -> int:
+    """Return the bits of activations that a budget does not choose: those that the recipe was made with, if fewer."""
+    choices = provenance.get("choices")
+    made_with = choices.get("activation_bits") if isinstance(choices, Mapping) else None
+    return made_with if made_with in ACTIVATION_BITS and made_with < bits else 4
+
+
+def _with_bits(
+    bits: int, rest: int, linear: LinearEntry, chosen: bool, rank: int, count: int, budget: str
+) -> LinearEntry:
     if linear.decision != "hif4":
         return linear
     found = _decided(linear, False, rank, count, budget)
     reason = f"{found.reason}; activation in {bits} bits by budget {budget}" if chosen else found.reason
-    return dataclasses.replace(found, reason=reason, activation_bits=bits if chosen else 4)
+    return dataclasses.replace(found, reason=reason, activation_bits=bits if chosen else rest)
 
 
 def _block_of(paths: Sequence[str]) -> Callable[[str], str]:

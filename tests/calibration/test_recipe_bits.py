@@ -106,9 +106,16 @@ def test_a_budget_may_protect_by_more_bits_of_the_activation(calibration, measur
     assert error < of_four and sum(d.activation_bits == count for d in found.plan) == len(kept)
 
 
+def test_what_is_not_protected_keeps_the_bits_that_the_recipe_was_made_with(calibration):
+    recipe = calibration.recipe(**FAST, activation_bits=8, max_high_precision_linears=2, protect_bits=16)
+    assert sorted(bits(recipe).values()) == [8, 8, 8, 8, 16, 16]
+    assert sorted(bits(recipe.plan(max_high_precision_linears=1, protect_bits=16)).values()) == [8] * 5 + [16]
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
+        ({"protect_bits": 8, "activation_bits": 8, "min_flops_4bit": 0.5}, "protects nothing"),
         ({"protect_bits": 4, "min_flops_4bit": 0.5}, "expected 8, 16 or None"),
         ({"protect_bits": True, "min_flops_4bit": 0.5}, "expected 8, 16 or None"),
         ({"protect_bits": 16, "max_8bit_flops": 0.5}, "leave protect_bits out"),
@@ -116,7 +123,7 @@ def test_a_budget_may_protect_by_more_bits_of_the_activation(calibration, measur
     ],
 )
 def test_what_protects_nothing_is_refused(calibration, measured, values, words):
-    for make in (measured.plan, calibration.recipe):
+    for make in (calibration.recipe, *([] if "activation_bits" in values else [measured.plan])):
         with pytest.raises(tahf4.OptionError, match=words):
             make(**values)
 
