@@ -140,11 +140,24 @@ class HiF4Linear(nn.Linear):
             FormatError: the input is a nested tensor.
             RecipeError: the bits of the activation depend on the step, and nothing counts steps.
         """
-        weight, bits, waits = (self.weight_codes, self.weight_scales, self.bias), self.activation_bits, False
+        return self.product(input, self.bias)
+
+    def product(self, input: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Return the product with another bias, or in another dtype: a part of a sum over ranks has these.
+
+        Args:
+            input: ``[..., K]``.
+            bias: ``[N]`` or None.
+            out_dtype: of the result; None: as :meth:`forward`.
+
+        Raises:
+            GradientError, FormatError, RecipeError: as :meth:`forward`.
+        """
+        weight, bits, waits = (self.weight_codes, self.weight_scales, bias), self.activation_bits, False
         if by_step(self):
             waits = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        return packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits)
+        return packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
@@ -259,8 +272,9 @@ def packed_product(
     bias: Tensor | None,
     activation_bits: int = 4,
     by_step: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return what :meth:`HiF4Linear.forward` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
+    """Return what :meth:`HiF4Linear.product` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         input = input.to(torch.get_autocast_dtype(kind))
@@ -282,7 +296,7 @@ def packed_product(
     if by_step:
         quantize = torch.ops.tahf4.quantize_by_step.default
     codes, scales = quantize(input, multiplier, hadamard_block, activation_bits)
-    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, input.dtype)
+    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype or input.dtype)
     return result
 
 
