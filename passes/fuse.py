@@ -15,7 +15,7 @@ from ..graph.inputs import DECISION
 from ..graph.nodes import mutates, node_arg, size_hint
 from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of
 from ..ops.registry import dispatch
-from ..pipeline.activations import call
+from ..pipeline.activations import bits_of, call
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
 
@@ -72,7 +72,7 @@ class Fuse(Pass):
                 counts[kind] += 1
                 context.matched(node)
         for node in graph.find_nodes(op="call_function", target=QUANTIZE):
-            if self._quantization(_Region(places), node):
+            if _quantizes(node) and self._quantization(_Region(places), node):
                 counts["quantizations"] += 1
                 context.matched(node)
         context.note(", ".join(f"{count} {kind}" for kind, count in counts.items()))
@@ -86,7 +86,7 @@ class Fuse(Pass):
         end = region.end
         users = _readers(end)
         # First what is most: the quantization of the result in the same kernel.
-        if len(users) == 1 and users[0].target is QUANTIZE and users[0].args[0] is end and region.reaches(users[0]):
+        if len(users) == 1 and _quantizes(users[0]) and users[0].args[0] is end and region.reaches(users[0]):
             quantization = users[0]
             args = (*product.args, region.leaves, str(program), *quantization.args[1:])
             fused = self._replace(region, product, quantization, torch.ops.tahf4.linear_quantize.default, args)
@@ -311,6 +311,11 @@ def _same_kernel(fused: fx.Node, parts: set[fx.Node]) -> bool:
     name = dispatch(fused.target, fused).name
     ours = [part for part in parts if part.target in (QUANTIZE, LINEAR)]
     return name != "reference" and all(dispatch(part.target, part).name == name for part in ours)
+
+
+def _quantizes(node: fx.Node) -> bool:
+    """Whether a node makes codes: an activation of 16 bits stays as it is, and its transform is an operator alone."""
+    return node.target is QUANTIZE and bits_of(node) != 16
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..graph.nodes import node_words
-from ..ops.registry import KERNEL, OPERATORS, dispatch, served
+from ..ops.registry import KERNEL, OPERATORS, dispatch, in_16_bits, served
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
 
@@ -48,7 +48,7 @@ class Lower(Pass):
                 continue
             forced = context.options.kernels == "reference"
             kernel = dispatch(node.target, node, reference=forced)
-            if kernel.name == "reference" and not forced and node.target in OPERATORS:
+            if kernel.name == "reference" and not forced and node.target in OPERATORS and not in_16_bits(node):
                 _say_once(_device(node))
             node.meta[KERNEL] = kernel.name
             modified |= node.target is not kernel.target

@@ -12,9 +12,9 @@ from ..format import hif4
 from ..graph.inputs import DECISION, INPUT, ROLE, GraphInput
 from ..graph.nodes import is_written, module_classes, node_arg, size_hint, weight_input
 from ..graph_capture.regions import linears_in_regions
-from ..model.attachments import attached, attached_recipe
+from ..model.attachments import Attachment, attached, attached_recipe
 from ..model.linears import matching, require_matches
-from ..model.reasons import Cause, Reason
+from ..model.reasons import Cause, Reason, cause_of
 from ..options import bits_for
 from ..pipeline.activations import bits_of, quantization_of
 from ..pipeline.base import Pass, PassResult
@@ -122,9 +122,7 @@ class Plan(Pass):
             flops=2 * _rows(node) * k * n,
             node=(region or node).name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
-            activation_bits=bits_for(
-                module, context.options.activation_bits, said.activation_bits if said is not None else 4
-            ),
+            activation_bits=_bits(module, context, said, said.activation_bits if said is not None else 4),
         )
 
 
@@ -158,6 +156,7 @@ def _held(node: fx.Node, context: Context) -> Decision:
         )
     n, units = (size_hint(size) for size in node_arg(node, 3).meta["val"].shape)
     k = units * hif4.UNIT
+    said = attached(context.inputs[source.positions[0]])
     bits = 4
     if (quantization := quantization_of(node)) is not None:
         k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), bits_of(quantization)
@@ -166,14 +165,20 @@ def _held(node: fx.Node, context: Context) -> Decision:
         k=k,
         n=n,
         decision="hif4",
-        reason=Reason(Cause.PACKED, "packed"),
+        reason=said.reason if said is not None else Reason(Cause.PACKED, "packed"),
         bytes_before=n * k * node.meta["val"].element_size(),
         bytes_after=n * units * hif4.BYTES_PER_UNIT,
         flops=2 * _rows(node) * k * n,
         node=node.name,
         weight_index=source.positions[0],
-        activation_bits=bits_for(module, context.options.activation_bits, bits),
+        activation_bits=_bits(module, context, said, bits),
     )
+
+
+def _bits(module: str, context: Context, said: Attachment | None, default: int) -> int:
+    """Return the bits of a linear's activation: the option's, else the default; at least those of the step at hand."""
+    bits = bits_for(module, context.options.activation_bits, default)
+    return max(bits, said.activation_bits) if said is not None and cause_of(said.reason) is Cause.STEP else bits
 
 
 def _rows(node: fx.Node) -> int:

@@ -34,6 +34,7 @@ from .packed.config import TaHF4Config
 from .packed.convert import dequantize_, quantize_, set_activation_bits
 from .packed.linear import HiF4Linear
 from .packed.plan import plan_modules
+from .packed.steps import set_high_precision_steps
 from .pipeline.base import Pass, PassResult, register_pass, unregister_pass
 from .pipeline.context import Context, Decision
 from .pipeline.matching import Match, find_pattern, replace_pattern
@@ -90,6 +91,7 @@ __all__ = [
     "register_weight_format",
     "replace_pattern",
     "set_activation_bits",
+    "set_high_precision_steps",
     "unregister_pass",
 ]
 

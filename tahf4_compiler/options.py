@@ -12,12 +12,22 @@ from typing import Any
 
 from .errors import OptionError, PatternError
 
-__all__ = ["ACTIVATION_BITS", "Options", "activation_bits", "bits_for", "patterns", "reference_forced"]
+__all__ = [
+    "ACTIVATION_BITS",
+    "PROTECTING_BITS",
+    "Options",
+    "activation_bits",
+    "bits_for",
+    "patterns",
+    "reference_forced",
+]
 
 WEIGHT_CHECKS = ("content", "version")
 KERNELS = ("best", "reference")
-ACTIVATION_BITS = (4, 8)
-"""What an activation may be quantized to: HiF4, or int8 with a float32 scale for each unit of 64 values."""
+ACTIVATION_BITS = (4, 8, 16)
+"""What an activation may have: HiF4; int8 with a float32 scale for each unit of 64 values; 16 bits, not quantized."""
+PROTECTING_BITS = (None, 8, 16)
+"""What protects a linear or a step: activations of so many bits on weights in HiF4, or None, the original weights."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,10 @@ class Options:
     Attributes:
         keep: regular expressions, searched in module paths; linears that match stay in high precision.
             One that matches no linear is an error.
-        activation_bits: bits of the activations of linears that run in HiF4: 4 (HiF4) or 8 (int8 with a float32 scale
-            for each unit of 64 values). A number for all linears, or a mapping of regular expressions, searched in
-            module paths, to numbers: the first that matches counts, and one that matches no linear is an error.
+        activation_bits: bits of the activations of linears that run in HiF4: 4 (HiF4), 8 (int8 with a float32 scale
+            for each unit of 64 values) or 16 (not quantized; the weight is dequantized in each call). A number for all
+            linears, or a mapping of regular expressions, searched in module paths, to numbers: the first that matches
+            counts, and one that matches no linear is an error.
             Other linears have 4, or what their packed module says (:attr:`tahf4_compiler.HiF4Linear.activation_bits`).
         passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
         disable_passes: names of passes to leave out.
@@ -147,8 +158,8 @@ def activation_bits(name: str, value: Any) -> tuple[tuple[str, int], ...]:
     for pattern, bits in given.items():
         if type(bits) is not int or bits not in ACTIVATION_BITS or not isinstance(pattern, str):
             raise OptionError(
-                f"option {name!r} is {value!r}; expected 4 (HiF4), 8 (int8), or a mapping of regular expressions to "
-                "these numbers"
+                f"option {name!r} is {value!r}; expected 4 (HiF4), 8 (int8), 16 (not quantized), or a mapping of "
+                "regular expressions to these numbers"
             )
     patterns(name, list(given))
     return tuple(given.items())

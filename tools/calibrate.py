@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,10 +46,22 @@ def calibrate(
     keep_blocks: Annotated[
         int | None, typer.Option(min=0, help="Blocks of each expert to keep in high precision, by measured effect.")
     ] = None,
-    activation_bits: Annotated[int, typer.Option(help="Of all activations: 4 (HiF4) or 8 (int8).")] = 4,
+    activation_bits: Annotated[int, typer.Option(help="Of all activations: 4 (HiF4), 8 (int8) or 16.")] = 4,
     max_8bit_flops: Annotated[
         float | None,
         typer.Option(help="Share of the FLOPs, 0 to 1, whose activations may have 8 bits, by measured effect."),
+    ] = None,
+    protect_bits: Annotated[
+        int | None,
+        typer.Option(help="Protect linears by activations of so many bits, 8 or 16, instead of by high precision."),
+    ] = None,
+    high_precision_step: Annotated[
+        list[int] | None,
+        typer.Option(help="Index of a denoising step in high precision, negative from the end; repeat it for more."),
+    ] = None,
+    step_activation_bits: Annotated[
+        int | None,
+        typer.Option(help="In these steps weights stay in HiF4, and activations have so many bits, 8 or 16."),
     ] = None,
     step_groups: Annotated[int, typer.Option(min=1, help="Parts of the schedule whose statistics are apart.")] = 4,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a video.")] = None,
@@ -93,6 +106,9 @@ def calibrate(
         "percentile": percentile,
         "weight_exponent": weight_exponent,
         "activation_bits": activation_bits,
+        "protect_bits": protect_bits,
+        "high_precision_steps": high_precision_step or [],
+        "step_activation_bits": step_activation_bits,
     }
     if keep_linears is not None:
         choices["max_high_precision_linears"] = keep_linears
@@ -114,9 +130,10 @@ def calibrate(
         linears = recipe.linears(expert)
         kept = [path for path, linear in linears.items() if linear.decision != "hif4"]
         worst = sorted(linears, key=lambda p: -(linears[p].effect or 0))[:5]
-        eight = sum(linear.decision == "hif4" and linear.activation_bits == 8 for linear in linears.values())
-        with_eight = f" ({eight} with activations in 8 bits)" if eight else ""
-        typer.echo(f"{expert}: {len(linears) - len(kept)} linears in HiF4{with_eight}, {len(kept)} in high precision")
+        others = Counter(linear.activation_bits for path, linear in linears.items() if path not in kept)
+        more = ", ".join(f"{others[bits]} with activations in {bits} bits" for bits in sorted(others) if bits != 4)
+        words = f" ({more})" if more else ""
+        typer.echo(f"{expert}: {len(linears) - len(kept)} linears in HiF4{words}, {len(kept)} in high precision")
         for path in worst:
             typer.echo(f"  {path}: {linears[path].decision}, {linears[path].reason}")
     typer.echo(f"Written to {out} ({out.stat().st_size:,} bytes); statistics in {checkpoint}")

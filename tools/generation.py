@@ -18,6 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import Tahf4Error
+from ..model.components import unwrapped_experts
+from ..packed.steps import set_high_precision_steps, steps_of
 from .errors import CommandError
 
 __all__ = ["Run", "StepTime", "experts", "generate", "load_pipeline"]
@@ -48,7 +50,7 @@ def load_pipeline(path: Path, dtype: torch.dtype, device: str) -> WanPipeline:
             )
     except Exception as error:  # of many libraries, for whatever a folder can hold
         raise CommandError(f"{path} does not load as a WanPipeline: {error}") from error
-    return pipe.to(device)
+    return _ready(pipe, device)
 
 
 def load_any_pipeline(path: Path, dtype: torch.dtype, device: str) -> Any:
@@ -65,6 +67,13 @@ def load_any_pipeline(path: Path, dtype: torch.dtype, device: str) -> Any:
         pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
     except Exception as error:  # of many libraries, for whatever a folder can hold
         raise CommandError(f"{path} does not load as a diffusers pipeline: {error}") from error
+    return _ready(pipe, device)
+
+
+def _ready(pipe: Any, device: str) -> Any:
+    """Return a pipeline on a device, with the steps in high precision that its folder names, if it is packed."""
+    if any(steps_of(module) is not None for module in unwrapped_experts(pipe).values()):
+        set_high_precision_steps(pipe)
     return pipe.to(device)
 
 

@@ -170,9 +170,14 @@ def register() -> None:
     host.register("histogram", lambda x: x.device.type == "cpu" and x.dtype in DTYPES and available(), histogram)
     host.register("slow_dtype", lambda device: device.type == "cpu", lambda dtype: slow_dtype(dtype))
     host.register("checksums", _whole_words, checksums)
+    host.register("dequantize", _plain, lambda codes, scales, k, dtype: dequantize(codes, scales)[..., :k].to(dtype))
     host.register("search", search.serves, search.search)
     host.register("round_unit", search.serves, search.round_unit)
     host.register("transform", search.transforms, search.transform)
+
+
+def _plain(codes: Tensor) -> bool:
+    return codes.is_cpu and type(codes) in (Tensor, torch.nn.Parameter) and available()
 
 
 def _whole_words(words: Sequence[Tensor]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
 from ...ops.define import define, refuse_derivatives
-from ...ops.registry import register_kernel
+from ...ops.registry import in_16_bits, register_kernel
 from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
@@ -94,7 +94,7 @@ def _eager(device: torch.device, dtype: torch.dtype) -> bool:
 def _serves(node: fx.Node) -> bool:
     values = [source.meta.get("val") for source in node.all_input_nodes]
     tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors or not all(t.device.type == "cpu" and t.dtype in _READ for t in tensors):
+    if not tensors or not all(t.device.type == "cpu" and t.dtype in _READ for t in tensors) or in_16_bits(node):
         return False
     arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
     if any(isinstance(a, torch.dtype) and a not in DTYPES for a in arguments.values()) or build.library() is None:

@@ -25,7 +25,8 @@ from ...format import int8
 from ...ops import fused
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
-from ...ops.registry import register_kernel
+from ...ops.registry import in_16_bits, register_kernel
+from ...plugins import host
 from .call import Call
 
 __all__ = ["available", "calls_of", "register", "run", "sources_of", "why_not"]
@@ -84,7 +85,7 @@ def _quantize(
 ) -> tuple[Any, list[Call]]:
     from . import quantize
 
-    int8.check_bits(bits)
+    int8.check_bits(bits, quantized=True)
     ops.check_transform(x.shape[-1], multiplier, hadamard_block)
     return quantize.call([x], "", _dense(multiplier), hadamard_block, bits)
 
@@ -94,7 +95,7 @@ def _fused_quantize(
 ) -> tuple[Any, list[Call]]:
     from . import quantize
 
-    int8.check_bits(bits)
+    int8.check_bits(bits, quantized=True)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
     return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits)
 
@@ -155,7 +156,7 @@ def _linear_quantize(
     hadamard_block: int,
     bits: int = 4,
 ) -> tuple[Any, list[Call]]:
-    int8.check_bits(bits)
+    int8.check_bits(bits, quantized=True)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
@@ -172,6 +173,7 @@ def _dense(values: Tensor | None) -> Tensor | None:
 def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], list[Call]]:
     from . import linear, tiling, tune
 
+    int8.check_bits(ops.activation_bits(codes), quantized=True)
     device, rows = codes.device, math.prod(codes.shape[:-1])
     capability, processors = _device_facts(device)
 
@@ -229,6 +231,8 @@ def _serves(node: fx.Node) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors or len({value.device for value in tensors}) > 1 or not available(tensors[0].device):
         return False
+    if in_16_bits(node):
+        return False
     arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
     block = arguments.get("hadamard_block")
     limit = 128 if "weight_codes" in arguments else MAX_QUANTIZE_BLOCK
@@ -271,3 +275,8 @@ def register() -> None:
         register_kernel(
             "triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of, _eager
         )
+    host.register("dequantize", _expands, torch.ops.tahf4_triton.dequantize.default)
+
+
+def _expands(codes: Tensor) -> bool:
+    return type(codes) in (Tensor, torch.nn.Parameter) and available(codes.device)

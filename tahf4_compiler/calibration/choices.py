@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
-from ..options import ACTIVATION_BITS
+from ..options import ACTIVATION_BITS, PROTECTING_BITS
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
@@ -40,7 +40,9 @@ def check_choices(
     block: Any = 64,
     scale_search: Any = "",
     high_precision_steps: Any = (),
+    step_activation_bits: Any = None,
     activation_bits: Any = 4,
+    protect_bits: Any = None,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -61,11 +63,21 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+    if type(step_activation_bits) is bool or step_activation_bits not in PROTECTING_BITS:
+        raise OptionError(f"step_activation_bits is {step_activation_bits!r}; expected 8, 16 or None")
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
-        raise OptionError(f"activation_bits is {activation_bits!r}; expected 4 (HiF4) or 8 (int8)")
-    if activation_bits == 8 and budget.get("max_8bit_flops") is not None:
         raise OptionError(
-            "activation_bits=8 gives all activations 8 bits, and max_8bit_flops a share of them; leave one of them out"
+            f"activation_bits is {activation_bits!r}; expected 4 (HiF4), 8 (int8) or 16 (not quantized)"
         )
-    if budget:
-        check_budget(**budget)
+    if activation_bits != 4 and budget.get("max_8bit_flops") is not None:
+        raise OptionError(
+            f"activation_bits={activation_bits} gives all activations {activation_bits} bits, and max_8bit_flops a "
+            "share of them 8; leave one of them out"
+        )
+    if budget or protect_bits is not None:
+        check_budget(protect_bits=protect_bits, **budget)
+    if protect_bits is not None and protect_bits <= activation_bits:
+        raise OptionError(
+            f"protect_bits={protect_bits} protects nothing where activation_bits={activation_bits} gives all "
+            "activations as many; leave one of them out"
+        )

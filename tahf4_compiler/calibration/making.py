@@ -53,7 +53,9 @@ def make_recipe(
     scale_search: str = "reconstruct",
     sensitivity: bool = True,
     high_precision_steps: Sequence[int] = (),
+    step_activation_bits: int | None = None,
     activation_bits: int = 4,
+    protect_bits: int | None = None,
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -74,7 +76,11 @@ def make_recipe(
         sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
             effect on the network's output, and the output's error with everything quantized in each kept call.
         high_precision_steps: denoising steps that run in high precision.
-        activation_bits: of all activations: 4 (HiF4), or 8 (int8 with a float32 scale for each unit of 64 values).
+        step_activation_bits: 8 or 16: these steps keep the weights in HiF4, and their activations have so many bits.
+            None: they run with the original weights, and in a packed model with activations of 16 bits.
+        activation_bits: of all activations: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16
+            (not quantized).
+        protect_bits: as for :meth:`Recipe.plan`.
         budget: as for :meth:`Recipe.plan`.
 
     Returns:
@@ -86,7 +92,8 @@ def make_recipe(
     """
     check_choices(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
-        scale_search=scale_search, high_precision_steps=high_precision_steps, activation_bits=activation_bits, **budget,
+        scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
+        activation_bits=activation_bits, protect_bits=protect_bits, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
@@ -132,8 +139,8 @@ def make_recipe(
     }
     if any(missing.values()):
         made["calibration"]["unseen"] = missing
-    recipe = Recipe(found, tuple(high_precision_steps), made)
-    recipe = recipe.plan(**budget) if budget else recipe
+    recipe = Recipe(found, tuple(high_precision_steps), made, step_activation_bits=step_activation_bits)
+    recipe = recipe.plan(protect_bits=protect_bits, **budget) if budget else recipe
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe
 
 

@@ -135,11 +135,6 @@ def quantize_checkpoint(
 def _parts(
     source: Source, recipe: Recipe | None, expert: str | None, keep: Sequence[str], check_weights: bool, limit: int
 ) -> list[_Part]:
-    if recipe is not None and recipe.high_precision_steps:
-        raise RecipeError(
-            "the recipe runs some steps in high precision, which needs the original weights; a packed checkpoint has "
-            "none. Use a recipe without such steps."
-        )
     names = [component.name for component in source.components]
     if recipe is not None and names != [""] and (missing := sorted(set(recipe.experts) - set(names))):
         raise RecipeError(f"the recipe has the expert {missing[0]!r}; {source.folder} has {', '.join(names)}")

@@ -19,7 +19,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..errors import ShardingError
 from ..model.parts import Part, remember
-from ..ops import registry
 from ..packed.linear import HiF4Linear
 from . import sharding
 from .sizes import check_columns, check_rows
@@ -108,9 +107,7 @@ class _RowParallel:
     def forward(self: Any, input: Tensor) -> Tensor:
         """Return the whole product, by a sum over the ranks."""
         if isinstance(self, HiF4Linear):
-            quantize, linear = registry.operators(input)
-            codes, scales = quantize(input, self.multiplier, self.hadamard_block)
-            part = linear(codes, scales, self.weight_codes, self.weight_scales, None, torch.float32)
+            part = self.product(input, None, torch.float32)
         else:
             part = nn.functional.linear(input, self.weight).to(torch.float32)
         out = self.tahf4_reduce(part)

@@ -22,10 +22,11 @@ LEAST = 2.0**-100
 """A unit whose values are all smaller counts as if its largest were this: its reciprocal is a normal number."""
 
 
-def check_bits(bits: int) -> None:
-    """Raise :class:`FormatError` unless activations can have so many bits."""
-    if bits not in ACTIVATION_BITS:
-        raise FormatError(f"an activation of {bits!r} bits; expected 4 (HiF4) or 8 (int8 with a scale a unit)")
+def check_bits(bits: int, quantized: bool = False) -> None:
+    """Raise :class:`FormatError` unless activations can have so many bits; ``quantized``: and be quantized."""
+    if bits not in ACTIVATION_BITS or (quantized and bits == 16):
+        others = "" if quantized else ", or 16 (not quantized)"
+        raise FormatError(f"an activation of {bits!r} bits; expected 4 (HiF4) or 8 (int8 with a scale a unit){others}")
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from ..errors import PatternError
 from ..format.reconstruct import Reconstruction
 from ..options import patterns as check_patterns
 from .linears import linear_weights, matching, require_matches
-from .reasons import Cause, Reason
+from .reasons import Cause, Reason, cause_of
 from .steps import StepPrecision
 
 __all__ = [
@@ -28,11 +28,13 @@ __all__ = [
     "attached",
     "attached_keep",
     "attached_recipe",
+    "by_step",
     "changes",
     "keep",
     "leave_as_they_are",
     "owner_of",
     "refresh",
+    "step_bits",
 ]
 
 
@@ -53,7 +55,7 @@ class Attachment:
         seed: of the rotation's signs.
         second_moment: float32 ``[K]``, of the activation's channels.
         reconstruction: the weight as the recipe rounded it, for ``search="reconstruct"``.
-        activation_bits: of the activation, 4 or 8.
+        activation_bits: of the activation, 4, 8 or 16.
         steps: says whether the step at hand runs in high precision, or None.
     """
 
@@ -169,10 +171,40 @@ def attached(weight: object) -> Attachment | None:
     found = _find(weight)
     if (kept := found.get(_KEPT) or found.get(_PACKED)) is not None:
         return kept
-    recipe = found.get(_RECIPE)
-    if recipe is not None and recipe.decision == "hif4" and recipe.steps is not None and recipe.steps.high():
+    return _now(found.get(_RECIPE))
+
+
+def _now(said: Attachment | None) -> Attachment | None:
+    """Return what holds in the step at hand."""
+    if said is None or said.decision != "hif4" or said.steps is None or not said.steps.high():
+        return said
+    bits = said.steps.bits
+    if cause_of(said.reason) is Cause.PACKED:
+        bits = bits or 16
+    if bits is None:
         return _STEP
-    return recipe
+    reason = Reason(Cause.STEP, f"{said.reason}; this step has activations of {bits} bits")
+    return replace(said, reason=reason, activation_bits=max(bits, said.activation_bits))
+
+
+def by_step(module: nn.Module) -> bool:
+    """Whether the bits of a packed linear's activation depend on the step. Dynamo traces this, and guards it."""
+    return getattr(module, _RECIPE, None) is not None
+
+
+def step_bits(module: nn.Module, name: str, bits: int) -> int:
+    """Return the bits that an activation has in the step at hand.
+
+    Args:
+        module: whose parameter something was attached to.
+        name: of the parameter.
+        bits: in other steps.
+
+    Raises:
+        RecipeError: as :meth:`StepPrecision.high`.
+    """
+    said = _now(module.__dict__[_RECIPE].get(name))
+    return max(bits, said.activation_bits) if said is not None else bits
 
 
 def leave_as_they_are(model: nn.Module, reasons: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..errors import OptionError
 
-__all__ = ["experts"]
+__all__ = ["experts", "unwrapped_experts"]
 
 
 def experts(model: Any) -> dict[str, nn.Module]:
@@ -30,3 +30,8 @@ def experts(model: Any) -> dict[str, nn.Module]:
             f"got a {type(model).__name__}; expected an nn.Module, or a diffusers pipeline with a transformer or unet"
         )
     return modules
+
+
+def unwrapped_experts(model: Any) -> dict[str, nn.Module]:
+    """Return :func:`experts` without what ``torch.compile`` put around them."""
+    return {name: getattr(module, "_orig_mod", module) for name, module in experts(model).items()}

@@ -96,11 +96,13 @@ class StepPrecision:
 
     Attributes:
         steps: indices of the steps that do; negative ones count from the end.
+        bits: of the activations in these steps, where the weights stay in HiF4; None for the original precision, which
+            for a packed linear are activations of 16 bits.
     """
 
-    def __init__(self, clock: Any, steps: Sequence[int]) -> None:
+    def __init__(self, clock: Any, steps: Sequence[int], bits: int | None = None) -> None:
         """Ask a pipeline for its scheduler of the moment, or a scheduler itself; None is an error when it is asked."""
-        self.steps = tuple(steps)
+        self.steps, self.bits = tuple(steps), bits
         self._pipe = weakref.ref(clock) if clock is not None and hasattr(clock, "scheduler") else None
         self._scheduler = clock if self._pipe is None else None
         self._counter()  # counts from now on
@@ -119,8 +121,9 @@ class StepPrecision:
         counter = self._counter()
         if counter is None:
             raise RecipeError(
-                f"the recipe runs the steps {list(self.steps)} in high precision, but the pipeline that it was applied "
-                "to is gone, so steps cannot be counted; apply the recipe to the pipeline that runs the model"
+                f"the steps {list(self.steps)} run in high precision, but the pipeline that it was applied to is gone, "
+                "or none was there, so steps cannot be counted. Apply the recipe to the pipeline that runs the model; "
+                "if the model is packed, call tahf4.set_high_precision_steps(pipe)"
             )
         return any(counter.step == (i if i >= 0 else counter.steps + i) for i in self.steps)
 
@@ -128,11 +131,11 @@ class StepPrecision:
         """Follow a pipeline that is copied with the model; stay with the old one where the model is copied alone."""
         clock = self._pipe() if self._pipe is not None else self._scheduler
         copied = memo.get(id(clock), clock)  # perhaps without its attributes yet
-        other = StepPrecision(None, self.steps)
+        other = StepPrecision(None, self.steps, self.bits)
         other._pipe = weakref.ref(copied) if self._pipe is not None and copied is not None else None
         other._scheduler = copied if self._pipe is None else None
         return other
 
     def __reduce__(self) -> Any:
         """Leave the pipeline behind when the model is saved whole."""
-        return StepPrecision, (self._scheduler, self.steps)
+        return StepPrecision, (self._scheduler, self.steps, self.bits)

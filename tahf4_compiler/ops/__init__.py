@@ -2,9 +2,10 @@
 
 from ..format.transforms import check_transform, hadamard, transform
 from . import fused as fused
-from .reference import check_linear, check_memory, dequantize, linear, observe, quantize
+from .reference import activation_bits, check_linear, check_memory, dequantize, linear, observe, quantize
 
 __all__ = [
+    "activation_bits",
     "check_linear",
     "check_memory",
     "check_transform",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..format import int8
 from .define import operator
 from .program import Program
 from .reference import check_memory, empty_units, linear, quantize
@@ -47,7 +48,7 @@ def fused_quantize(
         program: see :mod:`tahf4_compiler.ops.program`; its result has the shape that the inputs broadcast to.
         multiplier: float32 ``[K]`` or None, as for ``tahf4::quantize``.
         hadamard_block: as for ``tahf4::quantize``.
-        bits: as for ``tahf4::quantize``.
+        bits: 4 or 8, as for ``tahf4::quantize``.
 
     Returns:
         Codes and scales of ``[..., K]``, as ``tahf4::quantize``.
@@ -55,6 +56,7 @@ def fused_quantize(
     Raises:
         FormatError: as ``tahf4::quantize``; a program that cannot be read, or whose result is smaller than its inputs.
     """
+    int8.check_bits(bits, quantized=True)
     x = Program.parse(program).run(_named(inputs), "x0")
     if x.shape != _shape(inputs):
         raise FormatError(f"the program's result is {tuple(x.shape)}; expected {tuple(_shape(inputs))}, as its inputs")
@@ -66,6 +68,7 @@ def fused_quantize(
 def _(
     inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
+    int8.check_bits(bits, quantized=True)
     check_memory("fused_quantize", *inputs, multiplier)
     return empty_units(inputs[0], _shape(inputs), bits)
 
@@ -167,7 +170,7 @@ def linear_quantize(
         program: see :mod:`tahf4_compiler.ops.program`.
         multiplier: float32 ``[N]`` or None, as for ``tahf4::quantize``.
         hadamard_block: as for ``tahf4::quantize``.
-        bits: of the result, as for ``tahf4::quantize``.
+        bits: of the result, 4 or 8, as for ``tahf4::quantize``.
 
     Returns:
         Codes and scales of ``[..., N]``, as ``tahf4::quantize``.
@@ -176,6 +179,7 @@ def linear_quantize(
         FormatError: as ``tahf4::linear`` and ``tahf4::quantize``; a program that cannot be read, or whose result is not
             of the product's shape.
     """
+    int8.check_bits(bits, quantized=True)
     y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
     y = _after(y, program, inputs)
     found, metadata = quantize(y, multiplier, hadamard_block, bits)
@@ -196,5 +200,6 @@ def _(
     hadamard_block: int,
     bits: int = 4,
 ) -> tuple[Tensor, Tensor]:
+    int8.check_bits(bits, quantized=True)
     check_memory("linear_quantize", codes, scales, weight_codes, weight_scales, bias, *inputs, multiplier)
     return empty_units(codes, (*codes.shape[:-1], weight_codes.shape[0]), bits)

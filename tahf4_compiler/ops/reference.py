@@ -9,8 +9,8 @@ A transform before quantization is ``(multiplier[K], hadamard_block)``: a produc
 channel (the channel mask, the signs of a rotation folded in), then a Walsh-Hadamard transform of blocks
 of ``hadamard_block`` channels (0 for none).
 
-Activations have 4 bits (HiF4) or 8 (:mod:`tahf4_compiler.format.int8`); the dtype of their codes says which. Weights
-are in HiF4.
+Activations have 4 bits (HiF4), 8 (:mod:`tahf4_compiler.format.int8`) or 16 (transformed and not quantized); the dtype
+of their codes says which. Weights are in HiF4.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..format import hif4, int8
 from ..format.transforms import transform
+from ..plugins import host
 from .define import operator
 from .observers import take
 
@@ -33,18 +34,19 @@ __all__ = ["activation_bits", "dequantize", "empty_units", "linear", "observe", 
 def quantize(
     x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """Transform and convert to HiF4, or to 8 bits, along the last axis.
+    """Transform and convert to HiF4, or to 8 or 16 bits, along the last axis.
 
     Args:
         x: ``[..., K]`` of a floating-point type.
         multiplier: float32 ``[K]``, or None.
         hadamard_block: a power of two, or 0.
-        bits: 4 or 8.
+        bits: 4, 8 or 16.
 
     Returns:
         ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]`` (see
         :class:`tahf4_compiler.format.hif4.Packed`). With 8 bits int8 ``[..., ceil(K / 64) * 64]`` and float32
-        ``[..., ceil(K / 64)]`` (see :mod:`tahf4_compiler.format.int8`).
+        ``[..., ceil(K / 64)]`` (see :mod:`tahf4_compiler.format.int8`). With 16 bits the transformed values, padded
+        with zeros to ``[..., ceil(K / 64) * 64]``, bfloat16 if ``x`` is and else float32, and scales that are 1.
 
     Raises:
         FormatError: as :func:`tahf4_compiler.format.hif4.quantize` and :func:`transform`; another number of bits.
@@ -53,6 +55,11 @@ def quantize(
     transformed = transform(x, multiplier, hadamard_block)
     if bits == 8:
         return int8.quantize(transformed)
+    if bits == 16:
+        codes, scales = empty_units(x, x.shape, bits)
+        codes[..., : transformed.shape[-1]] = hif4.to_float32(transformed)
+        codes[..., transformed.shape[-1] :] = 0
+        return codes, scales.fill_(1)
     packed = hif4.quantize(transformed)
     return packed.codes, packed.scales
 
@@ -67,16 +74,31 @@ def empty_units(like: Tensor, shape: Sequence[int], bits: int) -> tuple[Tensor, 
     """Return room for the codes and scales of an activation ``[..., K]`` of ``shape``."""
     int8.check_bits(bits)
     count = hif4.units(shape[-1])
-    codes, scales = (torch.uint8, torch.int32) if bits == 4 else (torch.int8, torch.float32)
+    wide = torch.bfloat16 if like.dtype == torch.bfloat16 else torch.float32
+    dtype = {4: torch.uint8, 8: torch.int8, 16: wide}[bits]
     return (
-        like.new_empty((*shape[:-1], count * (hif4.UNIT * bits // 8)), dtype=codes),
-        like.new_empty((*shape[:-1], count), dtype=scales),
+        like.new_empty((*shape[:-1], count * _elements(bits)), dtype=dtype),
+        like.new_empty((*shape[:-1], count), dtype=_SCALES[dtype]),
     )
+
+
+_SCALES = {
+    torch.uint8: torch.int32,
+    torch.int8: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+}
+"""The dtype of an activation's scales, by that of its codes."""
+
+
+def _elements(bits: int) -> int:
+    """Return how many elements the codes of a unit have."""
+    return hif4.UNIT // 2 if bits == 4 else hif4.UNIT
 
 
 def activation_bits(codes: Tensor) -> int:
     """Return how many bits an activation of such codes has."""
-    return 8 if codes.dtype == torch.int8 else 4
+    return 16 if codes.is_floating_point() else 8 if codes.dtype == torch.int8 else 4
 
 
 @operator
@@ -113,11 +135,12 @@ def linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """W4A4 or W4A8 linear: the sum over units of (exact integer dot) * scaleA * scaleB, plus bias.
+    """W4A4 or W4A8 linear: the sum over units of (exact integer dot) * scaleA * scaleB, plus bias; or W4A16.
 
     Args:
-        codes: uint8 ``[..., K / 2]`` of the activation, K a multiple of 64; int8 ``[..., K]`` for 8 bits.
-        scales: int32 ``[..., K / 64]`` of the activation; float32 for 8 bits.
+        codes: uint8 ``[..., K / 2]`` of the activation, K a multiple of 64; int8 ``[..., K]`` for 8 bits; bfloat16 or
+            float32 ``[..., K]`` for 16.
+        scales: int32 ``[..., K / 64]`` of the activation; float32 for 8 and 16 bits.
         weight_codes: uint8 ``[N, K / 2]``.
         weight_scales: int32 ``[N, K / 64]``.
         bias: ``[N]`` or None, added in float32.
@@ -133,17 +156,30 @@ def linear(
     every partial sum inside a unit at most 22, so each unit's contribution is exact; only the float32 sum over
     units depends on the order. TF32 and bfloat16 matrix units hold the operands exactly too. With 8 bits the values
     of the activation are rounded to float32.
+
+    With 16 bits the weight is dequantized to the dtype of the activation, which holds each of its values exactly, and
+    freed after the product, which is that of ``torch.nn.functional.linear``.
     """
     check_linear(codes, scales, weight_codes, weight_scales, bias)
     k = scales.shape[-1] * hif4.UNIT
-    four = activation_bits(codes) == 4
-    left = hif4.dequantize(hif4.Packed(codes, scales, k)) if four else int8.dequantize(codes, scales)
-    right = hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k))
+    bits = activation_bits(codes)
+    if bits == 16:
+        fast = host.find("dequantize", weight_codes)
+        right = (fast or _dequantized)(weight_codes, weight_scales, k, codes.dtype)
+        added = bias.to(codes.dtype) if bias is not None else None
+        with torch.autocast(codes.device.type, enabled=False):
+            return torch.nn.functional.linear(codes, right, added).to(out_dtype)
+    left = hif4.dequantize(hif4.Packed(codes, scales, k)) if bits == 4 else int8.dequantize(codes, scales)
+    right = _dequantized(weight_codes, weight_scales, k)
     with torch.autocast(codes.device.type, enabled=False):  # its cast would lose what is exact
         out = torch.nn.functional.linear(left, right)
     if bias is not None:
         out = out + bias.to(torch.float32)
     return out.to(out_dtype)
+
+
+def _dequantized(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return hif4.dequantize(hif4.Packed(codes, scales, k), dtype)
 
 
 @torch.library.register_fake("tahf4::linear")
@@ -171,21 +207,15 @@ def check_memory(what: str, *tensors: Tensor | None) -> None:
         )
 
 
-_DTYPES = {
-    4: (torch.uint8, torch.int32, torch.uint8, torch.int32),
-    8: (torch.int8, torch.float32, torch.uint8, torch.int32),
-}
-
-
 def check_linear(
     codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None
 ) -> None:
     shape, rows = scales.shape, weight_scales.shape
     bits = activation_bits(codes)
     if (
-        (codes.dtype, scales.dtype, weight_codes.dtype, weight_scales.dtype) == _DTYPES[bits]
+        (_SCALES.get(codes.dtype), weight_codes.dtype, weight_scales.dtype) == (scales.dtype, torch.uint8, torch.int32)
         and (len(shape) > 0 and len(rows) == 2 and shape[-1] == rows[1])
-        and codes.shape == (*shape[:-1], shape[-1] * (hif4.UNIT * bits // 8))
+        and codes.shape == (*shape[:-1], shape[-1] * _elements(bits))
         and weight_codes.shape == (rows[0], rows[1] * (hif4.UNIT // 2))
         and (bias is None or bias.shape == (rows[0],))
     ):
@@ -193,10 +223,10 @@ def check_linear(
     k = scales.shape[-1] * hif4.UNIT if scales.dim() else 0
     if bits == 4:
         hif4.check_packed(hif4.Packed(codes, scales, k))
-    elif scales.dtype != torch.float32 or scales.dim() == 0 or codes.shape != (*shape[:-1], k):
+    elif _SCALES.get(codes.dtype) != scales.dtype or scales.dim() == 0 or codes.shape != (*shape[:-1], k):
         raise FormatError(
-            f"an activation in 8 bits has codes int8 {tuple(codes.shape)} and scales {scales.dtype} {tuple(shape)}; "
-            "expected [..., K] and float32 [..., K / 64]"
+            f"an activation in {bits} bits has codes {codes.dtype} {tuple(codes.shape)} and scales {scales.dtype} "
+            f"{tuple(shape)}; expected int8, bfloat16 or float32 [..., K] and float32 [..., K / 64]"
         )
     if weight_codes.dim() != 2 or weight_scales.dim() != 2:
         raise FormatError(

@@ -17,7 +17,8 @@ from torch import fx
 from ..errors import OptionError
 from ..options import reference_forced
 from ..plugins import host
-from . import fused  # noqa: F401  (they define torch.ops.tahf4)
+from . import by_step, fused  # noqa: F401  (they define torch.ops.tahf4)
+from .reference import activation_bits
 
 __all__ = [
     "KERNEL",
@@ -25,6 +26,7 @@ __all__ = [
     "Kernel",
     "dispatch",
     "generated_sources",
+    "in_16_bits",
     "kernels",
     "linear",
     "operators",
@@ -75,6 +77,8 @@ def _reference(operator: torch._ops.OpOverload) -> Kernel:
 
 
 _kernels: list[Kernel] = [_reference(operator) for operator in OPERATORS]
+# In a graph it stands for the operator that it serves, as a kernel does; it runs nothing.
+_kernels.append(Kernel("by step", OPERATORS[0], torch.ops.tahf4.quantize_by_step.default, lambda node: False))
 _targets: dict[tuple[str, str], torch._ops.OpOverload] = {(str(op), "reference"): op for op in OPERATORS}
 
 
@@ -186,15 +190,24 @@ def _eager_name(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     return _eager(getattr(torch.ops.tahf4, operator).default, device, dtype).name
 
 
-def operators(x: torch.Tensor) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+def in_16_bits(node: fx.Node) -> bool:
+    """Return whether a node makes or reads an activation in 16 bits, which only the references do."""
+    arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+    codes = arguments.get("codes")
+    value = codes.meta.get("val") if isinstance(codes, fx.Node) else None
+    return bool(arguments.get("bits") == 16) or (isinstance(value, torch.Tensor) and activation_bits(value) == 16)
+
+
+def operators(x: torch.Tensor, bits: int = 4) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
     """Return the ``quantize`` and ``linear`` operators that run best on a tensor's device.
 
     Dynamo traces this. An exported program holds the reference operators, which every process and device can run.
 
     Args:
         x: the activation; its device and dtype are looked at.
+        bits: of the activation.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or bits == 16:
         return torch.ops.tahf4.quantize.default, torch.ops.tahf4.linear.default
     device, dtype = x.device, x.dtype
     return (
@@ -212,7 +225,7 @@ def quantize(
         x: ``[..., K]``.
         multiplier: float32 ``[K]`` or None.
         hadamard_block: a power of two, or 0.
-        bits: 4 or 8.
+        bits: 4, 8 or 16.
 
     Returns:
         Codes and scales, as ``tahf4::quantize``.
@@ -220,7 +233,7 @@ def quantize(
     Raises:
         FormatError: as ``tahf4::quantize``.
     """
-    kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=reference_forced())
+    kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=bits == 16 or reference_forced())
     codes, scales = kernel.target(x, multiplier, hadamard_block, bits)
     return codes, scales
 
@@ -229,7 +242,7 @@ def linear(x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, s
     """Run the best ``tahf4::linear`` for quantized operands outside of a graph.
 
     Args:
-        x_codes: uint8 ``[..., units * 32]``, or int8 ``[..., units * 64]``.
+        x_codes: uint8 ``[..., units * 32]``, or int8, bfloat16 or float32 ``[..., units * 64]``.
         x_scales: int32 ``[..., units]``, or float32.
         codes: uint8 ``[N, units * 32]``, of the weight.
         scales: int32 ``[N, units]``.
@@ -238,7 +251,7 @@ def linear(x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, s
         float32 ``[..., N]``.
     """
     operator = torch.ops.tahf4.linear.default
-    if reference_forced():
+    if x_codes.is_floating_point() or reference_forced():
         kernel = dispatch(operator, x_codes, reference=True)
     else:
         kernel = _eager(operator, x_codes.device, torch.float32)

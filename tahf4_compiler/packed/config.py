@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import PackedError
 from ..format import hif4
 from ..options import ACTIVATION_BITS, patterns
+from ..recipe.checks import check_steps
 from ..recipe.recipe import Recipe
 from .convert import packed_linears
 
@@ -44,8 +45,10 @@ class TaHF4Config:
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated.
         linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
-            ``multiplier`` is False for one that has none, ``activation_bits`` 8 for one whose activation has these.
+            ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4.
         provenance: of the recipe of a packed model.
+        high_precision_steps: of the recipe, or of the packed model (:func:`tahf4_compiler.set_high_precision_steps`).
+        step_activation_bits: in these steps.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class TaHF4Config:
         expert: str | None = None,
         check_weights: bool = True,
         linears: Mapping[str, Mapping[str, Any]] | None = None,
+        high_precision_steps: Sequence[int] = (),
+        step_activation_bits: int | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = Method.TAHF4.value,
         **others: Any,
@@ -68,6 +73,8 @@ class TaHF4Config:
             expert: see the class.
             check_weights: see the class.
             linears: see the class; only in ``config.json``.
+            high_precision_steps: see the class; only in ``config.json``.
+            step_activation_bits: see the class; only in ``config.json``.
             format_version: of the packed form.
             quant_method: ``"tahf4"``.
             others: further keys of ``config.json``, kept.
@@ -75,7 +82,7 @@ class TaHF4Config:
         Raises:
             PackedError: another format version or method, or a damaged description of a linear.
             PatternError: an entry of ``keep`` is no regular expression.
-            RecipeError: the recipe's file cannot be read.
+            RecipeError: the recipe's file cannot be read, or the steps in ``config.json`` are damaged.
         """
         if str(getattr(quant_method, "value", quant_method)) != Method.TAHF4.value:
             raise PackedError(f"quant_method is {quant_method!r}; expected 'tahf4'")
@@ -87,6 +94,10 @@ class TaHF4Config:
         self.quant_method = Method.TAHF4
         self.keep, self.expert, self.check_weights = patterns("keep", list(keep)), expert, check_weights
         self.linears = _checked(linears if linears is not None else {})
+        where = "quantization_config"
+        self.high_precision_steps, self.step_activation_bits = check_steps(
+            high_precision_steps, step_activation_bits, where
+        )
         self.others = others
         self.recipe: Recipe | None = None
         self.provenance: Mapping[str, Any] | None = None
@@ -95,6 +106,8 @@ class TaHF4Config:
         elif recipe is not None:
             self.recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
             self.provenance = dict(self.recipe.provenance)
+            self.high_precision_steps = self.recipe.high_precision_steps
+            self.step_activation_bits = self.recipe.step_activation_bits
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds."""
@@ -105,6 +118,8 @@ class TaHF4Config:
             "linears": copy.deepcopy(dict(self.linears)),
             "keep": list(self.keep),
             "recipe": copy.deepcopy(dict(self.provenance)) if self.provenance is not None else None,
+            **({"high_precision_steps": list(self.high_precision_steps)} if self.high_precision_steps else {}),
+            **({} if (bits := self.step_activation_bits) is None else {"step_activation_bits": bits}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -170,7 +185,7 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(values.get("multiplier", False), bool):
             raise PackedError(f"{where}: multiplier is {values['multiplier']!r}, expected true or false")
         if (bits := values.get("activation_bits", 4)) not in ACTIVATION_BITS or type(bits) is not int:
-            raise PackedError(f"{where}: activation_bits is {bits!r}, expected 4 or 8; the file is damaged")
+            raise PackedError(f"{where}: activation_bits is {bits!r}, expected 4, 8 or 16; the file is damaged")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ..errors import PackedError
 from ..model.attachments import attached_recipe, leave_as_they_are
-from ..model.components import experts
+from ..model.components import unwrapped_experts
 from ..model.linears import linear_weights, require_matches
+from ..model.steps import StepPrecision
 from ..options import activation_bits, bits_for
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_experts
@@ -24,6 +25,7 @@ from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
 from .linear import HiF4Linear
 from .plan import plan_modules, plan_transforms
+from .steps import attach_steps, steps_of
 from .transform import Transform
 
 __all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_", "set_activation_bits"]
@@ -73,26 +75,25 @@ def quantize_(
     Raises:
         PatternError: a pattern of ``keep`` is no regular expression or matches no linear.
         RecipeError: the recipe does not fit the model.
-        PackedError: the recipe has steps in high precision, the model is offloaded, or ``keep`` names a linear that is
-            packed already, or an adapter is fused into a weight.
+        PackedError: the model is offloaded, or ``keep`` names a linear that is packed already, or an adapter is fused
+            into a weight.
         OptionError: the model is neither module nor pipeline.
     """
-    models = _unwrapped(model)
+    models = unwrapped_experts(model)
     named = set(models)
+    given = None
     if recipe is not None:
-        if recipe.high_precision_steps:
-            raise PackedError(
-                f"the recipe runs the steps {list(recipe.high_precision_steps)} in high precision, which needs the "
-                "original weights; a packed model has none. Use tahf4.apply_recipe with torch.compile, or a recipe "
-                "without such steps."
-            )
         named = set(recipe_experts(model, models, recipe, expert))
-    work = []
+        if recipe.high_precision_steps:
+            clock = model if getattr(model, "scheduler", None) is not None else None
+            given = StepPrecision(clock, recipe.high_precision_steps, recipe.step_activation_bits)
+    work, steps = [], {}
     for name, module in models.items():
         mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
         work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part)))
         _check_ready(module, work[-1][-1])
+        steps[name] = (given if mine is not None else _steps_to_come(module)) or steps_of(module)
     todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
     with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
         flaws = {name: Flaws() for name in models}
@@ -106,11 +107,19 @@ def quantize_(
                 observer.packed(module, recipe, keep)
     decisions: list[Decision] = []
     for name, module, plan, _ in work:
+        if steps[name] is not None:
+            attach_steps(module, steps[name])
         leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
         if not any(d.decision == "hif4" for d in plan):
             log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, _why_nothing(module, plan))
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
+
+
+def _steps_to_come(model: nn.Module) -> StepPrecision | None:
+    """Return the steps of the recipe that was attached to a model's weights, which are about to be packed."""
+    recipes = (attached_recipe(weight) for _, weight in linear_weights(model))
+    return next((recipe.steps for recipe in recipes if recipe is not None and recipe.steps is not None), None)
 
 
 def _why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
@@ -188,7 +197,7 @@ def dequantize_(model: Any) -> list[str]:
         OptionError: the model is neither module nor pipeline.
     """
     found = []
-    models = _unwrapped(model)
+    models = unwrapped_experts(model)
     for module in models.values():
         for path, linear in packed_linears(module).items():
             _check_not_hooked(path, linear, "Take the hooks off first, or load the model again.")
@@ -212,9 +221,9 @@ def set_activation_bits(model: Any, bits: int | Mapping[str, int]) -> dict[str, 
 
     Args:
         model: a packed module, or a pipeline.
-        bits: 4 (HiF4) or 8 (int8 with a float32 scale for each unit of 64 values) for all linears, or a mapping of
-            regular expressions, searched in module paths, to these: the first that matches counts. Linears that none
-            matches keep what they have.
+        bits: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16 (not quantized; the weight is
+            dequantized in each call) for all linears, or a mapping of regular expressions, searched in module paths,
+            to these: the first that matches counts. Linears that none matches keep what they have.
 
     Returns:
         The bits of every packed linear by module path; paths in a pipeline begin with the component's name.
@@ -225,7 +234,7 @@ def set_activation_bits(model: Any, bits: int | Mapping[str, int]) -> dict[str, 
         PackedError: nothing is packed.
     """
     given = activation_bits("bits", bits)
-    models = _unwrapped(model)
+    models = unwrapped_experts(model)
     found = {
         f"{name}.{path}" if name else path: linear
         for name, module in models.items()
@@ -247,11 +256,6 @@ def packed_linears(model: nn.Module) -> dict[str, HiF4Linear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, HiF4Linear)}
 
 
-def _unwrapped(model: Any) -> dict[str, nn.Module]:
-    """Return a model's denoisers by name, without what ``torch.compile`` put around them."""
-    return {name: getattr(module, "_orig_mod", module) for name, module in experts(model).items()}
-
-
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Return where each linear hangs: one that has two names, in one parent or two, is replaced in both."""
     found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
@@ -270,12 +274,6 @@ def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
         linear = model.get_submodule(path)
         _check_not_hooked(path, linear, "Pack the model first and enable offloading afterwards.")
         _check_around(model, path)
-        recipe = attached_recipe(linear.weight)
-        if recipe is not None and recipe.steps is not None:
-            raise PackedError(
-                f"the recipe attached to {path} runs some steps in high precision, which needs the original weights; "
-                "a packed model has none. Take it off with tahf4.apply_recipe(model, None) first."
-            )
 
 
 def _check_around(model: nn.Module, path: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import FormatError, GradientError, PackedError
 from ..format import hif4, int8
 from ..format.transforms import hadamard
+from ..model.attachments import by_step, step_bits
 from ..ops import registry
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver
@@ -42,7 +43,8 @@ class HiF4Linear(nn.Linear):
         weight_scales: int32 ``[N, ceil(K / 64)]``.
         bias: ``[N]`` or None.
         multiplier: float32 ``[K]``, the channel mask times the rotation's signs, or None for ones.
-        activation_bits: of the activation, 4 (HiF4) or 8 (int8). The weight does not depend on it; see
+        activation_bits: of the activation, 4 (HiF4), 8 (int8) or 16 (not quantized; the weight is dequantized in each
+            call). What the linear holds does not depend on it; see
             :func:`tahf4_compiler.set_activation_bits`.
     """
 
@@ -74,7 +76,7 @@ class HiF4Linear(nn.Linear):
             hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
             multiplies: whether there is a multiplier.
             activation: name of the activation.
-            activation_bits: 4 or 8.
+            activation_bits: 4, 8 or 16.
             device: of the parameters; ``"meta"`` for none.
             dtype: of the bias, and of the dequantized weight.
         """
@@ -136,9 +138,26 @@ class HiF4Linear(nn.Linear):
         Raises:
             GradientError: a gradient or a forward-mode derivative is asked for.
             FormatError: the input is a nested tensor.
+            RecipeError: the bits of the activation depend on the step, and nothing counts steps.
         """
-        weight = self.weight_codes, self.weight_scales, self.bias
-        return packed_product(input, self.multiplier, self.hadamard_block, *weight, self.activation_bits)
+        return self.product(input, self.bias)
+
+    def product(self, input: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None = None) -> Tensor:
+        """Return the product with another bias, or in another dtype: a part of a sum over ranks has these.
+
+        Args:
+            input: ``[..., K]``.
+            bias: ``[N]`` or None.
+            out_dtype: of the result; None: as :meth:`forward`.
+
+        Raises:
+            GradientError, FormatError, RecipeError: as :meth:`forward`.
+        """
+        weight, bits, waits = (self.weight_codes, self.weight_scales, bias), self.activation_bits, False
+        if by_step(self):
+            waits = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
+            bits = bits if waits else step_bits(self, "weight_codes", bits)
+        return packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
@@ -265,8 +284,10 @@ def packed_product(
     weight_scales: Tensor,
     bias: Tensor | None,
     activation_bits: int = 4,
+    by_step: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return what :meth:`HiF4Linear.forward` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
+    """Return what :meth:`HiF4Linear.product` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
     kind = input.device.type
     if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # which autocast leaves alone
         input = input.to(torch.get_autocast_dtype(kind))
@@ -284,9 +305,11 @@ def packed_product(
             "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
             "call the model with each of its parts (.unbind())."
         )
-    quantize, linear = registry.operators(input)
+    quantize, linear = registry.operators(input, activation_bits)
+    if by_step:
+        quantize = torch.ops.tahf4.quantize_by_step.default
     codes, scales = quantize(input, multiplier, hadamard_block, activation_bits)
-    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, input.dtype)
+    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype or input.dtype)
     return result
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import PackedError, RecipeError
 from ..model.attachments import leave_as_they_are
+from ..model.steps import StepPrecision
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.flaws import Flaws
@@ -19,6 +20,7 @@ from .config import Method, TaHF4Config, describe
 from .convert import observers, pack_modules, packed_linears
 from .linear import PARTS, HiF4Linear
 from .plan import plan_modules, plan_transforms
+from .steps import attach_steps, steps_of
 from .transform import Transform
 
 __all__ = ["Loading", "Owner", "Saving"]
@@ -65,11 +67,6 @@ class Loading:
         plan = plan_modules(model, config.recipe, config.keep, expert=config.expert)
         self.transforms = plan_transforms(model, plan, config.recipe, expert=config.expert)
         self._reasons = {d.module: d.reason for d in plan if d.decision != "hif4"}
-        if config.recipe is not None and config.recipe.high_precision_steps:
-            raise PackedError(
-                "the recipe runs some steps in high precision, which needs the original weights; a packed model has "
-                "none. Use tahf4.apply_recipe with torch.compile, or a recipe without such steps."
-            )
         if config.recipe is not None and config.check_weights:
             name = config.expert if config.expert is not None else next(iter(config.recipe.experts))
             self._sums = {path: linear.weight_sum for path, linear in config.recipe.linears(name).items()}
@@ -143,6 +140,9 @@ class Loading:
             plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, HiF4Linear)]
             self._reasons = dict.fromkeys(plain, "not packed in the checkpoint")
         leave_as_they_are(model, self._reasons)
+        if self.config.high_precision_steps:  # nobody counts them yet: see set_high_precision_steps
+            bits = self.config.step_activation_bits
+            attach_steps(model, StepPrecision(None, self.config.high_precision_steps, bits))
         self.config.linears = describe(model)
 
 
@@ -224,6 +224,9 @@ class Saving:
         if not config.linears:  # unpacked in parts
             self._forget(model)
             return
+        steps = steps_of(model)
+        config.high_precision_steps = steps.steps if steps is not None else ()
+        config.step_activation_bits = steps.bits if steps is not None else None
         try:
             again = self._empty(model)
             _put_empty(again, config, frozenset())

@@ -27,7 +27,7 @@ class Transform:
         mask: float32 ``[K]`` or None.
         second_moment: ``[K]`` or None, for ``search="weighted"``.
         reconstruction: for ``search="reconstruct"``.
-        activation_bits: 4 or 8.
+        activation_bits: 4, 8 or 16.
     """
 
     activation: str

@@ -38,7 +38,7 @@ class Decision:
         node: name of the ``aten.linear`` node it was made for.
         weight_index: the weight's position among the captured graph's arguments, -1 if it is computed.
         numbers: what passes attached (:meth:`Context.attach`), by name.
-        activation_bits: of the activation, 4 or 8, where the decision is ``"hif4"``.
+        activation_bits: of the activation, 4, 8 or 16, where the decision is ``"hif4"``.
     """
 
     module: str

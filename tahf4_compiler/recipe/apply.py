@@ -58,7 +58,8 @@ def apply_recipe(
                 f"the recipe runs the steps {list(recipe.high_precision_steps)} in high precision; pass scheduler=..., "
                 "so that steps are counted"
             )
-        steps = StepPrecision(scheduler if scheduler is not None else model, recipe.high_precision_steps)
+        whose = scheduler if scheduler is not None else model
+        steps = StepPrecision(whose, recipe.high_precision_steps, recipe.step_activation_bits)
     parts = {name: _as_wrapped(models[name], entries) for name, entries in parts.items()}
     for name, entries in parts.items():
         _check_fits(models[name], entries, check_weights, name)

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import RecipeError
 from ..format import hif4
-from ..options import ACTIVATION_BITS
+from ..options import ACTIVATION_BITS, PROTECTING_BITS
 from .entries import CallError, LinearEntry, RecipeEntry
 
 
@@ -26,6 +26,21 @@ def read_call_error(values: Mapping[str, Any], where: str) -> CallError:
     if not (_is_number(found.error) and type(found.step) is type(found.steps) is int and 0 <= found.step < found.steps):
         raise RecipeError(f"{where}: the error of a call is {dict(values)}; the file is damaged or was edited")
     return found
+
+
+def check_steps(steps: Any, bits: Any, where: str) -> tuple[tuple[int, ...], int | None]:
+    """Return the steps in high precision and the bits of their activations, of what a file holds.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    whole = isinstance(steps, list | tuple) and all(type(step) is int for step in steps)
+    if not whole or type(bits) not in (int, type(None)) or bits not in PROTECTING_BITS:
+        raise RecipeError(
+            f"{where}: the steps in high precision are {steps!r}, with activations of {bits!r} bits; expected a list "
+            "of integers, and 8, 16 or nothing; the file is damaged or was edited"
+        )
+    return tuple(steps), bits
 
 
 def _is_number(value: Any) -> bool:
@@ -73,7 +88,7 @@ def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damage
         if linear.decision not in ("hif4", "high_precision"):
             raise RecipeError(damaged.format(f"the decision of {path} is {linear.decision!r}"))
         if type(bits := linear.activation_bits) is not int or bits not in ACTIVATION_BITS:
-            raise RecipeError(damaged.format(f"the activation of {path} has {bits!r} bits, expected 4 or 8"))
+            raise RecipeError(damaged.format(f"the activation of {path} has {bits!r} bits, expected 4, 8 or 16"))
     if entry.mask is not None and not bool((torch.isfinite(entry.mask) & (entry.mask > 0)).all()):
         raise RecipeError(damaged.format("the mask holds values that are not positive and finite"))
 

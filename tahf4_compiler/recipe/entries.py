@@ -26,7 +26,7 @@ class LinearEntry:
             was seen; empty if it was not measured.
         effect: relative squared error of the network's output when only it is quantized, or None.
         flops: of the calibration's calls.
-        activation_bits: of its activation in 4-bit products: 4 (HiF4) or 8 (int8).
+        activation_bits: of its activation, where its weight is in 4 bits: 4 (HiF4), 8 (int8) or 16 (not quantized).
     """
 
     shape: tuple[int, int]

@@ -7,6 +7,7 @@ A recipe is attached to a model (:func:`apply_recipe`); the transforms go into t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 from ..errors import RecipeError
 from ..files.tensors import load_tensors, save_tensors
 from ..format.hif4 import Packed
+from ..options import ACTIVATION_BITS
 from .budget import check_budget, choose
-from .checks import check_entry, read_call_error, read_linear
+from .checks import check_entry, check_steps, read_call_error, read_linear
 from .entries import CallError, LinearEntry, RecipeEntry
 
 __all__ = ["Recipe"]
@@ -34,35 +36,41 @@ class Recipe:
         provenance: how it was made.
         errors: of the network's output by expert, in order of the steps; none if they were not measured, or linears
             were planned otherwise since.
+        step_activation_bits: 8 or 16 if the weights stay in HiF4 in these steps, and the activations have so many bits;
+            None for the original weights (a packed model has none: there the activations have 16 bits).
     """
 
     experts: Mapping[str, Mapping[str, RecipeEntry]]
     high_precision_steps: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     errors: Mapping[str, tuple[CallError, ...]] = field(default_factory=dict)
+    step_activation_bits: int | None = None
 
     def linears(self, expert: str) -> dict[str, LinearEntry]:
         """Return an expert's linears by module path."""
         return {path: linear for entry in self.experts[expert].values() for path, linear in entry.linears.items()}
 
-    def plan(self, **budget: Any) -> Recipe:
+    def plan(self, *, protect_bits: int | None = None, **budget: Any) -> Recipe:
         """Return the recipe with other linears in high precision, or with activations in 8 bits, by measured effect.
 
         A plan for high precision leaves the bits of activations as they are, and a plan for these leaves the linears
         in high precision: one may follow the other.
 
         Args:
+            protect_bits: 8 or 16: the linears that a budget protects keep their weights in HiF4, and their activations
+                have so many bits. None: they run in high precision.
             budget: one of ``max_high_precision_linears``, ``max_high_precision_blocks`` (both for each expert),
                 ``min_flops_4bit`` and ``max_8bit_flops`` (shares of the FLOPs of the linears in the recipe), see
                 :func:`tahf4_compiler.recipe.budget.choose`.
 
         Raises:
             RecipeError: the recipe holds no effects (``sensitivity=False``).
-            OptionError: the budget is unknown or out of range.
+            OptionError: the budget is unknown or out of range, or ``protect_bits`` is.
         """
-        check_budget(**budget)
+        check_budget(protect_bits=protect_bits, **budget)
         words = ", ".join(f"{name}={value}" for name, value in budget.items())
-        decided = _with_bits if "max_8bit_flops" in budget else _decided
+        bits = 8 if "max_8bit_flops" in budget else protect_bits
+        decided = functools.partial(_with_bits, bits, _rest(self.provenance, bits)) if bits is not None else _decided
         planned = {}
         for expert, entries in self.experts.items():
             linears = self.linears(expert)
@@ -71,7 +79,7 @@ class Recipe:
             # A few may not be measured: products that are written as no linear. They come last.
             effects = {path: linear.effect or 0.0 for path, linear in linears.items()}
             flops = {path: linear.flops for path, linear in linears.items()}
-            if decided is _with_bits:
+            if bits is not None:
                 effects = {path: effect for path, effect in effects.items() if linears[path].decision == "hif4"}
             kept = choose(effects, flops, _block_of(list(linears)), **budget)
             ranks = {path: i + 1 for i, path in enumerate(sorted(effects, key=lambda p: (-effects[p], p)))}
@@ -85,7 +93,7 @@ class Recipe:
                 )
                 for name, entry in entries.items()
             }
-        made = {**self.provenance, "budget": dict(budget)}
+        made = {**self.provenance, "budget": {**budget, **({"protect_bits": protect_bits} if protect_bits else {})}}
         return dataclasses.replace(self, experts=planned, provenance=made, errors={})
 
     def save(self, path: str | Path) -> None:
@@ -111,6 +119,7 @@ class Recipe:
         header = {
             "entries": entries,
             "high_precision_steps": list(self.high_precision_steps),
+            **({} if (bits := self.step_activation_bits) is None else {"step_activation_bits": bits}),
             "provenance": dict(self.provenance),
             "errors": {expert: [dataclasses.asdict(e) for e in errors] for expert, errors in self.errors.items()},
         }
@@ -145,7 +154,8 @@ class Recipe:
                 expert: tuple(read_call_error(entry, f"{path}: {expert}") for entry in listed)
                 for expert, listed in header.get("errors", {}).items()
             }
-            return cls(found, tuple(header["high_precision_steps"]), header["provenance"], errors)
+            steps, bits = check_steps(header["high_precision_steps"], header.get("step_activation_bits"), str(path))
+            return cls(found, steps, header["provenance"], errors, bits)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} is damaged: its header lacks or misspells {error}") from error
 
@@ -168,12 +178,21 @@ def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str
     return dataclasses.replace(linear, decision="hif4", reason=f"recipe: {numbers}")
 
 
-def _with_bits(linear: LinearEntry, chosen: bool, rank: int, count: int, budget: str) -> LinearEntry:
+def _rest(provenance: Mapping[str, Any], bits: int) -> int:
+    """Return the bits of activations that a budget does not choose: those that the recipe was made with, if fewer."""
+    choices = provenance.get("choices")
+    made_with = choices.get("activation_bits") if isinstance(choices, Mapping) else None
+    return made_with if made_with in ACTIVATION_BITS and made_with < bits else 4
+
+
+def _with_bits(
+    bits: int, rest: int, linear: LinearEntry, chosen: bool, rank: int, count: int, budget: str
+) -> LinearEntry:
     if linear.decision != "hif4":
         return linear
     found = _decided(linear, False, rank, count, budget)
-    reason = f"{found.reason}; activation in 8 bits by budget {budget}" if chosen else found.reason
-    return dataclasses.replace(found, reason=reason, activation_bits=8 if chosen else 4)
+    reason = f"{found.reason}; activation in {bits} bits by budget {budget}" if chosen else found.reason
+    return dataclasses.replace(found, reason=reason, activation_bits=bits if chosen else rest)
 
 
 def _block_of(paths: Sequence[str]) -> Callable[[str], str]:

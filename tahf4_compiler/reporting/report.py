@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from ..pipeline.context import Decision
 from ..pipeline.records import PassRecord
 
-__all__ = ["Totals", "plan_json", "report"]
+__all__ = ["ACTIVATIONS", "Totals", "plan_json", "report"]
+
+ACTIVATIONS = {8: "int8", 16: "16-bit"}
+"""What the activation of a linear in HiF4 is called, by its bits, where these are not 4."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Totals:
         quantized: those in 4 bits.
         flops: of one call.
         flops_4bit: of those in 4 bits.
-        flops_8bit_activations: of those in 4 bits whose activations have 8.
+        flops_by_activation: of those in HiF4, by the bits of their activations, where these are not 4.
         bytes_before: of all linears' weights.
         bytes_4bit: of the weights (before) that the plan puts in 4 bits.
         bytes_after: of all weights as the plan leaves them.
@@ -37,12 +40,14 @@ class Totals:
     bytes_4bit: int
     bytes_after: int
     formats: tuple[str, ...] = ()
-    flops_8bit_activations: int = 0
+    flops_by_activation: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, plan: Sequence[Decision]) -> Totals:
         """Add up a plan."""
         chosen = [d for d in plan if d.decision != "high_precision"]
+        hif4 = [d for d in chosen if d.decision == "hif4"]
+        others = {bits: sum(d.flops for d in hif4 if d.activation_bits == bits) for bits in ACTIVATIONS}
         return cls(
             linears=len(plan),
             quantized=len(chosen),
@@ -52,16 +57,18 @@ class Totals:
             bytes_4bit=sum(d.bytes_before for d in chosen),
             bytes_after=sum(d.bytes_after for d in plan),
             formats=tuple(sorted({d.decision for d in chosen})),
-            flops_8bit_activations=sum(d.flops for d in chosen if d.decision == "hif4" and d.activation_bits == 8),
+            flops_by_activation=tuple((bits, flops) for bits, flops in others.items() if flops),
         )
 
     def lines(self) -> list[str]:
         """Return the totals as text."""
-        eight = self.flops_8bit_activations > 0
         return [
             f"{f'linears in {self._formats()}':<21} {self.quantized} of {self.linears}",
             f"FLOPs in 4 bits       {_percent(self.flops_4bit, self.flops)} of {self.flops / 1e9:.3f} GFLOP a call"
-            + (f", {_percent(self.flops_8bit_activations, self.flops)} with activations in 8 bits" * eight),
+            + "".join(
+                f", {_percent(flops, self.flops)} with activations in {bits} bits"
+                for bits, flops in self.flops_by_activation
+            ),
             f"weight bytes in 4 bits {_percent(self.bytes_4bit, self.bytes_before)}: "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
             + (f" ({self.bytes_before / self.bytes_after:.2f}x smaller)" if self.bytes_after else ""),
@@ -142,8 +149,8 @@ def report(
 
 
 def _decision(decision: Decision) -> str:
-    eight = decision.decision == "hif4" and decision.activation_bits == 8
-    return f"{decision.decision}, int8 activation" if eight else decision.decision
+    other = ACTIVATIONS.get(decision.activation_bits) if decision.decision == "hif4" else None
+    return f"{decision.decision}, {other} activation" if other else decision.decision
 
 
 def _short(value: float | int | str) -> str:

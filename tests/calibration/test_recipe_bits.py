@@ -91,6 +91,43 @@ def test_those_of_the_greatest_effect_within_a_share_of_the_flops(measured, shar
     assert planned.plan(max_8bit_flops=0.0).linears("") == measured.plan(max_8bit_flops=0.0).linears("")
 
 
+@pytest.mark.parametrize("count", [8, 16])
+@pytest.mark.parametrize("budget", [{"max_high_precision_linears": 2}, {"min_flops_4bit": 0.7}])
+def test_a_budget_may_protect_by_more_bits_of_the_activation(calibration, measured, count, budget):
+    kept = {p for p, e in measured.plan(**budget).linears("").items() if e.decision == "high_precision"}
+    planned = measured.plan(protect_bits=count, **budget)
+    linears = planned.linears("")
+    assert kept and {p for p, found in bits(planned).items() if found == count} == kept
+    assert all(linear.decision == "hif4" for linear in linears.values())
+    assert all((f"activation in {count} bits by budget" in linears[p].reason) == (p in kept) for p in linears)
+    again = calibration.recipe(**FAST, protect_bits=count, **budget)
+    assert again.experts == planned.experts and again.provenance["budget"]["protect_bits"] == count
+    (found, error), (_, of_four) = lowered(planned), lowered(measured)
+    assert error < of_four and sum(d.activation_bits == count for d in found.plan) == len(kept)
+
+
+def test_what_is_not_protected_keeps_the_bits_that_the_recipe_was_made_with(calibration):
+    recipe = calibration.recipe(**FAST, activation_bits=8, max_high_precision_linears=2, protect_bits=16)
+    assert sorted(bits(recipe).values()) == [8, 8, 8, 8, 16, 16]
+    assert sorted(bits(recipe.plan(max_high_precision_linears=1, protect_bits=16)).values()) == [8] * 5 + [16]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"protect_bits": 8, "activation_bits": 8, "min_flops_4bit": 0.5}, "protects nothing"),
+        ({"protect_bits": 4, "min_flops_4bit": 0.5}, "expected 8, 16 or None"),
+        ({"protect_bits": True, "min_flops_4bit": 0.5}, "expected 8, 16 or None"),
+        ({"protect_bits": 16, "max_8bit_flops": 0.5}, "leave protect_bits out"),
+        ({"protect_bits": 16}, "a budget is one of"),
+    ],
+)
+def test_what_protects_nothing_is_refused(calibration, measured, values, words):
+    for make in (calibration.recipe, *([] if "activation_bits" in values else [measured.plan])):
+        with pytest.raises(tahf4.OptionError, match=words):
+            make(**values)
+
+
 def test_a_plan_for_high_precision_and_one_for_8_bits_leave_each_other_alone(measured):
     kept = measured.plan(max_high_precision_linears=2)
     both = kept.plan(max_8bit_flops=1.0)
@@ -121,7 +158,7 @@ def test_other_bits_are_refused(calibration, measured, value, tmp_path):
     wrong = dataclasses.replace(linear, activation_bits=value)
     wrong = dataclasses.replace(entry, linears={**entry.linears, path: wrong})
     dataclasses.replace(measured, experts={"": {**dict(rest), name: wrong}}).save(tmp_path / "r.safetensors")
-    with pytest.raises(tahf4.RecipeError, match="bits, expected 4 or 8"):
+    with pytest.raises(tahf4.RecipeError, match="bits, expected 4, 8 or 16"):
         tahf4.Recipe.load(tmp_path / "r.safetensors")
 
 

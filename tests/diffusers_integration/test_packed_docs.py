@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -24,8 +25,11 @@ def test_the_blocks_of_the_page_run(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     model, inputs = wan(num_layers=1)
     tahf4.quantize_(model)
+    transformer = wan(num_layers=1)[0]
+    tahf4.quantize_(transformer)
     namespace = {
         "torch": torch, "WanPipeline": WanPipeline, "tahf4": tahf4, "pipe": pipe, "options": {"inductor": False},
+        "transformer": transformer, "scheduler": copy.deepcopy(pipe.scheduler),
         "original": ORIGINAL, "folder": tmp_path / "wan", "encoded": tmp_path / "encoded",
         "file": tmp_path / "model.pt2", "model": model, "inputs": {**inputs, "return_dict": False},
         "arguments": {
@@ -36,7 +40,7 @@ def test_the_blocks_of_the_page_run(tmp_path):
     with torch.no_grad():
         for code in BLOCKS:
             exec(compile(code, "docs/packed.md", "exec"), namespace)
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 8
     assert len(packed_linears(namespace["pipe"].text_encoder)) == 14
     settings = json.loads((tmp_path / "encoded" / "transformer_2" / "config.json").read_text())
     assert len(settings["quantization_config"]["linears"]) == 30

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import relative
 from models import Stack, output, wan
 from ranks import run
@@ -104,8 +105,20 @@ def styles(rank, size):
         assert relative(row(wanted.chunk(size, -1)[rank].clone()), down(wanted)) < SUM_ORDER
         half = row(wanted.chunk(size, -1)[rank].clone().bfloat16())
         assert half.dtype == torch.bfloat16 and relative(half, down(wanted.bfloat16())) < 2**-8
+        assert (half != down(wanted.bfloat16())).float().mean() < 0.02, "parts are summed in float32"
         with pytest.raises(tahf4.ShardingError, match="divided among ranks already"):
             parallelize_module(row, mesh, HiF4RowwiseParallel(local=local))
+        for bits in (8, 16):
+            more, part = copy.deepcopy(one.blocks[0]), wanted.chunk(size, -1)[rank].clone()
+            tahf4.set_activation_bits(more, bits)
+            column = parallelize_module(copy.deepcopy(more.up), mesh, HiF4ColwiseParallel(local=local))
+            assert relative(column(x), more.up(x).chunk(size, -1)[rank]) < SUM_ORDER
+            row = parallelize_module(copy.deepcopy(more.down), mesh, HiF4RowwiseParallel(local=local))
+            assert relative(row(part), more.down(wanted)) < SUM_ORDER
+            row.activation_bits, scheduler = 4, FlowMatchEulerDiscreteScheduler()
+            assert relative(row(part), down(wanted)) < SUM_ORDER
+            tahf4.set_high_precision_steps(row, [0], bits=bits, scheduler=scheduler)
+            assert relative(row(part), more.down(wanted)) < SUM_ORDER
     torch._dynamo.reset()
     plain = parallelize_module(Stack(2).eval(), mesh, {"blocks.0.up": HiF4ColwiseParallel()})
     with pytest.raises(Exception, match="graph reads DTensors.*local=True"):

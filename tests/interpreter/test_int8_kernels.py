@@ -4,7 +4,9 @@ import pytest
 import torch
 from tahf4_compiler.backends.triton import tiling
 
+import tahf4_compiler as tahf4
 from tahf4_compiler.format import hif4, int8
+from tahf4_compiler.plugins import host
 
 triton, reference = torch.ops.tahf4_triton, torch.ops.tahf4
 NORM = "v0: float32 = layer_norm(x0, None, None, 1e-06)"
@@ -80,3 +82,22 @@ def test_gate_and_residual(path):
     args = (*sides((2, 9), 96, 192), torch.randn(96), torch.bfloat16, [96], inputs, GATE, torch.bfloat16)
     (got,), (wanted,) = triton.fused_linear(*args), reference.fused_linear(*args)
     assert torch.allclose(got.float(), wanted.float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_of_16_bits_is_none_of_them_but_its_weight_is_dequantized_by_a_kernel(dtype):
+    x, w, bias = torch.randn(5, 100).to(dtype), reference.quantize(torch.randn(48, 100)), torch.randn(48).to(dtype)
+    codes, scales = reference.quantize(x, None, 64, 16)
+    for call in (
+        lambda: triton.quantize(x, None, 64, 16),
+        lambda: triton.fused_quantize([x], "v0: float32 = to(x0)", None, 64, 16),
+        lambda: triton.linear(codes, scales, *w, bias, dtype),
+        lambda: triton.linear_quantize(codes, scales, *w, bias, dtype, [], "", None, 0, 4),
+    ):
+        with pytest.raises(tahf4.FormatError, match=r"16 bits; expected 4 \(HiF4\) or 8 \(int8 with a scale a unit\)$"):
+            call()
+    assert host.find("dequantize", w[0]) is triton.dequantize.default
+    values = hif4.dequantize(hif4.Packed(*w, 128), dtype)
+    assert torch.equal(triton.dequantize(*w, 128, dtype), values)
+    product = reference.linear(codes, scales, *w, bias, dtype)
+    assert torch.equal(product, torch.nn.functional.linear(codes, values, bias))

@@ -47,6 +47,7 @@ def test_calibrate_writes_a_recipe_that_applies(tmp_path, prompts):
     out = tmp_path / "recipe.safetensors"
     arguments = ["calibrate", str(settings.PIPELINE_DIR), "--prompts", str(prompts), "-o", str(out), "--steps", "4"]
     arguments += ["--dtype", "float32", "--no-inductor", "--mask", "percentile", "--keep-linears", "2"]
+    arguments += ["--high-precision-step", "0", "--high-precision-step", "-1", "--step-activation-bits", "8"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "transformer_2: 18 linears in HiF4, 2 in high precision" in result.output
@@ -54,6 +55,7 @@ def test_calibrate_writes_a_recipe_that_applies(tmp_path, prompts):
     assert set(recipe.experts) == {"transformer", "transformer_2"}
     assert recipe.provenance["calibration"]["prompts"] == 2
     assert recipe.provenance["budget"] == {"max_high_precision_linears": 2}
+    assert recipe.high_precision_steps == (0, -1) and recipe.step_activation_bits == 8
     assert {"name": "rotate", "class": "tahf4_compiler.passes.rotate.Rotate", "options": {"block": 64}} in (
         recipe.provenance["passes"]
     )
@@ -140,6 +142,9 @@ def test_a_pipeline_of_another_class(tmp_path):
     ("more", "message"),
     [
         (["--percentile", "0"], "percentile is 0"),
+        (["--activation-bits", "32"], "activation_bits is 32"),
+        (["--keep-linears", "2", "--protect-bits", "4"], "protect_bits is 4"),
+        (["--step-activation-bits", "4"], "step_activation_bits is 4"),
         (["--keep-linears", "2", "--keep-blocks", "1"], "got 2 of them"),
         (["--set", "guidance"], "expected NAME=VALUE"),
         (["-o", "."], "cannot write"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from models import wan
 from safetensors.torch import load_file, save_file
 from tahf4_compiler.tools.cli import app
@@ -93,6 +95,27 @@ def test_the_bits_are_those_of_quantize_in_memory(model, saved, tmp_path, with_r
     inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.no_grad():
         assert torch.equal(loaded(**inputs)[0], packed(**inputs)[0])
+
+
+@torch.no_grad()
+def test_the_steps_of_a_recipe_go_into_the_folder(model, saved, tmp_path):
+    recipe = dataclasses.replace(recipe_of(model, "squared"), high_precision_steps=(0,), step_activation_bits=8)
+    quantize_checkpoint(saved, tmp_path / "out", recipe)
+    loaded = type(model).from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
+    _, inputs = wan(ffn_dim=192)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    with pytest.raises(tahf4.RecipeError, match=r"steps \[0\] run in high precision.*cannot be counted"):
+        loaded(**inputs)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    tahf4.set_high_precision_steps(loaded, scheduler=scheduler)
+    scheduler.set_timesteps(2)
+    first = loaded(**inputs)[0]
+    scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1))
+    second = loaded(**inputs)[0]
+    tahf4.set_high_precision_steps(loaded, ())
+    assert torch.equal(second, loaded(**inputs)[0]) and not torch.equal(first, second)
+    tahf4.set_activation_bits(loaded, 8)
+    assert torch.equal(first, loaded(**inputs)[0])
 
 
 def test_the_shipped_pipeline(tmp_path):

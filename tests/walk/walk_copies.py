@@ -109,4 +109,6 @@ class Copies(State):
         self.oracle.apply(None)
         if packs:
             self.oracle.pack(None)
+        if self.oracle.is_packed() and self.oracle.packed_steps:
+            self.counts_steps()
         self.check()

@@ -98,7 +98,7 @@ class Reference(nn.Module):
             y = nn.functional.linear(x, held.weight, held.bias)
         else:
             z = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-            codes, scales = torch.ops.tahf4.quantize(z, packed.multiplier, packed.block)
+            codes, scales = torch.ops.tahf4.quantize(z, packed.multiplier, packed.block, oracle.bits(held))
             y = torch.ops.tahf4.linear(codes, scales, packed.codes, packed.scales, held.bias, z.dtype)
         if held.adapter is not None and oracle.adapted:
             first, second, scale = held.adapter
@@ -119,6 +119,8 @@ class Oracle:
         kept: paths that stay in high precision wherever they are compiled.
         compiled: whether plain linears of the body run in 4 bits.
         high: whether the denoising step at hand runs in high precision.
+        attached_steps: whether the recipe that was applied to plain weights has such steps.
+        packed_steps: whether the packed linears have.
     """
 
     kind: str
@@ -128,6 +130,8 @@ class Oracle:
     kept: set[str] = field(default_factory=set)
     compiled: bool = False
     high: bool = False
+    attached_steps: bool = False
+    packed_steps: bool = False
 
     @classmethod
     def of(cls, kind: str, seed: int) -> Oracle:
@@ -168,10 +172,17 @@ class Oracle:
         return [path for path in self.body() if path not in self.kept and self._says(path, self.held[path].entry)]
 
     def _says(self, path: str, entry: RecipeEntry | None) -> bool:
-        return entry is None or (entry.linears[path].decision == "hif4" and not self.high)
+        return _in_4_bits(path, entry) and not (self.high and entry is not None and self.attached_steps)
+
+    def bits(self, held: Held) -> int:
+        """Return the bits of the activation of a linear that runs with packed weights."""
+        return 16 if held.packed is not None and self.packed_steps and self.high else 4
 
     def apply(self, recipe: Recipe | None) -> None:
         """Attach a recipe, or take it off."""
+        self.attached_steps = recipe is not None and bool(recipe.high_precision_steps)
+        if not self.is_packed():
+            self.packed_steps = False
         for path, held in self.held.items():
             held.entry = _entry(recipe, path)
 
@@ -180,11 +191,15 @@ class Oracle:
         if self.is_packed():  # what was left then is left now
             return {}
         said = {path: held.entry if recipe is None else _entry(recipe, path) for path, held in self.held.items()}
-        return {p: said[p] for p in self.body() if p not in self.kept | keep and self._says(p, said[p])}
+        return {p: said[p] for p in self.body() if p not in self.kept | keep and _in_4_bits(p, said[p])}
 
-    def pack(self, recipe: Recipe | None, keep: Set[str] = frozenset()) -> list[str]:
-        """Pack all but some; return the paths."""
+    def pack(self, recipe: Recipe | None, keep: Set[str] = frozenset(), part: bool = False) -> list[str]:
+        """Pack all but some; return the paths. ``part``: of the body."""
         chosen = self.to_pack(recipe, keep)
+        if not self.is_packed():
+            inside = [held.entry for path, held in self.held.items() if not part or path in self.body()]
+            attached = self.attached_steps and any(entry is not None for entry in inside)
+            self.packed_steps = bool(recipe.high_precision_steps) if recipe is not None else attached
         for path, entry in chosen.items():
             held = self.held[path]
             held.packed, held.entry = held.packed_now(entry), None
@@ -197,6 +212,7 @@ class Oracle:
             held = self.held[path]
             assert held.packed is not None
             held.weight, held.packed = held.packed.plain().to(held.weight.dtype), None
+        self.packed_steps = False
         return found
 
     def cast(self, dtype: torch.dtype, only: set[str] | None = None) -> None:
@@ -213,7 +229,8 @@ class Oracle:
 
     def rows(self) -> int:
         """Return how many output features a call computes in 4 bits."""
-        return sum(len(held.weight) for held in self.held.values() if self.runs(held) is not None)
+        in_4_bits = (held for held in self.held.values() if self.runs(held) is not None and self.bits(held) == 4)
+        return sum(len(held.weight) for held in in_4_bits)
 
     def __call__(self, given: Mapping[str, Tensor]) -> Tensor:
         """Return the output of a call."""
@@ -244,6 +261,10 @@ class Oracle:
             _same(name, others[name], value)
         state, known = set(model.state_dict()), {name for name, _ in model.named_parameters(remove_duplicate=False)}
         assert known <= state, f"state_dict lacks {sorted(known - state)[:3]}"
+
+
+def _in_4_bits(path: str, entry: RecipeEntry | None) -> bool:
+    return entry is None or entry.linears[path].decision == "hif4"
 
 
 def _entry(recipe: Recipe | None, path: str) -> RecipeEntry | None:

@@ -32,22 +32,20 @@ class Packing(State):
         keeps = {path for path in self.oracle.held if keep and kept(keep, _inside(path, part))}
         fused = self.merged and any(self.oracle.held[p].adapter for p in self.oracle.to_pack(made, keeps))
         refusal = None
-        if recipe == "steps":
-            refusal = "steps"
-        elif keep and any(
+        if keep and any(
             h.packed is not None and kept(keep, _inside(path, part)) for path, h in self.oracle.held.items()
         ):
             refusal = "is packed"
         elif self.hooks and not packed:
             refusal = "hooked|offloaded|fused" if fused else "hooked|offloaded"
-        elif self.clock is not None and not packed:
-            refusal = "steps|fused" if fused else "steps"
         elif fused:
             refusal = "fused into it"
 
         def act() -> None:
             plan = tahf4.quantize_(self.model.blocks if part else self.model, made, keep=[keep] if keep else [])
-            chosen = {_inside(path, part) for path in self.oracle.pack(made, keeps)}
+            chosen = {_inside(path, part) for path in self.oracle.pack(made, keeps, part)}
+            if recipe == "steps" and self.oracle.is_packed():
+                self.counts_steps()
             found = {plain_path(d.module) for d in plan if d.decision == "hif4" and d.reason != "packed"}
             assert found == chosen, f"the plan has {sorted(found ^ chosen)} otherwise"
             self.part = part and (self.part or not packed)
@@ -80,6 +78,17 @@ class Packing(State):
         recipe = self.recipe(what == "steps") if what != "none" else None
         tahf4.apply_recipe(self.model, recipe, scheduler=self.clock)
         self.oracle.apply(recipe)
+        self.check()
+
+    @precondition(lambda self: self.oracle.is_packed() and not self.hooks)
+    @rule(steps=st.booleans())
+    def sets_steps(self, steps: bool) -> None:
+        """Give a packed model a step in high precision, or take it off."""
+        if steps:
+            self.counts_steps([0])
+        else:
+            tahf4.set_high_precision_steps(self.model, ())
+            self.oracle.packed_steps = False
         self.check()
 
     @precondition(lambda self: self.clock is not None)

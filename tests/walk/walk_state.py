@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from walk_kernels import Count, counting
 from walk_networks import inputs
 from walk_oracle import Oracle
 
+import tahf4_compiler as tahf4
 from tahf4_compiler.recipe.recipe import Recipe
 
 __all__ = ["KNOWN", "Clock", "State", "kept", "mode_of", "plain_path"]
@@ -154,6 +155,13 @@ class State(RuleBasedStateMachine):
         self.model = other
         self.run, self.way, self.full, self.options = None, "", False, {}
         self.oracle.compiled = False
+
+    def counts_steps(self, steps: Sequence[int] | None = None) -> None:
+        """Let a clock count the steps of a packed model, which stands at the first one."""
+        self.clock = self.clock or Clock()
+        tahf4.set_high_precision_steps(self.model, steps, scheduler=self.clock)
+        self.clock.set_timesteps(3)
+        self.oracle.packed_steps, self.oracle.high = True, True
 
     @property
     def diffusers(self) -> bool:

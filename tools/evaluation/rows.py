@@ -54,6 +54,22 @@ ROWS = (
     Row("defaults (network-searched mask, rotation, reconstruction)", {"sensitivity": False}),
     Row("defaults, activations in 8 bits", {"sensitivity": False, "activation_bits": 8}),
     Row("defaults, activations of 20 % of the FLOPs in 8 bits", {"sensitivity": True, "max_8bit_flops": 0.2}),
+    *(
+        Row(f"defaults, first and last step {how}", {"sensitivity": False, "high_precision_steps": (0, -1), **bits})
+        for how, bits in (
+            ("in high precision", {}),
+            ("with activations of 16 bits", {"step_activation_bits": 16}),
+            ("with activations of 8 bits", {"step_activation_bits": 8}),
+        )
+    ),
+    *(
+        Row(f"defaults, {PROTECTED} linears protected {how}", {**_PROTECT, **bits})
+        for how, bits in (
+            ("by high precision", {}),
+            ("by activations of 16 bits", {"protect_bits": 16}),
+            ("by activations of 8 bits", {"protect_bits": 8}),
+        )
+    ),
     Row("everything without rotation", {**_PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
     Row("everything", _EVERYTHING),
     Row("everything, first step in high precision", {**_EVERYTHING, "high_precision_steps": (0,)}),

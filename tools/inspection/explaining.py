@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...model.reasons import Cause
+from ...reporting.report import ACTIVATIONS
 from ...reporting.snapshot import NodeView
 from ..errors import CommandError
 from .report import Report
@@ -24,7 +25,6 @@ def chosen(plan: Sequence[Mapping[str, Any]]) -> str:
 
 
 _NAMES = {"hif4": "HiF4"}
-_DECISIONS = {"hif4": "HiF4 W4A4", "high_precision": "high precision"}
 
 
 def overview(report: Report) -> str:
@@ -38,8 +38,8 @@ def overview(report: Report) -> str:
             numbers.append(f"SQNR {row['sqnr_db']:.1f} dB")
         if "milliseconds" in row:
             numbers.append(f"{row['milliseconds']:.3f} ms")
-        if row.get("activation_bits") == 8:
-            numbers.append("int8 activation")
+        if row.get("activation_bits") in ACTIVATIONS:
+            numbers.append(f"{ACTIVATIONS[row['activation_bits']]} activation")
         lines.append(f"{row['module']:{width}}  {row['decision']:14}  {', '.join(numbers)}  {row['reason']}")
     lines.append("")
     for entry in report.passes:
@@ -67,9 +67,12 @@ def explanations(report: Report, pattern: str) -> Iterator[str]:
 def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]) -> Iterator[str]:
     yield f"{row['module']}  ({row['k']} -> {row['n']}, {report.title})"
     saved = f"{row['bytes_before']:,} -> {row['bytes_after']:,} bytes"
-    yield f"  decision    {_DECISIONS.get(row['decision'], row['decision'])}, {saved}"
+    decisions = {"hif4": f"HiF4 W4A{row.get('activation_bits') or 4}", "high_precision": "high precision"}
+    yield f"  decision    {decisions.get(row['decision'], row['decision'])}, {saved}"
     if row.get("activation_bits") == 8:
         yield "  activation  8 bits: int8, with a float32 scale for each unit of 64 values"
+    if row.get("activation_bits") == 16:
+        yield "  activation  16 bits: not quantized; the weight is dequantized in each call (W4A16)"
     yield f"  reason      {row['reason']}"
     yield f"  FLOPs       {row['flops']:,} a call"
     yield from (f"  {text}" for text in _statistics(report, row))

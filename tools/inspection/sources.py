@@ -17,6 +17,7 @@ from torch import nn
 from ...graph_capture.captured import Capture
 from ...graph_capture.export import capture, from_program
 from ...lowering import Lowered, lower
+from ...packed.steps import attach_steps
 from ...recipe.apply import apply_recipe
 from ...recipe.recipe import Recipe
 from ..errors import CommandError
@@ -224,9 +225,10 @@ def _structure(cls: Any, config: Mapping[str, Any], folder: Path, dtype: torch.d
 def _loaded(cls: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         model: nn.Module = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
-        return model.eval()
     except Exception as error:  # of many libraries, for whatever a folder can hold
         raise CommandError(f"{folder} does not load as a {cls.__name__}: {error}") from error
+    attach_steps(model, None)  # of a packed folder; no property of the graph either
+    return model.eval()
 
 
 def _exported(
