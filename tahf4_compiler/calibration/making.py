@@ -151,8 +151,7 @@ def _entry(
             "Check the model in its original precision; float16 overflows where bfloat16 does not."
         )
     device = weights[0].device
-    magnitudes = [w.detach().to(torch.float32).abs() for w in weights]
-    weight_max = torch.stack([torch.where(m.isfinite(), m, 0.0).amax(0) for m in magnitudes]).amax(0)
+    weight_norm = _column_norm(weights)
     moment = _second_moment(cells).to(device)
     rows = cells.rows()
 
@@ -183,13 +182,13 @@ def _entry(
     if choices.mask in ("max", "percentile"):
         percentile = 100.0 if choices.mask == "max" else choices.percentile
         exponent = float(choices.weight_exponent)
-        mask = channel_mask(weight_max, amax(percentile), exponent)
+        mask = channel_mask(weight_norm, amax(percentile), exponent)
     elif choices.mask == "layer_search":
         if not len(rows):
             raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64 or fix the mask")
         best = error(None)
         for percent, alpha in SEARCHED:
-            candidate = channel_mask(weight_max, amax(percent), alpha)
+            candidate = channel_mask(weight_norm, amax(percent), alpha)
             if (value := error(candidate)) < best:
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
@@ -219,6 +218,15 @@ def _entry(
         moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
         packed,
     )
+
+
+def _column_norm(weights: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each input channel over the rows of all weights, float32 ``[K]``; what is not finite is 0."""
+    norms = []
+    for weight in weights:
+        values = weight.detach().to(torch.float32)
+        norms.append(torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0), dim=0))
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def _second_moment(cells: Cells) -> Tensor:

@@ -217,9 +217,9 @@ def test_kept_calls_are_spread_over_everything():
 
 
 def test_dead_columns_do_not_move_the_mask():
-    weight_max = torch.zeros(64)
-    weight_max[:8] = torch.rand(8) + 0.5
-    mask = channel_mask(weight_max, torch.rand(64) + 0.5, 0.9)
+    weight_norm = torch.zeros(64)
+    weight_norm[:8] = torch.rand(8) + 0.5
+    mask = channel_mask(weight_norm, torch.rand(64) + 0.5, 0.9)
     assert (mask[8:] == 1).all()
     assert mask[:8].log().mean().abs() < 1e-5
     assert channel_mask(torch.zeros(4), torch.ones(4), 0.5).tolist() == [1.0] * 4
@@ -323,17 +323,17 @@ def test_a_recipe_that_was_stopped_takes_up_its_measurements(tmp_path, monkeypat
         return errors(self, quantized)
 
     monkeypatch.setattr(Network, "errors", watched)
-    stop_at = 22  # 16 masks, 3 of them with reconstructed weights, then linears one by one
+    stop_at = 17  # 11 masks, 3 of them with reconstructed weights, then linears one by one
     with pytest.raises(Stop):
         calibrated().recipe()
     kept = tmp_path / "c.measured"
-    assert len(json.loads(kept.read_text())["values"]) == 21
+    assert len(json.loads(kept.read_text())["values"]) == 16
     stop_at, before = 0, len(counted)
     taken_up = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
     assert [len(paths) for paths in counted[before:]] == [1, 1, 4], "two linears were left, then all together"
     kept.unlink()
     whole = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
-    assert len(counted) == before + 3 + 19 + 4 + 1
+    assert len(counted) == before + 3 + 14 + 4 + 1
     for recipe, name in ((taken_up, "a"), (whole, "b")):
         recipe.save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
