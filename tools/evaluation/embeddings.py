@@ -25,7 +25,6 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("rotation, no data (the backend's default)", None),
     ("no rotation, no data", {**_BARE, "scale_search": ""}),
     ("no rotation, searched scales, no data", _BARE),
-    ("... and the norms of the weights as the mask, no data", {**_BARE, "mask": "max", "weight_exponent": 1.0}),
     ("rotation, searched scales", {"mask": None, "scale_search": "squared"}),
     ("rotation, reconstruction", {"mask": None, "scale_search": "reconstruct"}),
     ("network-searched mask, rotation, searched scales", {"scale_search": "squared"}),

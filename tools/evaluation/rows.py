@@ -32,7 +32,6 @@ PROTECTED = 4
 """Linears that stay in high precision in each expert, where a row protects any."""
 
 _PLAIN: dict[str, Any] = {"mask": None, "rotate": False, "scale_search": "", "sensitivity": False}
-_WEIGHTS: dict[str, Any] = {"mask": "max", "weight_exponent": 1.0, "scale_search": "squared"}
 _PROTECT: dict[str, Any] = {"sensitivity": True, "max_high_precision_linears": PROTECTED}
 _EVERYTHING: dict[str, Any] = {"mask": "network_search", "rotate": True, "scale_search": "squared", **_PROTECT}
 
@@ -46,7 +45,6 @@ ROWS = (
     Row("+ network-searched mask", {**_PLAIN, "mask": "network_search"}),
     Row("+ network-searched mask, rotation", {**_PLAIN, "mask": "network_search", "rotate": True}),
     Row("+ scale search", {**_PLAIN, "scale_search": "squared"}),
-    Row("+ norms of the weights as the mask, scale search", {**_PLAIN, **_WEIGHTS}),
     Row(f"+ {PROTECTED} linears protected", {**_PLAIN, **_PROTECT}),
     Row("+ rotation, reconstruction", {**_PLAIN, "rotate": True, "scale_search": "reconstruct"}),
     Row(
