@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
-from ..format.transforms import SEED, hadamard_block
 from ..model.parts import class_name
 from ..pipeline.order import provenance
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
@@ -26,19 +24,18 @@ from ..weights.checksum import checksum
 from ..weights.packing import moment_as_quantized
 from .choices import Choices, check_choices
 from .gaps import unseen, warn_of_range
-from .masks import SEARCHED, channel_mask
+from .layer import Layer
+from .masks import EXPONENTS, SEARCHED
 from .reconstruction import reconstructed
 from .seen import Seen
-from .sensitivity import Network, QuantizedWeight, output_error, sqnr_db, squares
-from .statistics import Cells, merged
+from .sensitivity import Network, QuantizedWeight, sqnr_db, squares
+from .statistics import Cells
 
 __all__ = ["make_recipe"]
 
 log = logging.getLogger(__name__)
 
 Networks = Callable[[str], Network | None]
-
-_FINALISTS = 2  # masks whose error is measured again with reconstructed weights
 
 
 def make_recipe(
@@ -74,7 +71,8 @@ def make_recipe(
         scale_search: how weights are rounded: ``""``, ``"squared"``, ``"weighted"`` or ``"reconstruct"``
             (:func:`tahf4_compiler.format.reconstruct.reconstruct`; the recipe then holds the packed weights).
         sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
-            effect on the network's output, and the output's error with everything quantized in each kept call.
+            effect on the network's output (on at most 16 entries of a batch), and the output's error with everything
+            quantized in each kept call.
         high_precision_steps: denoising steps that run in high precision.
         step_activation_bits: 8 or 16: these steps keep the weights in HiF4, and their activations have so many bits.
             None: they run with the original weights, and in a packed model with activations of 16 bits.
@@ -147,64 +145,29 @@ def make_recipe(
 def _entry(
     calibration: Seen, cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: bool
 ) -> RecipeEntry:
-    activation = cells.activation
-    k = activation.channels
-    block = hadamard_block(k, choices.block)
-    seed = SEED if block else None
-    bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
-    if bad:
-        raise CalibrationError(
-            f"{activation.expert or 'the module'}: {bad} values that {activation.name} reads are NaN or infinite. "
-            "Check the model in its original precision; float16 overflows where bfloat16 does not."
-        )
-    device = weights[0].device
-    magnitudes = [w.detach().to(torch.float32).abs() for w in weights]
-    weight_max = torch.stack([torch.where(m.isfinite(), m, 0.0).amax(0) for m in magnitudes]).amax(0)
-    moment = _second_moment(cells).to(device)
-    rows = cells.rows()
-
-    def amax(percent: float) -> Tensor:
-        values = torch.stack([sketch.percentile(percent) for sketch, _ in cells.cells.values()])
-        if choices.combine == "merged":
-            whole = merged([sketch for sketch, _ in cells.cells.values()])
-            return whole.percentile(percent).to(device)
-        return (values.amax(0) if choices.combine == "max" else values.mean(0)).to(device)
-
-    def product(mask: Tensor | None, search: str, packed: Mapping[str, hif4.Packed] | None = None) -> QuantizedWeight:
-        importance = moment_as_quantized(moment, mask, block) if search == "weighted" else None
-        whole = None
-        if packed:
-            found = [packed[path] for path in activation.members]
-            codes, scales = (torch.cat(parts).to(device) for parts in list(zip(*found, strict=True))[:2])
-            whole = hif4.Packed(codes, scales, k)
-        every, bits = torch.cat([w.detach() for w in weights]), choices.activation_bits
-        return QuantizedWeight(every, mask, seed, block, search, importance, whole, bits)
-
-    def error(mask: Tensor | None) -> float:
-        # Relative to each linear's own output: v may be much smaller than q.
-        return sum(output_error(rows, weights, product(mask, "")))
-
+    layer, activation = Layer(cells, weights, choices), cells.activation
+    block, seed, rows, k = layer.block, layer.seed, layer.rows, activation.channels
     mask: Tensor | None = None
     percentile: float | None = None
     exponent: float | None = None
     if choices.mask in ("max", "percentile"):
         percentile = 100.0 if choices.mask == "max" else choices.percentile
         exponent = float(choices.weight_exponent)
-        mask = channel_mask(weight_max, amax(percentile), exponent)
+        mask = layer.mask(percentile, exponent)
     elif choices.mask == "layer_search":
         if not len(rows):
             raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64 or fix the mask")
-        best = error(None)
+        best = layer.error(None)
         for percent, alpha in SEARCHED:
-            candidate = channel_mask(weight_max, amax(percent), alpha)
-            if (value := error(candidate)) < best:
+            candidate = layer.mask(percent, alpha)
+            if (value := layer.error(candidate)) < best:
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
     search, packed = choices.scale_search, dict[str, hif4.Packed]()
     if search == "reconstruct":
         packed = reconstructed(calibration, cells, weights, mask, seed, block)
         search = search if packed else "squared"
-    noise = _noise(cells, weights, product(mask, search, packed)) if sensitivity and len(rows) else None
+    noise = _noise(cells, weights, layer.product(mask, search, packed)) if sensitivity and len(rows) else None
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     linears = {}
     for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
@@ -223,15 +186,9 @@ def _entry(
         percentile,
         exponent,
         mask.cpu() if mask is not None else None,
-        moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
+        layer.moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
         packed,
     )
-
-
-def _second_moment(cells: Cells) -> Tensor:
-    squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
-    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
-    return (squares / max(1, seen)).to(torch.float32)
 
 
 def _noise(
@@ -264,39 +221,45 @@ def _search_network(
             f"mask='network_search' needs calls of {expert or 'the module'}, and the calibration kept none; "
             "calibrate with enough steps that each expert is called, or choose another mask"
         )
+    activations = [cells for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
     candidates = [dataclasses.replace(choices, mask=None)]
     candidates += [
         dataclasses.replace(choices, mask="percentile", percentile=percent, weight_exponent=alpha)
-        for percent, alpha in SEARCHED
+        for alpha, percent in _percentiles(calibration, activations, choices).items()
     ]
-    activations = [(key, cells) for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
     errors: dict[Choices, float] = {}
 
-    def measure(quick: Choices) -> float | None:
+    def measure(candidate: Choices) -> float | None:
         quantized: dict[str, QuantizedWeight] = {}
-        for _, cells in activations:
+        for cells in activations:
             weights = calibration.weights(expert, cells.activation.members)
-            entry = _entry(calibration, cells, weights, quick, False)
+            entry = _entry(calibration, cells, weights, candidate, False)
             makers = _products(entry, dict(zip(entry.linears, weights, strict=True)).__getitem__)
             quantized |= {path: make() for path, make in makers}
         return network.error(quantized)
 
     for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
-        quick = dataclasses.replace(candidate, scale_search="")  # the search of scales changes them all alike
-        error = measured.value(f"error of {expert!r} under {quick}", functools.partial(measure, quick))
+        error = measured.value(f"error of {expert!r} under {candidate}", functools.partial(measure, candidate))
         if error is not None:
             errors[candidate] = error
-    ranked = sorted(errors, key=errors.__getitem__)
-    if choices.scale_search == "reconstruct" and ranked:
-        # Reconstruction mends what a mask would have mended: the best masks are compared with none once more.
-        finalists = [*[c for c in ranked if c.mask is not None][:_FINALISTS], candidates[0]]
-        for candidate in tqdm(finalists, desc=f"reconstruction {expert}".strip(), unit="candidate", delay=1.0):
-            error = measured.value(f"error of {expert!r} under {candidate}", functools.partial(measure, candidate))
-            errors[candidate] = error if error is not None else math.inf
-        ranked = sorted(finalists, key=errors.__getitem__)
-    chosen = ranked[0] if ranked else choices
+    chosen = min(errors, key=errors.__getitem__) if errors else choices
     log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
     return chosen
+
+
+def _percentiles(calibration: Seen, activations: Sequence[Cells], choices: Choices) -> dict[float, float]:
+    """Return for each weight exponent the percentile of least error of the layers, which costs no pass of the network.
+
+    Without sample rows there is no such error, and it is the percentile of the choices.
+    """
+    if not all(len(cells.rows()) for cells in activations):
+        return dict.fromkeys(EXPONENTS, choices.percentile)
+    errors = dict.fromkeys(SEARCHED, 0.0)
+    for cells in tqdm(activations, desc="masks of layers", unit="activation", delay=1.0):
+        layer = Layer(cells, calibration.weights(cells.activation.expert, cells.activation.members), choices)
+        for pair in SEARCHED:
+            errors[pair] += layer.error(layer.mask(*pair))
+    return {exponent: percent for percent, exponent in sorted(errors, key=errors.__getitem__, reverse=True)}
 
 
 def _call_errors(calibration: Seen, recipe: Recipe, network_of: Networks) -> dict[str, tuple[CallError, ...]]:
@@ -363,7 +326,7 @@ def _with_effects(
 
     weight_of = functools.partial(_weight, calibration, expert)
     makers = {path: make for entry in entries.values() for path, make in _products(entry, weight_of)}
-    effects = network.effects(makers, measured, kind)
+    effects = network.few().effects(makers, measured, kind)
 
     def named(linear: LinearEntry, path: str) -> LinearEntry:
         effect = effects.get(path)

@@ -7,13 +7,15 @@ import logging
 import torch
 from torch import Tensor
 
-__all__ = ["channel_mask"]
+__all__ = ["EXPONENTS", "SEARCHED", "channel_mask"]
 
 log = logging.getLogger(__name__)
 
 AMAX_FLOOR = 1e-3
-SEARCHED = tuple((percent, alpha) for percent in (99.0, 99.9, 100.0) for alpha in (0.1, 0.3, 0.5, 0.7, 0.9))
-"""(percentile, weight exponent) that the searches try, besides no mask."""
+EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Weight exponents that the searches try, besides no mask. Below, nothing was ever best."""
+SEARCHED = tuple((percent, alpha) for alpha in EXPONENTS for percent in (99.9, 100.0))
+"""(percentile, weight exponent) that the searches try."""
 
 
 def channel_mask(weight_max: Tensor, activation_max: Tensor, weight_exponent: float) -> Tensor:

@@ -15,8 +15,9 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.calibration.calibration import Calibration
 from tahf4_compiler.calibration.calls import MOST
 from tahf4_compiler.calibration.masks import channel_mask
-from tahf4_compiler.calibration.sensitivity import Network
+from tahf4_compiler.calibration.sensitivity import Network, QuantizedWeight
 from tahf4_compiler.calibration.sketch import Sketch
+from tahf4_compiler.files.memo import Measured
 
 GRAPH = {"inductor": False}
 
@@ -225,6 +226,38 @@ def test_dead_columns_do_not_move_the_mask():
     assert channel_mask(torch.zeros(4), torch.ones(4), 0.5).tolist() == [1.0] * 4
 
 
+class Mixing(nn.Module):
+    """Its first axis may be no batch."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.stack, self.mix = Stack().eval(), mix
+
+    def forward(self, x, bias):
+        return self.mix(self.stack(x)) + bias
+
+
+def only_twenty(x):
+    assert len(x) == 20, "no other batch"
+    return x
+
+
+@pytest.mark.parametrize(
+    ("mix", "entries"), [(lambda x: x, 16), (lambda x: x - x.mean(0), 20), (only_twenty, 20), (lambda x: x.sum(), 20)]
+)
+def test_effects_are_measured_on_a_part_of_a_batch_if_entries_do_not_meet(mix, entries):
+    model, met = Mixing(mix), []
+    network = Network(model, [((torch.randn(20, 64),), {"bias": torch.tensor(1.0)})])
+    with model.register_forward_pre_hook(lambda module, args: met.append(len(args[0]))):
+        few = network.few()
+        met.clear()
+        weight = model.stack.blocks[0].up.weight
+        up = {"stack.blocks.0.up": lambda: QuantizedWeight(weight, None, None, 0)}
+        effects = few.effects(up, Measured(None, str), "effect")
+    assert met == [entries]
+    assert effects["stack.blocks.0.up"] > 1e-6
+
+
 def test_a_model_whose_output_is_nan_is_refused():
     model = Stack().eval()
     model.last.weight[0, 0] = float("nan")
@@ -323,17 +356,17 @@ def test_a_recipe_that_was_stopped_takes_up_its_measurements(tmp_path, monkeypat
         return errors(self, quantized)
 
     monkeypatch.setattr(Network, "errors", watched)
-    stop_at = 22  # 16 masks, 3 of them with reconstructed weights, then linears one by one
+    stop_at = 9  # no mask, 5 masks, then linears one by one
     with pytest.raises(Stop):
         calibrated().recipe()
     kept = tmp_path / "c.measured"
-    assert len(json.loads(kept.read_text())["values"]) == 21
+    assert len(json.loads(kept.read_text())["values"]) == 8
     stop_at, before = 0, len(counted)
     taken_up = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
     assert [len(paths) for paths in counted[before:]] == [1, 1, 4], "two linears were left, then all together"
     kept.unlink()
     whole = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
-    assert len(counted) == before + 3 + 19 + 4 + 1
+    assert len(counted) == before + 3 + 6 + 4 + 1
     for recipe, name in ((taken_up, "a"), (whole, "b")):
         recipe.save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -12,7 +12,10 @@ from torch import nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.calibration.calibration import Calibration
+from tahf4_compiler.calibration.choices import Choices
+from tahf4_compiler.calibration.layer import Layer
 from tahf4_compiler.calibration.masks import channel_mask
+from tahf4_compiler.files.memo import Measured
 from tahf4_compiler.files.tensors import save_tensors
 from tahf4_compiler.format import hif4
 from tahf4_compiler.recipe.budget import choose
@@ -113,7 +116,56 @@ def test_masks_undo_outliers(calibration):
     assert error(model, everything) < 0.5 * naive
 
 
-def test_the_mask_is_the_published_one():
+def test_the_mask_of_a_recipe_is_of_all_weights_that_read_the_activation():
+    model, kwargs = wan()
+    names = [f"blocks.0.attn1.to_{part}" for part in "qkv"]
+    with tahf4.calibrate(model, options=QUICK) as calibration:
+        model(**kwargs)
+    entry = calibration.recipe(mask="max", weight_exponent=0.7, sensitivity=False).experts[""][names[0]]
+    assert set(entry.linears) == set(names)
+    weight = torch.cat([model.get_submodule(name).weight for name in names])
+    wanted = channel_mask(weight.abs().amax(0), calibration.sketch(names[0]).maxima, 0.7)
+    torch.testing.assert_close(entry.mask, wanted)
+
+
+@pytest.mark.parametrize("search", ["", "reconstruct"])
+def test_the_search_takes_the_mask_of_least_error_of_the_network_with_the_weights_that_the_recipe_holds(search):
+    model = outliers()
+    calibration = calibrated(model, rows=0)  # the percentile is that of the choices then
+
+    def kept_error(**choices):
+        tahf4.apply_recipe(model, calibration.recipe(**choices, scale_search=search, sensitivity=False))
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="tahf4", options=QUICK)
+        calls = calibration.kept.calls[""]
+        found = sum(relative(compiled(*args), model(*args)) ** 2 for args, _ in calls) / len(calls)
+        tahf4.apply_recipe(model, None)
+        return found
+
+    errors = {alpha: kept_error(mask="percentile", weight_exponent=alpha) for alpha in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    assert kept_error(mask=None) > min(errors.values())
+    for entry in calibration.recipe(scale_search=search, sensitivity=False).experts[""].values():
+        assert (entry.percentile, entry.weight_exponent) == (99.9, min(errors, key=errors.__getitem__))
+
+
+def test_layers_choose_the_percentile_of_each_weight_exponent(monkeypatch):
+    calibration = calibrated(outliers())
+    tried: list[tuple[float | None, float]] = []
+    value = Measured.value
+
+    def watched(self, name, measure):
+        choices = eval(name.partition(" under ")[2], {"Choices": Choices})
+        tried.append((choices.percentile if choices.mask else None, choices.weight_exponent))
+        return value(self, name, measure)
+
+    monkeypatch.setattr(Measured, "value", watched)
+    monkeypatch.setattr(Layer, "error", lambda self, mask: self.mask(100.0, 0.5).sub(mask).abs().sum())
+    calibration.recipe(sensitivity=False)
+    assert tried[0][0] is None and sorted(tried[1:], key=lambda t: t[1])[0] == (100.0, 0.5)
+    assert [alpha for _, alpha in sorted(tried[1:], key=lambda t: t[1])] == [0.5, 0.6, 0.7, 0.8, 0.9]
+
+
+def test_the_mask_is_the_published_one_of_its_statistics():
     weight, activation = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 0.0])
     for alpha in (0.0, 0.3, 1.0):
         found = channel_mask(weight, activation, alpha)
@@ -223,7 +275,8 @@ def test_effects_are_those_of_one_quantized_linear_and_decide(tmp_path):
         for args, kwargs in calibration.kept.calls[""]:
             torch._dynamo.reset()
             only = torch.compile(model, backend="tahf4", options={**QUICK, "keep": others})
-            errors.append(relative(only(*args, **kwargs), model(*args, **kwargs)) ** 2)
+            few = [value[:16] for value in args]
+            errors.append(relative(only(*few, **kwargs), model(*few, **kwargs)) ** 2)
         assert linears[path].effect == pytest.approx(sum(errors) / len(errors), rel=1e-3)
     kept = {p for p, linear in linears.items() if linear.decision == "high_precision"}
     assert kept == set(sorted(linears, key=lambda p: -linears[p].effect)[:2])

@@ -19,10 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_BARE: dict[str, Any] = {"mask": None, "rotate": False, "scale_search": "squared"}
+
 ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("rotation, no data (the backend's default)", None),
-    ("+ searched scales", {"mask": None, "scale_search": "squared"}),
-    ("+ reconstruction", {"mask": None, "scale_search": "reconstruct"}),
+    ("no rotation, no data", {**_BARE, "scale_search": ""}),
+    ("no rotation, searched scales, no data", _BARE),
+    ("rotation, searched scales", {"mask": None, "scale_search": "squared"}),
+    ("rotation, reconstruction", {"mask": None, "scale_search": "reconstruct"}),
     ("network-searched mask, rotation, searched scales", {"scale_search": "squared"}),
     ("the defaults of recipe(): the same with reconstruction", {}),
     ("rotation, no data, activations in 8 bits", {"mask": None, "scale_search": "", "activation_bits": 8}),

@@ -1,0 +1,95 @@
+"""One activation and the weights that read it, under some choices: masks, products, and their error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..format import hif4
+from ..format.transforms import SEED, hadamard_block
+from ..weights.packing import moment_as_quantized
+from .choices import Choices
+from .masks import channel_mask
+from .sensitivity import QuantizedWeight, output_error
+from .statistics import Cells, merged
+
+__all__ = ["Layer"]
+
+
+class Layer:
+    """An activation and the weights that read it.
+
+    Attributes:
+        cells: statistics of the activation.
+        weights: ``[N_i, K]`` each.
+        choices: that are to be tried.
+        block: width of the rotation, 0 for none.
+        seed: of its signs, or None.
+        moment: float32 ``[K]``, second moment of the activation's channels.
+        rows: sample rows, ``[R, K]``.
+    """
+
+    def __init__(self, cells: Cells, weights: Sequence[Tensor], choices: Choices) -> None:
+        """Collect what is known.
+
+        Raises:
+            CalibrationError: the activation held NaN or infinite values.
+        """
+        activation = cells.activation
+        bad = sum(int(sketch.nonfinite) for sketch, _ in cells.cells.values())
+        if bad:
+            raise CalibrationError(
+                f"{activation.expert or 'the module'}: {bad} values that {activation.name} reads are NaN or infinite. "
+                "Check the model in its original precision; float16 overflows where bfloat16 does not."
+            )
+        self.cells, self.weights, self.choices = cells, weights, choices
+        self.block = hadamard_block(activation.channels, choices.block)
+        self.seed = SEED if self.block else None
+        self.moment = _second_moment(cells).to(weights[0].device)
+        self.rows = cells.rows()
+        self._weight_max = _column_maxima(weights)
+
+    def mask(self, percentile: float, exponent: float) -> Tensor:
+        """Return the channel mask of a percentile of |x| and a weight exponent: float32 ``[K]``."""
+        sketches = [sketch for sketch, _ in self.cells.cells.values()]
+        if self.choices.combine == "merged":
+            largest = merged(sketches).percentile(percentile)
+        else:
+            values = torch.stack([sketch.percentile(percentile) for sketch in sketches])
+            largest = values.amax(0) if self.choices.combine == "max" else values.mean(0)
+        return channel_mask(self._weight_max, largest.to(self._weight_max.device), exponent)
+
+    def product(
+        self, mask: Tensor | None, search: str, packed: Mapping[str, hif4.Packed] | None = None
+    ) -> QuantizedWeight:
+        """Return the product with all weights joined, quantized now or packed before (by module path)."""
+        importance = moment_as_quantized(self.moment, mask, self.block) if search == "weighted" else None
+        whole, device = None, self.moment.device
+        if packed:
+            found = [packed[path] for path in self.cells.activation.members]
+            codes, scales = (torch.cat(parts).to(device) for parts in list(zip(*found, strict=True))[:2])
+            whole = hif4.Packed(codes, scales, self.cells.activation.channels)
+        every, bits = torch.cat([w.detach() for w in self.weights]), self.choices.activation_bits
+        return QuantizedWeight(every, mask, self.seed, self.block, search, importance, whole, bits)
+
+    def error(self, mask: Tensor | None) -> float:
+        """Return the relative squared error of the outputs on sample rows, summed over the weights.
+
+        Relative to each linear's own output: v may be much smaller than q. Weights are rounded to their nearest values.
+        """
+        return sum(output_error(self.rows, self.weights, self.product(mask, "")))
+
+
+def _column_maxima(weights: Sequence[Tensor]) -> Tensor:
+    """Return the largest magnitude of each input channel, float32 ``[K]``; what is not finite counts as 0."""
+    magnitudes = [weight.detach().to(torch.float32).abs() for weight in weights]
+    return torch.stack([torch.where(m.isfinite(), m, 0.0).amax(0) for m in magnitudes]).amax(0)
+
+
+def _second_moment(cells: Cells) -> Tensor:
+    squares = torch.stack([sketch.squares.cpu() for sketch, _ in cells.cells.values()]).sum(0)
+    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
+    return (squares / max(1, seen)).to(torch.float32)
