@@ -20,7 +20,12 @@ COMBINE = ("max", "mean", "merged")
 
 @dataclass(frozen=True)
 class Choices:
-    """What :func:`~tahf4_compiler.calibration.making.make_recipe` was asked for."""
+    """What :func:`~tahf4_compiler.calibration.making.make_recipe` was asked for.
+
+    Attributes:
+        column: what stands for a weight's column in the mask: its largest magnitude (``"max"``), as published, or its
+            norm (``"norm"``), which the searches take.
+    """
 
     mask: str | None
     percentile: float
@@ -29,6 +34,7 @@ class Choices:
     block: int
     scale_search: str
     activation_bits: int = 4
+    column: str = "max"
 
 
 def check_choices(

@@ -50,7 +50,7 @@ class Layer:
         self.seed = SEED if self.block else None
         self.moment = _second_moment(cells).to(weights[0].device)
         self.rows = cells.rows()
-        self._weight_max = _column_maxima(weights)
+        self._columns = _column_norms(weights) if choices.column == "norm" else _column_maxima(weights)
 
     def mask(self, percentile: float, exponent: float) -> Tensor:
         """Return the channel mask of a percentile of |x| and a weight exponent: float32 ``[K]``."""
@@ -60,7 +60,7 @@ class Layer:
         else:
             values = torch.stack([sketch.percentile(percentile) for sketch in sketches])
             largest = values.amax(0) if self.choices.combine == "max" else values.mean(0)
-        return channel_mask(self._weight_max, largest.to(self._weight_max.device), exponent)
+        return channel_mask(self._columns, largest.to(self._columns.device), exponent)
 
     def product(
         self, mask: Tensor | None, search: str, packed: Mapping[str, hif4.Packed] | None = None
@@ -87,6 +87,12 @@ def _column_maxima(weights: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude of each input channel, float32 ``[K]``; what is not finite counts as 0."""
     magnitudes = [weight.detach().to(torch.float32).abs() for weight in weights]
     return torch.stack([torch.where(m.isfinite(), m, 0.0).amax(0) for m in magnitudes]).amax(0)
+
+
+def _column_norms(weights: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each input channel over the rows of all weights, float32 ``[K]``."""
+    finite = [torch.where(weight.isfinite(), weight, 0.0) for weight in (w.detach().float() for w in weights)]
+    return torch.stack([torch.linalg.vector_norm(values, dim=0) for values in finite]).norm(dim=0)
 
 
 def _second_moment(cells: Cells) -> Tensor:

@@ -96,7 +96,8 @@ def make_recipe(
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
-    choices = Choices(mask, percent, weight_exponent, combine, block if rotate else 0, scale_search, activation_bits)
+    column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
+    choices = Choices(mask, percent, weight_exponent, combine, width, scale_search, activation_bits, column)
     measured = calibration.measured()
     network = functools.cache(functools.partial(_network, calibration))
     found: dict[str, dict[str, RecipeEntry]] = {}

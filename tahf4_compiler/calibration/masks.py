@@ -18,22 +18,23 @@ SEARCHED = tuple((percent, alpha) for alpha in EXPONENTS for percent in (99.9, 1
 """(percentile, weight exponent) that the searches try."""
 
 
-def channel_mask(weight_max: Tensor, activation_max: Tensor, weight_exponent: float) -> Tensor:
-    """Return the channel mask of ViDiT-Q: ``wmax**alpha / amax**(1 - alpha)``.
+def channel_mask(weight: Tensor, activation_max: Tensor, weight_exponent: float) -> Tensor:
+    """Return the channel mask ``weight**alpha / amax**(1 - alpha)``.
 
-    The activation is multiplied by it, the weight divided. Source: ViDiT-Q (arXiv 2406.02540), as Tail-Aware
-    HiFloat4 adapts it; alpha is the exponent of the *weight*, unlike SmoothQuant's.
+    The activation is multiplied by it, the weight divided. ViDiT-Q (arXiv 2406.02540), as Tail-Aware HiFloat4 adapts
+    it, takes the largest magnitude of a weight's column. Its norm is what an error of the activation's channel costs in
+    the product. alpha is the exponent of the *weight*, unlike SmoothQuant's.
 
     Args:
-        weight_max: float32 ``[K]``, largest magnitude of each input channel over all rows.
+        weight: float32 ``[K]``, largest magnitude or Euclidean norm of each input channel over all rows.
         activation_max: float32 ``[K]``, its maximum or a percentile; floored at 1e-3.
         weight_exponent: alpha, 0 to 1.
 
     Returns:
         float32 ``[K]``, positive, with a geometric mean of 1; 1 for channels whose weights are all zero.
     """
-    log = weight_exponent * weight_max.double().clamp(min=1e-8).log()
+    log = weight_exponent * weight.double().clamp(min=1e-8).log()
     log = log - (1 - weight_exponent) * activation_max.double().clamp(min=AMAX_FLOOR).log()
-    live = weight_max > 0
+    live = weight > 0
     mean = log[live].mean() if bool(live.any()) else log.mean()
     return torch.where(live, log - mean, 0.0).exp().to(torch.float32)

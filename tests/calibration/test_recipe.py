@@ -11,10 +11,11 @@ from models import Stack, output, wan
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.calibration import layer
 from tahf4_compiler.calibration.calibration import Calibration
 from tahf4_compiler.calibration.choices import Choices
 from tahf4_compiler.calibration.layer import Layer
-from tahf4_compiler.calibration.masks import channel_mask
+from tahf4_compiler.calibration.masks import SEARCHED, channel_mask
 from tahf4_compiler.files.memo import Measured
 from tahf4_compiler.files.tensors import save_tensors
 from tahf4_compiler.format import hif4
@@ -124,12 +125,19 @@ def test_the_mask_of_a_recipe_is_of_all_weights_that_read_the_activation():
     entry = calibration.recipe(mask="max", weight_exponent=0.7, sensitivity=False).experts[""][names[0]]
     assert set(entry.linears) == set(names)
     weight = torch.cat([model.get_submodule(name).weight for name in names])
-    wanted = channel_mask(weight.abs().amax(0), calibration.sketch(names[0]).maxima, 0.7)
-    torch.testing.assert_close(entry.mask, wanted)
+    maxima = calibration.sketch(names[0]).maxima
+    torch.testing.assert_close(entry.mask, channel_mask(weight.abs().amax(0), maxima, 0.7))
+    entry = calibration.recipe(mask="layer_search", sensitivity=False).experts[""][names[0]]
+    norms = weight.norm(dim=0)
+    tried = [channel_mask(norms, calibration.sketch(names[0]).percentile(p), alpha) for p, alpha in SEARCHED]
+    assert any(torch.allclose(entry.mask, mask) for mask in tried)
 
 
 @pytest.mark.parametrize("search", ["", "reconstruct"])
-def test_the_search_takes_the_mask_of_least_error_of_the_network_with_the_weights_that_the_recipe_holds(search):
+def test_the_search_takes_the_mask_of_least_error_of_the_network_with_the_weights_that_the_recipe_holds(
+    search, monkeypatch
+):
+    monkeypatch.setattr(layer, "_column_maxima", layer._column_norms)  # also where a mask is given
     model = outliers()
     calibration = calibrated(model, rows=0)  # the percentile is that of the choices then
 
