@@ -123,8 +123,14 @@ class Exponential(nn.Module):
 def test_a_compiled_model_refuses_tangents(options):
     model, x = nn.Sequential(Exponential(), *Stack(depth=2).blocks).eval().requires_grad_(False), torch.randn(4, 64)
     call = torch.compile(model, backend="tahf4", options=options)
-    with forward_ad.dual_level(), pytest.raises(tahf4.GradientError, match="a compiled model got a tensor with a tan"):
-        call(forward_ad.make_dual(x, x))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        try:
+            found = forward_ad.unpack_dual(call(dual)).tangent
+        except tahf4.GradientError as error:
+            assert "a compiled model got a tensor with a tangent" in str(error)
+        else:  # PyTorch 2.15 runs the original
+            assert torch.equal(found, forward_ad.unpack_dual(model(dual)).tangent)
     call(x)
     with forward_ad.dual_level():
         call(x)
