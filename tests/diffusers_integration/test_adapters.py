@@ -129,7 +129,7 @@ def test_a_linear_under_dora_stays_and_one_that_is_packed_refuses_it():
 
 
 def test_no_matrix_of_dora_is_quantized_in_the_frames_below_a_graph_break(tmp_path):
-    model = Stack(1).eval()
+    model = Stack(2).eval()
     inject_adapter_in_model(
         LoraConfig(r=64, target_modules=["up"], init_lora_weights=False, use_dora=True), model, "style"
     )
