@@ -10,9 +10,13 @@ from ..errors import PackedError
 
 __all__ = ["check_saver"]
 
+_MAKERS = ("from_transformer", "from_unet")  # of diffusers' ControlNets
+
 
 def check_saver(path: str) -> None:
     """Refuse ``save_pretrained`` of a module whose configuration does not list a packed linear.
+
+    And what makes a ControlNet of a packed model: it loads the state with ``strict=False``.
 
     Every library's ``save_pretrained`` writes a configuration and a state dict. The tensors alone do not make a packed
     model again: ``from_pretrained`` would leave them out, and leave weights random. Who saves is where Python keeps it,
@@ -22,11 +26,16 @@ def check_saver(path: str) -> None:
         path: of the packed linear, in the module whose state is written down.
 
     Raises:
-        PackedError: the configuration does not list it.
+        PackedError: the configuration does not list it, or another model is made of the state.
     """
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "save_pretrained":
+    while frame is not None and frame.f_code.co_name not in ("save_pretrained", *_MAKERS):
         frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None and frame.f_code.co_name in _MAKERS:
+        raise PackedError(
+            f"{frame.f_code.co_name} would take {path}, which is packed, into a model of plain linears, and diffusers "
+            "would leave their weights random. Make the new model of the original, and pack both."
+        )
     saver = frame.f_locals.get("self") if frame is not None else None
     if not isinstance(saver, nn.Module) or _saves_adapters_alone(saver):
         return

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from models import masked_recipe, output, wan
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -234,3 +235,15 @@ def test_a_packed_folder_that_is_loaded_onto_disk_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "folder")
     with pytest.raises(tahf4.PackedError, match=r"load a packed model into memory"):
         type(model).from_pretrained(tmp_path / "folder", device_map={"": "disk"}, offload_folder=tmp_path / "disk")
+
+
+def test_a_control_net_is_not_made_of_a_packed_model():
+    model = SD3Transformer2DModel(
+        sample_size=8, num_layers=2, attention_head_dim=64, num_attention_heads=2, joint_attention_dim=64,
+        caption_projection_dim=128, pooled_projection_dim=64,
+    )  # fmt: skip
+    made = SD3ControlNetModel.from_transformer(model, num_layers=1)
+    assert torch.equal(made.transformer_blocks[0].attn.to_q.weight, model.transformer_blocks[0].attn.to_q.weight)
+    tahf4.quantize_(model)
+    with pytest.raises(tahf4.PackedError, match=r"from_transformer would take .*Make the new model"):
+        SD3ControlNetModel.from_transformer(model, num_layers=1)
