@@ -239,5 +239,6 @@ def test_two_ranks():
     run(2, two)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="FSDP2 of PyTorch 2.11 asks codes for gradients")
 def test_four_ranks():
     run(4, four)

@@ -60,7 +60,7 @@ def test_other_numbers_of_bits_and_tensors_without_axes_are_refused():
 def test_a_product_says_what_does_not_fit():
     codes, scales = int8.quantize(torch.ones(2, 128))
     weight = torch.ops.tahf4.quantize(torch.ones(3, 128))
-    with pytest.raises(tahf4.FormatError, match="an activation in 8 bits has codes int8"):
+    with pytest.raises(tahf4.FormatError, match="an activation in 8 bits has codes torch.int8"):
         torch.ops.tahf4.linear(codes, scales.to(torch.int32), *weight, None, torch.float32)
     with pytest.raises(tahf4.FormatError, match="activation of 2 units and weight of 1"):
         torch.ops.tahf4.linear(codes, scales, *torch.ops.tahf4.quantize(torch.ones(3, 64)), None, torch.float32)

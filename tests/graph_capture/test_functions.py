@@ -46,7 +46,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "hessian" or torch.__version__ >= "2.12"])
 def test_the_graph_computes_what_it_computed(name):
     model, x = Net(FUNCTIONS[name]).eval().requires_grad_(False), torch.randn(4, 64)
     # Without passes that quantize nothing may differ.
