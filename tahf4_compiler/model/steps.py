@@ -12,14 +12,15 @@ from ..errors import RecipeError
 __all__ = ["StepCounter", "StepPrecision"]
 
 _COUNTER = "_tahf4_counter"
-_METHODS = ("set_timesteps", "step")
+_METHODS = ("set_timesteps", "set_begin_index", "step")
 
 
 class StepCounter:
     """Counts the steps of a diffusers scheduler: ``set_timesteps`` begins a generation, ``step`` ends a step.
 
-    Both methods are shadowed by attributes of this one scheduler, with the same signatures; its class stays, so
-    that ``type(scheduler).from_config``, saving and copying work. Reading the counter costs nothing on a device.
+    ``set_begin_index`` lets one begin in the middle. These methods are shadowed by attributes of this one scheduler, with
+    the same signatures; its class stays, so that ``type(scheduler).from_config``, saving and copying work. Reading the
+    counter costs nothing on a device.
 
     Attributes:
         step: index of the step that runs, 0 before the first.
@@ -45,7 +46,8 @@ class StepCounter:
             counter.step = int(index) if index is not None else 0
             scheduler.__dict__[_COUNTER] = counter
             for name in _METHODS:
-                scheduler.__dict__[name] = _Counted(scheduler, name)
+                if hasattr(type(scheduler), name):
+                    scheduler.__dict__[name] = _Counted(scheduler, name)
         found: StepCounter = scheduler.__dict__[_COUNTER]
         return found
 
@@ -84,6 +86,8 @@ class _Counted:
             return result
         if self.name == "set_timesteps":
             counter.step, counter.steps = 0, max(1, len(scheduler.timesteps))
+        elif self.name == "set_begin_index":
+            counter.step = int(getattr(scheduler, "begin_index", None) or 0)
         else:
             # Schedulers of higher order call the model several times for a timestep; they count on themselves.
             index = getattr(scheduler, "step_index", None)

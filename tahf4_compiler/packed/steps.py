@@ -39,11 +39,14 @@ def set_high_precision_steps(
         OptionError: ``steps`` or ``bits`` are none of these, nothing counts the steps, or the model is neither module
             nor pipeline.
     """
-    if steps is not None and (isinstance(steps, str) or any(type(step) is not int for step in steps)):
+    listed = isinstance(steps, Sequence) and not isinstance(steps, str | bytes)
+    if steps is not None and (not listed or any(type(step) is not int for step in steps)):
         raise OptionError(f"steps is {steps!r}; expected a list of step indices")
-    if type(bits) is bool or bits not in PROTECTING_BITS:
+    if (bits is not None and type(bits) is not int) or bits not in PROTECTING_BITS:
         raise OptionError(f"bits is {bits!r}; expected 8, or 16 (not quantized)")
     clock = scheduler if scheduler is not None else model if getattr(model, "scheduler", None) is not None else None
+    if (scheduler is not None and not callable(getattr(scheduler, "step", None))) or isinstance(scheduler, type):
+        raise OptionError(f"scheduler is {scheduler!r}; expected a scheduler of diffusers")
     if clock is None and (steps is None or steps):
         raise OptionError(f"{type(model).__name__} has no scheduler, which counts the steps; pass scheduler=...")
     found = {name: module for name, module in unwrapped_experts(model).items() if _packed(module)}

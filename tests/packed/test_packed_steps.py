@@ -280,3 +280,29 @@ def test_the_commands_take_a_folder_with_steps(tmp_path):
     model, arguments = loaded(tmp_path / "transformer", torch.float32, None)
     plan = tahf4.lower(tahf4.capture(model, (), arguments)).plan
     assert {d.activation_bits for d in plan} == {4}
+
+
+def test_a_generation_that_begins_in_the_middle_has_its_own_steps_in_high_precision():
+    pipe = Pipe()
+    tahf4.quantize_(pipe)
+    wanted, scheduler = outputs(pipe.transformer), pipe.scheduler
+    for steps, bits in (([0], [4, 4]), ([2], [16, 4]), ([-1], [4, 16])):
+        tahf4.set_high_precision_steps(pipe, steps)
+        scheduler.set_timesteps(4)
+        scheduler.set_begin_index(2)  # as image-to-image pipelines do
+        for timestep, count in zip(scheduler.timesteps[2:], bits, strict=True):
+            assert relative(pipe.transformer(X), wanted[count]) < 1e-6
+            scheduler.step(X, timestep, X)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"steps": (i for i in (0,))}, {"steps": 0}, {"steps": b"0"}, {"bits": 8.0}, {"scheduler": "x"},
+     {"scheduler": FlowMatchEulerDiscreteScheduler}],
+)  # fmt: skip
+def test_what_are_no_steps_no_bits_and_no_scheduler_is_refused(values):
+    pipe = Pipe()
+    tahf4.quantize_(pipe)
+    with pytest.raises(tahf4.OptionError, match=f"{next(iter(values))} is .*expected"):
+        tahf4.set_high_precision_steps(pipe, **{"steps": [0], **values})
+    assert steps_of(pipe.transformer) is None
