@@ -18,9 +18,9 @@ _METHODS = ("set_timesteps", "set_begin_index", "step")
 class StepCounter:
     """Counts the steps of a diffusers scheduler: ``set_timesteps`` begins a generation, ``step`` ends a step.
 
-    ``set_begin_index`` lets one begin in the middle. These methods are shadowed by attributes of this one scheduler, with
-    the same signatures; its class stays, so that ``type(scheduler).from_config``, saving and copying work. Reading the
-    counter costs nothing on a device.
+    ``set_begin_index`` lets one begin in the middle. These methods are shadowed by attributes of this one scheduler,
+    with the same signatures; its class stays, so that ``type(scheduler).from_config``, saving and copying work. Reading
+    the counter costs nothing on a device.
 
     Attributes:
         step: index of the step that runs, 0 before the first.
