@@ -372,10 +372,9 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 def _promotes(operand: fx.Node, node: fx.Node) -> bool:
     """Whether PyTorch computes with an operand as it is: one without axes is first rounded to the result's dtype."""
-    value = operand.meta["val"]
-    if not isinstance(value, torch.Tensor):  # a number that changes between calls
-        return False
-    return bool(value.dim() or value.dtype == node.meta["val"].dtype or not node.meta["val"].dim())
+    value, result = operand.meta["val"], node.meta["val"]
+    tensor = isinstance(value, torch.Tensor)  # or a number that changes between calls
+    return tensor and bool(value.dim() or value.dtype == result.dtype or not result.dim())
 
 
 def _contiguous(node: fx.Node) -> bool:

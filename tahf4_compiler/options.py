@@ -18,6 +18,7 @@ __all__ = [
     "Options",
     "activation_bits",
     "bits_for",
+    "check_protecting_bits",
     "patterns",
     "reference_forced",
 ]
@@ -150,6 +151,12 @@ def patterns(name: str, value: Any) -> tuple[str, ...]:
         except re.error as error:
             raise PatternError(f"{pattern!r} in option {name!r} is not a regular expression: {error}") from error
     return tuple(value)
+
+
+def check_protecting_bits(name: str, value: Any) -> None:
+    """Raise :class:`OptionError` unless a value is one of :data:`PROTECTING_BITS`."""
+    if type(value) not in (int, type(None)) or value not in PROTECTING_BITS:
+        raise OptionError(f"{name} is {value!r}; expected 8 (int8), 16 (not quantized) or None")
 
 
 def activation_bits(name: str, value: Any) -> tuple[tuple[str, int], ...]:

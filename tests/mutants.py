@@ -22,15 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # comes with pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILED = 1  # exit code of pytest where tests failed; others mean that it could not run them

@@ -56,6 +56,14 @@ def test_the_index_lists_every_page_once():
     assert sorted(listed) == sorted(page.stem for page in DOCS.glob("*.md") if page.stem != "index")
 
 
+def test_every_table_has_a_head():
+    root = DOCS.parent
+    for page in (root / "README.md", *DOCS.glob("*.md")):
+        for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+            rows = table.splitlines()
+            assert len(rows) > 2 and re.fullmatch(r"[|: -]+", rows[1]), f"{page.name}: {rows[0]}"
+
+
 def test_the_reference_has_every_public_name():
     text = (DOCS / "api.md").read_text()
     errors = {name for name in tahf4.__all__ if name.endswith("Error")}  # one automodule

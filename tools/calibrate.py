@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 __all__ = ["Dtype", "MaskKind", "calibrate"]
 
 
-class MaskKind(str, Enum):
+class MaskKind(StrEnum):
     """How the channel masks are made."""
 
     network_search = "network_search"
@@ -23,7 +23,7 @@ class MaskKind(str, Enum):
     none = "none"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """In which precision the original runs."""
 
     float32 = "float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,7 @@ PROMPTS = (
 )
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """In which precision the original runs."""
 
     float32 = "float32"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 __all__ = ["Variant", "evaluate"]
 
 
-class Variant(str, Enum):
+class Variant(StrEnum):
     """Which of the two tiny models."""
 
     plain = "plain"

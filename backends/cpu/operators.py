@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
 from ...ops.define import define, refuse_derivatives
-from ...ops.registry import in_16_bits, register_kernel
+from ...ops.registry import arguments, in_16_bits, register_kernel
 from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
@@ -96,13 +96,13 @@ def _serves(node: fx.Node) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors or not all(t.device.type == "cpu" and t.dtype in _READ for t in tensors) or in_16_bits(node):
         return False
-    arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-    if any(isinstance(a, torch.dtype) and a not in DTYPES for a in arguments.values()) or build.library() is None:
+    given = arguments(node)
+    if any(isinstance(a, torch.dtype) and a not in DTYPES for a in given.values()) or build.library() is None:
         return False
-    program = arguments.get("program")
+    program = given.get("program")
     if not isinstance(program, str):
         return True
-    inputs = arguments["inputs"]
-    default = "y" if "weight_codes" in arguments else "x0"
+    inputs = given["inputs"]
+    default = "y" if "weight_codes" in given else "x0"
     fits = isinstance(inputs, list | tuple) and len(inputs) <= MOST_INPUTS and encode(program, default) is not None
     return fits and instruction_set() != "none"

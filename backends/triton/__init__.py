@@ -25,7 +25,7 @@ from ...format import int8
 from ...ops import fused
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
-from ...ops.registry import in_16_bits, register_kernel
+from ...ops.registry import arguments, in_16_bits, register_kernel
 from ...plugins import host
 from .call import Call
 
@@ -233,10 +233,10 @@ def _serves(node: fx.Node) -> bool:
         return False
     if in_16_bits(node):
         return False
-    arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-    block = arguments.get("hadamard_block")
-    limit = 128 if "weight_codes" in arguments else MAX_QUANTIZE_BLOCK
-    dtypes = [value.dtype for value in tensors] + [v for v in arguments.values() if isinstance(v, torch.dtype)]
+    given = arguments(node)
+    block = given.get("hadamard_block")
+    limit = 128 if "weight_codes" in given else MAX_QUANTIZE_BLOCK
+    dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
     narrow = not isinstance(block, int) or block <= limit
     return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
-from ..options import ACTIVATION_BITS, PROTECTING_BITS
+from ..options import ACTIVATION_BITS, check_protecting_bits
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
@@ -69,8 +69,7 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
-    if type(step_activation_bits) is bool or step_activation_bits not in PROTECTING_BITS:
-        raise OptionError(f"step_activation_bits is {step_activation_bits!r}; expected 8, 16 or None")
+    check_protecting_bits("step_activation_bits", step_activation_bits)
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
         raise OptionError(
             f"activation_bits is {activation_bits!r}; expected 4 (HiF4), 8 (int8) or 16 (not quantized)"

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -241,7 +242,7 @@ def _search_network(
 
     for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
         error = measured.value(f"error of {expert!r} under {candidate}", functools.partial(measure, candidate))
-        if error is not None:
+        if error is not None and math.isfinite(error):
             errors[candidate] = error
     chosen = min(errors, key=errors.__getitem__) if errors else choices
     log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 AMAX_FLOOR = 1e-3
 EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9)
-"""Weight exponents that the searches try, besides no mask. Below, nothing was ever best."""
+"""Weight exponents that the searches try, besides no mask; smaller ones are dangerous with a rotation."""
 SEARCHED = tuple((percent, alpha) for alpha in EXPONENTS for percent in (99.9, 100.0))
 """(percentile, weight exponent) that the searches try."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +50,7 @@ class Measured:
                 log.info("%s holds measurements of something else; everything is measured again", self.path)
                 return {}
             values: dict[str, float | None] = found["values"]
-            if not all(v is None or (isinstance(v, float) and math.isfinite(v) and v >= 0) for v in values.values()):
+            if not all(v is None or (isinstance(v, float) and not v < 0) for v in values.values()):
                 raise ValueError("a value is no number")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s cannot be read (%s); everything is measured again", self.path, error)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 __all__ = ["Cause", "Reason", "cause_of"]
 
 
-class Cause(str, Enum):
+class Cause(StrEnum):
     """Kinds of reasons."""
 
     BODY = "body"

@@ -158,7 +158,8 @@ def linear(
     of the activation are rounded to float32.
 
     With 16 bits the weight is dequantized to the dtype of the activation, which holds each of its values exactly, and
-    freed after the product, which is that of ``torch.nn.functional.linear``.
+    freed after the product, which is that of ``torch.nn.functional.linear``: bias and result are rounded to this dtype
+    first.
     """
     check_linear(codes, scales, weight_codes, weight_scales, bias)
     k = scales.shape[-1] * hif4.UNIT

@@ -24,6 +24,7 @@ __all__ = [
     "KERNEL",
     "OPERATORS",
     "Kernel",
+    "arguments",
     "dispatch",
     "generated_sources",
     "in_16_bits",
@@ -190,12 +191,17 @@ def _eager_name(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     return _eager(getattr(torch.ops.tahf4, operator).default, device, dtype).name
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the positional arguments of an operator's node by name."""
+    return dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+
+
 def in_16_bits(node: fx.Node) -> bool:
     """Return whether a node makes or reads an activation in 16 bits, which only the references do."""
-    arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-    codes = arguments.get("codes")
+    found = arguments(node)
+    codes = found.get("codes")
     value = codes.meta.get("val") if isinstance(codes, fx.Node) else None
-    return bool(arguments.get("bits") == 16) or (isinstance(value, torch.Tensor) and activation_bits(value) == 16)
+    return bool(found.get("bits") == 16) or (isinstance(value, torch.Tensor) and activation_bits(value) == 16)
 
 
 def operators(x: torch.Tensor, bits: int = 4) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:

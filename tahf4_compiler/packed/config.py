@@ -6,14 +6,14 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PackedError
+from ..errors import PackedError, RecipeError
 from ..format import hif4
 from ..options import ACTIVATION_BITS, patterns
 from ..recipe.checks import check_steps
@@ -27,7 +27,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _KEYS = {"k": int, "n": int, "hadamard_block": int, "activation": str, "dtype": str}
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """The name under which diffusers and transformers find the quantizer."""
 
     TAHF4 = "tahf4"
@@ -82,7 +82,8 @@ class TaHF4Config:
         Raises:
             PackedError: another format version or method, or a damaged description of a linear.
             PatternError: an entry of ``keep`` is no regular expression.
-            RecipeError: the recipe's file cannot be read, or the steps in ``config.json`` are damaged.
+            RecipeError: the recipe's file cannot be read, the steps in ``config.json`` are damaged, or steps are given
+                beside a recipe.
         """
         if str(getattr(quant_method, "value", quant_method)) != Method.TAHF4.value:
             raise PackedError(f"quant_method is {quant_method!r}; expected 'tahf4'")
@@ -104,6 +105,11 @@ class TaHF4Config:
         if isinstance(recipe, Mapping):
             self.provenance = recipe
         elif recipe is not None:
+            if self.high_precision_steps or step_activation_bits is not None:
+                raise RecipeError(
+                    "TaHF4Config got a recipe, and steps beside it, which are part of the recipe: "
+                    "dataclasses.replace(recipe, high_precision_steps=..., step_activation_bits=...)"
+                )
             self.recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
             self.provenance = dict(self.recipe.provenance)
             self.high_precision_steps = self.recipe.high_precision_steps

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 from torch import nn
 
 from ..errors import PackedError
 
 __all__ = ["check_saver"]
-
-_MAKERS = ("from_transformer", "from_unet")  # of diffusers' ControlNets
 
 
 def check_saver(path: str) -> None:
@@ -29,9 +28,9 @@ def check_saver(path: str) -> None:
         PackedError: the configuration does not list it, or another model is made of the state.
     """
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name not in ("save_pretrained", *_MAKERS):
+    while frame is not None and frame.f_code.co_name != "save_pretrained" and not _makes_another(frame):
         frame = frame.f_back  # type: ignore[assignment]
-    if frame is not None and frame.f_code.co_name in _MAKERS:
+    if frame is not None and _makes_another(frame):
         raise PackedError(
             f"{frame.f_code.co_name} would take {path}, which is packed, into a model of plain linears, and diffusers "
             "would leave their weights random. Make the new model of the original, and pack both."
@@ -49,6 +48,12 @@ def check_saver(path: str) -> None:
         "keep=[...] for what stays as it is. Any other model: save its state_dict(), pack a new model in the same way, "
         "and load the state into it."
     )
+
+
+def _makes_another(frame: FrameType) -> bool:
+    """Whether diffusers makes a ControlNet of a model."""
+    module = str(frame.f_globals.get("__name__", ""))
+    return frame.f_code.co_name in ("from_transformer", "from_unet") and module.startswith("diffusers.")
 
 
 def _saves_adapters_alone(saver: nn.Module) -> bool:

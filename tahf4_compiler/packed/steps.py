@@ -12,7 +12,7 @@ from ..model.attachments import Attachment, attach, attached_recipe
 from ..model.components import unwrapped_experts
 from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
-from ..options import PROTECTING_BITS
+from ..options import check_protecting_bits
 from .linear import HiF4Linear
 
 __all__ = ["attach_steps", "set_high_precision_steps", "steps_of"]
@@ -42,8 +42,7 @@ def set_high_precision_steps(
     listed = isinstance(steps, Sequence) and not isinstance(steps, str | bytes)
     if steps is not None and (not listed or any(type(step) is not int for step in steps)):
         raise OptionError(f"steps is {steps!r}; expected a list of step indices")
-    if (bits is not None and type(bits) is not int) or bits not in PROTECTING_BITS:
-        raise OptionError(f"bits is {bits!r}; expected 8, or 16 (not quantized)")
+    check_protecting_bits("bits", bits)
     clock = scheduler if scheduler is not None else model if getattr(model, "scheduler", None) is not None else None
     if (scheduler is not None and not callable(getattr(scheduler, "step", None))) or isinstance(scheduler, type):
         raise OptionError(f"scheduler is {scheduler!r}; expected a scheduler of diffusers")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import OptionError
-from ..options import PROTECTING_BITS
+from ..options import check_protecting_bits
 
 __all__ = ["check_budget", "choose"]
 
@@ -17,8 +17,7 @@ def check_budget(*, protect_bits: Any = None, **budget: Any) -> None:
     Raises:
         OptionError: an unknown name, not exactly one budget, or one out of range.
     """
-    if type(protect_bits) is bool or protect_bits not in PROTECTING_BITS:
-        raise OptionError(f"protect_bits is {protect_bits!r}; expected 8, 16 or None")
+    check_protecting_bits("protect_bits", protect_bits)
     if protect_bits is not None and budget.get("max_8bit_flops") is not None:
         raise OptionError("max_8bit_flops gives 8 bits already; leave protect_bits out, or use min_flops_4bit")
     known = ("max_high_precision_linears", "max_high_precision_blocks", "min_flops_4bit", "max_8bit_flops")

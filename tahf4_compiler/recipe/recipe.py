@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import OptionError, RecipeError
 from ..files.tensors import load_tensors, save_tensors
 from ..format.hif4 import Packed
 from ..options import ACTIVATION_BITS
@@ -68,9 +68,15 @@ class Recipe:
             OptionError: the budget is unknown or out of range, or ``protect_bits`` is.
         """
         check_budget(protect_bits=protect_bits, **budget)
+        budget = {name: value for name, value in budget.items() if value is not None}
+        if protect_bits is not None and (made_with := self._made_with()) is not None and protect_bits <= made_with:
+            raise OptionError(
+                f"protect_bits={protect_bits} protects nothing: the recipe was made with activations of {made_with} "
+                "bits"
+            )
         words = ", ".join(f"{name}={value}" for name, value in budget.items())
         bits = 8 if "max_8bit_flops" in budget else protect_bits
-        decided = functools.partial(_with_bits, bits, _rest(self.provenance, bits)) if bits is not None else _decided
+        decided = functools.partial(_with_bits, bits, _rest(self._made_with(), bits)) if bits is not None else _decided
         planned = {}
         for expert, entries in self.experts.items():
             linears = self.linears(expert)
@@ -95,6 +101,12 @@ class Recipe:
             }
         made = {**self.provenance, "budget": {**budget, **({"protect_bits": protect_bits} if protect_bits else {})}}
         return dataclasses.replace(self, experts=planned, provenance=made, errors={})
+
+    def _made_with(self) -> int | None:
+        """Return the bits that all activations had when the recipe was made, if it says so."""
+        choices = self.provenance.get("choices")
+        bits = choices.get("activation_bits") if isinstance(choices, Mapping) else None
+        return bits if bits in ACTIVATION_BITS else None
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a JSON header; the same recipe gives the same bytes.
@@ -178,11 +190,9 @@ def _decided(linear: LinearEntry, kept: bool, rank: int, count: int, budget: str
     return dataclasses.replace(linear, decision="hif4", reason=f"recipe: {numbers}")
 
 
-def _rest(provenance: Mapping[str, Any], bits: int) -> int:
+def _rest(made_with: int | None, bits: int) -> int:
     """Return the bits of activations that a budget does not choose: those that the recipe was made with, if fewer."""
-    choices = provenance.get("choices")
-    made_with = choices.get("activation_bits") if isinstance(choices, Mapping) else None
-    return made_with if made_with in ACTIVATION_BITS and made_with < bits else 4
+    return made_with if made_with is not None and made_with < bits else 4
 
 
 def _with_bits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tahf4_compiler.calibration.calibration import Calibration
 from tahf4_compiler.calibration.choices import Choices
 from tahf4_compiler.calibration.layer import Layer
 from tahf4_compiler.calibration.masks import SEARCHED, channel_mask
+from tahf4_compiler.calibration.sensitivity import Network
 from tahf4_compiler.files.memo import Measured
 from tahf4_compiler.files.tensors import save_tensors
 from tahf4_compiler.format import hif4
@@ -154,6 +156,18 @@ def test_the_search_takes_the_mask_of_least_error_of_the_network_with_the_weight
     assert kept_error(mask=None) > min(errors.values())
     for entry in calibration.recipe(scale_search=search, sensitivity=False).experts[""].values():
         assert (entry.percentile, entry.weight_exponent) == (99.9, min(errors, key=errors.__getitem__))
+
+
+def test_a_mask_with_which_the_network_overflows_is_not_chosen(tmp_path, monkeypatch):
+    calibration = calibrated(outliers())
+    found = iter([float("nan"), 0.3, float("inf"), 0.2, 0.4, 0.5])
+    monkeypatch.setattr(Network, "error", lambda self, quantized: next(found))
+    (entry, *_) = calibration.recipe(sensitivity=False).experts[""].values()
+    assert entry.mask is not None and next(found, None) is None
+    kept = Measured(tmp_path / "measured", lambda: "key")
+    assert math.isnan(kept.value("a", lambda: math.nan)) and kept.value("b", lambda: 0.5) == 0.5
+    again = Measured(tmp_path / "measured", lambda: "key")
+    assert again.value("b", lambda: 1.0) == 0.5, "one that is no number does not cost the others"
 
 
 def test_layers_choose_the_percentile_of_each_weight_exponent(monkeypatch):

@@ -116,8 +116,9 @@ def test_what_is_not_protected_keeps_the_bits_that_the_recipe_was_made_with(cali
     "values, words",
     [
         ({"protect_bits": 8, "activation_bits": 8, "min_flops_4bit": 0.5}, "protects nothing"),
-        ({"protect_bits": 4, "min_flops_4bit": 0.5}, "expected 8, 16 or None"),
-        ({"protect_bits": True, "min_flops_4bit": 0.5}, "expected 8, 16 or None"),
+        ({"protect_bits": 4, "min_flops_4bit": 0.5}, "expected 8 "),
+        ({"protect_bits": True, "min_flops_4bit": 0.5}, "expected 8 "),
+        ({"protect_bits": 8.0, "min_flops_4bit": 0.5}, "expected 8 "),
         ({"protect_bits": 16, "max_8bit_flops": 0.5}, "leave protect_bits out"),
         ({"protect_bits": 16}, "a budget is one of"),
     ],
@@ -165,3 +166,20 @@ def test_other_bits_are_refused(calibration, measured, value, tmp_path):
 def test_all_of_them_and_a_share_are_refused_together(calibration):
     with pytest.raises(tahf4.OptionError, match="leave one of them out"):
         calibration.recipe(**FAST, activation_bits=8, max_8bit_flops=0.2)
+
+
+def test_a_budget_that_is_none_is_none(measured):
+    planned = measured.plan(max_high_precision_linears=2, max_8bit_flops=None)
+    assert planned.experts == measured.plan(max_high_precision_linears=2).experts
+    assert sum(linear.decision == "high_precision" for linear in planned.linears("").values()) == 2
+
+
+def test_a_plan_does_not_take_bits_from_what_it_does_not_protect(calibration):
+    for made_with, bits in ((8, 8), (16, 8), (16, 16)):
+        with pytest.raises(tahf4.OptionError, match=f"made with activations of {made_with} bits"):
+            calibration.recipe(**FAST, activation_bits=made_with).plan(max_high_precision_linears=1, protect_bits=bits)
+
+
+def test_bits_of_steps_are_checked(calibration):
+    with pytest.raises(tahf4.OptionError, match="step_activation_bits is 8.0; expected 8 "):
+        calibration.recipe(step_activation_bits=8.0, high_precision_steps=(0,))
