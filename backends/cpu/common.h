@@ -39,6 +39,16 @@ struct Float16 {
   uint16_t bits;
 };
 
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
+inline float to_float(Float16 value) {
+  // The exponent of float32 is biased by 112 more; a product with 2**112 also makes subnormal numbers normal.
+  const uint32_t magnitude = value.bits & 0x7FFFu;
+  uint32_t bits = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
+  bits |= magnitude >= 0x7C00u ? 0x7F800000u : 0u;
+  return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
+}
+
 inline uint16_t to_bfloat16(float value) {
   const uint32_t bits = bits_as<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;

@@ -1,4 +1,4 @@
-// HiFloat4 on the CPU: conversion both ways, and the histogram that calibration collects.
+// HiFloat4 on the CPU: conversion both ways, and the checksum of weights.
 //
 // Every function works on raw pointers and is bit for bit what tahf4_compiler/hif4.py and ops.py do. It relies on
 // IEEE float32 arithmetic without contraction into fused multiply-adds and without value-changing optimizations
@@ -17,17 +17,6 @@ namespace {
 constexpr int kExponent = 1 << 23;  // 1 in the exponent of a float32
 constexpr int kOne = 127 << 23;     // bits of 1.0f
 constexpr int kFour = 129 << 23;    // and of 4.0f
-constexpr int kBuckets = 98;
-
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) { return bits_as<float>(uint32_t(value.bits) << 16); }
-inline float to_float(Float16 value) {
-  // The exponent of float32 is biased by 112 more; a product with 2**112 also makes subnormal numbers normal.
-  const uint32_t magnitude = value.bits & 0x7FFFu;
-  uint32_t bits = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
-  bits |= magnitude >= 0x7C00u ? 0x7F800000u : 0u;
-  return bits_as<float>(bits | (uint32_t(value.bits & 0x8000u) << 16));
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Exchange of lanes: out[i] = in[i ^ S] over 64 values.
@@ -266,76 +255,6 @@ void in_pieces(const Functions& functions, const char* x, int dtype, int64_t row
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Histogram.
-
-constexpr int64_t kAhead = 8;  // rows: a piece of the next row is far away, where no hardware looks for it
-
-template <class T>
-inline void prefetch(const T* x, int count) {
-#if defined(__GNUC__)
-  for (int i = 0; i < count; i += 64 / int(sizeof(T))) __builtin_prefetch(x + i);
-#endif
-}
-
-// What one piece of a row adds to `width` channels; W > 0 fixes the width.
-template <int W, class T>
-inline int64_t histogram_piece(const T* x, int width, int32_t* counts, float* maxima, double* squares) {
-  constexpr int kMost = W > 0 ? W : kUnit;
-  if (W > 0) width = W;
-  int32_t place[kMost];
-  int32_t largest = 0;
-  for (int i = 0; i < width; ++i) {
-    const int32_t bits = bits_as<int32_t>(to_float(x[i])) & 0x7FFFFFFF;
-    largest = std::max(largest, bits);
-    const int32_t bucket = std::min(std::max((bits >> 21) - ((127 - 10) << 2) + 1, 0), kBuckets - 1);
-    place[i] = bucket + i * kBuckets;
-  }
-  if (largest < kFiniteEnd) {
-    for (int i = 0; i < width; ++i) {
-      const float value = to_float(x[i]);
-      const float magnitude = bits_as<float>(bits_as<int32_t>(value) & 0x7FFFFFFF);
-      maxima[i] = magnitude > maxima[i] ? magnitude : maxima[i];
-      squares[i] += double(value) * double(value);
-    }
-    for (int i = 0; i < width; ++i) ++counts[place[i]];
-    return 0;
-  }
-  int64_t nonfinite = 0;
-  for (int i = 0; i < width; ++i) {
-    const float value = to_float(x[i]);
-    const float magnitude = bits_as<float>(bits_as<int32_t>(value) & 0x7FFFFFFF);
-    if (bits_as<int32_t>(magnitude) >= kFiniteEnd) {
-      ++nonfinite;
-      continue;
-    }
-    maxima[i] = std::max(maxima[i], magnitude);
-    squares[i] += double(value) * double(value);
-    ++counts[place[i]];
-  }
-  return nonfinite;
-}
-
-template <class T>
-void histogram(const T* x, int64_t rows, int64_t channels, int64_t row_stride, int32_t* counts, float* maxima,
-               double* squares, int64_t* nonfinite, int threads) {
-  const int64_t pieces = (channels + kUnit - 1) / kUnit;
-  int64_t found = 0;
-#pragma omp parallel for schedule(static) reduction(+ : found) num_threads(team_of(rows * channels, threads))
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    const int64_t first = piece * kUnit;
-    const int width = int(std::min<int64_t>(kUnit, channels - first));
-    const T* source = x + first;
-    int32_t* my_counts = counts + first * kBuckets;
-    for (int64_t row = 0; row < rows; ++row, source += row_stride) {
-      if (row + kAhead < rows) prefetch(source + kAhead * row_stride, width);
-      found += width == kUnit ? histogram_piece<kUnit>(source, width, my_counts, maxima + first, squares + first)
-                              : histogram_piece<0>(source, width, my_counts, maxima + first, squares + first);
-    }
-  }
-  *nonfinite += found;
-}
-
 }  // namespace
 
 extern "C" {
@@ -429,22 +348,6 @@ uint64_t tahf4_checksum(const int32_t* words, int64_t count, const uint64_t* fac
     total += sum * ((factor ^ uint64_t(int64_t(factor) >> 32)) | 1);
   }
   return total;
-}
-
-// Add the values of rows of channels to a histogram of magnitudes, four buckets an octave, for each channel.
-//
-// x: [rows, channels], rows `row_stride` values apart; dtype as above. counts: [channels, 98]: below 2**-10, 96 buckets
-// from 2**-10 to 2**14, the rest. maxima: [channels], largest magnitudes. squares: [channels], sums of squares.
-// nonfinite: [1]: how many values are NaN or infinite; they count nowhere else. All are added to. A thread owns its
-// channels and takes rows in their order, so that the number of threads changes nothing.
-void tahf4_histogram(const void* x, int dtype, int64_t rows, int64_t channels, int64_t row_stride, int32_t* counts,
-                     float* maxima, double* squares, int64_t* nonfinite, int threads) {
-  const auto run = [&](auto* typed) {
-    histogram(typed, rows, channels, row_stride, counts, maxima, squares, nonfinite, threads);
-  };
-  if (dtype == kFloat32) run(static_cast<const float*>(x));
-  if (dtype == kBFloat16) run(static_cast<const BFloat16*>(x));
-  if (dtype == kFloat16) run(static_cast<const Float16*>(x));
 }
 
 }  // extern "C"

@@ -6,8 +6,8 @@
 //
 // The instructions multiply unsigned by signed bytes: weights are stored as v + 28 in [0, 56], and the sum starts at
 // -28 * sum(activation). maddubs adds in int16: 32 products of at most 28 * 28 fit in the end, and what wraps around on
-// the way cancels. An activation in 8 bits fits into int16 no more than pair by pair. Sums over units run in the order of K for each output alone: neither the number of threads nor the
-// other rows change a bit.
+// the way cancels. An activation in 8 bits fits into int16 no more than pair by pair. Sums over units run in the order of
+// K for each output alone: neither the number of threads nor the other rows change a bit.
 
 #include "common.h"
 
@@ -257,72 +257,7 @@ AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float
   }
 }
 
-// A unit is what one instruction multiplies, 16 rows by 16 columns: no bias, both sides signed. The int32 sums take the
-// way through memory, two units ahead; all 16 rows are computed, `count` of them are given back.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-  constexpr TileConfig() {
-    for (int i = 0; i < 8; ++i) row_bytes[i] = kUnit, rows[i] = kTall;
-  }
-};
-constexpr TileConfig kTileConfig;
-
-AMX_CODE void begin_tiles() { _tile_loadconfig(&kTileConfig); }
-
-AMX_CODE void end_tiles() { _tile_release(); }
-
-template <int Count>
-AMX_CODE void tile_of_panel(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c, int64_t stride) {
-  const int64_t units = rows.units;
-  alignas(64) int32_t waiting[2][kTall * kPanel];
-  __m512 sums[kTall];
-  for (int r = 0; r < kTall; ++r) sums[r] = _mm512_setzero_ps();
-  const int8_t* a = rows.values;
-  const uint8_t* b = panel;
-#define TAHF4_MULTIPLY(u, A, B, C)                                \
-  _tile_zero(C);                                                  \
-  _tile_loadd(A, a + (u)*kTall * kUnit, kUnit);                   \
-  _tile_loadd(B, b + (u)*kPanelUnit, kUnit);                      \
-  _tile_dpbssd(C, A, B);                                          \
-  _tile_stored(C, waiting[(u)&1], kPanel * 4);
-#define TAHF4_SCALE(u)                                                                                       \
-  {                                                                                                          \
-    const int32_t* w = waiting[(u)&1];                                                                       \
-    const float* scales = rows.scales + (u)*kTall;                                                           \
-    const __m512 s = _mm512_load_ps(panel_scales + (u)*kPanel);                                              \
-    _Pragma("GCC unroll 16") for (int r = 0; r < kTall; ++r) {                                               \
-      const __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(w + r * kPanel)), s);              \
-      sums[r] = _mm512_fmadd_ps(f, _mm512_set1_ps(scales[r]), sums[r]);                                      \
-    }                                                                                                        \
-  }
-  TAHF4_MULTIPLY(0, 2, 4, 0)
-  int64_t u = 1;
-  for (; u + 1 < units; u += 2) {
-    TAHF4_MULTIPLY(u, 3, 5, 1)
-    TAHF4_SCALE(u - 1)
-    TAHF4_MULTIPLY(u + 1, 2, 4, 0)
-    TAHF4_SCALE(u)
-  }
-  if (u < units) {
-    TAHF4_MULTIPLY(u, 3, 5, 1)
-    TAHF4_SCALE(u - 1)
-    ++u;
-  }
-  TAHF4_SCALE(u - 1)
-  for (int r = 0; r < Count; ++r) _mm512_storeu_ps(c + r * stride, sums[r]);
-}
-
-// Four panels side by side: the rows come from far away once, and stay in the second-level cache.
-constexpr int kAmxPanels = 4;
-
-template <int Count>
-void tile_amx(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c, int64_t stride) {
-  for (int p = 0; p < kAmxPanels; ++p)
-    tile_of_panel<Count>(rows, panel + p * rows.units * kPanelUnit, panel_scales + p * rows.units * kPanel,
-                         c + p * kPanel, stride);
-}
+#include "tile_amx.inc"
 
 using Tile = void (*)(const Rows&, const uint8_t*, const float*, float*, int64_t);
 
