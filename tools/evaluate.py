@@ -13,18 +13,20 @@ __all__ = ["Variant", "evaluate"]
 
 
 class Variant(StrEnum):
-    """Which of the two tiny models."""
+    """Which of the tiny models."""
 
     plain = "plain"
     stress = "stress"
+    spikes = "spikes"
 
 
 def evaluate(
     variant: Annotated[
         list[Variant] | None,
         typer.Option(
-            help="`plain` (the tiny Wan2.2 as it is shipped) or `stress` (the same function, with outlier channels and "
-            "token spikes); by default both."
+            help="`plain` (the tiny Wan2.2 as it is shipped), `stress` (the same function, with outlier channels and "
+            "token spikes) or `spikes` (with large values in the feed-forward alone, which no mask undoes); by default "
+            "all."
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=2, max=180, help="Captions, none of them used for calibration.")] = 64,

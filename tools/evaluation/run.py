@@ -119,7 +119,7 @@ def evaluate_variant(
     """Generate with every row that has no file yet, and write what was measured.
 
     Args:
-        variant: ``"plain"`` or ``"stress"``.
+        variant: ``"plain"``, ``"stress"`` or ``"spikes"``.
         plan: what to generate.
         folder: for ``variant/key/*.json``; the key names plan and weights.
         rows: to run.
@@ -131,10 +131,11 @@ def evaluate_variant(
     if not todo:
         return
     pipe = load_pipeline(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
-    if variant == "stress":
+    if variant != "plain":
         prompt = str(plan.calibration_captions()[0])
         noise = torch.Generator().manual_seed(STRESS_SEED)
-        reports = stress_pipeline_(pipe, STRESS_SEED, {**settings.GENERATION, "prompt": prompt, "generator": noise})
+        arguments = {**settings.GENERATION, "prompt": prompt, "generator": noise}
+        reports = stress_pipeline_(pipe, STRESS_SEED, arguments, undone_by_masks=variant == "stress")
         text = "\n".join(f"{name}\n{report}" for name, report in reports.items())
         _write(home / "stress.txt", (text + "\n").encode())
     reference = _reference(pipe, plan, home)

@@ -57,6 +57,7 @@ def stress_(
     spike_share: float = 0.005,
     factors: Sequence[int] = (16, 32, 64, 128),
     hidden_units: int = 64,
+    undone_by_masks: bool = True,
 ) -> StressReport:
     """Put outlier channels and token spikes into a Wan transformer, in place, keeping its function.
 
@@ -73,6 +74,9 @@ def stress_(
         hidden_units: units added to each feed-forward, a multiple of 4 (of 64 to keep whole quantization units), or
             0. They lie evenly among the old ones. ``outlier_share`` of the width fire on every token, the others
             on about one token in a thousand.
+        undone_by_masks: whether weights are small where an activation is large, so that a channel mask undoes it
+            all. False: only the feed-forward is stressed, and the weights that read its large units are as large as the
+            others; no channel is multiplied.
 
     Returns:
         What was done.
@@ -87,8 +91,10 @@ def stress_(
     with torch.no_grad():
         for index in range(len(transformer.blocks) if hidden_units else 0):
             rng = _rng(seed, f"hidden.{index}")
-            reports.append(widen(transformer, index, rng, samples, outlier_share, factors, hidden_units))
-        for site in sites(transformer):
+            reports.append(
+                widen(transformer, index, rng, samples, outlier_share, factors, hidden_units, undone_by_masks)
+            )
+        for site in sites(transformer) if undone_by_masks else ():
             rng = _rng(seed, site.name)
             rows = [samples[path] for path in site.readers if path in samples]
             outliers, spikes = _choose(site.width, rng, rows, outlier_share, spike_share, factors)

@@ -92,13 +92,14 @@ def widen(
     outlier_share: float,
     factors: Sequence[int],
     count: int,
+    shrink: bool = True,
 ) -> SiteReport:
     """Add ``count`` hidden units to a block's feed-forward, in pairs that cancel.
 
     A unit is ``gelu(k (w_j x + b_j - t))`` with the row ``w_j`` of an old unit. One that fires on rare tokens has ``t``
     at the 99.9th percentile of ``w_j x + b_j`` and ``k`` such that it reaches a factor times what old units reach.
-    One that fires on every token has a large bias in place of ``-k t``. Output columns are an old unit's, divided by
-    the factor, with both signs.
+    One that fires on every token has a large bias in place of ``-k t``. Output columns are an old unit's with both
+    signs, and divided by the factor unless ``shrink`` is False.
     """
     block: Any = model.blocks[index]
     first, last = block.ffn.net[0].proj, block.ffn.net[2]
@@ -132,7 +133,7 @@ def widen(
         else:
             k = power(min(factor * typical / max(float(largest[j] - high[j]), 1e-6), 2.0**12))
             offset = k * float(bias[j] - high[j])
-        column = last.weight[:, int(rng.integers(width))] / factor
+        column = last.weight[:, int(rng.integers(width))] / (factor if shrink else 1)
         units.append((first.weight[j] * k, offset, column))
 
     total = width + count

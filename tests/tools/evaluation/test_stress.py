@@ -61,13 +61,13 @@ def no_float32(monkeypatch):
     monkeypatch.setattr(Tensor, "float", lambda self: self)
 
 
-@pytest.mark.parametrize("with_samples", [True, False])
-def test_the_function_stays_in_float64(original, no_float32, with_samples):
+@pytest.mark.parametrize(("with_samples", "masks"), [(True, True), (False, True), (True, False)])
+def test_the_function_stays_in_float64(original, no_float32, with_samples, masks):
     before = copy.deepcopy(original.transformer).double()
     after = copy.deepcopy(before)
     with sampled_inputs({"it": after}) as samples:
         output(after, 9)
-    stress_(after, 5, samples=samples["it"] if with_samples else None)
+    stress_(after, 5, samples=samples["it"] if with_samples else None, undone_by_masks=masks)
     for seed in range(3):
         wanted = output(before, seed)
         assert wanted.dtype == torch.float64
@@ -108,6 +108,19 @@ def test_every_hidden_unit_of_64_has_a_new_one(stressed):
         for site in report.sites:
             if site.site.endswith("hidden"):
                 assert {unit // 64 for unit in (*site.outliers, *site.spikes)} == set(range(9))
+
+
+def test_spikes_that_no_mask_undoes_meet_weights_as_large_as_the_others(original):
+    transformer = copy.deepcopy(original.transformer)
+    report = stress_(transformer, 3, undone_by_masks=False)
+    assert [site.site for site in report.sites] == [f"blocks.{i}.hidden" for i in range(4)]
+    for block, site in zip(transformer.blocks, report.sites, strict=True):
+        columns = block.ffn.net[2].weight.norm(dim=0)
+        new = [*site.outliers, *site.spikes]
+        old = sorted(set(range(576)) - set(new))
+        assert columns[new].median() > 0.7 * columns[old].median()
+    for seed in range(2):
+        assert relative(output(transformer, seed), output(original.transformer, seed)) < 1e-5
 
 
 def test_experts_and_seeds_have_their_own_channels(original, stressed):
