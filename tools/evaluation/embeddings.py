@@ -25,10 +25,16 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("rotation, no data (the backend's default)", None),
     ("no rotation, no data", {**_BARE, "scale_search": ""}),
     ("no rotation, searched scales, no data", _BARE),
+    *(
+        (f"the published mask, {what}{rotation}", {"scale_search": "", "mask": mask, "rotate": bool(rotation)})
+        for mask, what in (("max", "of the maximum"), ("percentile", "of the 99.9th percentile"))
+        for rotation in ("", ", rotation")
+    ),
     ("rotation, searched scales", {"mask": None, "scale_search": "squared"}),
     ("rotation, reconstruction", {"mask": None, "scale_search": "reconstruct"}),
     ("network-searched mask, rotation, searched scales", {"scale_search": "squared"}),
     ("the defaults of recipe(): the same with reconstruction", {}),
+    ("the defaults, without rotation", {"rotate": False}),
     ("rotation, no data, activations in 8 bits", {"mask": None, "scale_search": "", "activation_bits": 8}),
     ("the defaults, activations in 8 bits", {"activation_bits": 8}),
 )

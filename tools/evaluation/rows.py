@@ -52,6 +52,7 @@ ROWS = (
         {"sensitivity": False, "scale_search": "squared"},
     ),
     Row("defaults (network-searched mask, rotation, reconstruction)", {"sensitivity": False}),
+    Row("defaults, without rotation", {"sensitivity": False, "rotate": False}),
     Row("defaults, activations in 8 bits", {"sensitivity": False, "activation_bits": 8}),
     Row("defaults, activations of 20 % of the FLOPs in 8 bits", {"sensitivity": True, "max_8bit_flops": 0.2}),
     *(
