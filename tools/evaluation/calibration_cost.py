@@ -1,7 +1,8 @@
 """What observing costs: `python -m tahf4_compiler.tools.evaluation.calibration_cost`.
 
 Times a model compiled by Inductor as it is and with observers, in turns, and prints the ratio of the medians: the
-transformer of the tiny pipeline, and one block at the width of Wan2.2 A14B.
+transformer of the tiny pipeline, and one block at the width of Wan2.2 A14B. Then times the reconstruction of a part of a
+weight of that width, with second moments in blocks of 1024.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from ...calibration.calibration import calibrate
+from ...format.reconstruct import reconstruct
 from ..generation import load_pipeline
 from ..tiny_wan import settings
 
@@ -88,6 +90,16 @@ def main() -> None:
         "return_dict": False,
     }
     _print("one block of Wan2.2 A14B, 256 tokens, float32", cost(block, wide, 7))
+    rows = torch.randn(2048, 1024, generator=generator)
+    weight, moments, times = torch.randn(5120, 1024, generator=generator), rows.T @ rows / len(rows), []
+    for _ in range(5):
+        start = time.perf_counter()
+        reconstruct(weight, moments)
+        times.append(time.perf_counter() - start)
+    parts = 40 * (8 * 5 + 2 * 13.5)  # of an expert: 8 weights of 5120 x 5120 and 2 of 13824 x 5120 a block
+    seconds = statistics.median(times)
+    print(f"reconstruction of [5120, 1024]: {seconds:.2f} s ({min(times):.2f} to {max(times):.2f})")
+    print(f"all {parts:.0f} such parts of an expert of A14B: {parts * seconds / 60:.0f} minutes")
 
 
 if __name__ == "__main__":
