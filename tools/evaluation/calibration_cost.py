@@ -1,8 +1,8 @@
 """What observing costs: `python -m tahf4_compiler.tools.evaluation.calibration_cost`.
 
 Times a model compiled by Inductor as it is and with observers, in turns, and prints the ratio of the medians: the
-transformer of the tiny pipeline, and one block at the width of Wan2.2 A14B. Then times the reconstruction of a part of a
-weight of that width, with second moments in blocks of 1024.
+transformer of the tiny pipeline, and one block at the width of Wan2.2 A14B. Then times the reconstruction of a part of
+a weight of that width, with second moments in blocks of 1024.
 """
 
 from __future__ import annotations
