@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import CalibrationError
 from ..options import Options
+from ..packed.plan import plan_modules, why_nothing
 from ..torch_private import compiled_whole
 from .calls import copied
 from .schedule import Schedule
@@ -45,8 +46,15 @@ class Listener:
             CalibrationError: it was not.
         """
         if self._seen.observed == mark:
+            model, name = self._seen.models[self._expert], self._expert or "the module"
+            plan = plan_modules(model, check_weights=False)
+            if not mark and not any(decision.decision == "hif4" for decision in plan):
+                raise CalibrationError(
+                    f"there is nothing to calibrate: nothing of {name} ({type(model).__name__}) runs in 4 bits: "
+                    f"{why_nothing(model, plan)}"
+                )
             raise CalibrationError(
-                f"a call of {self._expert or 'the module'} was not observed: torch.compile ran it as it is. It may be "
+                f"a call of {name} was not observed: torch.compile ran it as it is. It may be "
                 "switched off (TORCHDYNAMO_DISABLE), not support this model, or be past its recompile limit, with too "
                 "many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
             )

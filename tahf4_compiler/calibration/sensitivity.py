@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -143,7 +144,7 @@ class Network:
     def _output(self, call: tuple[Sequence[Any], Mapping[str, Any]]) -> Tensor:
         args, kwargs = call
         with without_compiled_calls(self._model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return _first(self._model(*args, **kwargs)).float()
+            return _main_output(self._model(*args, **kwargs)).float()
 
     def few(self, most: int = ENTRIES) -> Network:
         """Return this network with at most ``most`` entries of each call's batch.
@@ -248,5 +249,27 @@ def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
         yield used
 
 
-def _first(value: Any) -> Tensor:
-    return next(leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+def _main_output(value: Any) -> Tensor:
+    """Return the largest floating-point tensor of an output, the first of several; else the largest tensor.
+
+    A loss, a mask or indices may come first, and say little about the error.
+
+    Raises:
+        CalibrationError: there is no tensor.
+    """
+    found = [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
+    if not found:
+        raise CalibrationError(
+            f"the model gives a {type(value).__name__} without tensors, so no error of its output can be measured. "
+            "Choose recipe(mask='layer_search', sensitivity=False), or calibrate a model that gives tensors, in "
+            "tuples, mappings or dataclasses"
+        )
+    return max([x for x in found if x.is_floating_point()] or found, key=Tensor.numel)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        else:
+            yield leaf

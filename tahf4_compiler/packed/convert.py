@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
 from .linear import HiF4Linear
-from .plan import plan_modules, plan_transforms
+from .plan import plan_modules, plan_transforms, why_nothing
 from .steps import attach_steps, steps_of
 from .transform import Transform
 
@@ -111,7 +111,7 @@ def quantize_(
             attach_steps(module, steps[name])
         leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
         if not any(d.decision == "hif4" for d in plan):
-            log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, _why_nothing(module, plan))
+            log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, why_nothing(module, plan))
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
 
@@ -120,16 +120,6 @@ def _steps_to_come(model: nn.Module) -> StepPrecision | None:
     """Return the steps of the recipe that was attached to a model's weights, which are about to be packed."""
     recipes = (attached_recipe(weight) for _, weight in linear_weights(model))
     return next((recipe.steps for recipe in recipes if recipe is not None and recipe.steps is not None), None)
-
-
-def _why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
-    if plan:
-        reasons = Counter(str(d.reason) for d in plan).most_common(3)
-        return "; ".join(f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons)
-    modules = dict(model.named_modules())
-    others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
-    found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
-    return f"it holds no nn.Linear ({found}), and no other module is packed"
 
 
 def pack_modules(model: nn.Module, transforms: Mapping[str, Transform], flaws: Flaws) -> None:

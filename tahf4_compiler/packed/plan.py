@@ -6,6 +6,7 @@ container the decisions are those that the passes ``classify`` and ``plan`` make
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -34,7 +35,7 @@ from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
 from .transform import Transform
 
-__all__ = ["plan_modules", "plan_transforms"]
+__all__ = ["plan_modules", "plan_transforms", "why_nothing"]
 
 _READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 
@@ -157,6 +158,17 @@ def plan_transforms(
             decision.activation_bits,
         )
     return found
+
+
+def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
+    """Return why a plan by :func:`plan_modules` puts no linear of a model in 4 bits."""
+    if plan:
+        reasons = Counter(str(d.reason) for d in plan).most_common(3)
+        return "; ".join(f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons)
+    modules = dict(model.named_modules())
+    others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
+    found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
+    return f"it holds no nn.Linear ({found}), and no other module is packed"
 
 
 def _decide(

@@ -272,3 +272,20 @@ def test_a_transform_inside_of_what_is_compiled_is_not_said(caplog):
     call = torch.compile(lambda x: torch.vmap(lambda row: model(row))(x), backend="tahf4", options=GRAPH)
     assert not torch.equal(call(x), model(x)), "it runs in 4 bits"
     assert not said(caplog)
+
+
+def test_pytorch_does_not_compile_its_own_modules_by_their_method():
+    """If this fails, PyTorch calls a backend there: the row of docs/compatibility.md goes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(5, 64)
+    by_method, by_function = (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)) for _ in range(2))
+    by_method.compile(backend=backend)
+    by_method(x)
+    assert not graphs
+    torch.compile(by_function, backend=backend)(x)
+    assert len(graphs) == 1
