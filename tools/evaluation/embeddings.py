@@ -55,7 +55,7 @@ def sentences() -> list[str]:
 
 
 def embeddings(model: nn.Module, tokens: Any) -> Tensor:
-    """Return normalized mean embeddings, float32 ``[sentences, 384]``."""
+    """Return normalized mean embeddings, float32 ``[sentences, width]``."""
     with torch.no_grad():
         hidden = model(**tokens).last_hidden_state
     mask = tokens["attention_mask"][..., None]
@@ -80,6 +80,14 @@ def rows(
         yield name, (embeddings(packed, judged) * want).sum(-1), seconds
 
 
+def print_table(model: nn.Module, calibration: Any, judged: Any) -> None:
+    """Print a line for each row, with the standard error over what is judged."""
+    print("| W4A4 | mean cosine ± standard error | `recipe()` |\n|---|---|---|")
+    for name, cosines, seconds in rows(model, calibration, judged):
+        error = float(cosines.std()) / len(cosines) ** 0.5
+        print(f"| {name} | {float(cosines.mean()):.4f} ± {error:.4f} | {seconds:.0f} s |", flush=True)
+
+
 def main() -> int:
     """Print the table."""
     from transformers import AutoModel, AutoTokenizer
@@ -94,10 +102,7 @@ def main() -> int:
     first, count = SENTENCES
     parts = (texts[:first], texts[first : first + count])
     calibration, judged = (tokenizer(part, padding=True, return_tensors="pt") for part in parts)
-    print("| W4A4 | mean cosine ± standard error | `recipe()` |\n|---|---|---|")
-    for name, cosines, seconds in rows(model, calibration, judged):
-        error = float(cosines.std()) / len(cosines) ** 0.5
-        print(f"| {name} | {float(cosines.mean()):.4f} ± {error:.4f} | {seconds:.0f} s |", flush=True)
+    print_table(model, calibration, judged)
     return 0
 
 
