@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from models import wan
+from models import branched, wan
 from safetensors.torch import load_file, save_file
 from tahf4_compiler.tools.cli import app
 from tahf4_compiler.tools.tiny_wan import settings
@@ -74,9 +74,11 @@ def recipe_of(model, search: str = "weighted") -> Recipe:
     return Recipe({"": entries})
 
 
-@pytest.mark.parametrize("with_recipe", [False, True])
+@pytest.mark.parametrize("with_recipe", ["no recipe", "recipe", "branches"])
 def test_the_bits_are_those_of_quantize_in_memory(model, saved, tmp_path, with_recipe):
-    recipe = recipe_of(model) if with_recipe else None
+    recipe = recipe_of(model) if with_recipe != "no recipe" else None
+    if recipe is not None and with_recipe == "branches":
+        recipe = branched(recipe, model)
     quantize_checkpoint(saved, tmp_path / "out", recipe, shard_size=100_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     packed = type(model).from_pretrained(saved, torch_dtype=torch.bfloat16)
@@ -89,6 +91,7 @@ def test_the_bits_are_those_of_quantize_in_memory(model, saved, tmp_path, with_r
         stored = value if f"{name}_codes" in wanted else original.get(name, value)  # loading casts norms to float32
         assert found[name].dtype == stored.dtype, name
     configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("out", "memory")]
+    assert any(name.endswith("low_rank_a") for name in found) == (with_recipe == "branches")
     assert configs[0]["quantization_config"]["linears"] == configs[1]["quantization_config"]["linears"]
     loaded = type(model).from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
     _, inputs = wan(ffn_dim=192)
