@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from helpers import plans, relative
 from models import Stack
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.calibration.sensitivity import QuantizedWeight
 from tahf4_compiler.errors import OptionError, RecipeError
+from tahf4_compiler.files.tensors import load_tensors
 from tahf4_compiler.format import hif4
-from tahf4_compiler.format.transforms import transform
+from tahf4_compiler.format.low_rank import LowRank, leading, remainder
+from tahf4_compiler.format.transforms import multipliers, transform
+from tahf4_compiler.graph.inputs import PackedWeight
 from tahf4_compiler.packed.convert import packed_linears
-from tahf4_compiler.recipe.recipe import Recipe
+from tahf4_compiler.recipe.recipe import FORMAT, Recipe
+from tahf4_compiler.weights.store import store
 
 GRAPH = {"inductor": False}
 CHOICES = {"mask": "percentile", "weight_exponent": 0.7, "sensitivity": False, "low_rank": 12.5}
@@ -247,9 +253,77 @@ def test_damaged_branches_are_refused(model, tmp_path):
             Recipe.load(tmp_path / "r.safetensors")
 
 
+def test_only_a_recipe_with_branches_is_a_file_that_earlier_versions_refuse(model, tmp_path):
+    listed = {}
+    for percent in (None, 12.5):
+        calibrated(model).recipe(**{**CHOICES, "low_rank": percent}).save(tmp_path / "r.safetensors")
+        _, header = load_tensors(tmp_path / "r.safetensors", FORMAT, RecipeError)
+        listed[percent] = {name for entry in header["entries"] for name in entry}
+    assert listed[12.5] - listed[None] == {"low_rank"}
+
+
 def test_effects_and_errors_are_measured_with_branches(model):
     calibration = calibrated(model)
     found = {p: calibration.recipe(**{**CHOICES, "low_rank": p, "sensitivity": True}) for p in (None, 50)}
     assert found[50].errors[""][0].error < 0.8 * found[None].errors[""][0].error
     plain, branched = (found[p].linears("") for p in (None, 50))
     assert all(branched[path].sqnr_db > plain[path].sqnr_db for path in plain)
+
+
+def test_a_graph_that_runs_no_branch_packs_the_whole_weight(model):
+    recipe = calibrated(model).recipe(**CHOICES)
+    tahf4.apply_recipe(model, recipe)
+    weight, entry = model.blocks[0].up.weight, recipe.experts[""]["blocks.0.up"]
+    for rank, want in ((0, weight), (8, remainder(weight, entry.low_rank["blocks.0.up"]))):
+        how = PackedWeight((0,), True, entry.seed, entry.hadamard_block, "reconstruct", rank=rank)
+        (packed,) = store.get([((weight,), how)])
+        moved = transform(want, multipliers(64, entry.mask, entry.seed)[1], entry.hadamard_block)
+        assert relative(hif4.dequantize(packed), moved) < 0.13, rank
+
+
+def test_a_compiled_model_follows_a_recipe_with_other_branches(model):
+    """Without mask and rotation nothing else of the packed weight depends on the recipe."""
+    choices = {**CHOICES, "mask": None, "rotate": False, "scale_search": "squared"}
+    first = calibrated(model).recipe(**choices)
+    halved = {
+        name: dataclasses.replace(entry, low_rank={p: LowRank(a, b / 2) for p, (a, b) in entry.low_rank.items()})
+        for name, entry in first.experts[""].items()
+    }
+    second, compiled, x = Recipe({"": halved}), copy.deepcopy(model), rows(3)
+    run = torch.compile(compiled, backend="tahf4", options={**GRAPH, "rotate.block": 0})
+    for recipe in (first, second, first):
+        tahf4.apply_recipe(compiled, recipe)
+        assert relative(run(x), packed_with(model, recipe)(x)) < 1e-6
+
+
+def test_under_autocast_the_branch_has_the_type_of_the_product(model):
+    recipe, compiled, x = calibrated(model).recipe(**CHOICES), copy.deepcopy(model), rows(3)
+    packed, want = packed_with(model, recipe), model(x)
+    tahf4.apply_recipe(compiled, recipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [packed(x), torch.compile(compiled, backend="tahf4", options=GRAPH)(x)]
+        outputs.append(torch.compile(packed, backend="tahf4", options=GRAPH)(x))
+    for out in outputs:
+        assert out.dtype == torch.bfloat16
+        assert relative(out, want) < 1.2 * relative(packed(x), want)
+
+
+def test_a_graph_holds_branches_of_several_ranks(model):
+    plain = calibrated(model).recipe(**{**CHOICES, "low_rank": None, "scale_search": "squared"})
+    entries = {}
+    for name, entry in plain.experts[""].items():
+        rank = 16 if name.startswith("blocks.1.") else 8
+        branches = {path: leading(model.get_submodule(path).weight, entry.mask, rank) for path in entry.linears}
+        entries[name] = dataclasses.replace(entry, low_rank=branches)
+    recipe, x = Recipe({"": entries}), rows(3)
+    packed = packed_with(model, recipe)
+    tahf4.apply_recipe(model, recipe)
+    assert relative(torch.compile(model, backend="tahf4", options=GRAPH)(x), packed(x)) < 1e-6
+
+
+def test_some_rows_of_a_product_have_those_of_its_branch():
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), torch.randn(5, 64)
+    product = QuantizedWeight(weight, None, None, 0, low_rank=leading(weight, None, 8))
+    assert torch.equal(product(x, 16, 32), product(x)[:, 16:48])
+    assert relative(product(x), x @ weight.t()) < 0.15
