@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import plans, relative
-from models import Stack
+from models import Stack, branched, masked_recipe
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.calibration.sensitivity import QuantizedWeight
@@ -296,6 +296,28 @@ def test_a_compiled_model_follows_a_recipe_with_other_branches(model):
         assert relative(run(x), packed_with(model, recipe)(x)) < 1e-6
 
 
+class Casting(Stack):
+    """Its blocks compute in bfloat16, and their weights are of float32."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            h = torch.nn.functional.linear(x.bfloat16(), block.up.weight.bfloat16(), block.up.bias.bfloat16())
+            x = x + h.float()[:, :64]
+        return x
+
+
+def test_a_weight_that_the_model_casts_has_a_branch_of_that_type():
+    torch.manual_seed(0)
+    model, x = Casting(2).eval().requires_grad_(False), rows(3)
+    recipe = branched(masked_recipe(model, widest=64), model)
+    packed = packed_with(model, recipe)
+    tahf4.apply_recipe(model, recipe)
+    want = x
+    for block in packed.blocks:
+        want = want + defined(block.up, want.bfloat16().float()).bfloat16().float()[:, :64]
+    assert relative(torch.compile(model, backend="tahf4", options=GRAPH)(x), want) < 0.02  # roundings to bfloat16
+
+
 def test_under_autocast_the_branch_has_the_type_of_the_product(model):
     recipe, compiled, x = calibrated(model).recipe(**CHOICES), copy.deepcopy(model), rows(3)
     packed, want = packed_with(model, recipe), model(x)
@@ -318,7 +340,11 @@ def test_a_graph_holds_branches_of_several_ranks(model):
     recipe, x = Recipe({"": entries}), rows(3)
     packed = packed_with(model, recipe)
     tahf4.apply_recipe(model, recipe)
-    assert relative(torch.compile(model, backend="tahf4", options=GRAPH)(x), packed(x)) < 1e-6
+    lowered = tahf4.lower(tahf4.capture(model, (x,)), options=GRAPH)
+    assert relative(lowered(x), packed(x)) < 1e-6
+    inputs = lowered.graph_module.graph.find_nodes(op="placeholder")
+    shapes = {node.name: tuple(node.meta["val"].shape) for node in inputs if "low_rank_a" in node.name}
+    assert sorted(shapes.values()) == [(64, 8), (64, 8), (64, 16), (128, 8), (128, 8), (128, 16)]
 
 
 def test_some_rows_of_a_product_have_those_of_its_branch():
