@@ -30,10 +30,8 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("network-searched mask, rotation, searched scales", {"scale_search": "squared"}),
     ("the defaults of recipe(): the same with reconstruction", {}),
     ("the defaults, branches of rank 16 (4 % of the width)", {"low_rank": 4}),
-    ("the defaults, branches of rank 32 (8 % of the width)", {"low_rank": 8}),
     ("rotation, no data, activations in 8 bits", {"mask": None, "scale_search": "", "activation_bits": 8}),
     ("the defaults, activations in 8 bits", {"activation_bits": 8}),
-    ("the defaults, branches of rank 32, activations in 8 bits", {"low_rank": 8, "activation_bits": 8}),
 )
 SENTENCES = 84, 64
 """Of the calibration, and of the judgement."""
