@@ -18,7 +18,7 @@ from ..model.reasons import Cause, Reason, cause_of
 from ..options import bits_for
 from ..pipeline.activations import bits_of, quantization_of
 from ..pipeline.base import Pass, PassResult
-from ..pipeline.context import Context, Decision
+from ..pipeline.context import Context, Decision, branch_bytes
 from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
 from ..weights.held import packed_products
 from .classify import all_linears
@@ -110,7 +110,9 @@ class Plan(Pass):
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
             value = source.meta["val"]
-        before = n * k * value.element_size()
+        size = value.element_size()
+        before, rank = n * k * size, said.rank if chosen and said is not None else 0
+        after = n * hif4.units(k) * hif4.BYTES_PER_UNIT + branch_bytes(n, k, rank, size)
         return Decision(
             module=module,
             k=k,
@@ -118,11 +120,12 @@ class Plan(Pass):
             decision="hif4" if chosen else "high_precision",
             reason=reason,
             bytes_before=before,
-            bytes_after=n * hif4.units(k) * hif4.BYTES_PER_UNIT if chosen else before,
+            bytes_after=after if chosen else before,
             flops=2 * _rows(node) * k * n,
             node=(region or node).name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
             activation_bits=_bits(module, context, said, said.activation_bits if said is not None else 4),
+            rank=rank,
         )
 
 
@@ -157,6 +160,10 @@ def _held(node: fx.Node, context: Context) -> Decision:
     n, units = (size_hint(size) for size in node_arg(node, 3).meta["val"].shape)
     k = units * hif4.UNIT
     said = attached(context.inputs[source.positions[0]])
+    # The branch of a packed linear is no product of this compiler: its second factor tells how large it is.
+    beside = f"{context.paths.get(source.positions[0])}.low_rank_b"
+    branches = [context.inputs[index] for index, path in context.paths.items() if path == beside]
+    rank, size = (len(branches[0]), branches[0].element_size()) if branches else (0, 0)
     bits = 4
     if (quantization := quantization_of(node)) is not None:
         k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), bits_of(quantization)
@@ -167,11 +174,12 @@ def _held(node: fx.Node, context: Context) -> Decision:
         decision="hif4",
         reason=said.reason if said is not None else Reason(Cause.PACKED, "packed"),
         bytes_before=n * k * node.meta["val"].element_size(),
-        bytes_after=n * units * hif4.BYTES_PER_UNIT,
+        bytes_after=n * units * hif4.BYTES_PER_UNIT + branch_bytes(n, k, rank, size),
         flops=2 * _rows(node) * k * n,
         node=node.name,
         weight_index=source.positions[0],
         activation_bits=_bits(module, context, said, bits),
+        rank=rank,
     )
 
 

@@ -33,6 +33,11 @@ class Quantize(Pass):
     The plan also says how many bits the activation has, of linears that the model holds in HiF4, too::
 
         codes, scales = tahf4.quantize(x, None, 0, 8)
+
+    Where a recipe gives a linear a low-rank branch, the weight is what the branch leaves of it, and the branch stands
+    beside the product (``low_rank_a`` and ``low_rank_b`` are new inputs, too)::
+
+        y = aten.add(product, aten.matmul(aten.matmul(x, low_rank_a), low_rank_b))
     """
 
     after = ("plan",)
@@ -47,15 +52,17 @@ class Quantize(Pass):
             bias = rest[0] if rest else node.kwargs.get("bias")
             source = weight_input(node_arg(node, 1))
             assert source is not None, "the plan chooses parameters only"
-            weight = PackedWeight((source.meta[INPUT].index,))
+            rank = max(d.rank for d in decisions_of(node))
+            weight = PackedWeight((source.meta[INPUT].index,), rank=rank)
             codes, scales = (packed_input(graph, source, weight, part) for part in ("codes", "scales"))
             with graph.inserting_before(node):
                 activation = call(node, torch.ops.tahf4.quantize.default, (x, None, 0, *([bits] if bits != 4 else [])))
                 parts = [call(node, operator.getitem, (activation, i)) for i in (0, 1)]
                 dtype = node.meta["val"].dtype
                 product = call(node, torch.ops.tahf4.linear.default, (*parts, codes, scales, bias, dtype))
+                result = _with_branch(node, product, source, weight) if rank else product
             product.meta[DECISION] = node.meta[DECISION]
-            node.replace_all_uses_with(product)
+            node.replace_all_uses_with(result)
             graph.erase_node(node)
             context.matched(product)
         if chosen:
@@ -63,6 +70,17 @@ class Quantize(Pass):
         changed = [node for node in packed_products(graph) if _set_bits(node)]
         context.matched(count=len(changed))
         return PassResult(graph_module, modified=bool(chosen or changed))
+
+
+def _with_branch(linear: fx.Node, product: fx.Node, source: fx.Node, weight: PackedWeight) -> fx.Node:
+    """Return the sum of a product and of the branch of its weight, added where the graph inserts."""
+    x = node_arg(linear, 0)
+    for part in ("low_rank_a", "low_rank_b"):
+        factor = packed_input(linear.graph, source, weight, part)
+        if source.meta["val"].dtype != linear.meta["val"].dtype:
+            factor = call(linear, torch.ops.aten.to.dtype, (factor, linear.meta["val"].dtype))
+        x = call(linear, torch.ops.aten.matmul.default, (x, factor))
+    return call(linear, torch.ops.aten.add.Tensor, (product, x))
 
 
 def _set_bits(product: fx.Node) -> bool:

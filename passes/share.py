@@ -154,7 +154,8 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
     first = nodes[0]
     codes, scales, _, _, bias, dtype = first.args
     sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
-    how = replace(node_arg(first, 2).meta[INPUT].weight, weights=weights)
+    every = [node_arg(node, 2).meta[INPUT].weight for node in nodes]
+    how = replace(every[0], weights=weights, rank=max(weight.rank for weight in every))
     packed = [packed_input(graph, node_arg(first, 2), how, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:

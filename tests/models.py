@@ -175,3 +175,20 @@ def masked_recipe(model: nn.Module, high: Sequence[str] = (), widest: int = 128)
             mask=torch.rand(k, dtype=torch.float32) + 0.5,
         )
     return Recipe({"": made})
+
+
+def branched(recipe: Any, model: nn.Module, rank: int = 8) -> Any:
+    """Return a recipe that gives every linear a branch of low rank, too."""
+    from dataclasses import replace
+
+    from tahf4_compiler.format.low_rank import leading
+
+    def with_branches(entry: Any) -> Any:
+        weights = {path: model.get_submodule(path).weight for path in entry.linears}
+        return replace(entry, low_rank={path: leading(weight, entry.mask, rank) for path, weight in weights.items()})
+
+    experts = {
+        expert: {name: with_branches(entry) for name, entry in entries.items()}
+        for expert, entries in recipe.experts.items()
+    }
+    return replace(recipe, experts=experts)

@@ -55,6 +55,10 @@ def calibrate(
         int | None,
         typer.Option(help="Protect linears by activations of so many bits, 8 or 16, instead of by high precision."),
     ] = None,
+    low_rank: Annotated[
+        float | None,
+        typer.Option(help="Rank of a branch beside each 4-bit product, in percent of the weight's smaller side."),
+    ] = None,
     high_precision_step: Annotated[
         list[int] | None,
         typer.Option(help="Index of a denoising step in high precision, negative from the end; repeat it for more."),
@@ -107,6 +111,7 @@ def calibrate(
         "weight_exponent": weight_exponent,
         "activation_bits": activation_bits,
         "protect_bits": protect_bits,
+        "low_rank": low_rank,
         "high_precision_steps": high_precision_step or [],
         "step_activation_bits": step_activation_bits,
     }

@@ -25,6 +25,7 @@ class Choices:
     Attributes:
         column: what stands for a weight's column in the mask: its largest magnitude (``"max"``), as published, or its
             norm (``"norm"``), which the searches take.
+        low_rank: rank of the branches, in percent of each weight's smaller side; None for none.
     """
 
     mask: str | None
@@ -35,6 +36,7 @@ class Choices:
     scale_search: str
     activation_bits: int = 4
     column: str = "max"
+    low_rank: float | None = None
 
 
 def check_choices(
@@ -49,6 +51,7 @@ def check_choices(
     step_activation_bits: Any = None,
     activation_bits: Any = 4,
     protect_bits: Any = None,
+    low_rank: Any = None,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -65,6 +68,11 @@ def check_choices(
         check_percentile(percentile)
     if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
         raise OptionError(f"weight_exponent is {exponent!r}; expected a number from 0 to 1")
+    number = isinstance(low_rank, int | float) and not isinstance(low_rank, bool)
+    if low_rank is not None and not (number and 0 < low_rank < 100):
+        raise OptionError(
+            f"low_rank is {low_rank!r}; expected a share of the width in percent, above 0 and below 100, or None"
+        )
     if type(block) is not int or block < 0 or block & (block - 1):
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..format import hif4
+from ..format.low_rank import LowRank
 from ..format.transforms import SEED, hadamard_block
 from ..weights.packing import moment_as_quantized
 from .choices import Choices
@@ -63,9 +64,13 @@ class Layer:
         return channel_mask(self._columns, largest.to(self._columns.device), exponent)
 
     def product(
-        self, mask: Tensor | None, search: str, packed: Mapping[str, hif4.Packed] | None = None
+        self,
+        mask: Tensor | None,
+        search: str,
+        packed: Mapping[str, hif4.Packed] | None = None,
+        branches: Mapping[str, LowRank] | None = None,
     ) -> QuantizedWeight:
-        """Return the product with all weights joined, quantized now or packed before (by module path)."""
+        """Return the product with all weights joined, quantized now or packed before, and their branches, by path."""
         importance = moment_as_quantized(self.moment, mask, self.block) if search == "weighted" else None
         whole, device = None, self.moment.device
         if packed:
@@ -73,7 +78,14 @@ class Layer:
             codes, scales = (torch.cat(parts).to(device) for parts in list(zip(*found, strict=True))[:2])
             whole = hif4.Packed(codes, scales, self.cells.activation.channels)
         every, bits = torch.cat([w.detach() for w in self.weights]), self.choices.activation_bits
-        return QuantizedWeight(every, mask, self.seed, self.block, search, importance, whole, bits)
+        joined = None
+        if branches:
+            members, k = self.cells.activation.members, self.cells.activation.channels
+            none = [LowRank(weight.new_zeros(k, 0), weight.new_zeros(0, len(weight))) for weight in self.weights]
+            pairs = [branches.get(path, empty) for path, empty in zip(members, none, strict=True)]
+            left, right = ([factor.to(device, torch.float32) for factor in part] for part in zip(*pairs, strict=True))
+            joined = LowRank(torch.cat(left, 1), torch.block_diag(*right))
+        return QuantizedWeight(every, mask, self.seed, self.block, search, importance, whole, bits, joined)
 
     def error(self, mask: Tensor | None) -> float:
         """Return the relative squared error of the outputs on sample rows, summed over the weights.

@@ -17,12 +17,14 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
+from ..format.low_rank import LowRank
 from ..model.parts import class_name
 from ..pipeline.order import provenance
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.packing import moment_as_quantized
+from .branches import with_branches
 from .choices import Choices, check_choices
 from .gaps import unseen, warn_of_range
 from .layer import Layer
@@ -54,6 +56,7 @@ def make_recipe(
     step_activation_bits: int | None = None,
     activation_bits: int = 4,
     protect_bits: int | None = None,
+    low_rank: float | None = None,
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -80,6 +83,9 @@ def make_recipe(
         activation_bits: of all activations: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16
             (not quantized).
         protect_bits: as for :meth:`Recipe.plan`.
+        low_rank: a branch of low rank beside each 4-bit product, in 16 bits: its rank in percent of the smaller side of
+            the weight, in multiples of 8 and at least 8. A linear whose output error on sample rows it does not lower
+            by a twentieth gets none, and its reason says so. None: no branches.
         budget: as for :meth:`Recipe.plan`.
 
     Returns:
@@ -92,13 +98,13 @@ def make_recipe(
     check_choices(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
         scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
-        activation_bits=activation_bits, protect_bits=protect_bits, **budget,
+        activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
     column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
-    choices = Choices(mask, percent, weight_exponent, combine, width, scale_search, activation_bits, column)
+    choices = Choices(mask, percent, weight_exponent, combine, width, scale_search, activation_bits, column, low_rank)
     measured = calibration.measured()
     network = functools.cache(functools.partial(_network, calibration))
     found: dict[str, dict[str, RecipeEntry]] = {}
@@ -169,13 +175,18 @@ def _entry(
     if search == "reconstruct":
         packed = reconstructed(calibration, cells, weights, mask, seed, block)
         search = search if packed else "squared"
-    noise = _noise(cells, weights, layer.product(mask, search, packed)) if sensitivity and len(rows) else None
+    branches, refused = dict[str, LowRank](), dict[str, str]()
+    if choices.low_rank is not None:
+        branches, packed, refused = with_branches(calibration, layer, mask, search, packed)
+    noise = None
+    if sensitivity and len(rows):
+        noise = _noise(cells, weights, layer.product(mask, search, packed, branches))
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     linears = {}
     for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
         n = weight.shape[0]
         db, along = noise[i] if noise is not None else (None, ())
-        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
+        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "") + refused.get(path, "")
         linears[path] = LinearEntry(
             (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, step_sqnr_db=along, flops=2 * seen * n * k,
             activation_bits=choices.activation_bits,
@@ -190,6 +201,7 @@ def _entry(
         mask.cpu() if mask is not None else None,
         layer.moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
         packed,
+        branches,
     )
 
 
@@ -312,7 +324,8 @@ def _products(
         if packed is not None:
             packed = hif4.Packed(packed.codes.to(weight.device), packed.scales.to(weight.device), packed.k)
         bits = entry.linears[path].activation_bits
-        return QuantizedWeight(weight, mask, entry.seed, entry.hadamard_block, entry.search, importance, packed, bits)
+        form = (mask, entry.seed, entry.hadamard_block, entry.search, importance, packed, bits)
+        return QuantizedWeight(weight, *form, entry.low_rank.get(path))
 
     for path in entry.linears:
         yield path, functools.partial(make, path)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
+from ..format.low_rank import LowRank, remainder
 from ..format.transforms import multipliers
 from ..model.parts import Part, part_of, running_weights
 from ..ops import registry
@@ -42,15 +43,17 @@ class QuantizedWeight:
         importance: Tensor | None = None,
         packed: hif4.Packed | None = None,
         activation_bits: int = 4,
+        low_rank: LowRank | None = None,
     ) -> None:
-        """Transform and convert ``[N, K]``; or take what was packed before, on the weight's device."""
+        """Transform and convert ``[N, K]``, less its branch; or take what was packed before, on the weight's device."""
         forward, backward = multipliers(weight.shape[1], mask, seed)
         self.multiplier = forward.to(weight.device) if forward is not None else None
         self.block, self.activation_bits = block, activation_bits
         inverse = backward.to(weight.device) if backward is not None else None
         if packed is None:
-            packed = pack_weight(weight, inverse, block, search=search, importance=importance)
+            packed = pack_weight(remainder(weight, low_rank), inverse, block, search=search, importance=importance)
         self.packed = packed
+        self.low_rank = low_rank and LowRank(*(factor.to(weight.device, torch.float32) for factor in low_rank))
 
     def part(self, part: Part | None) -> QuantizedWeight:
         """Return what a rank that holds a part of the weight computes, or this if it holds all.
@@ -70,6 +73,9 @@ class QuantizedWeight:
                 )
             k //= part.size
             mine.multiplier = part.of(self.multiplier, 0) if self.multiplier is not None else None
+        if self.low_rank is not None:
+            a, b = self.low_rank
+            mine.low_rank = LowRank(part.of(a, 0), b) if part.axis == 1 else LowRank(a, part.of(b, 1))
         mine.packed = hif4.Packed(part.of(self.packed.codes), part.of(self.packed.scales), k)
         return mine
 
@@ -77,7 +83,10 @@ class QuantizedWeight:
         """Return the product of ``[..., K]`` with some rows of the weight: float32 ``[..., count]``."""
         rows = slice(first, None if count is None else first + count)
         codes, scales = (part[rows].contiguous() for part in self.packed[:2])
-        return registry.linear(*registry.quantize(x, self.multiplier, self.block, self.activation_bits), codes, scales)
+        out = registry.linear(*registry.quantize(x, self.multiplier, self.block, self.activation_bits), codes, scales)
+        if self.low_rank is None:
+            return out
+        return out + x.to(torch.float32) @ self.low_rank.a @ self.low_rank.b[:, rows]
 
 
 def output_error(rows: Tensor, weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> list[float]:

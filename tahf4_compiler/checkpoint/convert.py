@@ -156,6 +156,7 @@ def _parts(
                 "dtype": str(component.model.get_submodule(path).weight.dtype).removeprefix("torch."),
                 **({} if transforms[path].multiplies else {"multiplier": False}),
                 **({} if d.activation_bits == 4 else {"activation_bits": d.activation_bits}),
+                **({"rank": d.rank} if d.rank else {}),
             }
             for path, d in chosen.items()
         }
@@ -192,7 +193,7 @@ def _job(source: Source, parts: list[_Part]) -> str:
                 found.update(settings.encode())
                 values = [item.value]
                 if item.transform is not None:
-                    values = [item.transform.mask, item.transform.second_moment]
+                    values = [item.transform.mask, item.transform.second_moment, *(item.transform.low_rank or ())]
                     if (rounded := item.transform.reconstruction) is not None:
                         values += [rounded.packed.codes, rounded.packed.scales]
                 for value in values:

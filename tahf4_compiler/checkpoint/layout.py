@@ -13,6 +13,7 @@ from torch import Tensor
 from ..files.reading import DTYPES, TensorInfo
 from ..format import hif4
 from ..packed.config import stand_ins
+from ..packed.linear import BRANCH
 from ..packed.transform import Transform
 from ..pipeline.context import Decision
 from .source import Component
@@ -125,6 +126,9 @@ def _items(component: Component, transforms: Mapping[str, Transform]) -> Iterato
         items = [Item((codes, scales), info, dtype, transform, path)]
         if (multiplier := transform.multiplier(k)) is not None:
             items.append(Item(((f"{path}.multiplier", "F32", (k,)),), value=multiplier))
+        for leaf, factor in zip(BRANCH, transform.low_rank or (), strict=False):
+            held = factor.to(DTYPES[dtype])
+            items.append(Item(((f"{path}.{leaf}", dtype, tuple(held.shape)),), value=held))
         items += [Item(((mark, "U8", tuple(value.shape)),), value=value) for mark, value in stand_ins([path]).items()]
         yield items
 

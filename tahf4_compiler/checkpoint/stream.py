@@ -71,7 +71,8 @@ class Workers:
         assert info is not None and transform is not None
         n, k = info.shape
         wanted = self.sums.get(item.path)
-        whole = wanted is not None or transform.reconstruction is not None  # checksums are of whole weights
+        # Checksums and branches are of whole weights.
+        whole = wanted is not None or transform.reconstruction is not None or transform.low_rank is not None
         rows = n if whole else max(1, _ROWS // max(1, k))
         codes, scales = (torch.empty(shape, dtype=DTYPES[dtype], device="cpu") for _, dtype, shape in item.outputs)
         with _opened(info.path) as file, torch.no_grad():
@@ -86,7 +87,8 @@ class Workers:
                         "recipe that was made for this model; --no-check-weights accepts other weights."
                     )
                 packed = transform.pack(part)
-                self.flaws.look(item.path, part, packed, transform.mask, transform.seed, transform.hadamard_block)
+                rest = transform.remainder(part)
+                self.flaws.look(item.path, rest, packed, transform.mask, transform.seed, transform.hadamard_block)
                 codes[first : first + count] = packed.codes
                 scales[first : first + count] = packed.scales
         return [codes, scales]

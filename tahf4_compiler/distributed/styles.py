@@ -27,6 +27,12 @@ __all__ = ["HiF4ColwiseParallel", "HiF4RowwiseParallel"]
 
 sharding.register()
 
+_COLUMNS: dict[str, Any] = {"multiplier": Replicate(), "low_rank_a": Replicate(), "low_rank_b": Shard(1)}
+_ROWS: dict[str, Any] = {
+    "multiplier": Shard(0), "bias": Replicate(), "low_rank_a": Shard(0), "low_rank_b": Replicate(),
+}  # fmt: skip
+"""What is not divided as codes and scales are."""
+
 
 class HiF4ColwiseParallel(ColwiseParallel):
     """Each rank has some output features: rows of codes and scales, and their bias. Bit for bit what one rank computes.
@@ -53,13 +59,13 @@ class HiF4ColwiseParallel(ColwiseParallel):
         linear = _linear(module, self.name, device_mesh)
         check_columns(self.name or _describe(linear), linear.out_features, device_mesh.size())
         if self.local:
-            _divide(linear, device_mesh, {"multiplier": Replicate()}, Shard(0), self.src_data_rank, local=True)
+            _divide(linear, device_mesh, _COLUMNS, Shard(0), self.src_data_rank, local=True)
             linear.out_features //= device_mesh.size()
             return linear
         return super()._apply(module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        _divide(module, device_mesh, {"multiplier": Replicate()}, Shard(0), self.src_data_rank)
+        _divide(module, device_mesh, _COLUMNS, Shard(0), self.src_data_rank)
 
 
 class HiF4RowwiseParallel(RowwiseParallel):
@@ -95,8 +101,7 @@ class HiF4RowwiseParallel(RowwiseParallel):
         return linear
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        places: dict[str, Any] = {"multiplier": Shard(0), "bias": Replicate()}
-        _divide(module, device_mesh, places, Shard(1), self.src_data_rank, local=self.local)
+        _divide(module, device_mesh, _ROWS, Shard(1), self.src_data_rank, local=self.local)
 
 
 class _RowParallel:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DECISION", "INPUT", "NUMBERS", "ROLE", "GraphInput", "HeldWeight", "PackedInput", "PackedWeight"]
+__all__ = ["BESIDE", "DECISION", "INPUT", "NUMBERS", "ROLE", "GraphInput", "HeldWeight", "PackedInput", "PackedWeight"]
 
 INPUT = "tahf4_input"
 """Key in ``node.meta`` of a placeholder: its :class:`GraphInput` or :class:`PackedInput`."""
+
+BESIDE = ("multiplier", "observer", "low_rank_a", "low_rank_b")
+"""Parts of a :class:`PackedInput` that are looked up beside a packed weight, and are none of its own."""
 
 DECISION = "tahf4_decision"
 """Key in ``node.meta`` of a planned linear, and of what stands for it later: a tuple of
@@ -53,6 +56,8 @@ class PackedWeight:
             ``"reconstruct"`` (as a recipe holds it).
         format: name of a format that a plug-in registered (:func:`tahf4_compiler.register_weight_format`); ``""``
             is HiF4.
+        rank: the largest of the branches that a recipe attached to the weights; each is subtracted from its weight. 0
+            for none.
     """
 
     weights: tuple[int, ...]
@@ -61,6 +66,7 @@ class PackedWeight:
     hadamard_block: int = 0
     search: str = ""
     format: str = ""
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,9 @@ class PackedInput:
 
     Attributes:
         part: ``"codes"`` (uint8 ``[N, K / 2]``), ``"scales"`` (int32 ``[N, K / 64]``), ``"multiplier"`` (float32
-            ``[K]``, for the activation that the weights read) or ``"observer"`` (int64 ``[2]``, on the CPU); with a
-            format of a plug-in, a part that it names in the place of codes and scales.
+            ``[K]``, for the activation that the weights read), ``"observer"`` (int64 ``[2]``, on the CPU),
+            ``"low_rank_a"`` (``[K, r]``) or ``"low_rank_b"`` (``[r, N]``, both of the weight's dtype); with a format of
+            a plug-in, a part that it names in the place of codes and scales.
         weight: which weight, and how it is transformed if the rewrite packs it.
     """
 

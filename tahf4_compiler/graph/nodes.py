@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .inputs import DECISION, INPUT, GraphInput, PackedInput
+from .inputs import BESIDE, DECISION, INPUT, GraphInput, PackedInput
 
 __all__ = [
     "input_roots",
@@ -120,7 +120,7 @@ def product_weights(node: fx.Node) -> set[fx.Node]:
     for root in input_roots(node):
         source = root.meta.get(INPUT)
         if isinstance(source, PackedInput):
-            held = source.part not in ("multiplier", "observer") and not wanted.isdisjoint(source.weights)
+            held = source.part not in BESIDE and not wanted.isdisjoint(source.weights)
         else:
             held = isinstance(source, GraphInput) and source.index in wanted
         if held:

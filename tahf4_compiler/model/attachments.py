@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import PatternError
+from ..format.low_rank import LowRank
 from ..format.reconstruct import Reconstruction
 from ..options import patterns as check_patterns
 from .linears import linear_weights, matching, require_matches
@@ -56,6 +57,8 @@ class Attachment:
         second_moment: float32 ``[K]``, of the activation's channels.
         reconstruction: the weight as the recipe rounded it, for ``search="reconstruct"``.
         activation_bits: of the activation, 4, 8 or 16.
+        rank: of the branch, 0 for none.
+        low_rank: the branch beside the 4-bit product.
         steps: says whether the step at hand runs in high precision, or None.
     """
 
@@ -70,6 +73,8 @@ class Attachment:
     second_moment: torch.Tensor | None = field(default=None, compare=False, repr=False)
     reconstruction: Reconstruction | None = field(default=None, compare=False, repr=False)
     activation_bits: int = 4
+    rank: int = 0
+    low_rank: LowRank | None = field(default=None, compare=False, repr=False)
     steps: StepPrecision | None = field(default=None, compare=False, repr=False)
 
 

@@ -23,6 +23,7 @@ from .convert import packed_linears
 __all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe", "stand_ins"]
 
 FORMAT_VERSION = 1
+_WITH_BRANCHES = 2  # of a model that has low-rank branches, which version 1 does not know
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _KEYS = {"k": int, "n": int, "hadamard_block": int, "activation": str, "dtype": str}
 
@@ -45,7 +46,8 @@ class TaHF4Config:
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated.
         linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
-            ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4.
+            ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4,
+            ``rank`` for one that has a low-rank branch.
         provenance: of the recipe of a packed model.
         high_precision_steps: of the recipe, or of the packed model (:func:`tahf4_compiler.set_high_precision_steps`).
         step_activation_bits: in these steps.
@@ -87,9 +89,10 @@ class TaHF4Config:
         """
         if str(getattr(quant_method, "value", quant_method)) != Method.TAHF4.value:
             raise PackedError(f"quant_method is {quant_method!r}; expected 'tahf4'")
-        if format_version != FORMAT_VERSION or type(format_version) is not int:
+        if format_version not in (FORMAT_VERSION, _WITH_BRANCHES) or type(format_version) is not int:
             raise PackedError(
-                f"the model was packed in format version {format_version!r}; this tahf4 reads {FORMAT_VERSION}. "
+                f"the model was packed in format version {format_version!r}; this tahf4 reads {FORMAT_VERSION} and "
+                f"{_WITH_BRANCHES}. "
                 "Update tahf4, or quantize the original again."
             )
         self.quant_method = Method.TAHF4
@@ -120,7 +123,7 @@ class TaHF4Config:
         return {
             **copy.deepcopy(self.others),
             "quant_method": Method.TAHF4.value,
-            "format_version": FORMAT_VERSION,
+            "format_version": _WITH_BRANCHES if any("rank" in v for v in self.linears.values()) else FORMAT_VERSION,
             "linears": copy.deepcopy(dict(self.linears)),
             "keep": list(self.keep),
             "recipe": copy.deepcopy(dict(self.provenance)) if self.provenance is not None else None,
@@ -165,6 +168,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             "dtype": str(linear.weight_dtype).removeprefix("torch."),
             **({} if linear.multiplier is not None else {"multiplier": False}),
             **({} if linear.activation_bits == 4 else {"activation_bits": linear.activation_bits}),
+            **({"rank": linear.rank} if linear.rank else {}),
         }
         for path, linear in packed_linears(model).items()
     }
@@ -192,6 +196,8 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
             raise PackedError(f"{where}: multiplier is {values['multiplier']!r}, expected true or false")
         if (bits := values.get("activation_bits", 4)) not in ACTIVATION_BITS or type(bits) is not int:
             raise PackedError(f"{where}: activation_bits is {bits!r}, expected 4, 8 or 16; the file is damaged")
+        if type(rank := values.get("rank", 1)) is not int or rank < 1:
+            raise PackedError(f"{where}: the rank of its branch is {rank!r}; the file is damaged")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

@@ -147,9 +147,10 @@ def _packed(
         assert isinstance(linear, nn.Linear)
         multiplier = transform.multiplier(linear.in_features)
         packed = transform.pack(linear.weight)
-        flaws.look(path, linear.weight, packed, transform.mask, transform.seed, transform.hadamard_block)
+        rest = transform.remainder(linear.weight)
+        flaws.look(path, rest, packed, transform.mask, transform.seed, transform.hadamard_block)
         block, activation = transform.hadamard_block, transform.activation
-        made = HiF4Linear.from_linear(linear, packed, multiplier, block, activation)
+        made = HiF4Linear.from_linear(linear, packed, multiplier, block, activation, transform.low_rank)
         made.activation_bits = transform.activation_bits
         found[path] = linear, made
         done(linear.in_features * linear.out_features)

@@ -9,16 +9,20 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, GradientError, PackedError
 from ..format import hif4, int8
+from ..format.low_rank import LowRank
 from ..format.transforms import hadamard
 from ..model.attachments import by_step, step_bits
 from ..ops import registry
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver
 
-__all__ = ["PARTS", "HiF4Linear", "packed_product"]
+__all__ = ["BRANCH", "PARTS", "HiF4Linear", "packed_product"]
 
 PARTS = {"weight_codes": torch.uint8, "weight_scales": torch.int32, "multiplier": torch.float32}
 """The tensors of a packed linear beside its bias, with their dtypes."""
+
+BRANCH = ("low_rank_a", "low_rank_b")
+"""Those of a branch, which have the dtype of the bias."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,6 +47,9 @@ class HiF4Linear(nn.Linear):
         weight_scales: int32 ``[N, ceil(K / 64)]``.
         bias: ``[N]`` or None.
         multiplier: float32 ``[K]``, the channel mask times the rotation's signs, or None for ones.
+        low_rank_a: ``[K, r]``, of a branch beside the product (:mod:`tahf4_compiler.format.low_rank`), or None. A cast
+            of the module casts the branch.
+        low_rank_b: ``[r, N]`` or None.
         activation_bits: of the activation, 4 (HiF4), 8 (int8) or 16 (not quantized; the weight is dequantized in each
             call). What the linear holds does not depend on it; see
             :func:`tahf4_compiler.set_activation_bits`.
@@ -51,6 +58,8 @@ class HiF4Linear(nn.Linear):
     weight_codes: nn.Parameter
     weight_scales: nn.Parameter
     multiplier: nn.Parameter | None
+    low_rank_a: nn.Parameter | None
+    low_rank_b: nn.Parameter | None
     weight_requires_grad = False
     activation_bits = 4  # of one that was pickled by an earlier version, too
 
@@ -64,6 +73,7 @@ class HiF4Linear(nn.Linear):
         multiplies: bool = False,
         activation: str = "",
         activation_bits: int = 4,
+        rank: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,8 +87,9 @@ class HiF4Linear(nn.Linear):
             multiplies: whether there is a multiplier.
             activation: name of the activation.
             activation_bits: 4, 8 or 16.
+            rank: of the branch, 0 for none.
             device: of the parameters; ``"meta"`` for none.
-            dtype: of the bias, and of the dequantized weight.
+            dtype: of the bias, of the branch, and of the dequantized weight.
         """
         nn.Module.__init__(self)
         units = hif4.units(in_features)
@@ -91,6 +102,9 @@ class HiF4Linear(nn.Linear):
         self.register_parameter("bias", _parameter(zeros) if zeros is not None else None)
         ones = torch.ones(in_features, dtype=torch.float32, device=device) if multiplies else None
         self.register_parameter("multiplier", _parameter(ones) if ones is not None else None)
+        for name, shape in zip(BRANCH, ((in_features, rank), (rank, out_features)), strict=True):
+            empty = _parameter(torch.zeros(shape, dtype=dtype, device=device)) if rank else None
+            self.register_parameter(name, empty)
 
     def _set(self, k: int, n: int, block: int, activation: str, dtype: torch.dtype, bits: int = 4) -> None:
         int8.check_bits(bits)
@@ -105,6 +119,7 @@ class HiF4Linear(nn.Linear):
         multiplier: Tensor | None = None,
         hadamard_block: int = 0,
         activation: str = "",
+        low_rank: LowRank | None = None,
     ) -> HiF4Linear:
         """Return a packed linear in the place of another: its bias, hooks and other attributes go over.
 
@@ -114,6 +129,7 @@ class HiF4Linear(nn.Linear):
             multiplier: float32 ``[K]`` or None.
             hadamard_block: as for the constructor.
             activation: name of the activation.
+            low_rank: the branch beside the product, or None.
 
         Raises:
             FormatError: the packed weight is not of the linear's shape.
@@ -130,7 +146,16 @@ class HiF4Linear(nn.Linear):
         self.register_parameter("bias", linear.bias)
         place = multiplier.to(packed.codes.device, torch.float32) if multiplier is not None else None
         self.register_parameter("multiplier", _parameter(place) if place is not None else None)
+        for name, factor in zip(BRANCH, low_rank or (None, None), strict=True):
+            held = factor.to(packed.codes.device, linear.weight.dtype, copy=True) if factor is not None else None
+            self.register_parameter(name, _parameter(held) if held is not None else None)
         return self
+
+    @property
+    def rank(self) -> int:
+        """Rank of the branch, 0 for none."""
+        branch = self._parameters.get("low_rank_b")
+        return branch.shape[0] if branch is not None else 0
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``[..., N]`` of the dtype of ``input`` (under autocast, of its dtype).
@@ -157,7 +182,12 @@ class HiF4Linear(nn.Linear):
         if by_step(self):
             waits = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        return packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype)
+        out = packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype)
+        a, b = (self._parameters.get(name) for name in BRANCH)
+        if a is None or b is None:
+            return out
+        # Plain products: with weights that are not transposed nobody takes them for linears.
+        return out + (input @ a.to(input.dtype) @ b.to(input.dtype)).to(out.dtype)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.
@@ -172,6 +202,9 @@ class HiF4Linear(nn.Linear):
             weight = hadamard(weight, self.hadamard_block)[:, :k]
         if self.multiplier is not None:
             weight = weight * self.multiplier.detach()
+        a, b = (self._parameters.get(name) for name in BRANCH)
+        if a is not None and b is not None:
+            weight = weight + (a.detach().to(torch.float32) @ b.detach().to(torch.float32)).t()
         return weight.to(dtype if dtype is not None else self.weight_dtype).contiguous()
 
     def to_linear(self) -> nn.Linear:
@@ -193,7 +226,7 @@ class HiF4Linear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"hadamard_block={self.hadamard_block}, multiplier={self.multiplier is not None}, "
-            f"activation_bits={self.activation_bits}"
+            f"activation_bits={self.activation_bits}, rank={self.rank}"
         )
 
     @property

@@ -331,6 +331,7 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
             multiplies=values.get("multiplier", not keys or f"{path}.multiplier" in keys),
             activation=values["activation"],
             activation_bits=values.get("activation_bits", 4),
+            rank=values.get("rank", 0),
             device="meta",
             dtype=getattr(torch, values["dtype"]) if wide.intersection(path.split(".")) else linear.weight.dtype,
         )

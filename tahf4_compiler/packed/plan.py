@@ -19,7 +19,7 @@ from ..model.blocks import block_of, module_blocks
 from ..model.linears import adapters, linear_weights, matching, named_linears, plain_path, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
-from ..pipeline.context import Decision
+from ..pipeline.context import Decision, branch_bytes
 from ..pipeline.rules import (
     MIN_FEATURES,
     Facts,
@@ -156,6 +156,8 @@ def plan_transforms(
             said.second_moment if said is not None else None,
             said.reconstruction if said is not None else None,
             decision.activation_bits,
+            said.low_rank if said is not None else None,
+            decision.rank,
         )
     return found
 
@@ -191,12 +193,14 @@ def _decide(
             )
         size = module.weight_dtype.itemsize
         packed = Reason(Cause.PACKED, "packed")
-        bits = module.activation_bits
-        return Decision(path, k, n, "hif4", packed, n * k * size, after, flops=2 * k * n, activation_bits=bits)
+        bits, rank = module.activation_bits, module.rank
+        after += branch_bytes(n, k, rank, size)
+        return Decision(path, k, n, "hif4", packed, n * k * size, after, 2 * k * n, activation_bits=bits, rank=rank)
     chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
     # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
     held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
-    before = n * k * next((tensor.element_size() for tensor in held if tensor is not None), 0)
+    size = next((tensor.element_size() for tensor in held if tensor is not None), 0)
+    before, rank = n * k * size, attachment.rank if chosen and attachment is not None else 0
     return Decision(
         module=path,
         k=k,
@@ -204,9 +208,10 @@ def _decide(
         decision="hif4" if chosen else "high_precision",
         reason=reason,
         bytes_before=before,
-        bytes_after=after if chosen else before,
+        bytes_after=after + branch_bytes(n, k, rank, size) if chosen else before,
         flops=2 * k * n,
         activation_bits=attachment.activation_bits if attachment is not None else 4,
+        rank=rank,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..format import hif4
+from ..format.low_rank import LowRank, remainder
 from ..format.reconstruct import Reconstruction
 from ..format.transforms import multipliers
 from ..weights.packing import pack_transformed
@@ -28,6 +29,8 @@ class Transform:
         second_moment: ``[K]`` or None, for ``search="weighted"``.
         reconstruction: for ``search="reconstruct"``.
         activation_bits: 4, 8 or 16.
+        low_rank: the branch beside the product, or None.
+        rank: of the branch, 0 for none.
     """
 
     activation: str
@@ -38,6 +41,8 @@ class Transform:
     second_moment: Tensor | None = field(default=None, repr=False, compare=False)
     reconstruction: Reconstruction | None = field(default=None, repr=False, compare=False)
     activation_bits: int = 4
+    low_rank: LowRank | None = field(default=None, repr=False, compare=False)
+    rank: int = 0
 
     @property
     def multiplies(self) -> bool:
@@ -48,8 +53,11 @@ class Transform:
         """Return the factors of the activation's channels, float32 ``[k]`` on the CPU, or None for ones."""
         return multipliers(k, self.mask, self.seed)[0]
 
+    def remainder(self, weight: Tensor) -> Tensor:
+        """Return what the branch leaves of a weight, which is packed."""
+        return remainder(weight, self.low_rank)
+
     def pack(self, weight: Tensor) -> hif4.Packed:
         """Convert a weight ``[N, K]`` that reads the activation; the result is on the weight's device."""
-        return pack_transformed(
-            weight, self.mask, self.seed, self.hadamard_block, self.search, self.second_moment, self.reconstruction
-        )
+        form = (self.mask, self.seed, self.hadamard_block, self.search)
+        return pack_transformed(weight, *form, self.second_moment, self.reconstruction, self.low_rank)

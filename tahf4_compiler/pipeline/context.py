@@ -17,7 +17,7 @@ from ..model.reasons import Cause, cause_of
 from ..model.tree import Surroundings
 from ..options import Options
 
-__all__ = ["Context", "Decision", "decisions_of"]
+__all__ = ["Context", "Decision", "branch_bytes", "decisions_of"]
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Decision:
         weight_index: the weight's position among the captured graph's arguments, -1 if it is computed.
         numbers: what passes attached (:meth:`Context.attach`), by name.
         activation_bits: of the activation, 4, 8 or 16, where the decision is ``"hif4"``.
+        rank: of the branch beside the 4-bit product, 0 for none. ``bytes_after`` has its bytes, ``flops`` lack its
+            FLOPs.
     """
 
     module: str
@@ -54,11 +56,17 @@ class Decision:
     weight_index: int = -1
     numbers: dict[str, float | int | str] = field(default_factory=dict)
     activation_bits: int = 4
+    rank: int = 0
 
     @property
     def cause(self) -> Cause:
         """The kind of the reason."""
         return cause_of(self.reason)
+
+
+def branch_bytes(n: int, k: int, rank: int, size: int) -> int:
+    """Return the bytes of a low-rank branch whose values have so many bytes."""
+    return rank * (n + k) * size
 
 
 def decisions_of(node: fx.Node) -> tuple[Decision, ...]:

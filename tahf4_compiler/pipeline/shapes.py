@@ -108,7 +108,7 @@ def _same_argument(old: Any, new: Any) -> bool:
 def _packed(source: PackedInput, weights: list[Any], results: dict[Any, Any]) -> torch.Tensor:
     """Return the value of a packed input, whose shape depends on those of its weights, and not on which they are."""
     how, sizes = source.weight, tuple(map(_Size.of, weights))
-    kind = ("held",) if isinstance(how, HeldWeight) else (how.format, how.hadamard_block)
+    kind = ("held",) if isinstance(how, HeldWeight) else (how.format, how.hadamard_block, how.rank)
     key = (source.part, *kind, sizes)
     if key in results:
         size: _Size = results[key]

@@ -132,6 +132,7 @@ def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping
             entry,
             linears={path_now(path): linear for path, linear in entry.linears.items()},
             packed={path_now(path): packed for path, packed in entry.packed.items()},
+            low_rank={path_now(path): branch for path, branch in entry.low_rank.items()},
         )
         for name, entry in entries.items()
     }
@@ -164,6 +165,7 @@ def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weig
 def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None) -> Iterator[tuple[str, Attachment]]:
     for name, entry in entries.items():
         for path, linear in entry.linears.items():
+            branch = entry.low_rank.get(path)
             cause = Cause.RECIPE if linear.decision == "hif4" else Cause.SENSITIVITY
             yield (
                 path,
@@ -181,6 +183,8 @@ def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
                         Reconstruction(entry.packed[path], linear.weight_sum) if path in entry.packed else None
                     ),
                     activation_bits=linear.activation_bits,
+                    low_rank=branch,
+                    rank=branch.rank if branch is not None else 0,
                     steps=steps,
                 ),
             )

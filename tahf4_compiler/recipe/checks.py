@@ -72,6 +72,11 @@ def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damage
             raise RecipeError(damaged.format(f"the search is {entry.search!r}, and the packed weight of {path} is not"))
         if path in entry.packed:
             _check_packed(entry.packed[path], linear.shape, damaged.format(f"the packed weight of {path} does not fit"))
+    for path, (a, b) in entry.low_rank.items():
+        n = entry.linears[path].shape[0] if path in entry.linears else -1
+        fits = a.dim() == b.dim() == 2 and tuple(a.shape) == (k, b.shape[0]) and b.shape[1] == n
+        if not fits or not all(f.dtype == torch.bfloat16 and bool(torch.isfinite(f).all()) for f in (a, b)):
+            raise RecipeError(damaged.format(f"the low-rank branch of {path} does not fit"))
     block, padded = entry.hadamard_block, (k + 63) // 64 * 64
     if type(block) is not int or block < 0 or block & (block - 1) or (block and padded % block):
         raise RecipeError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..format.hif4 import Packed
+from ..format.low_rank import LowRank
 
 __all__ = ["CallError", "LinearEntry", "RecipeEntry"]
 
@@ -73,6 +74,7 @@ class RecipeEntry:
         second_moment: bfloat16 ``[K]`` or None, for ``search="weighted"``.
         packed: weights by module path on the CPU, for ``search="reconstruct"``: they cannot be made again without
             what the calibration saw.
+        low_rank: branches by module path, bfloat16 on the CPU; ``packed`` is then what a branch leaves of the weight.
     """
 
     linears: Mapping[str, LinearEntry]
@@ -84,3 +86,4 @@ class RecipeEntry:
     mask: Tensor | None = field(default=None, repr=False)
     second_moment: Tensor | None = field(default=None, repr=False)
     packed: Mapping[str, Packed] = field(default_factory=dict, repr=False)
+    low_rank: Mapping[str, LowRank] = field(default_factory=dict, repr=False)

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import OptionError, RecipeError
 from ..files.tensors import load_tensors, save_tensors
 from ..format.hif4 import Packed
+from ..format.low_rank import LowRank
 from ..options import ACTIVATION_BITS
 from .budget import check_budget, choose
 from .checks import check_entry, check_steps, read_call_error, read_linear
@@ -124,8 +125,16 @@ class Recipe:
                 for linear, packed in entry.packed.items():
                     tensors[f"{prefix}/{linear}.weight_codes"] = packed.codes
                     tensors[f"{prefix}/{linear}.weight_scales"] = packed.scales
+                for linear, branch in entry.low_rank.items():
+                    tensors[f"{prefix}/{linear}.low_rank_a"] = branch.a
+                    tensors[f"{prefix}/{linear}.low_rank_b"] = branch.b
                 values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
                 del values["mask"], values["second_moment"], values["packed"]
+                # Left out where there is none: earlier versions read such a file, and refuse any other.
+                if not values["low_rank"]:
+                    del values["low_rank"]
+                else:
+                    values["low_rank"] = sorted(values["low_rank"])
                 values["linears"] = {p: _written(linear) for p, linear in entry.linears.items()}
                 entries.append({"expert": expert, "name": name, **values})
         header = {
@@ -159,7 +168,11 @@ class Recipe:
                     for p, key in weights.items()
                     if f"{key}codes" in tensors and linears[p].shape
                 }
-                entry = RecipeEntry(linears=linears, **values, **parts, packed=packed)
+                low_rank = {
+                    p: LowRank(tensors[f"{expert}/{name}/{p}.low_rank_a"], tensors[f"{expert}/{name}/{p}.low_rank_b"])
+                    for p in values.pop("low_rank", ())
+                }
+                entry = RecipeEntry(linears=linears, **values, **parts, packed=packed, low_rank=low_rank)
                 check_entry(entry, f"{path}: {expert}/{name}")
                 found.setdefault(expert, {})[name] = entry
             errors = {

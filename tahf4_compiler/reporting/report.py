@@ -87,6 +87,7 @@ def plan_json(plan: Sequence[Decision]) -> str:
         {
             **{name: getattr(d, name) for name in fields},
             "activation_bits": d.activation_bits if d.decision == "hif4" else None,
+            "rank": d.rank,
             "cause": d.cause.value,
             "numbers": _plain(d.numbers),
         }
@@ -149,8 +150,11 @@ def report(
 
 
 def _decision(decision: Decision) -> str:
-    other = ACTIVATIONS.get(decision.activation_bits) if decision.decision == "hif4" else None
-    return f"{decision.decision}, {other} activation" if other else decision.decision
+    if decision.decision != "hif4":
+        return decision.decision
+    other = ACTIVATIONS.get(decision.activation_bits)
+    words = [decision.decision, *([f"{other} activation"] if other else [])]
+    return ", ".join([*words, *([f"rank {decision.rank}"] if decision.rank else [])])
 
 
 def _short(value: float | int | str) -> str:

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..errors import Tahf4Error
 from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
-from ..packed.linear import PARTS
+from ..packed.linear import BRANCH, PARTS
 from ..packed.loading import Loading, Owner, Saving
 
 __all__ = ["TaHF4HfQuantizer", "register"]
@@ -145,7 +145,7 @@ class _Pack(ConversionOps):
         except Tahf4Error as error:
             self.quantizer.failed = error
             return
-        for leaf in PARTS:
+        for leaf in (*PARTS, *BRANCH):
             if (parameter := linear._parameters[leaf]) is not None:
                 setattr(parameter, _ARRIVED, True)
 

@@ -9,15 +9,12 @@ import torch
 from torch import fx
 
 from ..format import hif4
-from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput, PackedWeight
+from ..graph.inputs import BESIDE, INPUT, GraphInput, HeldWeight, PackedInput, PackedWeight
 from ..ops.observers import handle_of
 from .formats import pack_rows, part_of
 from .store import PackedStore
 
 __all__ = ["Binding"]
-
-_AT_RUN_TIME = ("multiplier", "observer")
-"""Parts that belong to an activation, not to a packed weight."""
 
 
 class Binding:
@@ -34,7 +31,7 @@ class Binding:
         self._name = name
         sources = [node.meta[INPUT] for node in graph_module.graph.nodes if node.op == "placeholder"]
         packed = [source for source in sources if isinstance(source, PackedInput)]
-        made = (s.weight for s in packed if s.part not in _AT_RUN_TIME and isinstance(s.weight, PackedWeight))
+        made = (s.weight for s in packed if s.part not in BESIDE and isinstance(s.weight, PackedWeight))
         self.weights = list(dict.fromkeys(made))
         self._given = [source.index if isinstance(source, GraphInput) else 0 for source in sources]
         self._made = [(i, source) for i, source in enumerate(sources) if not isinstance(source, GraphInput)]
@@ -55,13 +52,21 @@ class Binding:
         for place, source in self._made:
             if isinstance(source.weight, HeldWeight):
                 out[place] = args[source.positions[0]]
-            elif source.part not in _AT_RUN_TIME:
+            elif source.part not in BESIDE:
                 out[place] = part_of(packed[self._places[source.weight]], source.part)
             else:
-                weights = tuple([args[i] for i in source.weights])
-                of = store.multiplier(weights, source.weight) if source.part == "multiplier" else handle_of(weights)
-                out[place] = of
+                out[place] = _beside(source, tuple([args[i] for i in source.weights]), store)
         return out
+
+
+def _beside(source: PackedInput, weights: tuple[torch.Tensor, ...], store: PackedStore) -> torch.Tensor:
+    assert isinstance(source.weight, PackedWeight)
+    if source.part == "observer":
+        return handle_of(weights)
+    if source.part == "multiplier":
+        return store.multiplier(weights, source.weight)
+    branch = store.low_rank(weights[0])
+    return branch.a if source.part == "low_rank_a" else branch.b
 
 
 def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -73,6 +78,9 @@ def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.T
     count = hif4.units(k)
     if source.part == "observer":
         return weights[0].new_empty((2,), dtype=torch.int64, device="cpu")
+    if source.part in ("low_rank_a", "low_rank_b"):
+        rank = source.weight.rank
+        return weights[0].new_empty((k, rank) if source.part == "low_rank_a" else (rank, rows))
     if source.part == "multiplier":
         return weights[0].new_empty((k,), dtype=torch.float32)
     if source.weight.format:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..graph.inputs import BESIDE
 
 __all__ = ["Pack", "pack_rows", "register_weight_format"]
 
 Pack = Callable[[Tensor, Tensor | None, int], Mapping[str, Tensor]]
 _formats: dict[str, Pack] = {}
-_RESERVED = ("multiplier", "observer")
 
 
 def register_weight_format(name: str, pack: Pack) -> None:
@@ -57,7 +57,7 @@ def pack_rows(name: str, weights: tuple[Tensor, ...], multiplier: Tensor | None,
     packed = [dict(_formats[name](weight.detach(), multiplier, block)) for weight in weights]
     for parts, weight in zip(packed, weights, strict=True):
         for part, value in parts.items():
-            if part in _RESERVED:
+            if part in BESIDE:
                 raise FormatError(f"weight format {name!r} names a part {part!r}, which means something else")
             if value.dim() == 0 or value.shape[0] != weight.shape[0]:
                 raise FormatError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..format import hif4
+from ..format.low_rank import LowRank, remainder
 from ..format.reconstruct import Reconstruction
 from ..format.scale_search import search_scales
 from ..format.transforms import multipliers, transform
@@ -71,6 +72,7 @@ def pack_transformed(
     search: str = "",
     moment: Tensor | None = None,
     reconstruction: Reconstruction | None = None,
+    low_rank: LowRank | None = None,
 ) -> hif4.Packed:
     """Convert one weight with the inverse of its activation's transform.
 
@@ -83,6 +85,7 @@ def pack_transformed(
         moment: ``[K]``, second moment of the activation's channels before the transform, for ``"weighted"``.
         reconstruction: what ``"reconstruct"`` gives where the weight is the one that it was made of, under this
             transform. Where it is not, scales are searched by squared error, and a warning says so.
+        low_rank: the branch beside the product: what it leaves of the weight is packed. A reconstruction is of that.
 
     Returns:
         As :func:`pack_weight`, on the weight's device.
@@ -105,7 +108,7 @@ def pack_transformed(
     importance = None
     if search == "weighted" and moment is not None:
         importance = moment_as_quantized(moment, mask, block).to(device)
-    return pack_weight(weight, multiplier, block, search=search, importance=importance)
+    return pack_weight(remainder(weight, low_rank), multiplier, block, search=search, importance=importance)
 
 
 _said = threading.Event()

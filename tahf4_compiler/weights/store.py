@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
+from ..errors import RecipeError
 from ..format.hif4 import Packed
+from ..format.low_rank import LowRank, remainder
 from ..format.reconstruct import Reconstruction
 from ..format.transforms import multipliers
 from ..graph.inputs import PackedWeight
@@ -52,6 +54,7 @@ class PackedStore:
         """Start empty."""
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._multipliers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._low_rank: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._lock = threading.RLock()
         self.conversions = 0
 
@@ -109,6 +112,25 @@ class PackedStore:
             found: Tensor = known[2]
             return found
 
+    def low_rank(self, weight: Tensor) -> LowRank:
+        """Return the branch that a recipe attached to a weight, of the weight's dtype and on its device.
+
+        Raises:
+            RecipeError: there is none, or it is that of another weight.
+        """
+        branch = _branch(weight)
+        if branch is None:
+            raise RecipeError("a graph runs a low-rank branch, and no recipe gives its weight one; attach the recipe")
+        with self._lock:
+            known = self._low_rank.get(weight)
+            if known is None or known[0] is not branch or (known[1].a.device, known[1].a.dtype) != (
+                weight.device, weight.dtype,
+            ):  # fmt: skip
+                made = LowRank(*(factor.to(weight.device, weight.dtype) for factor in branch))
+                known = self._low_rank[weight] = branch, made
+            found: LowRank = known[1]
+            return found
+
     def _find(self, weights: tuple[Tensor, ...], how: PackedWeight, state: tuple[object, ...]) -> Any:
         entry = self._entries.get(weights[0], {}).get(_key(weights, how))
         if entry is None or entry.state != state:
@@ -133,20 +155,23 @@ class PackedStore:
     ) -> Any:
         now, recipe = changes(), _recipe(weights[0], how)
         mask, seed = _values(recipe, how)
+        branches = [_branch(weight) if how.rank else None for weight in weights]
         packed: Any
         if how.format:
             multiplier = multipliers(weights[0].shape[1], mask, seed)[1]
             multiplier = multiplier.to(weights[0].device) if multiplier is not None else None
-            packed = pack_rows(how.format, weights, multiplier, how.hadamard_block)
+            rest = tuple(remainder(weight, branch) for weight, branch in zip(weights, branches, strict=True))
+            packed = pack_rows(how.format, rest, multiplier, how.hadamard_block)
             bar.update(sum(weight.numel() for weight in weights))
         else:
             moment = recipe.second_moment if recipe is not None else None
             parts = []
-            for weight in weights:
+            for weight, branch in zip(weights, branches, strict=True):
                 rounded = _reconstruction(weight, how, mask, seed)
-                parts.append(pack_transformed(weight, mask, seed, how.hadamard_block, how.search, moment, rounded))
+                form = (mask, seed, how.hadamard_block)
+                parts.append(pack_transformed(weight, *form, how.search, moment, rounded, branch))
                 path = name(weight) or f"a linear of {weight.shape[1]} -> {weight.shape[0]} features"
-                flaws.look(path, weight, parts[-1], mask, seed, how.hadamard_block)
+                flaws.look(path, remainder(weight, branch), parts[-1], *form)
                 bar.update(weight.numel())
             packed = parts[0]
             if len(parts) > 1:
@@ -173,7 +198,20 @@ def _transform(how: PackedWeight) -> PackedWeight:
 def _recipe(weight: Tensor, how: PackedWeight) -> Attachment | None:
     """Return what is attached to a weight if its packed form depends on it."""
     depends = how.masked or how.seed is not None or how.search in ("weighted", "reconstruct")
-    return attached_recipe(weight) if depends else None
+    return attached_recipe(weight) if depends or how.rank else None
+
+
+def _branch(weight: Tensor) -> LowRank | None:
+    """Return the branch that a recipe attached to a weight."""
+    recipe = attached_recipe(weight)
+    branch = recipe.low_rank if recipe is not None else None
+    if branch is not None and (branch.b.shape[1], branch.a.shape[0]) != tuple(weight.shape):
+        raise RecipeError(
+            f"a weight of shape {tuple(weight.shape)} has a low-rank branch of one of "
+            f"{(branch.b.shape[1], branch.a.shape[0])}: a rank holds a part of it, or it was replaced. Pack the model "
+            "first (tahf4.quantize_), and divide the packed one."
+        )
+    return branch
 
 
 def _reconstruction(
@@ -182,6 +220,8 @@ def _reconstruction(
     """Return the weight as its recipe rounded it, if the graph transforms it as the recipe did."""
     recipe = attached_recipe(weight) if how.search == "reconstruct" else None
     if recipe is None or (how.hadamard_block, seed) != (recipe.hadamard_block, recipe.seed):
+        return None
+    if recipe.low_rank is not None and not how.rank:  # it was made of what the branch leaves
         return None
     if mask is None or recipe.mask is None:
         return recipe.reconstruction if mask is recipe.mask else None

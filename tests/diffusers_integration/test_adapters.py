@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from helpers import plans, relative
-from models import Stack, masked_recipe, output, wan
+from models import Stack, branched, masked_recipe, output, wan
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
@@ -162,6 +162,23 @@ def test_a_recipe_fits_before_and_after_an_adapter_is_loaded():
     assert any(path.endswith(".base_layer") for path in with_adapter.linears(""))
     tahf4.quantize_(model, with_adapter)
     assert len(packed_linears(model)) == len(packed_linears(adapted)) == 10
+
+
+def test_an_adapter_runs_beside_a_product_with_its_branch():
+    model, inputs = frozen()
+    recipe, early = branched(masked_recipe(model), model), added(model, 8)[0]
+    packed, late = copy.deepcopy(early), copy.deepcopy(early)
+    tahf4.quantize_(packed, recipe)
+    assert {linear.rank for linear in packed_linears(packed).values()} >= {8}
+    tahf4.apply_recipe(late, recipe)
+    late.compile(backend="tahf4", options=GRAPH)
+    with_adapter = output(packed(**inputs))
+    assert relative(output(late(**inputs)), with_adapter) < 1e-5
+    packed.disable_adapters()
+    plain = copy.deepcopy(model)
+    tahf4.quantize_(plain, recipe)
+    assert torch.equal(output(packed(**inputs)), output(plain(**inputs)))
+    assert relative(with_adapter, output(plain(**inputs))) > 1e-4
 
 
 @pytest.mark.parametrize("fuse", ["fuse_lora", "merge_adapter"])

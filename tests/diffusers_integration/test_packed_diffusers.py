@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from helpers import relative
-from models import masked_recipe, output, wan
+from models import branched, masked_recipe, output, wan
 from safetensors import safe_open
 from tahf4_compiler.tools import tiny_wan
 from torch import nn
@@ -173,6 +173,26 @@ def test_a_recipe_is_applied_while_loading_and_its_weights_are_checked(tmp_path)
     wan()[0].save_pretrained(tmp_path / "plain")
     with pytest.raises(tahf4.RecipeError, match="other weights"):
         WanTransformer3DModel.from_pretrained(tmp_path / "plain", quantization_config=config)
+
+
+def test_branches_of_a_recipe_are_packed_while_loading_and_saved(tmp_path):
+    model, inputs = wan()
+    model.save_pretrained(tmp_path / "plain")
+    recipe = branched(masked_recipe(model, ["blocks.1.attn1.to_v"]), model)
+    config = tahf4.TaHF4Config(recipe=recipe)
+    loaded = type(model).from_pretrained(tmp_path / "plain", quantization_config=config)
+    tahf4.quantize_(model, recipe)
+    assert {linear.rank for linear in packed_linears(model).values()} == {8} and equal(loaded, model)
+    loaded.save_pretrained(tmp_path / "packed")
+    settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert settings["format_version"] == 2, "an earlier tahf4 would leave the branches out, and must refuse the folder"
+    again = type(model).from_pretrained(tmp_path / "packed")
+    assert equal(again, model) and torch.equal(output(again(**inputs)), output(model(**inputs)))
+    half = type(model).from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    assert torch.equal(half.blocks[0].ffn.net[2].low_rank_a, model.blocks[0].ffn.net[2].low_rank_a.bfloat16())
+    settings["linears"]["blocks.0.ffn.net.2"]["rank"] = 0
+    with pytest.raises(tahf4.PackedError, match="rank of its branch is 0"):
+        tahf4.TaHF4Config.from_dict(settings)
 
 
 def test_weights_that_are_not_finite_are_told_while_loading_and_casts_are_refused(tmp_path, caplog):

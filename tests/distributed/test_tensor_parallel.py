@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import relative
-from models import Stack, output, wan
+from models import Stack, branched, masked_recipe, output, wan
 from ranks import run
 from torch import nn
 
@@ -119,6 +119,7 @@ def styles(rank, size):
             assert relative(row(part), down(wanted)) < SUM_ORDER
             tahf4.set_high_precision_steps(row, [0], bits=bits, scheduler=scheduler)
             assert relative(row(part), more.down(wanted)) < SUM_ORDER
+    branches(mesh, rank, size)
     torch._dynamo.reset()
     plain = parallelize_module(Stack(2).eval(), mesh, {"blocks.0.up": HiF4ColwiseParallel()})
     with pytest.raises(Exception, match="graph reads DTensors.*local=True"):
@@ -144,6 +145,27 @@ def styles(rank, size):
         parallelize_module(uneven[0], mesh, HiF4RowwiseParallel())
     with pytest.raises(tahf4.ShardingError, match="Embedding; expected an nn.Linear"):
         parallelize_module(nn.Embedding(4, 4), mesh, HiF4ColwiseParallel())
+
+
+def branches(mesh, rank, size):
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    torch.manual_seed(0)
+    model, x = Stack(2, 64, 256).eval().requires_grad_(False), torch.randn(5, 64)
+    tahf4.quantize_(model, branched(masked_recipe(model, widest=64), model))
+    up, down = model.blocks[0].up, model.blocks[0].down
+    wanted, part = up(x), up(x).chunk(size, -1)[rank].clone()
+    assert up.rank == down.rank == 8
+    for local in (False, True):
+        column = parallelize_module(copy.deepcopy(up), mesh, HiF4ColwiseParallel(local=local))
+        assert relative(column(x), part) < SUM_ORDER
+        row = parallelize_module(copy.deepcopy(down), mesh, HiF4RowwiseParallel(local=local))
+        assert relative(row(part), down(wanted)) < SUM_ORDER
+    plain = Stack(2, 64, 256).eval().requires_grad_(False)
+    tahf4.apply_recipe(plain, branched(masked_recipe(plain, widest=64), plain))
+    divided = parallelize_module(plain, mesh, {"blocks.0.up": HiF4ColwiseParallel(local=True)})
+    with pytest.raises(Exception, match="low-rank branch.*a rank holds a part of it"):
+        torch.compile(divided.blocks[0].up, backend="tahf4", options={"inductor": False})(x)
 
 
 def packed_wan(rank, size):

@@ -42,7 +42,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from tahf4_compiler import ops as our_ops
 from tahf4_compiler.errors import OptionError, PackedError, PassError, PatternError
 from tahf4_compiler.format.transforms import SEED, signs
-from tahf4_compiler.graph.inputs import DECISION, INPUT, ROLE, GraphInput, HeldWeight, PackedInput, PackedWeight
+from tahf4_compiler.graph.inputs import BESIDE, DECISION, INPUT, ROLE, GraphInput, HeldWeight, PackedInput, PackedWeight
 from tahf4_compiler.model.attachments import _KEPT, _RECIPE, Attachment, attach
 from tahf4_compiler.model.reasons import Cause, Reason
 from tahf4_compiler.model.tree import Surroundings
@@ -588,7 +588,7 @@ class _Writer:
             (i,) = source.positions
             return [f"{self.name(node)}: held {source.part} of {held.get(i, self.text_.weights.get(i, str(i)))}"]
         name = self.weights(source)
-        if source.part in ("multiplier", "observer"):
+        if source.part in BESIDE:
             how = f" {_how(weight)}".rstrip()
             return [f"{self.name(node)}: {source.part} of {name}{how}"]
         if source.part == "scales":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import masked_recipe
+from models import branched, masked_recipe
 from safetensors.torch import load_file, load_model, save_file, save_model
 from tahf4_compiler.tools import tiny_wan
 from torch import nn
@@ -164,6 +164,17 @@ def test_a_recipe_is_applied_while_loading_and_its_weights_are_checked(tmp_path)
     umt5().save_pretrained(tmp_path / "plain")
     with pytest.raises(tahf4.RecipeError, match="other weights"):
         type(model).from_pretrained(tmp_path / "plain", quantization_config=config)
+
+
+def test_branches_of_a_recipe_are_packed_while_loading_and_saved(tmp_path):
+    model = umt5()
+    model.save_pretrained(tmp_path / "plain")
+    recipe = branched(masked_recipe(model), model)
+    loaded = type(model).from_pretrained(tmp_path / "plain", quantization_config=tahf4.TaHF4Config(recipe=recipe))
+    tahf4.quantize_(model, recipe)
+    assert {linear.rank for linear in packed_linears(model).values()} == {8} and equal(loaded, model)
+    loaded.save_pretrained(tmp_path / "packed")
+    assert equal(type(model).from_pretrained(tmp_path / "packed"), model)
 
 
 def test_a_packed_folder_loads_with_its_head_or_without(tmp_path):

@@ -35,6 +35,7 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("network-searched mask, rotation, searched scales", {"scale_search": "squared"}),
     ("the defaults of recipe(): the same with reconstruction", {}),
     ("the defaults, without rotation", {"rotate": False}),
+    ("the defaults, branches of rank 16 (4 % of the width)", {"low_rank": 4}),
     ("rotation, no data, activations in 8 bits", {"mask": None, "scale_search": "", "activation_bits": 8}),
     ("the defaults, activations in 8 bits", {"activation_bits": 8}),
 )

@@ -53,6 +53,10 @@ ROWS = (
     ),
     Row("defaults (network-searched mask, rotation, reconstruction)", {"sensitivity": False}),
     Row("defaults, without rotation", {"sensitivity": False, "rotate": False}),
+    *(
+        Row(f"defaults, branches of {percent} % of the width", {"sensitivity": False, "low_rank": percent})
+        for percent in (4, 8)
+    ),
     Row("defaults, activations in 8 bits", {"sensitivity": False, "activation_bits": 8}),
     Row("defaults, activations of 20 % of the FLOPs in 8 bits", {"sensitivity": True, "max_8bit_flops": 0.2}),
     *(

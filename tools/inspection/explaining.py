@@ -40,6 +40,8 @@ def overview(report: Report) -> str:
             numbers.append(f"{row['milliseconds']:.3f} ms")
         if row.get("activation_bits") in ACTIVATIONS:
             numbers.append(f"{ACTIVATIONS[row['activation_bits']]} activation")
+        if row.get("rank"):
+            numbers.append(f"rank {row['rank']}")
         lines.append(f"{row['module']:{width}}  {row['decision']:14}  {', '.join(numbers)}  {row['reason']}")
     lines.append("")
     for entry in report.passes:
@@ -73,6 +75,8 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
         yield "  activation  8 bits: int8, with a float32 scale for each unit of 64 values"
     if row.get("activation_bits") == 16:
         yield "  activation  16 bits: not quantized; the weight is dequantized in each call (W4A16)"
+    if row.get("rank"):
+        yield f"  branch      rank {row['rank']}, in the precision of the original; its bytes are among those above"
     yield f"  reason      {row['reason']}"
     yield f"  FLOPs       {row['flops']:,} a call"
     yield from (f"  {text}" for text in _statistics(report, row))
