@@ -180,7 +180,8 @@ struct Attention {
   const float *q_scales, *k_scales, *v_scales;       // [..., units], [..., units], [..., tiles]
   const float* mask;                                 // what is added to the scores of a softmax to the base of 2, or null
   int64_t mask_strides[4];                           // of batch, head, row and key
-  float* out;                                        // [B, rows, heads, channels]
+  float* out;                                        // [B, heads, rows, channels]
+  int64_t out_strides[4];
   int64_t batch, heads, key_heads, rows, keys, channels, units;
   float factor;                                      // of the scores
   int32_t causal;

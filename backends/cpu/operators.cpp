@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -401,7 +402,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   const at::AutoDispatchBelowADInplaceOrView guard;
   const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), keys = k.size(2), channels = v.size(3);
   const int64_t padded = (q.size(3) + kUnit - 1) / kUnit * kUnit, block = padded & -padded;
-  Tensor out = at::empty({batch, rows, heads, channels}, at::kFloat);
+  // As SDPA does.
+  Tensor out = channels == q.size(3) ? at::empty_like(q, q.options().dtype(at::kFloat))
+                                     : at::empty({batch, heads, rows, channels}, at::kFloat);
   if (!keys) out.zero_();
   if (out.numel() && keys) {
     const auto [q_codes, q_scales] = quantize(q, {}, block, 8);
@@ -409,8 +412,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
     const auto [v_codes, v_scales] = quantize(v.transpose(2, 3), {}, 0, 8);
     Attention x = {q_codes.const_data_ptr<int8_t>(), k_codes.const_data_ptr<int8_t>(), v_codes.const_data_ptr<int8_t>(),
                    q_scales.const_data_ptr<float>(), k_scales.const_data_ptr<float>(), v_scales.const_data_ptr<float>(),
-                   nullptr, {}, out.mutable_data_ptr<float>(), batch, heads, k.size(1), rows, keys, channels,
+                   nullptr, {}, out.mutable_data_ptr<float>(), {}, batch, heads, k.size(1), rows, keys, channels,
                    padded / kUnit, float((scale ? *scale : std::pow(double(q.size(3)), -0.5)) / kLog2), causal};
+    for (int axis = 0; axis < 4; ++axis) x.out_strides[axis] = out.stride(axis);
     Tensor bias;
     if (mask) {
       bias = added(*mask, {batch, heads, rows, keys});
@@ -419,7 +423,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
     }
     tahf4_attention(&x, isa, threads());
   }
-  return out.to(q.scalar_type()).transpose(1, 2);
+  return out.to(q.scalar_type());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

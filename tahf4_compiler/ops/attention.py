@@ -55,9 +55,9 @@ def attention(
         enable_gqa: whether ``n`` heads of queries may share a head of keys and values.
 
     Returns:
-        ``[B, H, L, Ev]`` of the dtype of the query, in memory as ``[B, L, H, Ev]``. A row that sees no key is 0. A NaN
-        goes where SDPA lets it go; an infinity becomes NaN. A NaN or an infinity in a value makes its channel NaN in
-        every row that sees one of the same 64 keys.
+        ``[B, H, L, Ev]`` of the dtype of the query. It lies in memory as the query does where Ev is E, as that of SDPA
+        does. A row that sees no key is 0. A NaN goes where SDPA lets it go; an infinity becomes NaN. A NaN or an infinity
+        in a value makes its channel NaN in every row that sees one of the same 64 keys.
 
     Raises:
         FormatError: dtypes or shapes do not fit each other.
@@ -185,5 +185,6 @@ def _exp2(x: Tensor) -> Tensor:
 
 
 def _empty(query: Tensor, value: Tensor) -> Tensor:
-    batch, heads, rows, _ = query.shape
-    return query.new_empty((batch, rows, heads, value.shape[-1])).transpose(1, 2)
+    if query.shape[-1] == value.shape[-1]:
+        return torch.empty_like(query)
+    return query.new_empty((*query.shape[:3], value.shape[-1]))
