@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -143,8 +141,11 @@ def test_a_backend_that_a_user_set_through_diffusers_stays(calls):
 
 
 def test_a_step_in_high_precision_has_its_attention_so(calls):
-    pipe, args = SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler()), wan(num_layers=1)[1]
-    pipe.transformer = wan(num_layers=1)[0]
+    class Pipe:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        transformer, args = wan(num_layers=1)
+
+    pipe, args = Pipe(), Pipe.args
     with tahf4.calibrate(pipe, options={"inductor": False}) as calibration:
         calls.during(lambda: pipe.transformer(**args))
     choices = {"mask": "max", "scale_search": "", "sensitivity": False}
