@@ -56,8 +56,8 @@ def attention(
 
     Returns:
         ``[B, H, L, Ev]`` of the dtype of the query. It lies in memory as the query does where Ev is E, as that of SDPA
-        does. A row that sees no key is 0. A NaN goes where SDPA lets it go; an infinity becomes NaN. One in a value makes
-        its channel NaN in every row that sees one of the same 64 keys.
+        does. A row that sees no key is 0. A NaN goes where SDPA lets it go; an infinity becomes NaN. One in a value
+        makes its channel NaN in every row that sees one of the same 64 keys.
 
     Raises:
         FormatError: dtypes or shapes do not fit each other.
