@@ -1,5 +1,5 @@
-// Attention in 8 bits, as tahf4_compiler/ops/attention.py defines it, bit for bit. Keys and values are laid out as panels
-// of 64 lanes once; then each thread takes rows of queries through all keys. Memory grows with the tokens alone.
+// Attention in 8 bits, as tahf4_compiler/ops/attention.py defines it, bit for bit. Keys and values are quantized into
+// panels of 64 lanes once; then each thread takes rows of queries through all keys. Memory grows with the tokens alone.
 
 #include <cmath>
 
@@ -22,26 +22,66 @@ void make_panel(const int8_t* rows, int64_t stride, int64_t count, int8_t* panel
     for (int word = 0; word < 16; ++word) std::memcpy(panel + word * 256 + lane * 4, rows + lane * stride + word * 4, 4);
 }
 
-void make_keys(const Attention& x, int64_t head, int64_t tile, int8_t* panels, int32_t* starts, float* scales) {
-  const int64_t key = tile * kUnit, count = std::min<int64_t>(kUnit, x.keys - key);
+// Room for the codes and scales of one piece of work.
+struct Piece {
+  explicit Piece(const Attention& x)
+      : codes(std::max(x.units * kUnit, x.channels) * kUnit),
+        scales(std::max(x.units * kUnit, x.channels) * 4),
+        turned(x.channels * kUnit * 4) {}
+  Buffer codes, scales, turned;
+};
+
+const void* row_of(const Attention& x, const void* data, const int64_t* strides, int64_t heads, int64_t head, int64_t row) {
+  const int64_t place = head / heads * strides[0] + head % heads * strides[1] + row * strides[2];
+  return static_cast<const char*>(data) + place * (x.dtype == kFloat32 ? 4 : 2);
+}
+
+// Rotated rows of queries or keys.
+void quantize_rows(const Attention& x, const void* rows, int64_t stride, int64_t count, int isa, const Piece& piece) {
+  const Target target = {nullptr, x.block, x.norm, piece.codes.as<uint8_t>(), piece.scales.as<int32_t>(), 8};
+  tahf4_quantize(rows, x.dtype, count, x.width, stride, &target, isa, 1);
+}
+
+void make_keys(const Attention& x, int64_t head, int64_t tile, int isa, const Piece& piece, int8_t* panels,
+               int32_t* starts, float* scales) {
+  const int64_t key = tile * kUnit, count = std::min<int64_t>(kUnit, x.keys - key), stride = x.units * kUnit;
+  quantize_rows(x, row_of(x, x.k, x.k_strides, x.key_heads, head, key), x.k_strides[2], count, isa, piece);
   for (int64_t unit = 0; unit < x.units; ++unit) {
-    const int8_t* rows = x.k + ((head * x.keys + key) * x.units + unit) * kUnit;
-    make_panel(rows, x.units * kUnit, count, panels + unit * kPanelBytes);
+    const int8_t* rows = piece.codes.as<int8_t>() + unit * kUnit;
+    make_panel(rows, stride, count, panels + unit * kPanelBytes);
     for (int64_t lane = 0; lane < kUnit; ++lane) {
       int32_t sum = 0;
-      for (int i = 0; lane < count && i < kUnit; ++i) sum += rows[lane * x.units * kUnit + i];
+      for (int i = 0; lane < count && i < kUnit; ++i) sum += rows[lane * stride + i];
       starts[unit * kUnit + lane] = -128 * sum;  // codes of queries are stored plus 128
-      scales[unit * kUnit + lane] = lane < count ? x.k_scales[(head * x.keys + key + lane) * x.units + unit] : 0.0f;
+      scales[unit * kUnit + lane] = lane < count ? piece.scales.as<float>()[lane * x.units + unit] : 0.0f;
     }
   }
 }
 
-void make_values(const Attention& x, int64_t head, int64_t tile, int64_t tiles, int8_t* panels, float* scales) {
+// Values lie token by token and are quantized channel by channel.
+template <class Bits>
+void turn(const Attention& x, const Bits* values, int64_t count, Bits* out) {
+  for (int64_t channel = 0; channel < x.channels; ++channel)
+    for (int64_t token = 0; token < kUnit; ++token)
+      out[channel * kUnit + token] = token < count ? values[token * x.v_strides[2] + channel] : 0;
+}
+
+void make_values(const Attention& x, int64_t head, int64_t tile, int isa, const Piece& piece, int8_t* panels,
+                 float* scales) {
+  const int64_t key = tile * kUnit, count = std::min<int64_t>(kUnit, x.keys - key);
+  const void* values = row_of(x, x.v, x.v_strides, x.key_heads, head, key);
+  if (x.dtype == kFloat32) {
+    turn(x, static_cast<const uint32_t*>(values), count, piece.turned.as<uint32_t>());
+  } else {
+    turn(x, static_cast<const uint16_t*>(values), count, piece.turned.as<uint16_t>());
+  }
+  const Target target = {nullptr, 0, 1.0f, piece.codes.as<uint8_t>(), piece.scales.as<int32_t>(), 8};
+  tahf4_quantize(piece.turned.data, x.dtype, x.channels, kUnit, kUnit, &target, isa, 1);
   for (int64_t channel = 0; channel < x.channels; channel += kUnit) {
-    const int64_t count = std::min<int64_t>(kUnit, x.channels - channel), row = head * x.channels + channel;
-    make_panel(x.v + (row * tiles + tile) * kUnit, tiles * kUnit, count, panels + channel / kUnit * kPanelBytes);
+    const int64_t lanes = std::min<int64_t>(kUnit, x.channels - channel);
+    make_panel(piece.codes.as<int8_t>() + channel * kUnit, kUnit, lanes, panels + channel / kUnit * kPanelBytes);
     for (int64_t lane = 0; lane < kUnit; ++lane)
-      scales[channel + lane] = lane < count ? x.v_scales[(row + lane) * tiles + tile] : 0.0f;
+      scales[channel + lane] = lane < lanes ? piece.scales.as<float>()[channel + lane] : 0.0f;
   }
 }
 
@@ -62,30 +102,30 @@ void tahf4_attention(const Attention* given, int isa, int threads) {
   const Functions* functions = functions_of(isa);
   const auto attend = functions ? functions->attend : plain::attend;
   // As many rows as keep the panels of a block of keys in the cache.
-  const int64_t blocks = (x.rows + kUnit - 1) / kUnit;
+  const int64_t blocks = (x.rows + kUnit - 1) / kUnit, width = x.units * kUnit;
 #pragma omp parallel num_threads(team_of(x.batch * x.heads * x.rows * x.keys, threads))
   {
-    const Buffer rows(kUnit * x.units * kUnit), factors(kUnit * x.units * 4), sums(kUnit * parts * kUnit * 4);
+    const Piece piece(x);
+    const Buffer rows(kUnit * width), factors(kUnit * x.units * 4), sums(kUnit * parts * kUnit * 4);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; ++i) {
       const int64_t head = i / tiles, tile = i % tiles, k = i * x.units, v = i * parts;
-      make_keys(x, head, tile, keys.as<int8_t>() + k * kPanelBytes, starts.as<int32_t>() + k * kUnit,
+      make_keys(x, head, tile, isa, piece, keys.as<int8_t>() + k * kPanelBytes, starts.as<int32_t>() + k * kUnit,
                 key_scales.as<float>() + k * kUnit);
-      make_values(x, head, tile, tiles, values.as<int8_t>() + v * kPanelBytes, value_scales.as<float>() + v * kUnit);
+      make_values(x, head, tile, isa, piece, values.as<int8_t>() + v * kPanelBytes,
+                  value_scales.as<float>() + v * kUnit);
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t piece = 0; piece < x.batch * x.heads * blocks; ++piece) {
-      const int64_t head = piece / blocks, row = piece % blocks * kUnit, first = head * x.rows + row;
-      const int64_t height = std::min<int64_t>(kUnit, x.rows - row), width = x.units * kUnit;
-      // Rows that are not there are like the last one.
-      for (int64_t r = 0; r < kUnit; ++r) {
-        const int64_t source = first + std::min(r, height - 1);
-        for (int64_t i = 0; i < width; ++i) rows.as<uint8_t>()[r * width + i] = uint8_t(x.q[source * width + i] + 128);
-        for (int64_t i = 0; i < x.units; ++i)
-          factors.as<float>()[r * x.units + i] = x.q_scales[source * x.units + i] * x.factor;
-      }
-      const int64_t batch = head / x.heads, key_head = batch * x.key_heads + head % x.heads / shared;
-      attend(x, panels, key_head, first, height, rows.as<uint8_t>(), factors.as<float>(), sums.as<float>());
+    for (int64_t i = 0; i < x.batch * x.heads * blocks; ++i) {
+      const int64_t head = i / blocks, row = i % blocks * kUnit, height = std::min<int64_t>(kUnit, x.rows - row);
+      quantize_rows(x, row_of(x, x.q, x.q_strides, x.heads, head, row), x.q_strides[2], height, isa, piece);
+      std::fill_n(rows.as<uint8_t>(), kUnit * width, uint8_t(0));
+      std::fill_n(factors.as<float>(), kUnit * x.units, 0.0f);
+      for (int64_t r = 0; r < height * width; ++r) rows.as<uint8_t>()[r] = uint8_t(piece.codes.as<int8_t>()[r] + 128);
+      for (int64_t r = 0; r < height * x.units; ++r) factors.as<float>()[r] = piece.scales.as<float>()[r] * x.factor;
+      const int64_t key_head = head / x.heads * x.key_heads + head % x.heads / shared;
+      attend(x, panels, key_head, head * x.rows + row, height, rows.as<uint8_t>(), factors.as<float>(),
+             sums.as<float>());
     }
   }
 }

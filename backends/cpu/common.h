@@ -173,18 +173,17 @@ struct Slots {
 // ---------------------------------------------------------------------------------------------------------------------
 // Attention in 8 bits: see tahf4_compiler/ops/attention.py.
 
-// Codes and scales as quantizations give them; values are quantized along tokens.
 struct Attention {
-  const int8_t *q, *k, *v;                           // [B, heads, rows, units * 64], [B, key_heads, keys, units * 64],
-                                                     // [B, key_heads, channels, tiles * 64]
-  const float *q_scales, *k_scales, *v_scales;       // [..., units], [..., units], [..., tiles]
-  const float* mask;                                 // what is added to the scores of a softmax to the base of 2, or null
-  int64_t mask_strides[4];                           // of batch, head, row and key
-  float* out;                                        // [B, heads, rows, channels]
+  const void *q, *k, *v;  // [B, heads, rows, width], [B, key_heads, keys, width], [B, key_heads, keys, channels]
+  int64_t q_strides[3], k_strides[3], v_strides[3];  // of batch, head and row, in values; channels are contiguous
+  const float* mask;         // what is added to the scores of a softmax to the base of 2, or null
+  int64_t mask_strides[4];   // of batch, head, row and key
+  float* out;                // [B, heads, rows, channels]
   int64_t out_strides[4];
-  int64_t batch, heads, key_heads, rows, keys, channels, units;
-  float factor;                                      // of the scores
-  int32_t causal;
+  int64_t batch, heads, key_heads, rows, keys, width, channels;
+  int64_t block, units;      // of the rotation; of 64 in the width
+  float norm, factor;        // of the rotation; of the scores
+  int32_t dtype, causal;
 };
 
 // Keys and values for dots with 64 keys, or channels, at a time.

@@ -401,20 +401,28 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
     return general(attention, "tahf4_cpu::attention", q, k, v, mask, causal, scale, gqa);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), keys = k.size(2), channels = v.size(3);
-  const int64_t padded = (q.size(3) + kUnit - 1) / kUnit * kUnit, block = padded & -padded;
+  const int64_t padded = (q.size(3) + kUnit - 1) / kUnit * kUnit;
   // As SDPA does.
   Tensor out = channels == q.size(3) ? at::empty_like(q, q.options().dtype(at::kFloat))
                                      : at::empty({batch, heads, rows, channels}, at::kFloat);
   if (!keys) out.zero_();
   if (out.numel() && keys) {
-    const auto [q_codes, q_scales] = quantize(q, {}, block, 8);
-    const auto [k_codes, k_scales] = quantize(k, {}, block, 8);
-    const auto [v_codes, v_scales] = quantize(v.transpose(2, 3), {}, 0, 8);
-    Attention x = {q_codes.const_data_ptr<int8_t>(), k_codes.const_data_ptr<int8_t>(), v_codes.const_data_ptr<int8_t>(),
-                   q_scales.const_data_ptr<float>(), k_scales.const_data_ptr<float>(), v_scales.const_data_ptr<float>(),
-                   nullptr, {}, out.mutable_data_ptr<float>(), {}, batch, heads, k.size(1), rows, keys, channels,
-                   padded / kUnit, float((scale ? *scale : std::pow(double(q.size(3)), -0.5)) / kLog2), causal};
+    Attention x = {};
+    // Rows as they lie, where their channels are contiguous.
+    const auto rows_in = [](const Tensor& given, int64_t* strides) {
+      const Tensor found = given.stride(3) == 1 ? given : given.contiguous();
+      for (int axis = 0; axis < 3; ++axis) strides[axis] = found.stride(axis);
+      return found;
+    };
+    const Tensor left = rows_in(q, x.q_strides), right = rows_in(k, x.k_strides), held = rows_in(v, x.v_strides);
+    x.q = left.const_data_ptr(), x.k = right.const_data_ptr(), x.v = held.const_data_ptr();
+    x.out = out.mutable_data_ptr<float>();
     for (int axis = 0; axis < 4; ++axis) x.out_strides[axis] = out.stride(axis);
+    x.batch = batch, x.heads = heads, x.key_heads = k.size(1), x.rows = rows, x.keys = keys;
+    x.width = q.size(3), x.channels = channels, x.block = padded & -padded, x.units = padded / kUnit;
+    x.norm = float(1.0 / std::sqrt(double(x.block)));
+    x.factor = float((scale ? *scale : std::pow(double(x.width), -0.5)) / kLog2);
+    x.dtype = number_of(q.scalar_type()), x.causal = causal;
     Tensor bias;
     if (mask) {
       bias = added(*mask, {batch, heads, rows, keys});
