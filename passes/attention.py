@@ -88,6 +88,8 @@ class Attention(Pass):
             check_attention(query, key, value, mask, given["is_causal"], given["enable_gqa"])
         except FormatError as error:
             return Reason(Cause.SHAPE, str(error))
+        if (dtype := node.meta["val"].dtype) != query.dtype:
+            return Reason(Cause.DTYPE, f"dtype: autocast makes {query.dtype} {dtype}")
         tokens = min(size_hint(query.shape[2]), size_hint(key.shape[2]))
         if tokens < self.min_tokens:
             return Reason(Cause.SMALL, f"short: {tokens} tokens, less than {self.min_tokens}")

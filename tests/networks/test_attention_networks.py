@@ -159,6 +159,22 @@ def test_a_step_in_high_precision_has_its_attention_so(calls):
     assert found == [0, 2]
 
 
+@needs_cpp
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_an_attention_that_autocast_casts_stays(given):
+    class Attention(nn.Module):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(1, 2, 130, 64).to(given)
+    low = tahf4.lower(tahf4.capture(Attention(), (x,)), options={"attention": "int8"})
+    stays = given == torch.float32
+    assert ("autocast makes torch.float32 torch.bfloat16" in low.notes["attention"][0]) == stays
+    got = low(x)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, Attention()(x)) == stays
+
+
 def test_an_encoder_layer_with_a_mask(calls):
     layer = nn.TransformerEncoderLayer(128, 2, 256, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
