@@ -1,5 +1,6 @@
 """The passes that ship here, one a file, and the pipelines that they make."""
 
+from .attention import Attention
 from .classify import Classify
 from .fuse import Fuse
 from .lower import Lower
@@ -24,6 +25,7 @@ DEFAULT = (
     Smooth,  # channel masks of a recipe
     Rotate,  # block Hadamard with random signs
     ScaleSearch,  # scales of weights by squared error
+    Attention,  # scaled dot product attention in 8 bits, if asked for
     Upcast,  # float32 between 16-bit inputs and outputs, if asked for
     Fuse,  # norms and activations into quantizations, gates and residuals into products
     Lower,  # choose a kernel for each operator

@@ -25,6 +25,7 @@ __all__ = [
 
 WEIGHT_CHECKS = ("content", "version")
 KERNELS = ("best", "reference")
+ATTENTION = ("high_precision", "int8")
 ACTIVATION_BITS = (4, 8, 16)
 """What an activation may have: HiF4; int8 with a float32 scale for each unit of 64 values; 16 bits, not quantized."""
 PROTECTING_BITS = (None, 8, 16)
@@ -43,6 +44,8 @@ class Options:
             linears, or a mapping of regular expressions, searched in module paths, to numbers: the first that matches
             counts, and one that matches no linear is an error.
             Other linears have 4, or what their packed module says (:attr:`tahf4_compiler.HiF4Linear.activation_bits`).
+        attention: ``"high_precision"``, or ``"int8"`` to run ``scaled_dot_product_attention`` with operands of 8 bits
+            where it can (see :class:`tahf4_compiler.passes.attention.Attention`).
         passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
         disable_passes: names of passes to leave out.
         dump_dir: folder for graphs, plan and report of each compiled graph; by default ``TAHF4_DUMP_DIR``.
@@ -63,6 +66,7 @@ class Options:
 
     keep: tuple[str, ...] = ()
     activation_bits: tuple[tuple[str, int], ...] = ()
+    attention: str = "high_precision"
     passes: tuple[Any, ...] = ()
     disable_passes: tuple[str, ...] = ()
     dump_dir: str | None = None
@@ -236,6 +240,12 @@ def _kernels(name: str, value: Any) -> str:
     return str(value)
 
 
+def _attention(name: str, value: Any) -> str:
+    if value not in ATTENTION:
+        raise OptionError(f"option {name!r} is {value!r}; expected one of {', '.join(map(repr, ATTENTION))}")
+    return str(value)
+
+
 def _pipeline(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise OptionError(f"option {name!r} is {value!r}; expected the name of a pipeline")
@@ -251,6 +261,7 @@ def _weight_check(name: str, value: Any) -> str:
 _CONVERT = {
     "keep": patterns,
     "activation_bits": activation_bits,
+    "attention": _attention,
     "passes": _passes,
     "disable_passes": _strings,
     "dump_dir": _path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from ..format import hif4
 from ..ops import registry
 from .kernels.block import WanBlock, rotary_of
 
-__all__ = ["LINEARS", "QUANTIZED", "block", "facts", "linears", "main", "markdown", "pipeline", "quantizing"]
+__all__ = ["ATTENTION", "LINEARS", "QUANTIZED", "attention", "block", "facts", "linears", "main", "markdown", "pipeline", "quantizing"]
 
 QUANTIZED = ((512, 3072), (1024, 5120), (4096, 5120))
 """Rows and columns of activations."""
@@ -35,6 +36,9 @@ LINEARS = (
     *((8, 5120, 5120), (1, 5120, 5120)),
 )
 """M, K, N."""
+
+ATTENTION = ((512, 8, 128), (4096, 4, 128), (8192, 2, 128))
+"""Tokens, heads, channels of a head."""
 
 Times = dict[str, dict[str, float]]
 _LONG, _FEW = 1.0, 3  # seconds, rounds
@@ -162,6 +166,21 @@ def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[st
     return rows
 
 
+@torch.no_grad()
+def attention(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
+    """Time attention in 8 bits, the quantization of q, k and v included, beside PyTorch's."""
+    rows = []
+    for tokens, heads, width in shapes:
+        # As models split their heads off.
+        q, k, v = (torch.randn(1, tokens, heads, width).transpose(1, 2) for _ in range(3))
+        functions: dict[str, Callable[[], Any]] = {
+            "float32": functools.partial(nn.functional.scaled_dot_product_attention, q, k, v),
+            "int8": functools.partial(torch.ops.tahf4_cpu.attention.default, q, k, v),
+        }
+        rows.append({"tokens": tokens, "heads": heads, "width": width, "times": interleaved(functions, rounds)})
+    return rows
+
+
 def usable(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether torchao is worth more measurements: where it has no kernel a block would take minutes a call."""
     found = [row["times"] for row in rows if "torchao int8" in row["times"]]
@@ -252,6 +271,7 @@ def main(output: Path, rounds: int) -> None:
         found: dict[str, Any] = {"facts": facts(), "rounds": rounds}
         found["quantize"] = quantizing(QUANTIZED, rounds)
         found["linear"] = linears(LINEARS, rounds)
+        found["attention"] = attention(ATTENTION, rounds)
         found["block"] = block(3072, 14336, 24, 512, rounds, usable(found["linear"]))
         found["pipeline"] = pipeline(rounds)
     text = markdown(found)
@@ -286,6 +306,13 @@ def markdown(found: Mapping[str, Any]) -> str:
         ]
         cells.append(f"{max(t['spread'] for t in times.values()):.0%}")
         lines.append(f"| {row['m']} x {row['k']} x {row['n']} | " + " | ".join(cells) + " |")
+    lines += ["", "| attention, tokens x heads x channels | float32, ms | int8, ms | int8 is faster | spread |"]
+    lines += ["|---" * 5 + "|"]
+    for row in found["attention"]:
+        seconds = {name: t["seconds"] for name, t in row["times"].items()}
+        cells = [f"{s * 1e3:.1f}" for s in seconds.values()] + [f"{seconds['float32'] / seconds['int8']:.2f}"]
+        cells.append(f"{max(t['spread'] for t in row['times'].values()):.0%}")
+        lines.append(f"| {row['tokens']} x {row['heads']} x {row['width']} | " + " | ".join(cells) + " |")
     whole = found["block"]
     title = f"block of {whole['dim']} / {whole['ffn']}, {whole['tokens']} tokens"
     lines += ["", f"| {title} | ms | W4A4 is faster | spread |"]

@@ -23,8 +23,8 @@ __all__ = ["SETS", "SOURCES", "instruction_set", "library", "loaded", "processor
 log = logging.getLogger(__name__)
 
 _NAMES = (
-    *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "search.cpp", "operators.cpp"),
-    *("common.h", "units.inc", "programs.inc", "tile_avx2.inc", "tile_amx.inc"),
+    *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "attention.cpp", "search.cpp", "operators.cpp"),
+    *("common.h", "attention.inc", "units.inc", "programs.inc", "tile_avx2.inc", "tile_amx.inc"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 

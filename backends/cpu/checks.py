@@ -15,6 +15,7 @@ from .programs import DTYPES, encode
 
 __all__ = [
     "as_rows",
+    "attention",
     "fused_linear",
     "fused_quantize",
     "linear",
@@ -121,6 +122,20 @@ def linear_quantize(
     shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs)
     _program(program, "y")
     _target("linear_quantize", shape[-1], multiplier, hadamard_block, bits)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """See ``tahf4::attention``."""
+    ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    on_cpu("attention", query, key, value, attn_mask)
 
 
 def _product(

@@ -180,6 +180,34 @@ struct Slots {
   Buffer memory;
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention in 8 bits: see tahf4_compiler/ops/attention.py.
+
+struct Attention {
+  const void *q, *k, *v;  // [B, heads, rows, width], [B, key_heads, keys, width], [B, key_heads, keys, channels]
+  int64_t q_strides[3], k_strides[3], v_strides[3];  // of batch, head and row, in values; channels are contiguous
+  const float* mask;         // what is added to the scores of a softmax to the base of 2, or null
+  int64_t mask_strides[4];   // of batch, head, row and key
+  float* out;                // [B, heads, rows, channels]
+  int64_t out_strides[4];
+  int64_t batch, heads, key_heads, rows, keys, width, channels;
+  int64_t block, units;      // of the rotation; of 64 in the width
+  float norm, factor;        // of the rotation; of the scores
+  int32_t dtype, causal;
+};
+
+// Keys and values for dots with 64 keys, or channels, at a time.
+struct Panels {
+  const int8_t* keys;       // [B * key_heads, tiles, units, 16, 64 keys, 4]
+  const int32_t* starts;    // [B * key_heads, tiles, units, 64]: -128 times the sum of a key's codes
+  const float* key_scales;  // [B * key_heads, tiles, units, 64]
+  const int8_t* values;     // [B * key_heads, tiles, parts, 16, 64 channels, 4]
+  const float* value_scales;
+  int64_t tiles, parts;
+};
+
+constexpr int64_t kPanelBytes = kUnit * kUnit;
+
 // What is compiled for each set of instructions.
 struct Functions {
   // Rows are pieces of `count` values, a multiple of the block, unless the row ends before.
@@ -191,6 +219,9 @@ struct Functions {
   void (*finish)(const Program* program, const Inputs& inputs, int64_t row, int64_t column, int64_t count,
                  const float* bias, int dtype, float* slots, float* values);
   void (*store)(const float* values, int64_t count, int dtype, void* out);
+  // See attention.inc.
+  void (*attend)(const Attention& x, const Panels& panels, int64_t head, int64_t first, int64_t count,
+                 const uint8_t* rows, const float* factors, float* sums);
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -237,4 +268,5 @@ void tahf4_fused_quantize(const tahf4::Program* program, const tahf4::Inputs* in
                           const tahf4::Target* target, int isa, int threads);
 void tahf4_dequantize(const uint8_t* codes, const int32_t* scales, int64_t rows, int64_t units, float* out, int threads);
 void tahf4_linear(const tahf4::Operands* operands, const tahf4::Result* result, int isa, int threads);
+void tahf4_attention(const tahf4::Attention* given, int isa, int threads);
 }

@@ -7,7 +7,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
@@ -363,6 +365,76 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Attention.
+
+constexpr double kLog2 = 0.6931471805599453;
+constexpr int64_t kMostChannels = 1024;
+
+// What a mask adds to the scores.
+Tensor added(const Tensor& mask, IntArrayRef shape) {
+  const Tensor values = mask.scalar_type() == at::kBool
+                            ? at::zeros(mask.sizes(), at::kFloat).masked_fill(mask.logical_not(), -INFINITY)
+                            : mask.to(at::kFloat);
+  return values.mul(1 / kLog2).expand(shape);
+}
+
+bool attention_fits(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask, bool causal, bool gqa) {
+  for (const Tensor* x : {&q, &k, &v})
+    if (!readable(*x) || x->dim() != 4 || x->scalar_type() != q.scalar_type()) return false;
+  const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1);
+  if (k.size(0) != batch || v.size(0) != batch || v.size(1) != shared || v.size(2) != k.size(2) ||
+      k.size(3) != q.size(3) || q.size(3) < 1 || q.size(3) > kMostChannels ||
+      (shared != heads && (!gqa || !shared || heads % shared)))
+    return false;
+  if (!mask) return true;
+  const int64_t wanted[] = {batch, heads, q.size(2), k.size(2)}, missing = 4 - mask->dim();
+  if (causal || missing < 0 || !mask->is_cpu() || (mask->scalar_type() != at::kBool && !readable(*mask))) return false;
+  for (int64_t axis = 0; axis < mask->dim(); ++axis)
+    if (mask->size(axis) != 1 && mask->size(axis) != wanted[missing + axis]) return false;
+  return true;
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask, bool causal,
+                 std::optional<double> scale, bool gqa) {
+  const int isa = instructions();
+  if (isa == kRefused || !attention_fits(q, k, v, mask, causal, gqa))
+    return general(attention, "tahf4_cpu::attention", q, k, v, mask, causal, scale, gqa);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), keys = k.size(2), channels = v.size(3);
+  const int64_t padded = (q.size(3) + kUnit - 1) / kUnit * kUnit;
+  // As SDPA does.
+  Tensor out = channels == q.size(3) ? at::empty_like(q, q.options().dtype(at::kFloat))
+                                     : at::empty({batch, heads, rows, channels}, at::kFloat);
+  if (!keys) out.zero_();
+  if (out.numel() && keys) {
+    Attention x = {};
+    // Rows as they lie, where their channels are contiguous.
+    const auto rows_in = [](const Tensor& given, int64_t* strides) {
+      const Tensor found = given.stride(3) == 1 ? given : given.contiguous();
+      for (int axis = 0; axis < 3; ++axis) strides[axis] = found.stride(axis);
+      return found;
+    };
+    const Tensor left = rows_in(q, x.q_strides), right = rows_in(k, x.k_strides), held = rows_in(v, x.v_strides);
+    x.q = left.const_data_ptr(), x.k = right.const_data_ptr(), x.v = held.const_data_ptr();
+    x.out = out.mutable_data_ptr<float>();
+    for (int axis = 0; axis < 4; ++axis) x.out_strides[axis] = out.stride(axis);
+    x.batch = batch, x.heads = heads, x.key_heads = k.size(1), x.rows = rows, x.keys = keys;
+    x.width = q.size(3), x.channels = channels, x.block = padded & -padded, x.units = padded / kUnit;
+    x.norm = float(1.0 / std::sqrt(double(x.block)));
+    x.factor = float((scale ? *scale : std::pow(double(x.width), -0.5)) / kLog2);
+    x.dtype = number_of(q.scalar_type()), x.causal = causal;
+    Tensor bias;
+    if (mask) {
+      bias = added(*mask, {batch, heads, rows, keys});
+      x.mask = bias.const_data_ptr<float>();
+      for (int axis = 0; axis < 4; ++axis) x.mask_strides[axis] = bias.stride(axis);
+    }
+    tahf4_attention(&x, isa, threads());
+  }
+  return out.to(q.scalar_type());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Derivatives, which there are none of: the general function says so to who asks for one.
 
 bool derivative_asked(const c10::IValue& argument) {
@@ -391,13 +463,14 @@ void tahf4_register() {
   static torch::Library autograd(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__);
   static std::once_flag once;
   std::call_once(once, [] {
-    for (const char* name : {"quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize"})
+    for (const char* name : {"quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize", "attention"})
       autograd.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
     library.impl("quantize", TORCH_FN(quantize));
     library.impl("linear", TORCH_FN(linear));
     library.impl("fused_quantize", TORCH_FN(fused_quantize));
     library.impl("fused_linear", TORCH_FN(fused_linear));
     library.impl("linear_quantize", TORCH_FN(linear_quantize));
+    library.impl("attention", TORCH_FN(attention));
   });
 }
 

@@ -75,7 +75,7 @@ def _teach(name: str, program: str) -> None:
 
 OPERATORS = {
     name: _operator(name, getattr(checks, name))
-    for name in ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize")
+    for name in ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize", "attention")
 }
 """By name: each takes and gives what the operator of ``torch.ops.tahf4`` does."""
 
@@ -94,7 +94,8 @@ def _eager(device: torch.device, dtype: torch.dtype) -> bool:
 def _serves(node: fx.Node) -> bool:
     values = [source.meta.get("val") for source in node.all_input_nodes]
     tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors or not all(t.device.type == "cpu" and t.dtype in _READ for t in tensors) or in_16_bits(node):
+    read = _READ | {torch.bool} if node.target is torch.ops.tahf4.attention.default else _READ  # masks
+    if not tensors or not all(t.device.type == "cpu" and t.dtype in read for t in tensors) or in_16_bits(node):
         return False
     given = arguments(node)
     if any(isinstance(a, torch.dtype) and a not in DTYPES for a in given.values()) or build.library() is None:

@@ -1,5 +1,7 @@
 // The same code for each set of instructions, and which of them the processor has.
 
+#include <cmath>
+
 #include "common.h"
 
 #if TAHF4_X86
@@ -26,6 +28,7 @@ namespace tahf4 {
 
 namespace avx2 {
 #define TAHF4_WIDE 0
+#include "attention.inc"
 #include "units.inc"
 #include "programs.inc"
 #undef TAHF4_WIDE
@@ -34,6 +37,7 @@ namespace avx2 {
 TAHF4_BEGIN_WIDE
 namespace avx512 {
 #define TAHF4_WIDE 1
+#include "attention.inc"
 #include "units.inc"
 #include "programs.inc"
 #undef TAHF4_WIDE

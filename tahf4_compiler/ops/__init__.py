@@ -2,10 +2,12 @@
 
 from ..format.transforms import check_transform, hadamard, transform
 from . import fused as fused
+from .attention import check_attention
 from .reference import activation_bits, check_linear, check_memory, dequantize, linear, observe, quantize
 
 __all__ = [
     "activation_bits",
+    "check_attention",
     "check_linear",
     "check_memory",
     "check_transform",

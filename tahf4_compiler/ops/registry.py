@@ -17,7 +17,7 @@ from torch import fx
 from ..errors import OptionError
 from ..options import reference_forced
 from ..plugins import host
-from . import by_step, fused  # noqa: F401  (they define torch.ops.tahf4)
+from . import attention, by_step, fused  # noqa: F401  (they define torch.ops.tahf4)
 from .reference import activation_bits
 
 __all__ = [
@@ -69,6 +69,7 @@ OPERATORS = (
     torch.ops.tahf4.fused_quantize.default,
     torch.ops.tahf4.fused_linear.default,
     torch.ops.tahf4.linear_quantize.default,
+    torch.ops.tahf4.attention.default,
 )
 """The operators of this project. Plug-ins bring their own, which :func:`served` names as well."""
 

@@ -25,7 +25,7 @@ from ..pipeline.context import decisions_of
 __all__ = ["NodeView", "Recorder", "Snapshot", "block_path"]
 
 _NUMBERS = "tahf4_numbers"
-_SDPA = "scaled_dot_product"
+_ATTENTIONS = ("scaled_dot_product", "tahf4.attention", "tahf4_cpu.attention")
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def _flops(node: fx.Node, tensors: Sequence[torch.Tensor], decisions: Sequence[A
     if node.target is LINEAR:
         x = _value(node, 0, "input")
         return 2 * _count(x) * size_hint(tensors[0].shape[-1]) if x is not None else 0
-    if _SDPA in str(node.target):
+    if any(name in str(node.target) for name in _ATTENTIONS):
         query, key, value = (_value(node, i, name) for i, name in enumerate(("query", "key", "value")))
         if query is None or key is None or value is None:
             return 0

@@ -89,7 +89,7 @@ SHOWN = {"classify": ROLE, "plan": DECISION, "lower": KERNEL}
 TOLERANCE = {"normalize": 1e-6, "share": 1e-6}
 """Relative error that a pass may add where it joins or respells products: the order of float32 sums."""
 
-NEAR = {**dict.fromkeys(("quantize", "smooth", "rotate", "scale_search"), 0.3), "upcast": 0.02}
+NEAR = {**dict.fromkeys(("quantize", "smooth", "rotate", "scale_search"), 0.3), "upcast": 0.02, "attention": 0.05}
 """Relative error of passes whose purpose is another rounding; a wrong weight or multiplier gives one of about 1."""
 
 _INPUT = re.compile(

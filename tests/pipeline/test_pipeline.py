@@ -18,7 +18,7 @@ from tahf4_compiler.pipeline.order import build_pipeline, order, provenance
 
 DEFAULT = [
     *("normalize", "classify", "plan", "quantize", "share", "smooth", "rotate", "scale_search"),
-    *("upcast", "fuse", "lower"),
+    *("attention", "upcast", "fuse", "lower"),
 ]
 
 

@@ -23,6 +23,7 @@ def test_every_part_is_measured_and_shown(monkeypatch):
         "rounds": 3,
         "quantize": cpu_bench.quantizing([(3, 64)], 3),
         "linear": cpu_bench.linears([(2, 64, 8)], 3),
+        "attention": cpu_bench.attention([(5, 2, 64)], 3),
         "block": {
             "dim": 64, "ffn": 128, "tokens": 5, "relative_error": 0.1, "weight_bytes": {"float32": 8, "hif4": 1},
             "times": {n: {"seconds": 1.0, "spread": 0.0} for n in ("float32", "W4A4")},
@@ -31,8 +32,9 @@ def test_every_part_is_measured_and_shown(monkeypatch):
     found["pipeline"] = cpu_bench.pipeline(3)
     text = cpu_bench.markdown(found)
     assert "| W4A4 of bfloat16 |" in text
-    assert len(calls) == 3 and not any(map(any, calls))
+    assert len(calls) == 4 and not any(map(any, calls))
     assert "| 3 x 64 |" in text and "| 2 x 64 x 8 |" in text and "0.125" in text
+    assert "| 5 x 2 x 64 | 500.0 | 1500.0 | 0.33 | 10% |" in text
 
 
 def test_times_are_medians_in_turn():

@@ -103,16 +103,18 @@ def test_products_have_flops_kernels_and_decisions(lowered):
     assert attention.flops == 4 * 2 * 64 * 32 * 32
 
 
+@pytest.mark.parametrize("kind", ["high_precision", "int8"])
 @pytest.mark.parametrize("values", [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 2, 3)])
-def test_attention_counts_whatever_its_operands_share(values):
+def test_attention_counts_whatever_its_operands_share(values, kind):
     class Attention(nn.Module):
         def forward(self, *args):
             query, key, value = (args[i] for i in values)
             return nn.functional.scaled_dot_product_attention(query, key, value=value)
 
     args = [torch.randn(1, 2, rows, width) for rows, width in ((8, 64), (8, 64), (32, 64), (32, 16))]
-    found = tahf4.lower(tahf4.capture(Attention(), args))
-    (node,) = (n for n in found.snapshots[-1].nodes if "scaled_dot_product" in n.target)
+    options = {"attention": kind, "attention.min_tokens": 1, "kernels": "reference"}
+    found = tahf4.lower(tahf4.capture(Attention(), args), options=options)
+    (node,) = (n for n in found.snapshots[-1].nodes if "attention" in n.target)
     key, value = args[values[1]], args[values[2]]
     assert node.flops == 2 * 2 * 8 * key.shape[-2] * (64 + value.shape[-1])
 

@@ -37,6 +37,7 @@ _EVERYTHING: dict[str, Any] = {"mask": "network_search", "rotate": True, "scale_
 
 ROWS = (
     Row("HiF4 naive", options={"rotate.block": 0}),
+    Row("W4A4 + int8 attention", options={"rotate.block": 0, "attention": "int8"}),
     Row("+ max mask", {**_PLAIN, "mask": "max"}),
     Row("+ percentile mask (99.9)", {**_PLAIN, "mask": "percentile", "percentile": 99.9}),
     Row("+ rotation", {**_PLAIN, "rotate": True}),

@@ -1,0 +1,131 @@
+"""Compute attention with operands of 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import FormatError
+from ..graph.nodes import module_classes, size_hint
+from ..model.reasons import Cause, Reason
+from ..ops import check_attention
+from ..ops.registry import dispatch
+from ..pipeline.activations import call
+from ..pipeline.base import Pass, PassResult
+from ..pipeline.context import Context, Decision, decisions_of
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+INT8 = torch.ops.tahf4.attention.default
+
+
+@dataclass(frozen=True)
+class Attention(Pass):
+    """Rewrite every ``aten.scaled_dot_product_attention`` that can run in 8 bits, with ``{"attention": "int8"}``.
+
+    Before::
+
+        y = aten.scaled_dot_product_attention(q, k, v, mask, 0.0, False, scale=scale)
+
+    After::
+
+        y = tahf4.attention(q, k, v, mask, False, scale, False)
+
+    An attention goes with the linears of its module: where none of them runs in 4 bits, because the user keeps them, a
+    recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. The report
+    has a line for each attention.
+
+    Attributes:
+        min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
+    """
+
+    after = ("plan", "quantize", "share", "scale_search")
+    before = ("upcast", "fuse")
+    min_tokens: int = 128
+
+    def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
+        """Rewrite in place."""
+        graph, modified = graph_module.graph, False
+        found = list(graph.find_nodes(op="call_function", target=SDPA))
+        if found and context.options.attention != "int8":
+            context.note(f"{len(found)} in high precision: not asked for, options={{'attention': 'int8'}}")
+            return PassResult(graph_module, False)
+        chosen = _chosen_by_diffusers(context)
+        for node in found:
+            given = _arguments(node)
+            reason = chosen or self._obstacle(node, given)
+            if reason is None:
+                with graph.inserting_before(node):
+                    new = call(node, INT8, tuple(value for name, value in given.items() if name != "dropout_p"))
+                forced = context.options.kernels == "reference"
+                if not forced and dispatch(INT8, new).name == "reference":
+                    graph.erase_node(new)
+                    device = given["query"].meta["val"].device
+                    reason = Reason(Cause.OTHER, f"kernel: there is none for {device} here")
+                else:
+                    node.replace_all_uses_with(new)
+                    graph.erase_node(node)
+                    context.matched(new)
+                    modified = True
+            context.note(f"{_words(node, given)}: {f'high precision, {reason}' if reason else 'int8'}")
+        return PassResult(graph_module, modified)
+
+    def _obstacle(self, node: fx.Node, given: dict[str, Any]) -> Reason | None:
+        """Return why an attention stays in high precision, or None."""
+        linears = list(_linears_around(node))
+        if linears and all(decision.decision == "high_precision" for decision in linears):
+            return Reason(linears[0].cause, f"its linears stay: {linears[0].reason}")
+        if given["dropout_p"] != 0:
+            return Reason(Cause.OTHER, "dropout")
+        if isinstance(given["scale"], fx.Node):
+            return Reason(Cause.OTHER, "scale: computed in the graph")
+        query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
+        mask = given["attn_mask"].meta["val"] if given["attn_mask"] is not None else None
+        try:
+            check_attention(query, key, value, mask, given["is_causal"], given["enable_gqa"])
+        except FormatError as error:
+            return Reason(Cause.SHAPE, str(error))
+        if (dtype := node.meta["val"].dtype) != query.dtype:
+            return Reason(Cause.DTYPE, f"dtype: autocast makes {query.dtype} {dtype}")
+        tokens = min(size_hint(query.shape[2]), size_hint(key.shape[2]))
+        if tokens < self.min_tokens:
+            return Reason(Cause.SMALL, f"short: {tokens} tokens, less than {self.min_tokens}")
+        return None
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of an attention by name, with those that it was not given."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = node.target._schema.arguments
+    given = {**dict(zip((a.name for a in arguments), node.args, strict=False)), **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in arguments}
+
+
+def _linears_around(node: fx.Node) -> Iterator[Decision]:
+    """Yield the decisions about the linears of the innermost module around a node that has some."""
+    for path in reversed(module_classes(node)):
+        found = [d for other in node.graph.nodes if path in module_classes(other) for d in decisions_of(other)]
+        if found:
+            yield from found
+            return
+
+
+def _chosen_by_diffusers(context: Context) -> Reason | None:
+    """Return whether a user chose how the attentions of this model run (``set_attention_backend`` of diffusers)."""
+    root = context.surroundings.root
+    for module in root.modules() if root is not None else ():
+        name = getattr(getattr(module, "processor", None), "_attention_backend", None)
+        if name is not None:
+            return Reason(Cause.KEPT, f"kept: set_attention_backend({getattr(name, 'value', name)!r})")
+    return None
+
+
+def _words(node: fx.Node, given: dict[str, Any]) -> str:
+    """Name an attention and its sizes."""
+    path = next(reversed(module_classes(node)), node.name)
+    q, k = ([size_hint(size) for size in given[name].meta["val"].shape] for name in ("query", "key"))
+    heads = f", {q[-3]} heads of {q[-1]}" if len(q) > 2 else ""
+    return f"{path} ({q[-2]} x {k[-2]} tokens{heads})"

@@ -1,0 +1,190 @@
+"""Attention in 8 bits: ``torch.ops.tahf4.attention`` in the place of ``aten.scaled_dot_product_attention``.
+
+Queries and keys are rotated by a Hadamard matrix, which ``q k^T`` does not see, and have 8 bits with one scale for each
+64 channels (:mod:`tahf4_compiler.format.int8`). Values have 8 bits with one scale for each channel and 64 tokens. The
+softmax runs in float32, over 64 keys at a time. Their probabilities, divided by the largest of the 64, are unsigned
+bytes. All products of bytes are summed exactly.
+
+Each row of queries is on its own, and a block of keys begins at a multiple of 64. So neither the other rows nor the
+number of threads change a bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..format import hif4, int8
+from ..format.transforms import hadamard_block, transform
+from .define import operator
+
+__all__ = ["MOST_CHANNELS", "attention", "check_attention"]
+
+MOST_CHANNELS = 1024
+"""Of a head: the widest rotation."""
+
+_LOG2_255 = 7.994353436858858
+_LEAST_EXPONENT = -126.0
+# 2**r for |r| <= 1/2, ascending, with a relative error of 3e-6; 2**0 is 1.
+_POLYNOMIAL = (1.0, 0.69312419, 0.24024099, 0.05590642, 0.00958285)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@operator
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute scaled dot product attention with operands of 8 bits.
+
+    Args:
+        query: ``[B, H, L, E]``, float32, bfloat16 or float16; E is at most 1024.
+        key: ``[B, H, S, E]`` of the same dtype; with ``enable_gqa`` ``[B, H / n, S, E]``.
+        value: ``[B, H, S, Ev]``, likewise.
+        attn_mask: what broadcasts to ``[B, H, L, S]``: boolean (False leaves a key out), or added to the scores.
+        is_causal: whether query ``i`` sees keys up to ``i`` alone.
+        scale: of the scores; ``E ** -0.5`` if None.
+        enable_gqa: whether ``n`` heads of queries may share a head of keys and values.
+
+    Returns:
+        ``[B, H, L, Ev]`` of the dtype of the query. It lies in memory as the query does where Ev is E, as that of SDPA
+        does. A row that sees no key is 0. A NaN goes where SDPA lets it go; an infinity becomes NaN. One in a value
+        makes its channel NaN in every row that sees one of the same 64 keys.
+
+    Raises:
+        FormatError: dtypes or shapes do not fit each other.
+    """
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    shared = query.shape[1] // max(1, key.shape[1])
+    block = hadamard_block(query.shape[-1], MOST_CHANNELS)
+    q_codes, q_scales = _units(transform(query, None, block))
+    k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in _units(transform(key, None, block)))
+    v_codes, v_scales = (part.repeat_interleave(shared, 1) for part in _units(value.transpose(-1, -2)))
+    factor = (query.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)
+    tokens = torch.arange(query.shape[2], device=query.device)[:, None]
+    added = _added(attn_mask, (*query.shape[:3], key.shape[2]))
+
+    shape = (*query.shape[:3], 1)
+    most = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
+    total = torch.zeros_like(most)
+    out = torch.zeros((*shape[:3], value.shape[-1]), dtype=torch.float32, device=query.device)
+    with torch.autocast(query.device.type, enabled=False):  # its cast would lose what is exact
+        for tile in range(v_scales.shape[-1]):
+            keys = slice(tile * hif4.UNIT, min(key.shape[2], (tile + 1) * hif4.UNIT))
+            scores = _scores(q_codes, q_scales * factor, k_codes[:, :, keys], k_scales[:, :, keys])
+            if added is not None:
+                scores = scores + added[..., keys]
+            if is_causal:
+                seen = torch.arange(keys.start, keys.stop, device=query.device) <= tokens
+                scores = torch.where(seen, scores, -torch.inf)
+            tile_most = scores.amax(-1, keepdim=True)
+            tile_most = torch.where(tile_most == torch.inf, torch.nan, tile_most)
+            new_most = torch.maximum(most, tile_most)
+            codes = _exp2((scores - tile_most) + _LOG2_255).nan_to_num(0).round().clamp(max=255)
+            columns = v_codes[..., tile, : codes.shape[-1]]
+            sums = torch.matmul(codes, columns.transpose(-1, -2)) * v_scales[..., tile][..., None, :]
+            before, now = _exp2(most - new_most), _exp2(tile_most - new_most)
+            # Rows that see none of these keys stay as they are, whatever the values are.
+            seen = tile_most != -torch.inf
+            out = torch.where(seen, out * before + sums * now, out)
+            total = torch.where(seen, total * before + codes.sum(-1, keepdim=True) * now, total)
+            most = torch.where(seen, new_most, most)
+    out = torch.where(total == 0, 0.0, out / total)
+    return _empty(query, value).copy_(out)
+
+
+@torch.library.register_fake("tahf4::attention")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    return _empty(query, value)
+
+
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> None:
+    """Raise :class:`FormatError` unless the arguments of ``tahf4::attention`` fit each other."""
+    shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        raise FormatError(f"attention got shapes {shapes}; expected four axes each, [batch, heads, tokens, channels]")
+    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+        found = ", ".join(str(x.dtype) for x in (query, key, value))
+        raise FormatError(f"attention got {found}; expected one dtype of float32, bfloat16 and float16")
+    batch, heads, rows, channels = query.shape
+    fits = key.shape[0] == value.shape[0] == batch and key.shape[1:3] == value.shape[1:3] and key.shape[3] == channels
+    if not fits or (key.shape[1] != heads and not (enable_gqa and key.shape[1] and heads % key.shape[1] == 0)):
+        raise FormatError(
+            f"attention got shapes {shapes}; expected [B, H, L, E], [B, H, S, E] and [B, H, S, Ev], where the heads of "
+            "keys and values may divide those of queries with enable_gqa=True"
+        )
+    if not 0 < channels <= MOST_CHANNELS:
+        raise FormatError(f"attention got heads of {channels} channels; expected 1 to {MOST_CHANNELS}")
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise FormatError("attention got a mask and is_causal=True; leave one of them out")
+    wanted = (batch, heads, rows, key.shape[2])
+    sizes = zip(attn_mask.shape[::-1], wanted[::-1], strict=False)
+    if attn_mask.dim() > 4 or not all(a == 1 or a == b for a, b in sizes):
+        shape = tuple(attn_mask.shape)
+        raise FormatError(f"attention got a mask of shape {shape}; expected what broadcasts to {wanted}")
+    if attn_mask.dtype not in (torch.bool, *_DTYPES):
+        raise FormatError(f"attention got a mask of {attn_mask.dtype}; expected a boolean or a floating one")
+
+
+def _units(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes float32 ``[..., units, 64]`` and scales float32 ``[..., units]`` of ``[..., K]``."""
+    codes, scales = int8.quantize(x)
+    return codes.to(torch.float32).unflatten(-1, (scales.shape[-1], hif4.UNIT)), scales
+
+
+def _scores(q_codes: Tensor, q_factors: Tensor, k_codes: Tensor, k_scales: Tensor) -> Tensor:
+    """Return the scores of some keys, for a softmax to the base of 2: ``[B, H, L, keys]``."""
+    found = None
+    for unit in range(q_factors.shape[-1]):
+        dots = torch.matmul(q_codes[..., unit, :], k_codes[..., unit, :].transpose(-1, -2))
+        part = dots * k_scales[..., unit][..., None, :] * q_factors[..., unit][..., None]
+        found = part if found is None else found + part
+    assert found is not None, "a head has channels"
+    return found
+
+
+def _added(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Return what a mask adds to the scores: float32 that is expanded to their shape."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)
+    return (mask.to(torch.float32) * (1 / math.log(2))).expand(shape)
+
+
+def _exp2(x: Tensor) -> Tensor:
+    """Return ``2 ** x``, at least ``2 ** -126``, by operations that round alike everywhere."""
+    x = torch.where(x < _LEAST_EXPONENT, _LEAST_EXPONENT, x)
+    whole = x.round()
+    rest = x - whole
+    found = torch.full_like(x, _POLYNOMIAL[-1])
+    for coefficient in reversed(_POLYNOMIAL[:-1]):
+        found = found * rest + coefficient
+    return found * ((whole.nan_to_num(0).to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def _empty(query: Tensor, value: Tensor) -> Tensor:
+    if query.shape[-1] == value.shape[-1]:
+        return torch.empty_like(query)
+    return query.new_empty((*query.shape[:3], value.shape[-1]))

@@ -1,0 +1,159 @@
+"""Attention in 8 bits: what the reference operator computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import relative
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from tahf4_compiler import ops  # noqa: F401  (defines torch.ops.tahf4)
+from tahf4_compiler.errors import FormatError, GradientError
+from tahf4_compiler.format import int8
+from tahf4_compiler.format.transforms import hadamard_block, transform
+
+attention = torch.ops.tahf4.attention
+
+
+def operands(rows=70, keys=150, channels=64, heads=2, shared=1, values=None, dtype=torch.float32, seed=0):
+    """Return q, k and v as models make them: heads are split off the channels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tokens, heads, width):
+        return torch.randn(2, tokens, heads, width, generator=generator).to(dtype).transpose(1, 2)
+
+    few = heads // shared
+    return draw(rows, heads, channels), draw(keys, few, channels), draw(keys, few, values or channels)
+
+
+def by_definition(q, k, v, added=0.0):
+    """Return the attention of rounded operands in float64, 64 keys at a time; probabilities are bytes of 255."""
+    block = hadamard_block(q.shape[-1], 1024)
+    left, right = (int8.dequantize(*int8.quantize(transform(x, None, block))).double() for x in (q, k))
+    values = int8.dequantize(*int8.quantize(v.transpose(-1, -2))).double()
+    scores = left @ right.transpose(-1, -2) * q.shape[-1] ** -0.5 + added
+    weights = []
+    for part in scores.split(64, -1):
+        most = part.amax(-1, keepdim=True)
+        weights.append((255 * (part - most).exp()).round() * most.exp())
+    weight = torch.cat(weights, -1)
+    return (weight @ values[..., : k.shape[2]].transpose(-1, -2) / weight.sum(-1, keepdim=True)).to(torch.float32)
+
+
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("channels", [64, 96, 128, 40])
+def test_it_is_what_its_definition_says(channels, keys):
+    q, k, v = operands(channels=channels, keys=keys, values=24)
+    # A probability beside the border of two bytes may fall to either side. One step of a byte more would be 1e-2.
+    assert relative(attention(q, k, v), by_definition(q, k, v)) < 1e-3
+
+
+@pytest.mark.parametrize("channels", [64, 96, 128, 40])
+def test_it_is_near_the_attention_in_float32(channels):
+    q, k, v = operands(channels=channels)
+    assert relative(attention(q, k, v), sdpa(q, k, v)) < 0.02
+
+
+def test_results_are_in_the_dtype_and_the_memory_format_of_sdpa():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        q, k, v = operands(dtype=dtype, values=24)
+        got, wanted = attention(q, k, v), attention(q.float(), k.float(), v.float()).to(dtype)
+        assert got.dtype == dtype and torch.equal(got, wanted)
+    q, k, v = operands()
+    for given in ((q, k, v), (q.contiguous(), k, v), (torch.cat([q, q], -1)[..., :64], k, v), (q, k, v[..., :24])):
+        assert attention(*given).stride() == sdpa(*given).stride()
+
+
+def test_a_scale_of_the_callers_own():
+    q, k, v = operands()
+    assert torch.equal(attention(q, k, v, scale=0.125), attention(q, k, v))
+    assert relative(attention(q, k, v, scale=0.5), sdpa(q, k, v, scale=0.5)) < 0.05
+
+
+def test_masks_are_added_to_the_scores():
+    q, k, v = operands()
+    boolean = torch.rand(2, 1, 70, 150, generator=torch.Generator().manual_seed(1)) < 0.7
+    added = torch.randn(150, generator=torch.Generator().manual_seed(2))
+    minus = torch.zeros(2, 1, 70, 150).masked_fill(~boolean, -torch.inf)
+    assert torch.equal(attention(q, k, v, boolean), attention(q, k, v, minus))
+    assert relative(attention(q, k, v, boolean), by_definition(q, k, v, minus)) < 1e-3
+    assert relative(attention(q, k, v, added), by_definition(q, k, v, added)) < 1e-3
+    assert relative(attention(q, k, v, boolean), sdpa(q, k, v, boolean)) < 0.02
+
+
+def test_a_causal_attention_is_that_with_a_triangle_as_mask():
+    q, k, v = operands(rows=150)
+    triangle = torch.ones(150, 150, dtype=torch.bool).tril()
+    assert torch.equal(attention(q, k, v, is_causal=True), attention(q, k, v, triangle))
+    assert relative(attention(q, k, v, is_causal=True), sdpa(q, k, v, is_causal=True)) < 0.02
+
+
+def test_heads_of_queries_share_a_head_of_keys():
+    q, k, v = operands(heads=6, shared=3)
+    apart = attention(q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1))
+    assert torch.equal(attention(q, k, v, enable_gqa=True), apart)
+
+
+def test_rows_and_blocks_of_keys_are_on_their_own():
+    q, k, v = operands(keys=192)
+    whole = attention(q, k, v)
+    assert torch.equal(attention(q[:, :, 5:9], k, v), whole[:, :, 5:9])
+    assert torch.equal(attention(q[1:, 1:], k[1:, 1:], v[1:, 1:]), whole[1:, 1:])
+    seen = torch.arange(192) < 128
+    assert torch.equal(attention(q, k, v, seen), attention(q, k[:, :, :128], v[:, :, :128]))
+
+
+def test_rows_that_see_nothing_are_zero():
+    q, k, v = operands()
+    mask = torch.ones(70, 150, dtype=torch.bool)
+    mask[3], mask[4, :64] = False, False
+    got = attention(q, k, v, mask)
+    assert not got[:, :, 3].any() and got[:, :, 4].any()
+    assert relative(got, sdpa(q, k, v, mask)) < 0.02
+    assert not attention(q, k[:, :, :0], v[:, :, :0]).any()
+    assert attention(q[:, :, :0], k, v).shape == (2, 2, 0, 64)
+
+
+def test_a_nan_goes_where_sdpa_lets_it_go():
+    q, k, v = operands()
+    q[0, 0, 2, 5], k[1, 0, 149, 0], v[0, 1, 149, 7] = torch.nan, torch.nan, torch.nan
+    seen = torch.arange(150) < 149
+    triangle = torch.ones(70, 150, dtype=torch.bool).tril()
+    for mask in (None, seen[None], torch.where(triangle, 0.0, -1e4)):
+        assert torch.equal(attention(q, k, v, mask).isnan(), sdpa(q, k, v, mask).isnan())
+    mask = torch.zeros(70, 150)
+    mask[8, 3] = torch.inf
+    assert attention(*operands(), mask)[:, :, 8].isnan().all()
+    assert attention(*operands(), mask).isnan().sum() == 2 * 2 * 64
+
+
+def test_large_and_small_values_stay_finite():
+    q, k, v = operands()
+    assert relative(attention(q * 30, k, v), by_definition(q * 30, k, v)) < 1e-3
+    assert attention(q * 1e18, k * 1e18, v * 1e30).isfinite().all()
+    assert relative(attention(q, k, v * 1e-30), attention(q, k, v) * 1e-30) < 1e-3
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v = operands(heads=4, shared=2)
+    for given, words in [
+        ((q, k, v), "enable_gqa"),
+        ((q[0], k[0], v[0]), "four axes"),
+        ((q, k.double(), v), "float64"),
+        ((q, k[..., :3], v, None, False, None, True), "expected"),
+        ((q, q, q, torch.ones(3, 3)), "broadcasts to"),
+        ((q, q, q, torch.ones(70, 70, dtype=torch.int32)), "int32"),
+        ((q, q, q, torch.ones(70, 70), True), "leave one"),
+        ((*operands(channels=1025, rows=1, keys=1),), "1025"),
+    ]:
+        with pytest.raises(FormatError, match=words):
+            attention(*given)
+    with pytest.raises(GradientError, match="tahf4::attention"):
+        attention(q.requires_grad_(), q, q)
+
+
+def test_pytorch_finds_nothing_wrong_with_the_operator():
+    q, k, v = operands(rows=5, keys=9, heads=2)
+    mask = torch.rand(5, 9) < 0.5
+    for given in ((q, k, v), (q, k, v, mask), (q, k, v, None, True, 0.5)):
+        torch.library.opcheck(attention.default, given)

@@ -1,0 +1,131 @@
+"""Attention runs in 8 bits where it is asked for and can, and the report says why elsewhere."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from graphs import OptionError, assert_pass
+from tahf4_compiler.passes.attention import Attention
+
+from tahf4_compiler.options import Options
+
+ASKED = {"attention": "int8", "kernels": "reference"}
+QKV = """
+q: {dtype}[2, 3, {rows}, {channels}]
+k: {dtype}[2, 3, {keys}, {channels}]
+v: {dtype}[2, 3, {keys}, {channels}]
+m: {mask}
+"""
+
+
+def qkv(dtype="f32", rows=130, keys=150, channels=64, mask="f32[130, 150]"):
+    return QKV.format(dtype=dtype, rows=rows, keys=keys, channels=channels, mask=mask)
+
+
+def text(line, **sizes):
+    return f"{qkv(**sizes)}@ blocks.0 Block, blocks.0.attn Attn\ny = {line}\nreturn y"
+
+
+SDPA = "scaled_dot_product_attention(q, k, v)"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dtype", "mask"),
+    [
+        ("q, k, v", "q, k, v, None, False, None, False", "f32", "f32[130, 150]"),
+        ("q, k, v, m", "q, k, v, m, False, None, False", "f32", "bool[130, 150]"),
+        ("q, k, v, m, 0.0, False, scale=0.3", "q, k, v, m, False, 0.3, False", "bf16", "bf16[2, 1, 1, 150]"),
+        ("q, k, v, None, 0.0, True", "q, k, v, None, True, None, False", "f16", "f32[130, 150]"),
+        ("q, k, v, enable_gqa=True", "q, k, v, None, False, None, True", "f32", "f32[130, 150]"),
+    ],
+)
+def test_an_attention_becomes_one_of_8_bits(before, after, dtype, mask):
+    before, after = f"scaled_dot_product_attention({before})", f"tahf4.attention({after})"
+    sizes = {"dtype": dtype, "mask": mask}
+    ran = assert_pass(text(before, **sizes), Attention(), text(after, **sizes), **ASKED)
+    assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): int8"]
+    assert ran.record.matches == 1
+
+
+def test_it_stays_unless_it_is_asked_for():
+    ran = assert_pass(text(SDPA), Attention())
+    assert ran.notes == ["1 in high precision: not asked for, options={'attention': 'int8'}"]
+    assert assert_pass("x: f32[4]\ny = neg(x)\nreturn y", Attention()).notes == []
+
+
+@pytest.mark.parametrize(
+    ("line", "sizes", "why"),
+    [
+        (SDPA, {"keys": 127}, "short: 127 tokens, less than 128"),
+        (SDPA, {"rows": 1}, "short: 1 tokens, less than 128"),
+        (SDPA, {"dtype": "f64"}, "float64"),
+        (SDPA, {"channels": 1025}, "heads of 1025 channels"),
+        ("scaled_dot_product_attention(q, k, v, None, 0.5)", {}, "dropout"),
+    ],
+)
+def test_what_it_cannot_do_stays_and_the_report_says_why(line, sizes, why):
+    ran = assert_pass(text(line, **sizes), Attention(), run=False, **ASKED)
+    (note,) = ran.notes
+    assert note.startswith("blocks.0.attn (") and "): high precision, " in note and why in note
+
+
+def test_tensors_of_three_axes_stay():
+    before = f"q: f32[3, 130, 64]\nk: f32[3, 150, 64]\nv: f32[3, 150, 64]\ny = {SDPA}\nreturn y"
+    ran = assert_pass(before, Attention(), **ASKED)
+    assert "expected four axes" in ran.notes[0]
+
+
+def test_the_least_number_of_tokens_is_an_option():
+    after = "tahf4.attention(q, k, v, None, False, None, False)"
+    sizes = {"rows": 20, "keys": 40}
+    assert_pass(text(SDPA, **sizes), Attention(min_tokens=20), text(after, **sizes), **ASKED)
+    assert_pass(text(SDPA, **sizes), Attention(min_tokens=21), **ASKED)
+
+
+@pytest.mark.parametrize(
+    ("decisions", "stays"),
+    [
+        (("high_precision: kept: 'attn'", "high_precision: kept: 'attn'"), True),
+        (("high_precision: kept: 'to_q'", "hif4: in a block"), False),
+    ],
+)
+def test_it_goes_with_the_linears_of_its_module(decisions, stays):
+    before = f"""
+        x: f32[2, 4]
+        w: param[4, 4] = "blocks.0.attn.to_q.weight"
+        u: param[4, 4] = "blocks.0.attn.to_k.weight"
+        z: param[4, 4] = "blocks.0.up.weight"
+        {qkv()}
+        @ blocks.0 Block, blocks.0.attn Attn, blocks.0.attn.to_q Linear
+        a = linear(x, w)  # {decisions[0]}
+        @ blocks.0 Block, blocks.0.attn Attn, blocks.0.attn.to_k Linear
+        b = linear(x, u)  # {decisions[1]}
+        @ blocks.0 Block, blocks.0.up Linear
+        c = linear(x, z)  # hif4: in a block
+        @ blocks.0 Block, blocks.0.attn Attn
+        y = {{}}
+        return y, a, b, c
+        """
+    after = SDPA if stays else "tahf4.attention(q, k, v, None, False, None, False)"
+    plain = re.sub(" +# .*", "", before)
+    ran = assert_pass(before.format(SDPA), Attention(), plain.format(after), **ASKED)
+    said = "high precision, its linears stay: kept: 'attn'" if stays else "int8"
+    assert ran.notes == [f"blocks.0.attn (130 x 150 tokens, 3 heads of 64): {said}"]
+
+
+def test_without_a_kernel_it_stays():
+    ran = assert_pass(text(SDPA), Attention(), attention="int8")
+    assert ran.notes[0].endswith("high precision, kernel: there is none for cpu here")
+
+
+def test_sizes_may_be_dynamic():
+    given = "q: f32[2, 3, n, 64]\nk: f32[2, 3, n, 64]\nv: f32[2, 3, n, 64]\ny = {}\nreturn y"
+    after = "tahf4.attention(q, k, v, None, False, None, False)"
+    assert_pass(given.format(SDPA), Attention(min_tokens=4), given.format(after), **ASKED)
+
+
+def test_another_value_of_the_option_is_refused():
+    for value in ("int4", True, None, 8):
+        with pytest.raises(OptionError, match="'attention' is .*expected one of 'high_precision', 'int8'"):
+            Options.parse({"attention": value})
