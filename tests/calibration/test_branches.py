@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import plans, relative
 from models import Stack, branched, masked_recipe
+from tahf4_compiler.tools.cli import app
+from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.calibration.sensitivity import QuantizedWeight
@@ -160,6 +162,8 @@ def test_plan_and_report_count_the_bytes_of_branches(model, tmp_path):
         assert len(table) == 8 or name == "packed", name
     (report,) = (tmp_path / "plain").rglob("report.txt")
     assert "hif4, rank 8" in report.read_text()
+    said = CliRunner().invoke(app, ["explain", str(report.parent), r"blocks\.0\.up"]).output
+    assert "HiF4 W4A4, 32,768 -> 10,752 bytes" in said and "branch      rank 8" in said
 
 
 def test_a_linear_that_a_branch_does_not_help_has_none_and_says_so(model, monkeypatch):
