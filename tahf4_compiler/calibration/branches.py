@@ -37,7 +37,7 @@ def with_branches(
     assert percent is not None
     named = list(zip(activation.members, layer.weights, strict=True))
     ranks = {path: rank_of((weight.shape[0], weight.shape[1]), percent) for path, weight in named}
-    refused = {path: "; no low-rank branch: as wide as the weight" for path, rank in ranks.items() if not rank}
+    refused = {path: "no low-rank branch: as wide as the weight" for path, rank in ranks.items() if not rank}
     found = {path: leading(weight, mask, ranks[path]) for path, weight in named if ranks[path]}
     if not found:
         return {}, dict(packed), refused
@@ -52,7 +52,7 @@ def with_branches(
             if path in found and not after < (1 - SAVED) * before:
                 del found[path]
                 left = after / max(before, 1e-30)
-                refused[path] = f"; no low-rank branch: it leaves {left:.2f} of the output's error"
+                refused[path] = f"no low-rank branch: it leaves {left:.2f} of the output's error"
     chosen = {path: again[path] if path in found else part for path, part in packed.items()}
     branches = {path: LowRank(branch.a.cpu(), branch.b.cpu()) for path, branch in found.items()}
     return branches, chosen, refused

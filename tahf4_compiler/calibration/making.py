@@ -186,10 +186,10 @@ def _entry(
     for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
         n = weight.shape[0]
         db, along = noise[i] if noise is not None else (None, ())
-        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "") + refused.get(path, "")
+        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
         linears[path] = LinearEntry(
             (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, step_sqnr_db=along, flops=2 * seen * n * k,
-            activation_bits=choices.activation_bits,
+            activation_bits=choices.activation_bits, no_branch=refused.get(path, ""),
         )  # fmt: skip
     return RecipeEntry(
         linears,

@@ -171,7 +171,7 @@ def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
                 path,
                 Attachment(
                     linear.decision,
-                    Reason(cause, linear.reason),
+                    Reason(cause, "; ".join(filter(None, (linear.reason, linear.no_branch)))),
                     masked=entry.mask is not None,
                     hadamard_block=entry.hadamard_block,
                     search=entry.search,

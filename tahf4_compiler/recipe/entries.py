@@ -27,6 +27,7 @@ class LinearEntry:
             was seen; empty if it was not measured.
         effect: relative squared error of the network's output when only it is quantized, or None.
         flops: of the calibration's calls.
+        no_branch: why it has no low-rank branch, in a recipe that was asked for branches.
         activation_bits: of its activation, where its weight is in 4 bits: 4 (HiF4), 8 (int8) or 16 (not quantized).
     """
 
@@ -39,6 +40,7 @@ class LinearEntry:
     flops: int = 0
     step_sqnr_db: tuple[float | None, ...] = ()
     activation_bits: int = 4
+    no_branch: str = ""
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,12 @@ class Recipe:
 
 
 def _written(linear: LinearEntry) -> dict[str, Any]:
-    """Return a linear for the file; 4 bits are left out, so that earlier versions read it."""
+    """Return a linear for the file; 4 bits and no words are left out, so that earlier versions read it."""
     values = dataclasses.asdict(linear)
     if linear.activation_bits == 4:
         del values["activation_bits"]
+    if not linear.no_branch:
+        del values["no_branch"]
     return values
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import plans, relative
 from models import Stack, branched, masked_recipe
+from tahf4_compiler.tools.cli import app
+from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.calibration.sensitivity import QuantizedWeight
@@ -160,9 +162,11 @@ def test_plan_and_report_count_the_bytes_of_branches(model, tmp_path):
         assert len(table) == 8 or name == "packed", name
     (report,) = (tmp_path / "plain").rglob("report.txt")
     assert "hif4, rank 8" in report.read_text()
+    said = CliRunner().invoke(app, ["explain", str(report.parent), r"blocks\.0\.up"]).output
+    assert "HiF4 W4A4, 32,768 -> 10,752 bytes" in said and "branch      rank 8" in said
 
 
-def test_a_linear_that_a_branch_does_not_help_has_none_and_says_so(model, monkeypatch):
+def test_a_linear_that_a_branch_does_not_help_has_none_and_says_so(model, monkeypatch, tmp_path):
     from tahf4_compiler.calibration import branches
 
     monkeypatch.setattr(branches, "SAVED", 0.999)
@@ -172,7 +176,11 @@ def test_a_linear_that_a_branch_does_not_help_has_none_and_says_so(model, monkey
         assert not entry.low_rank
         for path, packed in entry.packed.items():
             assert torch.equal(packed.codes, plain.experts[""][name].packed[path].codes)
-            assert "no low-rank branch: it leaves 0." in entry.linears[path].reason
+            assert "no low-rank branch: it leaves 0." in entry.linears[path].no_branch
+    # A measured effect and a plan write the reason anew.
+    calibrated(model).recipe(**{**CHOICES, "sensitivity": True}, max_high_precision_linears=1).save(tmp_path / "r")
+    reasons = [str(d.reason) for d in tahf4.plan_modules(model, Recipe.load(tmp_path / "r")) if "blocks" in d.module]
+    assert len(reasons) == 6 and all("effect on the output" in r and "no low-rank branch: it" in r for r in reasons)
 
 
 def test_dequantize_gives_the_weight_with_its_branch(model):
@@ -316,6 +324,11 @@ def test_a_weight_that_the_model_casts_has_a_branch_of_that_type():
     for block in packed.blocks:
         want = want + defined(block.up, want.bfloat16().float()).bfloat16().float()[:, :64]
     assert relative(torch.compile(model, backend="tahf4", options=GRAPH)(x), want) < 0.02  # roundings to bfloat16
+
+
+def test_a_symbolic_trace_has_the_branch(model):
+    packed, x = packed_with(model, calibrated(model).recipe(**CHOICES)), rows(3)
+    assert torch.equal(torch.fx.symbolic_trace(packed)(x), packed(x))
 
 
 def test_under_autocast_the_branch_has_the_type_of_the_product(model):
