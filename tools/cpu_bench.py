@@ -26,7 +26,10 @@ from ..format import hif4
 from ..ops import registry
 from .kernels.block import WanBlock, rotary_of
 
-__all__ = ["ATTENTION", "LINEARS", "QUANTIZED", "attention", "block", "facts", "linears", "main", "markdown", "pipeline", "quantizing"]
+__all__ = [
+    *("ATTENTION", "LINEARS", "QUANTIZED", "attention", "block", "facts"),
+    *("linears", "main", "markdown", "pipeline", "quantizing"),
+]
 
 QUANTIZED = ((512, 3072), (1024, 5120), (4096, 5120))
 """Rows and columns of activations."""
