@@ -43,7 +43,7 @@ class Attention(Pass):
     """
 
     after = ("plan", "quantize", "share", "scale_search")
-    before = ("upcast", "fuse")
+    before = ("upcast",)
     min_tokens: int = 128
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:

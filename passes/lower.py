@@ -37,7 +37,7 @@ class Lower(Pass):
 
     exact = True
     ensures = (_nothing_left,)
-    after = ("quantize", "share", "smooth", "rotate", "scale_search", "fuse")
+    after = ("quantize", "share", "smooth", "rotate", "scale_search", "attention", "fuse")
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
