@@ -76,6 +76,7 @@ sanitize: $(STAMP) ## Run the tests of the C++ kernels under the address and und
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -p no:cacheprovider \
 	tests/backends/test_cpu.py tests/backends/test_cpu_build.py tests/backends/test_cpu_calls.py \
 	tests/backends/test_cpu_fused.py tests/backends/test_cpu_product.py tests/backends/test_cpu_search.py \
+	tests/backends/test_cpu_attention.py \
 	-k "not compile and not compiler and not graph and not process and not plug_in and not operators"
 
 tiny-wan: $(STAMP) ## Train the shipped pipeline again (about 80 minutes of stages on 2 cores; can be stopped and taken up again)

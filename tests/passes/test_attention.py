@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from graphs import OptionError, assert_pass
+from graphs import OptionError, Text, assert_pass, run_passes
 from tahf4_compiler.passes.attention import Attention
 
 from tahf4_compiler.options import Options
@@ -68,6 +68,14 @@ def test_what_it_cannot_do_stays_and_the_report_says_why(line, sizes, why):
     ran = assert_pass(text(line, **sizes), Attention(), run=False, **ASKED)
     (note,) = ran.notes
     assert note.startswith("blocks.0.attn (") and "): high precision, " in note and why in note
+
+
+def test_a_scale_that_the_graph_computes_stays():
+    made = Text.parse(text(SDPA), **ASKED)
+    *_, scale, node, _ = made.graph_module.graph.nodes
+    node.kwargs = {"scale": scale}
+    run_passes(made, Attention())
+    assert made.context.notes["attention"][0].endswith("high precision, scale: computed in the graph")
 
 
 def test_tensors_of_three_axes_stay():
