@@ -127,11 +127,13 @@ def sqnr_db(error: float) -> float:
 class Network:
     """A model's outputs on a few calls, and their relative squared error when some linears are quantized.
 
+    The outputs of a call are all floating-point tensors in what the model returns, but for single numbers: with the
+    first alone, a linear that feeds another one would seem to cost nothing. The error of a call is the mean of theirs.
     The model runs as it is, not compiled, in its own precision. Linears are found where
     ``torch.nn.functional.linear`` reads their weight: in ``nn.Linear``, ``nn.MultiheadAttention`` and functional calls.
 
     Raises:
-        CalibrationError: its output is NaN or infinite in its own precision.
+        CalibrationError: its output is NaN or infinite in its own precision, or holds no floating-point tensor.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
@@ -141,19 +143,27 @@ class Network:
         for path, weight in running_weights(model):
             self._weights.setdefault(path, []).append(weight)
         self._wanted = self._outputs()
-        if not all(bool(value.isfinite().all()) for value in self._wanted):
+        if not all(bool(value.isfinite().all()) for call in self._wanted for value in call):
             raise CalibrationError(
                 f"the output of {type(model).__name__} is NaN or infinite in its original precision on the calls that "
                 "the calibration kept; mend the model first (float16 overflows where bfloat16 does not)"
             )
 
-    def _outputs(self) -> list[Tensor]:
+    def _outputs(self) -> list[list[Tensor]]:
         return [self._output(call) for call in self._calls]
 
-    def _output(self, call: tuple[Sequence[Any], Mapping[str, Any]]) -> Tensor:
+    def _output(self, call: tuple[Sequence[Any], Mapping[str, Any]]) -> list[Tensor]:
         args, kwargs = call
         with without_compiled_calls(self._model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return _main_output(self._model(*args, **kwargs)).float()
+            value = self._model(*args, **kwargs)
+        if found := list(_floating(value)):
+            wide = [tensor for tensor in found if tensor.numel() > 1] or found  # a loss may be anything near zero
+            return [tensor.float() for tensor in wide]
+        raise CalibrationError(
+            f"{type(self._model).__name__} returned {type(value).__name__}, and no floating-point tensor was found in "
+            "it; to measure the network's output, return tensors, alone or in tuples, lists, dicts or dataclasses "
+            "(logits and not tokens), or make the recipe with another mask and sensitivity=False"
+        )
 
     def few(self, most: int = ENTRIES) -> Network:
         """Return this network with at most ``most`` entries of each call's batch.
@@ -165,19 +175,23 @@ class Network:
         return self if all(a is b for a, b in zip(calls, self._calls, strict=True)) else Network(self._model, calls)
 
     def _cut(
-        self, call: tuple[Sequence[Any], Mapping[str, Any]], wanted: Tensor, most: int
+        self, call: tuple[Sequence[Any], Mapping[str, Any]], wanted: list[Tensor], most: int
     ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-        if not wanted.dim() or len(wanted) <= most:
+        entries = len(wanted[0]) if wanted[0].dim() else 0
+        if entries <= most:
             return call
-        cut: tuple[Sequence[Any], Mapping[str, Any]] = torch.utils._pytree.tree_map(
-            lambda v: v[:most] if isinstance(v, Tensor) and v.dim() and len(v) == len(wanted) else v, call
-        )
+
+        def few(value: Any) -> Any:
+            return value[:most] if isinstance(value, Tensor) and value.dim() and len(value) == entries else value
+
+        cut: tuple[Sequence[Any], Mapping[str, Any]] = torch.utils._pytree.tree_map(few, call)
         try:
-            found, want = self._output(cut), wanted[:most]
+            found = self._output(cut)
         except Exception:  # of whatever kind the model raises for shapes that it does not take
             return call
-        same = found.shape == want.shape and float((found - want).square().sum()) <= 1e-4 * float(want.square().sum())
-        return cut if same else call
+        want = [few(value) for value in wanted]
+        same = [a.shape for a in found] == [b.shape for b in want]
+        return cut if same and all(_error(a, b) <= 1e-4 for a, b in zip(found, want, strict=True)) else call
 
     def read(self) -> set[str]:
         """Return the paths of the weights that linears read in the calls."""
@@ -214,7 +228,7 @@ class Network:
         if quantized and not used:
             return None
         pairs = zip(found, self._wanted, strict=True)
-        return [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
+        return [sum(map(_error, found, wanted)) / len(wanted) for found, wanted in pairs]
 
     def effects(
         self, quantized: Mapping[str, Callable[[], QuantizedWeight]], measured: Measured, kind: str
@@ -258,27 +272,16 @@ def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
         yield used
 
 
-def _main_output(value: Any) -> Tensor:
-    """Return the largest floating-point tensor of an output, the first of several; else the largest tensor.
-
-    A loss, a mask or indices may come first, and say little about the error.
-
-    Raises:
-        CalibrationError: there is no tensor.
-    """
-    found = [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
-    if not found:
-        raise CalibrationError(
-            f"the model gives a {type(value).__name__} without tensors, so no error of its output can be measured. "
-            "Choose recipe(mask='layer_search', sensitivity=False), or calibrate a model that gives tensors, in "
-            "tuples, mappings or dataclasses"
-        )
-    return max([x for x in found if x.is_floating_point()] or found, key=Tensor.numel)
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """Return the relative squared error of a tensor."""
+    return float((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _floating(value: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors in tuples, lists, dicts and dataclasses."""
     for leaf in torch.utils._pytree.tree_leaves(value):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        else:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                yield from _floating(getattr(leaf, field.name))

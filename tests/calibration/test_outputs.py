@@ -1,24 +1,82 @@
-"""Models whose output is not one tensor, and models of which nothing can be calibrated."""
+"""The network's output is every floating-point tensor that it returns; what has nothing in 4 bits is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from models import Stack
+from models import Block, Stack
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.calibration.sensitivity import Network, QuantizedWeight
-
-GRAPH = {"inductor": False}
 
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
         yield
+
+
+@dataclasses.dataclass
+class Out:
+    ids: Any
+    left: Any
+    right: Any
+
+
+class Heads(nn.Module):
+    """Two heads of one input, and what comes out in the form that ``form`` gives."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = (nn.ModuleList(Block() for _ in range(2)) for _ in range(2))
+        self.form = form
+
+    def forward(self, x):
+        left = right = x
+        for block in self.left:
+            left = block(left)
+        for block in self.right:
+            right = block(right)
+        return self.form(left, right)
+
+
+def effects(form):
+    model = Heads(form).eval()
+    with tahf4.calibrate(model, options={"inductor": False}) as calibration:
+        model(torch.randn(40, 3, 64, generator=torch.Generator().manual_seed(0)))
+    entries = calibration.recipe(mask=None).experts[""].values()
+    return {path: linear.effect for entry in entries for path, linear in entry.linears.items()}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda left, right: (left, right),
+        lambda left, right: {"ids": left.argmax(-1), "none": None, "both": [left, right]},
+        lambda left, right: Out(left.argmax(-1), left, (right,)),
+        lambda left, right: {"loss": left.mean() - left.mean() + 1e-9, "logits": (left, right)},
+    ],
+    ids=["tuple", "ids first", "dataclass", "loss first"],
+)
+def test_a_linear_of_any_output_has_its_effect(form):
+    left, found = effects(lambda left, right: left), effects(form)
+    right = effects(lambda left, right: right)
+    assert set(found) == set(left) and len(found) == 8
+    # Each head is half of the output, and its error does not depend on the other head.
+    for path, value in found.items():
+        want = (left if path.startswith("left") else right)[path]
+        assert want > 1e-5 and value == pytest.approx(want / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", [lambda a, b: SimpleNamespace(a=a), lambda a, b: a.argmax(-1)], ids=["object", "ids"])
+def test_an_output_without_a_floating_point_tensor_is_refused(form):
+    with pytest.raises(tahf4.CalibrationError, match="Heads returned .*no floating-point tensor"):
+        effects(form)
 
 
 @pytest.mark.parametrize(
@@ -33,48 +91,6 @@ def test_a_model_of_which_nothing_runs_in_4_bits_is_an_error_that_says_why(model
     x = torch.randn(2, 8, 32)
     with (
         pytest.raises(tahf4.CalibrationError, match=f"nothing to calibrate.*{type(model).__name__}.*{why}"),
-        tahf4.calibrate(model, options=GRAPH),
+        tahf4.calibrate(model, options={"inductor": False}),
     ):
         model(x)
-
-
-@dataclasses.dataclass
-class Answer:
-    count: int
-    hidden: torch.Tensor
-
-
-class Odd(nn.Module):
-    """Gives its output among others."""
-
-    def __init__(self, wrap):
-        super().__init__()
-        self.stack, self.wrap = Stack(), wrap
-
-    def forward(self, x):
-        return self.wrap(self.stack(x))
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda y: (y.argmax(-1), y),
-        lambda y: {"mask": torch.ones(2, dtype=torch.bool), "y": y},
-        lambda y: {"loss": y.mean(), "logits": y},
-        lambda y: (None, torch.zeros(2), [y]),
-        lambda y: Answer(3, y),
-    ],
-)
-def test_the_error_is_that_of_the_largest_floating_point_output(wrap):
-    model, x = Odd(lambda y: y).eval(), torch.randn(8, 64)
-    call = [((x,), {})]
-    quantized = {"stack.blocks.0.up": QuantizedWeight(model.stack.blocks[0].up.weight, None, None, 0)}
-    wanted = Network(model, call).error(quantized)
-    model.wrap = wrap
-    assert Network(model, call).error(quantized) == wanted > 0
-
-
-def test_an_output_without_tensors_is_refused():
-    model = Odd(lambda y: float(y.sum())).eval()
-    with pytest.raises(tahf4.CalibrationError, match="gives a float without tensors.*sensitivity=False"):
-        Network(model, [((torch.randn(8, 64),), {})])
