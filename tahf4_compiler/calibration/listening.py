@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import CalibrationError
 from ..options import Options
+from ..packed.plan import plan_modules
 from ..torch_private import compiled_whole
 from .calls import copied
 from .schedule import Schedule
@@ -45,10 +46,14 @@ class Listener:
             CalibrationError: it was not.
         """
         if self._seen.observed == mark:
+            plan, nothing = plan_modules(self._seen.models[self._expert]), ""
+            if not any(decision.decision == "hif4" for decision in plan):
+                why = "; ".join(f"{decision.module}: {decision.reason}" for decision in plan[:3])
+                nothing = f"none of its {len(plan)} nn.Linear is planned for 4 bits ({why or 'it has none'}), or "
             raise CalibrationError(
-                f"a call of {self._expert or 'the module'} was not observed: torch.compile ran it as it is. It may be "
-                "switched off (TORCHDYNAMO_DISABLE), not support this model, or be past its recompile limit, with too "
-                "many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
+                f"a call of {self._expert or 'the module'} was not observed: {nothing}torch.compile ran it as it "
+                "is. It may be switched off (TORCHDYNAMO_DISABLE), not support this model, or be past its recompile "
+                "limit, with too many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
             )
 
 

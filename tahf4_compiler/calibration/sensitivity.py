@@ -150,9 +150,9 @@ class Network:
         if found := [tensor.float() for tensor in _floating(value)]:
             return found
         raise CalibrationError(
-            f"{type(self._model).__name__} returned {type(value).__name__}, and no floating-point tensor was found in it; "
-            "to measure the network's output, return tensors, alone or in tuples, lists, dicts or dataclasses (logits "
-            "and not tokens), or make the recipe with another mask and sensitivity=False"
+            f"{type(self._model).__name__} returned {type(value).__name__}, and no floating-point tensor was found in "
+            "it; to measure the network's output, return tensors, alone or in tuples, lists, dicts or dataclasses "
+            "(logits and not tokens), or make the recipe with another mask and sensitivity=False"
         )
 
     def few(self, most: int = ENTRIES) -> Network:
