@@ -53,7 +53,8 @@ class Listener:
             raise CalibrationError(
                 f"a call of {self._expert or 'the module'} was not observed: {nothing}torch.compile ran it as it "
                 "is. It may be switched off (TORCHDYNAMO_DISABLE), not support this model, or be past its recompile "
-                "limit, with too many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
+                "limit, with too many shapes in one process "
+                "(raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
             )
 
 
