@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -17,6 +18,7 @@
 #include <climits>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -375,7 +377,10 @@ Tensor added(const Tensor& mask, IntArrayRef shape) {
   const Tensor values = mask.scalar_type() == at::kBool
                             ? at::zeros(mask.sizes(), at::kFloat).masked_fill(mask.logical_not(), -INFINITY)
                             : mask.to(at::kFloat);
-  return values.mul(1 / kLog2).expand(shape);
+  constexpr float kMost = std::numeric_limits<float>::max();
+  const Tensor added = values.mul(1 / kLog2);
+  // A row of the least number of its dtype, which stands for padding, is no row of minus infinity.
+  return at::where(values.isfinite(), added.clamp(-kMost, kMost), added).expand(shape);
 }
 
 bool attention_fits(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask, bool causal, bool gqa) {

@@ -231,9 +231,15 @@ def _search_network(
     """Return the choices with the mask of least error of the network's output, everything quantized."""
     network = network_of(expert)
     if network is None:
+        called = any(expert == name for name, _ in calibration.kept.seen)
         raise CalibrationError(
             f"mask='network_search' needs calls of {expert or 'the module'}, and the calibration kept none; "
-            "calibrate with enough steps that each expert is called, or choose another mask"
+            + (
+                "it keeps calls whose arguments are tensors, numbers, texts, None, or lists, tuples and dicts of "
+                "these; calibrate with such arguments, or choose another mask"
+                if called
+                else "calibrate with enough steps that each expert is called, or choose another mask"
+            )
         )
     activations = [cells for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
     candidates = [dataclasses.replace(choices, mask=None)]

@@ -170,7 +170,10 @@ def _added(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         return None
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, -torch.inf)
-    return (mask.to(torch.float32) * (1 / math.log(2))).expand(shape)
+    mask = mask.to(torch.float32)
+    added, most = mask * (1 / math.log(2)), torch.finfo(torch.float32).max
+    # A row of the least number of its dtype, which stands for padding, is no row of minus infinity.
+    return torch.where(mask.isfinite(), added.clamp(-most, most), added).expand(shape)
 
 
 def _exp2(x: Tensor) -> Tensor:

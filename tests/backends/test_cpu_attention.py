@@ -62,6 +62,9 @@ def test_masks_scales_and_shared_heads(instruction_set):
     seen[0, 1, 3], seen[:, 2, 4, 64:128], seen[0, 0, :, :64] = False, False, False
     for mask in (added, seen, added[:1, :, :1].bfloat16(), seen[:, :1], seen[0, 0, 0], added[0, :, :, :1]):
         assert_same(own.attention(*given, mask, False, None, True), reference(*given, mask, False, None, True))
+    least = torch.zeros(70, 150)
+    least[3], least[4, :70], least[5] = (torch.finfo(torch.float32).min,) * 2 + (torch.finfo(torch.float32).max,)
+    assert_same(own.attention(*given, least, False, None, True), reference(*given, least, False, None, True))
     for scale, causal in ((0.3, False), (-2.0, True), (0.0, False)):
         more = (None, causal, scale, True)
         assert_same(own.attention(*given, *more), reference(*given, *more))

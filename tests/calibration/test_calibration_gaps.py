@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +150,20 @@ def test_one_value_that_no_sample_row_holds(caplog):
     calibration.recipe(mask=None, rotate=False, sensitivity=False)
     (message,) = messages(caplog)
     assert "of 0 sample rows" in message
+
+
+def test_calls_that_cannot_be_kept_are_named_as_the_cause():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Stack()
+
+        def forward(self, x, settings):
+            return self.net(x) * settings.scale
+
+    model = Scaled().eval()
+    with tahf4.calibrate(model, options=GRAPH) as calibration:
+        model(torch.randn(4, 64), SimpleNamespace(scale=2.0))
+    with pytest.raises(tahf4.CalibrationError, match="kept none; it keeps calls whose arguments are tensors"):
+        calibration.recipe()
+    assert calibration.recipe(mask="layer_search")

@@ -114,6 +114,17 @@ def test_rows_that_see_nothing_are_zero():
     assert attention(q[:, :, :0], k, v).shape == (2, 2, 0, 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", ["min", "max"])
+def test_a_row_of_the_largest_numbers_is_padding_and_not_infinity(dtype, value):
+    q, k, v = (x.to(dtype) for x in operands(keys=150))
+    mask = torch.zeros(q.shape[2], 150, dtype=dtype)
+    mask[3] = getattr(torch.finfo(dtype), value)
+    mask[5, :70] = getattr(torch.finfo(dtype), value)
+    wanted = sdpa(q.float(), k.float(), v.float(), mask.float())
+    assert relative(attention(q, k, v, mask).float()[:, :, 3:6], wanted[:, :, 3:6]) < 0.05
+
+
 def test_a_nan_goes_where_sdpa_lets_it_go():
     q, k, v = operands()
     q[0, 0, 2, 5], k[1, 0, 149, 0], v[0, 1, 149, 7] = torch.nan, torch.nan, torch.nan
