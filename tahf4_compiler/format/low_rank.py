@@ -66,10 +66,11 @@ def leading(weight: Tensor, mask: Tensor | None, rank: int) -> LowRank:
     values = weight.detach().to(torch.float32)
     if not bool(values.isfinite().all()):
         values = torch.zeros_like(values)  # NaN stays in the weight that is packed
-    factors = torch.ones(1, device=values.device) if mask is None else mask.to(values.device)
+    factors = torch.ones(1, dtype=torch.float32, device=values.device) if mask is None else mask.to(values.device)
     masked = values / factors
     wide = min(rank + _BESIDE, *masked.shape)
-    start = torch.randn(masked.shape[1], wide, generator=torch.Generator("cpu").manual_seed(0))
+    draws = torch.Generator("cpu").manual_seed(0)  # the same on every device
+    start = torch.randn(masked.shape[1], wide, generator=draws, dtype=torch.float32, device="cpu")
     basis = start.to(masked.device)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(masked.t() @ torch.linalg.qr(masked @ basis).Q).Q
