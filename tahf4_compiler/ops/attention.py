@@ -69,7 +69,7 @@ def attention(
     k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in _units(transform(key, None, block)))
     v_codes, v_scales = (part.repeat_interleave(shared, 1) for part in _units(value.transpose(-1, -2)))
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)
-    tokens = torch.arange(query.shape[2], device=query.device)[:, None]
+    tokens = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)[:, None]
     added = _added(attn_mask, (*query.shape[:3], key.shape[2]))
 
     shape = (*query.shape[:3], 1)
@@ -83,7 +83,8 @@ def attention(
             if added is not None:
                 scores = scores + added[..., keys]
             if is_causal:
-                seen = torch.arange(keys.start, keys.stop, device=query.device) <= tokens
+                places = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=query.device)
+                seen = places <= tokens
                 scores = torch.where(seen, scores, -torch.inf)
             tile_most = scores.amax(-1, keepdim=True)
             tile_most = torch.where(tile_most == torch.inf, torch.nan, tile_most)
