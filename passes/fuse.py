@@ -46,8 +46,8 @@ class Fuse(Pass):
 
     A product whose only reader is a quantization becomes ``tahf4.linear_quantize``, which writes codes alone, and
     merged products with ``aten.split_with_sizes`` one with several results. Nothing is fused where only the reference
-    could run it: PyTorch's own compiler does better there;
-    nor where another kernel than the fused one runs the parts, so that a plug-in's kernel keeps its nodes.
+    could run it: PyTorch's own compiler does better there. Nothing is fused where another kernel than the fused one
+    runs the parts: a plug-in's kernel keeps its nodes.
 
     Attributes:
         always: fuse for the reference as well, to look at the graph.
@@ -98,8 +98,7 @@ class Fuse(Pass):
         if not program.statements:
             return None
         n = size_hint(product.meta["val"].shape[-1])
-        dtype = region.end.meta["val"].dtype
-        args = (*product.args, [n], region.leaves, str(program), dtype)
+        args = (*product.args, [n], region.leaves, str(program), region.end.meta["val"].dtype)
         fused = self._replace(region, product, region.end, torch.ops.tahf4.fused_linear.default, args, first=True)
         if fused is None:
             return None
@@ -109,8 +108,7 @@ class Fuse(Pass):
     def _split_product(self, region: _Region, product: fx.Node, sizes: list[int]) -> str | None:
         graph = product.graph
         (split,) = _readers(product)
-        dtype = product.meta["val"].dtype
-        args = (*product.args, sizes, [], "", dtype)
+        args = (*product.args, sizes, [], "", product.meta["val"].dtype)
         fused = self._replace(region, product, split, torch.ops.tahf4.fused_linear.default, args)
         if fused is None:
             return None
