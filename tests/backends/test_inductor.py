@@ -18,10 +18,6 @@ def _rows(x):
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def _copies(x, y):
-    return _rows(x), _rows(x)
-
-
 def _both(x, y):
     return _rows(x), _rows(y)
 
@@ -42,8 +38,8 @@ def _graph(function, *inputs):
 @compiled
 @pytest.mark.parametrize(
     ("function", "dtype"),
-    [(function, torch.bfloat16) for function in (_copies, _both, _widened, _there_and_back)]
-    + [(_both, torch.float16), (_both, torch.float32)],  # GCC errs with 16 bits, whichever they are
+    [(function, torch.bfloat16) for function in (_both, _widened, _there_and_back)]
+    + [(_both, torch.float16)],  # GCC errs with 16 bits, whichever they are
 )
 def test_a_kernel_may_transpose_twice(function, dtype):
     inputs = [torch.randn(2, 64, 64).to(dtype) for _ in range(2)]

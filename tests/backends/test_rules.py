@@ -264,15 +264,14 @@ def test_a_second_process_with_another_configuration_and_a_warm_cache_is_right(t
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-    keeps = ["", r"blocks\.0\.", r"blocks\.1\.,up", ""]
+    keeps = ["", r"blocks\.1\.,up", ""]
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SECOND_PROCESS), *keeps],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     sums = run.stdout.split()
-    assert sums[0] == sums[3]
-    assert len(set(sums)) == 3
+    assert sums[0] == sums[2] != sums[1]
 
 
 def test_the_backend_is_listed_once_and_found_by_name():

@@ -82,7 +82,8 @@ def test_an_adapter_of_a_compiled_model_takes_another_scale():
     model.requires_grad_(False)
     packed = copy.deepcopy(model)
     tahf4.quantize_(packed)
-    model.compile(backend="tahf4", dynamic=True)  # else the first graph has a constant
+    # Through Inductor: tests/graph_capture/test_changing_floats.py.
+    model.compile(backend="tahf4", dynamic=True, options=GRAPH)  # else the first graph has a constant
     outputs = []
     for scale in (1.0, 0.5, 0.25):
         for one in (model, packed):

@@ -167,12 +167,12 @@ def test_choices_are_checked_before_anything_is_generated(tmp_path, more, messag
 
 def test_evaluate_writes_tables_and_takes_up(tmp_path):
     arguments = ["evaluate", "--prompts", "2", "--seeds", "1", "--steps", "3", "-o", str(tmp_path)]
-    arguments += ["--variant", "stress", "--row", "+ max mask", "--row", "HiF4 naive", "--row", "INT4 naive"]
+    arguments += ["--variant", "stress", "--row", "+ max mask", "--row", "HiF4 naive"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     (variant,) = json.loads((tmp_path / "results.json").read_text())["variants"].values()
     names = [row["row"] for row in variant]
-    assert names == ["high precision", "HiF4 naive", "+ max mask", "INT4 naive"]
+    assert names == ["high precision", "HiF4 naive", "+ max mask"]
     by_name = {row["row"]: row["measures"] for row in variant}
     assert by_name["+ max mask"]["psnr"]["mean"] > by_name["HiF4 naive"]["psnr"]["mean"] + 3
     assert by_name["high precision"]["latent_error"]["mean"] == 0
