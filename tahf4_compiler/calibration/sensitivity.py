@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,12 +129,14 @@ class Network:
     """A model's outputs on a few calls, and their relative squared error when some linears are quantized.
 
     The outputs of a call are all floating-point tensors in what the model returns, but for single numbers: with the
-    first alone, a linear that feeds another one would seem to cost nothing. The error of a call is the mean of theirs.
+    first alone, a linear that feeds another one would seem to cost nothing. The error of a call is the mean of theirs,
+    without those that are zero everywhere: no error is relative to them.
     The model runs as it is, not compiled, in its own precision. Linears are found where
     ``torch.nn.functional.linear`` reads their weight: in ``nn.Linear``, ``nn.MultiheadAttention`` and functional calls.
 
     Raises:
-        CalibrationError: its output is NaN or infinite in its own precision, or holds no floating-point tensor.
+        CalibrationError: its output is NaN or infinite in its own precision, or zero everywhere, or empty, or holds no
+            floating-point tensor.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
@@ -147,6 +150,12 @@ class Network:
             raise CalibrationError(
                 f"the output of {type(model).__name__} is NaN or infinite in its original precision on the calls that "
                 "the calibration kept; mend the model first (float16 overflows where bfloat16 does not)"
+            )
+        if not all(any(bool(value.any()) for value in call) for call in self._wanted):
+            raise CalibrationError(
+                f"the output of {type(model).__name__} is empty or zero everywhere on a call that the calibration "
+                "kept, so that no error is relative to it; calibrate with trained weights and with inputs that are not "
+                "empty, or make the recipe with another mask and sensitivity=False"
             )
 
     def _outputs(self) -> list[list[Tensor]]:
@@ -191,7 +200,7 @@ class Network:
             return call
         want = [few(value) for value in wanted]
         same = [a.shape for a in found] == [b.shape for b in want]
-        return cut if same and all(_error(a, b) <= 1e-4 for a, b in zip(found, want, strict=True)) else call
+        return cut if same and max(_errors(found, want), default=1) <= 1e-4 else call
 
     def read(self) -> set[str]:
         """Return the paths of the weights that linears read in the calls."""
@@ -228,7 +237,7 @@ class Network:
         if quantized and not used:
             return None
         pairs = zip(found, self._wanted, strict=True)
-        return [sum(map(_error, found, wanted)) / len(wanted) for found, wanted in pairs]
+        return [statistics.fmean(_errors(found, wanted)) for found, wanted in pairs]
 
     def effects(
         self, quantized: Mapping[str, Callable[[], QuantizedWeight]], measured: Measured, kind: str
@@ -272,9 +281,10 @@ def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
         yield used
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    """Return the relative squared error of a tensor."""
-    return float((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
+def _errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
+    """Return the relative squared error of each tensor that is not zero everywhere."""
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b.any()]
+    return [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
 
 
 def _floating(value: Any) -> Iterator[Tensor]:

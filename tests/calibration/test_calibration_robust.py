@@ -15,9 +15,8 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.calibration.calibration import Calibration
 from tahf4_compiler.calibration.calls import MOST
 from tahf4_compiler.calibration.masks import channel_mask
-from tahf4_compiler.calibration.sensitivity import Network, QuantizedWeight
+from tahf4_compiler.calibration.sensitivity import Network
 from tahf4_compiler.calibration.sketch import Sketch
-from tahf4_compiler.files.memo import Measured
 
 GRAPH = {"inductor": False}
 
@@ -224,47 +223,6 @@ def test_dead_columns_do_not_move_the_mask():
     assert (mask[8:] == 1).all()
     assert mask[:8].log().mean().abs() < 1e-5
     assert channel_mask(torch.zeros(4), torch.ones(4), 0.5).tolist() == [1.0] * 4
-
-
-class Mixing(nn.Module):
-    """Its first axis may be no batch."""
-
-    def __init__(self, mix):
-        super().__init__()
-        self.stack, self.mix = Stack().eval(), mix
-
-    def forward(self, x, bias):
-        return self.mix(self.stack(x)) + bias
-
-
-def only_twenty(x):
-    assert len(x) == 20, "no other batch"
-    return x
-
-
-@pytest.mark.parametrize(
-    ("mix", "entries"), [(lambda x: x, 16), (lambda x: x - x.mean(0), 20), (only_twenty, 20), (lambda x: x.sum(), 20)]
-)
-def test_effects_are_measured_on_a_part_of_a_batch_if_entries_do_not_meet(mix, entries):
-    model, met = Mixing(mix), []
-    network = Network(model, [((torch.randn(20, 64),), {"bias": torch.tensor(1.0)})])
-    with model.register_forward_pre_hook(lambda module, args: met.append(len(args[0]))):
-        few = network.few()
-        met.clear()
-        weight = model.stack.blocks[0].up.weight
-        up = {"stack.blocks.0.up": lambda: QuantizedWeight(weight, None, None, 0)}
-        effects = few.effects(up, Measured(None, str), "effect")
-    assert met == [entries]
-    assert effects["stack.blocks.0.up"] > 1e-6
-
-
-def test_a_model_whose_output_is_nan_is_refused():
-    model = Stack().eval()
-    model.last.weight[0, 0] = float("nan")
-    with tahf4.calibrate(model, options=GRAPH) as calibration:
-        model(torch.randn(8, 64))
-    with pytest.raises(tahf4.CalibrationError, match="NaN or infinite in its original precision"):
-        calibration.recipe()
 
 
 @pytest.fixture(scope="module")
