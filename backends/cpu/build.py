@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 _NAMES = (
     *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "attention.cpp", "search.cpp", "operators.cpp"),
-    *("attention_operator.cpp", "common.h", "operators.h"),
-    *("attention.inc", "units.inc", "programs.inc", "expand.inc", "tile_avx2.inc", "tile_amx.inc"),
+    *("common.h", "attention.inc", "attention_operator.inc", "units.inc", "programs.inc"),
+    *("expand.inc", "tile_avx2.inc", "tile_amx.inc"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 

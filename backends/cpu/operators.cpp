@@ -3,28 +3,66 @@
 // What these functions do not take (dtypes, shapes, devices, a program or a set of instructions that is not known here)
 // goes to the general function in operators.py, which says what is wrong or runs the reference.
 
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
 
-#include "operators.h"
+#include "common.h"
 
 using namespace tahf4;
 
 namespace {
 
+using at::IntArrayRef;
+using at::ScalarType;
+using at::Tensor;
 using at::TensorList;
+using Optional = std::optional<Tensor>;
 using Packed = std::tuple<Tensor, Tensor>;
 using Text = std::string_view;
+
+int number_of(ScalarType dtype) {
+  return dtype == at::kFloat ? kFloat32 : dtype == at::kBFloat16 ? kBFloat16 : dtype == at::kHalf ? kFloat16 : -1;
+}
+
+int threads() { return at::get_num_threads(); }
+
+// What is not taken here. The empty set of keys leads past the CPU's own function, this one, to the general one.
+template <class Function, class... Given>
+auto general(Function*, const char* name, const Given&... given) {
+  const auto found = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  return found.template typed<Function>().redispatch(c10::DispatchKeySet(), given...);
+}
+
+constexpr int kRefused = -1;
+
+// The set of instructions that the environment allows now, or kRefused: switched off, or named wrongly.
+int instructions() {
+  const char* off = std::getenv("TAHF4_NO_CPP");
+  if (off && *off && std::strcmp(off, "0")) return kRefused;
+  const char* wanted = std::getenv("TAHF4_CPU_ISA");
+  const int found = tahf4_instruction_sets() | 1 << kNone;
+  for (int isa = kAmx; isa >= kNone; --isa)
+    if ((found >> isa & 1) && (!wanted || !*wanted || !std::strcmp(wanted, kSetNames[isa]))) return isa;
+  return kRefused;
+}
 
 // As rows with a contiguous last axis.
 Tensor rows_of(const Tensor& x) {
@@ -32,6 +70,15 @@ Tensor rows_of(const Tensor& x) {
   const Tensor rows = x.reshape({-1, x.size(-1)});
   return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
 }
+
+// float32 without holes, for what is read as it lies.
+Optional plain(const Optional& values) {
+  return values ? Optional(values->to(at::kFloat).contiguous()) : values;
+}
+
+const float* pointer(const Optional& values) { return values ? values->const_data_ptr<float>() : nullptr; }
+
+bool readable(const Tensor& x) { return x.is_cpu() && number_of(x.scalar_type()) >= 0 && !x.is_neg(); }
 
 // Where a quantization goes.
 struct Units {
@@ -318,6 +365,8 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
   product.run(0, weight_codes.size(0), rounded, {known.program, &described.inputs, nullptr, 0, units.target}, isa);
   return {units.codes, units.scales};
 }
+
+#include "attention_operator.inc"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Derivatives, which there are none of: the general function says so to who asks for one.
