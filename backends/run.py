@@ -42,7 +42,7 @@ def make_runner(
         A function of the lowered graph's arguments, that returns its outputs.
     """
     config = options.inductor_options()
-    if config is None:
+    if config is None or _lacks_compiler(graph_module):
         return graph_module
     config = {**config, **_around_cpp_wrapper(config)}
     config = {**config, **_around_gcc(graph_module, config)}
@@ -65,6 +65,33 @@ def make_runner(
     ]
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
         return cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=config or None))
+
+
+def _lacks_compiler(graph_module: fx.GraphModule) -> bool:
+    """Whether Inductor could compile nothing here: a graph of the CPU, on a machine without a C++ compiler."""
+    if {value.device.type for value in _values(graph_module)} - {"cpu"}:
+        return False
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        _say_without_compiler()
+        return True
+    return False
+
+
+@functools.cache
+def _say_without_compiler() -> None:
+    log.warning(
+        "Inductor needs a C++ compiler for the CPU, and none was found: lowered graphs run without Inductor, which makes "
+        "what is around the products slower. Install g++ or clang, or name one in CXX"
+    )
+
+
+def _values(graph_module: fx.GraphModule) -> list[torch.Tensor]:
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph_module.graph.nodes])
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _around_cpp_wrapper(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,10 +124,9 @@ _NO_COPY = "-fno-tree-loop-distribute-patterns"
 
 def _around_gcc(graph_module: fx.GraphModule, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of Inductor with which GCC translates the transpositions of a lowered graph rightly."""
-    values = pytree.tree_leaves([node.meta.get("val") for node in graph_module.graph.nodes])
     halves = (torch.bfloat16, torch.float16)
     if platform.machine() not in ("x86_64", "AMD64") or not any(
-        isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype in halves for value in values
+        value.device.type == "cpu" and value.dtype in halves for value in _values(graph_module)
     ):
         return {}
     import torch._inductor.config as inductor

@@ -1,4 +1,8 @@
-"""Compile the C++ files of this folder once, with Inductor's compiler and flags, and keep the library in its cache."""
+"""Find the kernels: those that a wheel brings, or the C++ files of this folder, compiled once.
+
+Inductor's compiler and flags compile them, and the library is kept in its cache. Beside the kernels of a wheel only
+``operators.cpp`` is compiled, which depends on the version of PyTorch; without it Python calls the kernels.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ import torch
 
 from ...errors import OptionError
 
-__all__ = ["SETS", "SOURCES", "instruction_set", "library", "loaded", "processor", "switch"]
+__all__ = ["SETS", "SOURCES", "instruction_set", "library", "loaded", "operators", "processor", "switch"]
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ _NAMES = (
     *("expand.inc", "tile_avx2.inc", "tile_amx.inc"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+PREBUILT = Path(__file__).with_name("kernels.so")
+"""Where a wheel puts the kernels: all of ``SOURCES`` but ``operators.cpp``. setup.py makes it."""
 
 SETS = ("none", "avx2", "avx_vnni", "avx512_vnni", "amx")
 """Sets of instructions, best last, at the place of their bit in the library: ``kSetNames`` of common.h."""
@@ -39,7 +45,11 @@ _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 
 _pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
+    "tahf4_quantize": (_pointer, _int, _int64, _int64, _int64, _pointer, _int, _int),
+    "tahf4_fused_quantize": (_pointer, _pointer, _int64, _int64, _pointer, _int, _int),
     "tahf4_dequantize": (_pointer, _pointer, _int64, _int64, _pointer, _int),
+    "tahf4_linear": (_pointer, _pointer, _int, _int),
+    "tahf4_attention": (_pointer, _int, _int),
     "tahf4_transform": (
         *(_pointer, _int, _int64, _int64, _int64, _pointer, _int64),
         *(ctypes.c_float, _pointer, _int),
@@ -47,30 +57,41 @@ _SIGNATURES = {
     "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _pointer, _pointer, _int),
     "tahf4_round_unit": (_pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
+}
+_OPERATORS = {
     "tahf4_add_program": (ctypes.c_char_p, _int, _pointer, _int, _int, _int),
     "tahf4_register": (),
 }
 
 _lock = threading.Lock()
-_loaded: list[ctypes.CDLL | None] = []
+_Libraries = tuple[ctypes.CDLL | None, ctypes.CDLL | None]
+_loaded: list[_Libraries] = []
 
 
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels; None, with one warning, where they cannot be built.
+    """Return the kernels; None, with one warning, where there are none and they cannot be built.
 
-    The first call compiles, unless a process before it has. ``TAHF4_NO_CPP=1`` in the environment switches the
-    kernels off.
+    The first call compiles what is missing, unless a process before it has. ``TAHF4_NO_CPP=1`` in the environment
+    switches the kernels off, ``TAHF4_NO_COMPILER=1`` the compiler.
     """
+    return _both()[0]
+
+
+def operators() -> ctypes.CDLL | None:
+    """Return what holds ``operators.cpp``; None where Python calls the kernels, or there are none."""
+    return _both()[1]
+
+
+def _both() -> _Libraries:
     if switch("TAHF4_NO_CPP") not in ("", "0"):
-        return None
-    if _loaded:
-        return _loaded[0]
-    with _lock:
-        found = _library()
-        if found is not None:
-            found.tahf4_register()
-        _loaded[:] = [found]
-    return found
+        return None, None
+    if not _loaded:
+        with _lock:
+            found = _libraries()
+            if found[1] is not None:
+                found[1].tahf4_register()
+            _loaded[:] = [found]
+    return _loaded[0]
 
 
 def loaded() -> ctypes.CDLL:
@@ -122,35 +143,56 @@ _environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _libraries() -> _Libraries:
+    """Return the kernels and what holds the operators: the same library if all is compiled here."""
+    kernels = _prebuilt()
     try:
-        found = _load(_build())
+        if switch("TAHF4_NO_COMPILER") not in ("", "0"):
+            raise RuntimeError("TAHF4_NO_COMPILER is set")
+        if kernels is None:
+            whole = _load(_build(SOURCES), _SIGNATURES | _OPERATORS)
+            return whole, whole
+        beside = [source for source in SOURCES if source.suffix != ".cpp" or source.stem == "operators"]
+        return kernels, _load(_build(beside), _OPERATORS)
     except Exception as error:
         # The first line says what is wrong; a compiler's whole output does not belong in a warning.
-        reason = (str(error).strip().splitlines() or [""])[0]
-        log.warning(
-            "the C++ kernels for the CPU cannot be built, so that the reference runs in their place: %s: %s",
-            type(error).__name__,
-            reason,
-        )
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        if kernels is not None:
+            log.info("Python calls the C++ kernels for the CPU, since their operators cannot be built: %s", reason)
+        else:
+            log.warning(
+                "the C++ kernels for the CPU cannot be built, so that the reference runs in their place: %s", reason
+            )
         log.debug("why the C++ kernels cannot be built", exc_info=True)
+        return kernels, None
+
+
+def _prebuilt() -> ctypes.CDLL | None:
+    """Return the kernels of a wheel if it brought them and they run here."""
+    if not PREBUILT.exists() or not _machine_flags():
         return None
-    return found
+    try:
+        # Global: operators.cpp, compiled alone, finds them there.
+        return _load(PREBUILT, _SIGNATURES, ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        log.warning("%s, which the wheel of tahf4 brought, does not load: %s", PREBUILT, error)
+        return None
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
-    for name, arguments in _SIGNATURES.items():
+def _load(path: Path, signatures: Mapping[str, Sequence[Any]], mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path), mode)
+    for name, arguments in signatures.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
-    found.tahf4_checksum.argtypes = (_pointer, _int64, _pointer, _int)
-    found.tahf4_checksum.restype = ctypes.c_uint64
-    found.tahf4_instruction_sets.argtypes, found.tahf4_instruction_sets.restype = (), _int
+    if signatures is not _OPERATORS:
+        found.tahf4_checksum.argtypes = (_pointer, _int64, _pointer, _int)
+        found.tahf4_checksum.restype = ctypes.c_uint64
+        found.tahf4_instruction_sets.argtypes, found.tahf4_instruction_sets.restype = (), _int
     return found
 
 
-def _build() -> Path:
-    """Return the path of the library, compiled if it is not in the cache.
+def _build(sources: Sequence[Path]) -> Path:
+    """Return the path of the library that files make, compiled if it is not in the cache.
 
     OpenMP is linked by the name that Inductor's kernels link (``libgomp.so.1`` or the like), which is in the process
     already, with torch.
@@ -163,23 +205,23 @@ def _build() -> Path:
         flags += _SANITIZERS
     options = CppTorchOptions(include_pytorch=True, warning_all=False, extra_flags=flags)
 
-    def builder(sources: Sequence[Path], folder: Path) -> CppBuilder:
-        paths = [str(source) for source in sources if source.suffix == ".cpp"]
+    def builder(files: Sequence[Path], folder: Path) -> CppBuilder:
+        paths = [str(file) for file in files if file.suffix == ".cpp"]
         return CppBuilder(name="tahf4_cpu", sources=paths, BuildOption=options, output_dir=str(folder))
 
-    texts = [source.read_bytes() for source in SOURCES]
+    texts = [source.read_bytes() for source in sources]
     # Code made for one processor or PyTorch may not run with another that shares the cache.
-    command = builder([Path(source.name) for source in SOURCES], Path("out")).get_command_line()
+    command = builder([Path(source.name) for source in sources], Path("out")).get_command_line()
     names = (command, processor(), torch.__version__)
     key = hashlib.sha256(b"\0".join((*texts, *(name.encode() for name in names)))).hexdigest()[:32]
     folder = Path(cache_dir()) / "tahf4"
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = Path(builder(SOURCES, folder).get_target_file_path()).suffix
+    suffix = Path(builder(sources, folder).get_target_file_path()).suffix
     path = folder / f"cpu_{key}{suffix}"
     if not path.exists():
         # Beside its place and then renamed: whoever comes second, or was stopped, leaves a whole file.
         with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as temporary:
-            copies = [Path(temporary) / source.name for source in SOURCES]
+            copies = [Path(temporary) / source.name for source in sources]
             for copy, text in zip(copies, texts, strict=True):
                 copy.write_bytes(text)
             work = builder(copies, Path(temporary))

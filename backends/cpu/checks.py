@@ -16,6 +16,7 @@ from .programs import DTYPES, encode
 __all__ = [
     "as_rows",
     "attention",
+    "broadcast",
     "fused_linear",
     "fused_quantize",
     "linear",
@@ -80,7 +81,7 @@ def fused_quantize(
 ) -> None:
     """See ``tahf4::fused_quantize``."""
     _program(program, "x0")
-    shape = _broadcast(inputs)
+    shape = broadcast(inputs)
     _inputs("fused_quantize", inputs, shape)
     _target("fused_quantize", shape[-1], multiplier, hadamard_block, bits)
 
@@ -149,8 +150,8 @@ def _product(
     return shape
 
 
-def _broadcast(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return what shapes broadcast to if they do; :func:`_inputs` says whether."""
+def broadcast(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return what shapes broadcast to, if they do."""
     axes = max((x.dim() for x in inputs), default=0)
     if not axes:
         raise FormatError("fused_quantize got no tensor with axes; expected at least one: channels lie along the last")

@@ -2,6 +2,7 @@
 
 ``operators.cpp`` runs them once it is compiled. What it does not take comes to the general function here: the first
 call, which compiles; a program's first call; arguments that do not fit; and everything where there is no compiler.
+Then :mod:`.calls` runs the kernels if a wheel brought them, or the reference runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
 from ...ops.define import define, refuse_derivatives
 from ...ops.registry import arguments, in_16_bits, register_kernel
-from . import build, checks
+from . import build, calls, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
 
@@ -31,8 +32,9 @@ _lock = threading.Lock()
 _local = threading.local()
 
 
-def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
-    """Define ``tahf4_cpu::name``. ``check`` takes its arguments and raises an error if they do not fit."""
+def _operator(name: str) -> torch._ops.OpOverload:
+    """Define ``tahf4_cpu::name``."""
+    check, call = getattr(checks, name), getattr(calls, name)
     reference = getattr(torch.ops.tahf4, name)
     text = str(reference.default._schema).removeprefix(f"tahf4::{name}")
     names = [argument.name for argument in reference.default._schema.arguments]
@@ -41,14 +43,19 @@ def _operator(name: str, check: Callable[..., None]) -> torch._ops.OpOverload:
     def general(*args: Any, **kwargs: Any) -> Any:
         refuse_derivatives(found, *args, **kwargs)  # C++ sends them here
         if build.library() is not None and (instruction_set() != "none" or place is None):
-            if not getattr(_local, "again", False):  # compiled or taught meanwhile, perhaps by another thread
+            if build.operators() is None:
+                check(*args, **kwargs)
+                if (result := call(*args, **kwargs)) is not NotImplemented:
+                    return result
+            elif not getattr(_local, "again", False):  # compiled or taught meanwhile, perhaps by another thread
                 _teach(name, "" if place is None else args[place])
                 _local.again = True
                 try:
                     return found(*args, **kwargs)
                 finally:
                     _local.again = False
-            check(*args, **kwargs)
+            else:
+                check(*args, **kwargs)
         return reference(*args, **kwargs)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
@@ -69,12 +76,14 @@ def _teach(name: str, program: str) -> None:
         if encoded is not None:
             dtype = -1 if encoded.dtype is None else DTYPES[encoded.dtype]
             about = ctypes.addressof(encoded.struct), dtype, encoded.inputs, encoded.used
-            build.loaded().tahf4_add_program(program.encode(), product, *about)
+            library = build.operators()
+            assert library is not None
+            library.tahf4_add_program(program.encode(), product, *about)
         _taught[(product, program)] = encoded
 
 
 OPERATORS = {
-    name: _operator(name, getattr(checks, name))
+    name: _operator(name)
     for name in ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize", "attention")
 }
 """By name: each takes and gives what the operator of ``torch.ops.tahf4`` does."""

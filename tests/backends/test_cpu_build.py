@@ -27,11 +27,11 @@ compiled = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler"
 @pytest.fixture
 def _no_library(monkeypatch):
     """Start without a compiled library, and leave none that a test made."""
-    build._library.cache_clear()
+    build._libraries.cache_clear()
     build._loaded.clear()
     yield
     monkeypatch.undo()
-    build._library.cache_clear()
+    build._libraries.cache_clear()
     build._loaded.clear()
 
 
@@ -126,11 +126,11 @@ def test_the_library_is_compiled_once_and_found_again(monkeypatch, tmp_path):
 
     builds, build_one = [], CppBuilder.build
     monkeypatch.setattr(CppBuilder, "build", lambda self: (builds.append(self), build_one(self)))
-    path = build._build()
-    assert build._build() == path
+    path = build._build(build.SOURCES)
+    assert build._build(build.SOURCES) == path
     assert len(builds) == 1
     assert [p.name for p in (tmp_path / "tahf4").iterdir()] == [path.name]  # no remains
-    assert isinstance(build._load(path), ctypes.CDLL)
+    assert isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
 
 
 @compiled
@@ -146,14 +146,14 @@ def test_several_processes_compile_at_once(monkeypatch, tmp_path):
         build_one(self)
 
     monkeypatch.setattr(CppBuilder, "build", both)
-    running = [fork.Process(target=build._build) for _ in range(2)]
+    running = [fork.Process(target=build._build, args=(build.SOURCES,)) for _ in range(2)]
     for process in running:
         process.start()
     for process in running:
         process.join()
     assert [process.exitcode for process in running] == [0, 0]
     (path,) = (tmp_path / "tahf4").iterdir()
-    assert build._build() == path and isinstance(build._load(path), ctypes.CDLL)
+    assert build._build(build.SOURCES) == path and isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
 
 
 def test_importing_compiles_nothing(tmp_path):
@@ -162,7 +162,7 @@ def test_importing_compiles_nothing(tmp_path):
         "import tahf4_compiler.backends.cpu as cpu\n"
         "op = torch.ops.tahf4.linear.default\n"
         "assert [x.name for x in k.kernels() if x.operator is op] == ['triton', 'cpu', 'reference']\n"
-        "assert not cpu.build._library.cache_info().currsize\n"
+        "assert not cpu.build._libraries.cache_info().currsize\n"
     )
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

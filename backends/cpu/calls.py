@@ -1,0 +1,315 @@
+"""The kernels called from Python, where no compiler makes what ``operators.cpp`` holds.
+
+Each function takes what :mod:`.checks` let pass, and gives what the operator of its name gives, or ``NotImplemented``
+where only the reference can. A call costs some tens of microseconds more than one of ``operators.cpp``, which does the
+same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...format import hif4
+from . import build, checks
+from .build import instruction_set
+from .programs import DTYPES, MOST_INPUTS, Encoded, encode
+
+__all__ = ["attention", "fused_linear", "fused_quantize", "linear", "linear_quantize", "quantize"]
+
+_pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+Packed = tuple[Tensor, Tensor]
+_MOST_AXES = 16
+
+
+class _Target(ctypes.Structure):
+    """``struct Target`` of common.h."""
+
+    _fields_ = [
+        *(("multiplier", _pointer), ("block", _int64), ("norm", _float)),
+        *(("codes", _pointer), ("scales", _pointer), ("bits", _int32)),
+    ]
+
+
+class _Input(ctypes.Structure):
+    """``struct Input``."""
+
+    _fields_ = [("data", _pointer), ("dtype", _int32), ("column_stride", _int32), ("strides", _pointer)]
+
+
+class _Inputs(ctypes.Structure):
+    """``struct Inputs``."""
+
+    _fields_ = [("list", _pointer), ("sizes", _pointer), ("count", _int32), ("axes", _int32)]
+
+
+class _Operands(ctypes.Structure):
+    """``struct Operands``."""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("codes", "scales", "weight_codes", "weight_scales", "bias")),
+        *((name, _int64) for name in ("m", "n", "units")),
+        *(("dtype", _int32), ("bits", _int32)),
+    ]
+
+
+class _Result(ctypes.Structure):
+    """``struct Result``."""
+
+    _fields_ = [("program", _pointer), ("inputs", _pointer), ("out", _pointer), ("dtype", _int32), ("target", _Target)]
+
+
+class _Attention(ctypes.Structure):
+    """``struct Attention``."""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("q", "k", "v")),
+        *((name, _int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
+        *(("mask", _pointer), ("mask_strides", _int64 * 4), ("out", _pointer), ("out_strides", _int64 * 4)),
+        *((name, _int64) for name in ("batch", "heads", "key_heads", "rows", "keys", "width", "channels")),
+        *(("block", _int64), ("units", _int64), ("norm", _float), ("factor", _float)),
+        *(("dtype", _int32), ("causal", _int32)),
+    ]
+
+
+class _Units:
+    """Where a quantization goes."""
+
+    def __init__(self, shape: Sequence[int], multiplier: Tensor | None, block: int, bits: int) -> None:
+        units = hif4.units(shape[-1])
+        kinds = (torch.int8, torch.float32) if bits == 8 else (torch.uint8, torch.int32)
+        size = hif4.UNIT if bits == 8 else hif4.UNIT // 2
+        self.codes = torch.empty((*shape[:-1], units * size), dtype=kinds[0], device="cpu")
+        self.scales = torch.empty((*shape[:-1], units), dtype=kinds[1], device="cpu")
+        self._multiplier = _plain(multiplier)
+        norm = 1 / math.sqrt(block) if block else 1.0
+        self.target = _Target(_at(self._multiplier), block, norm, _at(self.codes), _at(self.scales), bits)
+
+    @property
+    def packed(self) -> Packed:
+        return self.codes, self.scales
+
+
+class _Described:
+    """Tensors that broadcast to a shape."""
+
+    def __init__(self, given: Sequence[Tensor], shape: Sequence[int]) -> None:
+        axes = len(shape)
+        held = [x.resolve_neg() for x in given]
+        self._held = [x if x.dim() == 0 or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for x in held]
+        self._sizes = (_int64 * max(1, axes - 1))(*(shape[:-1] or (1,)))
+        self._strides, self._list = [], (_Input * max(1, len(given)))()
+        for i, x in enumerate(self._held):
+            steps = [0] * (axes - x.dim())
+            steps += [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+            self._strides.append((_int64 * max(1, axes - 1))(*(steps[:-1] or (0,))))
+            self._list[i] = _Input(x.data_ptr(), DTYPES[x.dtype], steps[-1], ctypes.addressof(self._strides[-1]))
+        self.struct = _Inputs(ctypes.addressof(self._list), ctypes.addressof(self._sizes), len(given), max(1, axes - 1))
+
+
+def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> Packed:
+    """See ``tahf4::quantize``."""
+    rows, dtype = checks.as_rows("quantize", x)
+    units = _Units(x.shape, multiplier, hadamard_block, bits)
+    if units.codes.numel():
+        build.loaded().tahf4_quantize(
+            *(rows.data_ptr(), dtype, len(rows), x.shape[-1], rows.stride(0)),
+            *(ctypes.byref(units.target), _isa(), torch.get_num_threads()),
+        )
+    return units.packed
+
+
+def fused_quantize(
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+) -> Packed:
+    """See ``tahf4::fused_quantize``."""
+    shape, encoded = checks.broadcast(inputs), encode(program, "x0")
+    if encoded is None or not _fits(encoded, inputs, shape) or instruction_set() == "none":
+        return NotImplemented
+    described, units = _Described(inputs, shape), _Units(shape, multiplier, hadamard_block, bits)
+    if units.codes.numel():
+        build.loaded().tahf4_fused_quantize(
+            *(ctypes.byref(encoded.struct), ctypes.byref(described.struct), math.prod(shape[:-1]), shape[-1]),
+            *(ctypes.byref(units.target), _isa(), torch.get_num_threads()),
+        )
+    return units.packed
+
+
+def linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """See ``tahf4::linear``."""
+    if not scales.shape[-1] or instruction_set() == "none":
+        return NotImplemented
+    written = out_dtype if out_dtype in DTYPES else torch.float32
+    out = torch.empty((*scales.shape[:-1], len(weight_codes)), dtype=written, device="cpu")
+    product = (codes, scales, weight_codes, weight_scales, bias)
+    _run(product, 0, len(weight_codes), torch.float32, None, _Described((), (1,)), out)  # rounded once
+    return out.to(out_dtype)
+
+
+def fused_linear(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    sizes: Sequence[int],
+    inputs: Sequence[Tensor],
+    program: str,
+    result_dtype: torch.dtype,
+) -> list[Tensor]:
+    """See ``tahf4::fused_linear``."""
+    shape, encoded = (*scales.shape[:-1], len(weight_codes)), _followed(program, inputs, scales, weight_codes)
+    if encoded is None or out_dtype not in DTYPES or result_dtype not in DTYPES:
+        return NotImplemented
+    product, results, first = (codes, scales, weight_codes, weight_scales, bias), list[Tensor](), 0
+    described, rounded = _Described(inputs, shape), out_dtype if program else torch.float32
+    for size in sizes:
+        results.append(torch.empty((*shape[:-1], size), dtype=result_dtype, device="cpu"))
+        _run(product, first, size, rounded, encoded if program else None, described, results[-1])
+        first += size
+    return results
+
+
+def linear_quantize(
+    codes: Tensor,
+    scales: Tensor,
+    weight_codes: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+) -> Packed:
+    """See ``tahf4::linear_quantize``."""
+    shape, encoded = (*scales.shape[:-1], len(weight_codes)), _followed(program, inputs, scales, weight_codes)
+    if encoded is None or out_dtype not in DTYPES:
+        return NotImplemented
+    units = _Units(shape, multiplier, hadamard_block, bits)
+    product = (codes, scales, weight_codes, weight_scales, bias)
+    _run(product, 0, shape[-1], out_dtype, encoded if program else None, _Described(inputs, shape), units.target)
+    return units.packed
+
+
+def _run(
+    product: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    first: int,
+    columns: int,
+    rounded: torch.dtype,
+    program: Encoded | None,
+    described: _Described,
+    to: Tensor | _Target,
+) -> None:
+    """Compute columns of a product into a tensor or into units."""
+    codes, scales, weight_codes, weight_scales = (x.contiguous() for x in product[:4])
+    bias, units = _plain(product[4]), scales.shape[-1]
+    rows = scales.numel() // units if units else 0
+    if not rows or not columns:
+        return
+    operands = _Operands(
+        *(codes.data_ptr(), scales.data_ptr(), weight_codes[first:].data_ptr(), weight_scales[first:].data_ptr()),
+        *(bias[first:].data_ptr() if bias is not None else None, rows, columns, units, DTYPES[rounded]),
+        8 if codes.dtype == torch.int8 else 4,
+    )
+    into = (to.data_ptr(), DTYPES[to.dtype], _Target()) if isinstance(to, Tensor) else (None, 0, to)
+    result = _Result(
+        ctypes.addressof(program.struct) if program is not None else None,
+        ctypes.addressof(described.struct),
+        *into,
+    )
+    build.loaded().tahf4_linear(ctypes.byref(operands), ctypes.byref(result), _isa(), torch.get_num_threads())
+
+
+def _followed(
+    program: str, inputs: Sequence[Tensor], scales: Tensor, weight_codes: Tensor
+) -> Encoded | None:
+    """Return the program that follows a product, if the kernel runs it."""
+    encoded = encode(program, "y")
+    shape = (*scales.shape[:-1], len(weight_codes))
+    runs = encoded is not None and scales.shape[-1] and instruction_set() != "none"
+    return encoded if encoded is not None and runs and _fits(encoded, inputs, shape) else None
+
+
+def _fits(encoded: Encoded, inputs: Sequence[Tensor], shape: Sequence[int]) -> bool:
+    """Whether there are as many tensors as a program reads and no more axes than it knows, and its result is whole."""
+    if not encoded.inputs <= len(inputs) <= MOST_INPUTS or len(shape) > _MOST_AXES:
+        return False
+    if encoded.used < 0:
+        return True
+    read = [x for i, x in enumerate(inputs) if encoded.used >> i & 1]
+    return tuple(torch.broadcast_shapes(*(x.shape for x in read), (1,) * len(shape))) == tuple(shape)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """See ``tahf4::attention``."""
+    (batch, heads, rows, width), keys, channels = query.shape, key.shape[2], value.shape[3]
+    if channels == width:  # as SDPA does
+        out = torch.empty_like(query, dtype=torch.float32)
+    else:
+        out = torch.empty((batch, heads, rows, channels), dtype=torch.float32, device="cpu")
+    if not keys:
+        out.zero_()
+    if not out.numel() or not keys:
+        return out.to(query.dtype)
+    held = [x.resolve_neg() for x in (query, key, value)]
+    held = [x if x.stride(3) == 1 else x.contiguous() for x in held]
+    bias = _added(attn_mask, (batch, heads, rows, keys)) if attn_mask is not None else None
+    padded = hif4.units(width) * hif4.UNIT
+    block = padded & -padded
+    struct = _Attention(
+        *(x.data_ptr() for x in held),
+        *((_int64 * 3)(*x.stride()[:3]) for x in held),
+        *(_at(bias), (_int64 * 4)(*(bias.stride() if bias is not None else ()))),
+        *(out.data_ptr(), (_int64 * 4)(*out.stride())),
+        *(batch, heads, key.shape[1], rows, keys, width, channels, block, padded // hif4.UNIT),
+        *(1 / math.sqrt(block), (width**-0.5 if scale is None else scale) / math.log(2)),
+        *(DTYPES[query.dtype], is_causal),
+    )
+    build.loaded().tahf4_attention(ctypes.byref(struct), _isa(), torch.get_num_threads())
+    return out.to(query.dtype)
+
+
+def _added(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return what a mask adds to the scores of a softmax to the base of 2."""
+    if mask.dtype == torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device="cpu")
+        values = zeros.masked_fill(mask.logical_not(), -math.inf)
+    else:
+        values = mask.to(torch.float32)
+    added, most = values.mul(1 / math.log(2)), torch.finfo(torch.float32).max
+    # A row of the least number of its dtype, which stands for padding, is no row of minus infinity.
+    return torch.where(values.isfinite(), added.clamp(-most, most), added).expand(shape)
+
+
+def _plain(values: Tensor | None) -> Tensor | None:
+    return values.resolve_neg().to(torch.float32).contiguous() if values is not None else None
+
+
+def _at(values: Tensor | None) -> int | None:
+    return values.data_ptr() if values is not None else None
+
+
+def _isa() -> int:
+    return build.SETS.index(instruction_set())
