@@ -24,6 +24,7 @@ class Kernels(build_ext):
     """A library of C functions under one name, for whatever Python imports the package."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        """Leave out the version of Python."""
         return fullname.replace(".", "/") + ".so"
 
 
@@ -31,10 +32,12 @@ class AnyPython(bdist_wheel):
     """A wheel for a platform and any version of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Leave it out here, too."""
         return "py3", "none", super().get_tag()[2]
 
 
 def kernels() -> dict:
+    """Return what setup() needs to build the kernels, if it shall."""
     if os.environ.get("TAHF4_BUILD_KERNELS", "") in ("", "0"):
         return {}
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):

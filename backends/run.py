@@ -84,8 +84,8 @@ def _lacks_compiler(graph_module: fx.GraphModule) -> bool:
 @functools.cache
 def _say_without_compiler() -> None:
     log.warning(
-        "Inductor needs a C++ compiler for the CPU, and none was found: lowered graphs run without Inductor, which makes "
-        "what is around the products slower. Install g++ or clang, or name one in CXX"
+        "Inductor needs a C++ compiler for the CPU, and none was found: lowered graphs run without Inductor, which "
+        "makes what is around the products slower. Install g++ or clang, or name one in CXX"
     )
 
 

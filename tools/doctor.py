@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,21 +32,24 @@ class Finding:
 
 
 def doctor() -> None:
-    """Check the environment and run a self test of a second.
+    """Check the environment and run a self test.
 
+    A check that took a second or more says how long: the first run on a machine compiles.
     Exit code 1 if something essential is broken, with what to do about it.
     """
     marks = {FINE: (" ok ", "green"), WARNING: ("warn", "yellow"), BROKEN: ("FAIL", "red")}
     broken = False
     for name, check in CHECKS.items():
+        start = time.perf_counter()
         try:
             finding = check()
         except Exception as error:
             finding = Finding(f"{type(error).__name__}: {error}", BROKEN, "Install tahf4-compiler again.")
         broken |= finding.state == BROKEN
+        took = time.perf_counter() - start
         mark, colour = marks[finding.state]
         typer.secho(mark, fg=colour, nl=False)
-        typer.echo(f"  {name:<14} {finding.text}")
+        typer.echo(f"  {name:<14} {finding.text}" + (f" ({took:.0f} s)" if took >= 1 else ""))
         if finding.remedy:
             typer.echo(f"{'':22}-> {finding.remedy}")
     if broken:
@@ -100,13 +104,26 @@ def _cpp_compiler() -> Finding:
 
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    remedy = 'Install one (g++ or clang++) or name it in CXX; without one use options={"inductor": False}.'
+    remedy = (
+        "Install one (g++ or clang++) or name it in CXX: without one, graphs of the CPU run without Inductor, and only "
+        "a wheel brings CPU kernels."
+    )
     try:
         compiler = get_cpp_compiler()
     except Exception as error:
-        return Finding(f"none that Inductor accepts ({type(error).__name__})", BROKEN, remedy)
+        return Finding(f"none that Inductor accepts ({type(error).__name__})", WARNING, remedy)
     found = shutil.which(compiler)
-    return Finding(found) if found else Finding(f"{compiler} is not on the PATH", BROKEN, remedy)
+    return Finding(found) if found else Finding(f"{compiler} is not on the PATH", WARNING, remedy)
+
+
+def _cpu_kernels() -> Finding:
+    from ..backends.cpu import build
+
+    kernels = build.library()
+    if kernels is None:
+        return Finding("none: the references run, which are slow", WARNING, "See the line above, and TAHF4_NO_CPP.")
+    source = "of the wheel, called from Python" if build.operators() is None else "compiled here"
+    return Finding(f"{source}, for {build.instruction_set()}")
 
 
 def _cache() -> Finding:
@@ -179,6 +196,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "GPU": _gpu,
     "backend": _backend,
     "C++ compiler": _cpp_compiler,
+    "CPU kernels": _cpu_kernels,
     "compile cache": _cache,
     "kernels": _kernels,
     "tiny Wan2.2": _shipped_pipeline,

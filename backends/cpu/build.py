@@ -1,7 +1,7 @@
 """Find the kernels: those that a wheel brings, or the C++ files of this folder, compiled once.
 
-Inductor's compiler and flags compile them, and the library is kept in its cache. Beside the kernels of a wheel only
-``operators.cpp`` is compiled, which depends on the version of PyTorch; without it Python calls the kernels.
+Inductor's compiler and flags compile them, and the library is kept in its cache. A wheel has no ``operators.cpp``,
+which depends on the version of PyTorch: Python calls its kernels.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ _loaded: list[_Libraries] = []
 def library() -> ctypes.CDLL | None:
     """Return the kernels; None, with one warning, where there are none and they cannot be built.
 
-    The first call compiles what is missing, unless a process before it has. ``TAHF4_NO_CPP=1`` in the environment
-    switches the kernels off, ``TAHF4_NO_COMPILER=1`` the compiler.
+    The first call compiles, unless a process before it has or a wheel brought them. ``TAHF4_NO_CPP=1`` in the
+    environment switches the kernels off, ``TAHF4_NO_COMPILER=1`` the compiler.
     """
     return _both()[0]
 
@@ -144,27 +144,25 @@ _environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
 
 @functools.cache
 def _libraries() -> _Libraries:
-    """Return the kernels and what holds the operators: the same library if all is compiled here."""
+    """Return the kernels, and the same library once more if it was compiled here: then it holds the operators."""
     kernels = _prebuilt()
+    if kernels is not None:
+        return kernels, None
     try:
         if switch("TAHF4_NO_COMPILER") not in ("", "0"):
             raise RuntimeError("TAHF4_NO_COMPILER is set")
-        if kernels is None:
-            whole = _load(_build(SOURCES), _SIGNATURES | _OPERATORS)
-            return whole, whole
-        beside = [source for source in SOURCES if source.suffix != ".cpp" or source.stem == "operators"]
-        return kernels, _load(_build(beside), _OPERATORS)
+        found = _load(_build(), {**_SIGNATURES, **_OPERATORS})
+        return found, found
     except Exception as error:
         # The first line says what is wrong; a compiler's whole output does not belong in a warning.
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        if kernels is not None:
-            log.info("Python calls the C++ kernels for the CPU, since their operators cannot be built: %s", reason)
-        else:
-            log.warning(
-                "the C++ kernels for the CPU cannot be built, so that the reference runs in their place: %s", reason
-            )
+        reason = (str(error).strip().splitlines() or [""])[0]
+        log.warning(
+            "the C++ kernels for the CPU cannot be built, so that the reference runs in their place: %s: %s",
+            type(error).__name__,
+            reason,
+        )
         log.debug("why the C++ kernels cannot be built", exc_info=True)
-        return kernels, None
+        return None, None
 
 
 def _prebuilt() -> ctypes.CDLL | None:
@@ -172,27 +170,25 @@ def _prebuilt() -> ctypes.CDLL | None:
     if not PREBUILT.exists() or not _machine_flags():
         return None
     try:
-        # Global: operators.cpp, compiled alone, finds them there.
-        return _load(PREBUILT, _SIGNATURES, ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        log.warning("%s, which the wheel of tahf4 brought, does not load: %s", PREBUILT, error)
+        return _load(PREBUILT, _SIGNATURES)
+    except (OSError, AttributeError) as error:
+        log.warning("the kernels that the wheel of tahf4 brought do not load: %s", error)
         return None
 
 
-def _load(path: Path, signatures: Mapping[str, Sequence[Any]], mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path), mode)
+def _load(path: Path, signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
     for name, arguments in signatures.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
-    if signatures is not _OPERATORS:
-        found.tahf4_checksum.argtypes = (_pointer, _int64, _pointer, _int)
-        found.tahf4_checksum.restype = ctypes.c_uint64
-        found.tahf4_instruction_sets.argtypes, found.tahf4_instruction_sets.restype = (), _int
+    found.tahf4_checksum.argtypes = (_pointer, _int64, _pointer, _int)
+    found.tahf4_checksum.restype = ctypes.c_uint64
+    found.tahf4_instruction_sets.argtypes, found.tahf4_instruction_sets.restype = (), _int
     return found
 
 
-def _build(sources: Sequence[Path]) -> Path:
-    """Return the path of the library that files make, compiled if it is not in the cache.
+def _build() -> Path:
+    """Return the path of the library, compiled if it is not in the cache.
 
     OpenMP is linked by the name that Inductor's kernels link (``libgomp.so.1`` or the like), which is in the process
     already, with torch.
@@ -205,23 +201,23 @@ def _build(sources: Sequence[Path]) -> Path:
         flags += _SANITIZERS
     options = CppTorchOptions(include_pytorch=True, warning_all=False, extra_flags=flags)
 
-    def builder(files: Sequence[Path], folder: Path) -> CppBuilder:
-        paths = [str(file) for file in files if file.suffix == ".cpp"]
+    def builder(sources: Sequence[Path], folder: Path) -> CppBuilder:
+        paths = [str(source) for source in sources if source.suffix == ".cpp"]
         return CppBuilder(name="tahf4_cpu", sources=paths, BuildOption=options, output_dir=str(folder))
 
-    texts = [source.read_bytes() for source in sources]
+    texts = [source.read_bytes() for source in SOURCES]
     # Code made for one processor or PyTorch may not run with another that shares the cache.
-    command = builder([Path(source.name) for source in sources], Path("out")).get_command_line()
+    command = builder([Path(source.name) for source in SOURCES], Path("out")).get_command_line()
     names = (command, processor(), torch.__version__)
     key = hashlib.sha256(b"\0".join((*texts, *(name.encode() for name in names)))).hexdigest()[:32]
     folder = Path(cache_dir()) / "tahf4"
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = Path(builder(sources, folder).get_target_file_path()).suffix
+    suffix = Path(builder(SOURCES, folder).get_target_file_path()).suffix
     path = folder / f"cpu_{key}{suffix}"
     if not path.exists():
         # Beside its place and then renamed: whoever comes second, or was stopped, leaves a whole file.
         with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as temporary:
-            copies = [Path(temporary) / source.name for source in sources]
+            copies = [Path(temporary) / source.name for source in SOURCES]
             for copy, text in zip(copies, texts, strict=True):
                 copy.write_bytes(text)
             work = builder(copies, Path(temporary))

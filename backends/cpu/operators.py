@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -126,8 +126,8 @@ def test_the_library_is_compiled_once_and_found_again(monkeypatch, tmp_path):
 
     builds, build_one = [], CppBuilder.build
     monkeypatch.setattr(CppBuilder, "build", lambda self: (builds.append(self), build_one(self)))
-    path = build._build(build.SOURCES)
-    assert build._build(build.SOURCES) == path
+    path = build._build()
+    assert build._build() == path
     assert len(builds) == 1
     assert [p.name for p in (tmp_path / "tahf4").iterdir()] == [path.name]  # no remains
     assert isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
@@ -146,14 +146,14 @@ def test_several_processes_compile_at_once(monkeypatch, tmp_path):
         build_one(self)
 
     monkeypatch.setattr(CppBuilder, "build", both)
-    running = [fork.Process(target=build._build, args=(build.SOURCES,)) for _ in range(2)]
+    running = [fork.Process(target=build._build) for _ in range(2)]
     for process in running:
         process.start()
     for process in running:
         process.join()
     assert [process.exitcode for process in running] == [0, 0]
     (path,) = (tmp_path / "tahf4").iterdir()
-    assert build._build(build.SOURCES) == path and isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
+    assert build._build() == path and isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
 
 
 def test_importing_compiles_nothing(tmp_path):

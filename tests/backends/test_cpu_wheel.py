@@ -1,4 +1,4 @@
-"""An installed wheel with kernels, where there is no compiler: ``make wheel`` runs these tests, ``make test`` skips them."""
+"""An installed wheel with kernels, where there is no compiler: ``make wheel`` runs these tests."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import relative
 import torch._inductor
+from helpers import relative
 from tahf4_compiler.backends import cpu, run
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -93,12 +93,12 @@ def test_inductor_splits_what_stands_behind_march():
 
 
 def test_without_a_compiler_a_graph_of_the_cpu_runs_without_inductor(monkeypatch, caplog):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
     monkeypatch.delenv("CXX", raising=False)
     run._say_without_compiler.cache_clear()
     model, x = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()), torch.randn(3, 64)
     compiled = torch.compile(lambda x: model(x.sin()), backend="tahf4", options={"classify.min_linears": 1})
-    with torch.no_grad(), caplog.at_level("WARNING"):
+    without = torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")})
+    with torch.no_grad(), caplog.at_level("WARNING"), without:
         found = [compiled(x), compiled(x[:2])]
     for y, given in zip(found, (x, x[:2]), strict=True):
         assert 0 < relative(y, model(given.sin())) < 0.2
