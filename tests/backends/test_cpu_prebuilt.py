@@ -24,6 +24,8 @@ MORE = {
     "fused_quantize": [
         lambda x, w, f: ([x.view(1, 2, 3, 100).transpose(1, 2), f, x[0, :1]], "v0: float32 = mul(x0, x1)", None, 64, 8),
         lambda x, w, f: ([x.half(), f.bfloat16()], "v0: float32 = layer_norm(x0, x1, None, 1e-05)"),
+        lambda x, w, f: ([x, torch._neg_view(x)], "v0: float32 = sub(x0, x1)"),
+        lambda x, w, f: ([x, torch.randn(6, 3, 100)[:, 1:2].movedim(1, 0)], "v0: float32 = mul(x0, x1)"),
         lambda x, w, f: ([x], ""),
         lambda x, w, f: ([x[0]], "v0: float32 = relu(x0)"),
     ],
