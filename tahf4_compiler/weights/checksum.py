@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..model import parts
@@ -75,26 +75,57 @@ def _read(values: list[Tensor]) -> list[int]:
     return [out[i] for i in range(len(values))]
 
 
-def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
+def checksums(values: Sequence[Tensor], check: str = "auto") -> list[int]:
     """Return the checksums of tensors, read again where they may have changed.
 
     Args:
-        values: no subclasses.
-        check: see :class:`tahf4_compiler.options.Options`; ``"version"`` keeps those of unchanged tensors.
+        values: on any device; those on the meta device hold nothing, and have 0.
+        check: see :class:`tahf4_compiler.options.Options`.
     """
+    _watch_data()
     states = [(identity(v), v.data_ptr()) for v in values]
     old = [_sums.get(value) for value in values]
     stale = [
         i
         for i, (value, state) in enumerate(zip(values, states, strict=True))
-        if check == "content" or value.is_inference() or old[i] is None or old[i][0] != state
+        if _reads_always(value, check) or old[i] is None or old[i][0] != state or old[i][1] is None
     ]
-    for i, total in zip(stale, contents([values[i] for i in stale]), strict=True):
-        _sums[values[i]] = old[i] = (states[i], total)
+    # Kept before they are read: who takes .data meanwhile, in another thread, lets them be forgotten again.
+    for i in stale:
+        _sums[values[i]] = old[i] = [states[i], 0 if values[i].device.type == "meta" else None]
+    real = [i for i in stale if values[i].device.type != "meta"]
+    for i, total in zip(real, contents([values[i] for i in real]), strict=True):
+        old[i][1] = total
     return [entry[1] for entry in old]
 
 
+def _reads_always(value: Tensor, check: str) -> bool:
+    """Whether a tensor is read at each call: where that is cheap, and where it has no version counter."""
+    return check == "content" or value.is_inference() or (check == "auto" and value.device.type == "cpu")
+
+
 _sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@functools.cache
+def _watch_data() -> None:
+    """Forget the checksum of a parameter whose ``.data`` somebody takes or sets.
+
+    What is written through ``.data`` leaves the version counter and, as ``weight.data += x`` (peft's merging) does, the
+    address as they were.
+    """
+    own = Tensor.data
+
+    def get(self: nn.Parameter) -> Tensor:
+        _sums.pop(self, None)
+        found: Tensor = own.__get__(self)  # type: ignore[attr-defined]
+        return found
+
+    def put(self: nn.Parameter, value: Tensor) -> None:
+        _sums.pop(self, None)
+        own.__set__(self, value)  # type: ignore[attr-defined]
+
+    nn.Parameter.data = property(get, put)  # type: ignore[assignment]
 
 
 def identity(weight: Tensor) -> tuple[object, ...]:

@@ -83,7 +83,7 @@ def multiplier_groups(graph: fx.Graph) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(group) for group in found.values() if len(group) > 1)
 
 
-def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "content") -> tuple[tuple[int, ...], ...]:
+def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "auto") -> tuple[tuple[int, ...], ...]:
     """Return for each multiplier the position of the first one of its group that is equal to it.
 
     Two quantizations of one activation are one if their multipliers are equal. That belongs to the modules at hand,
