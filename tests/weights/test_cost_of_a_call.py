@@ -1,4 +1,4 @@
-"""A call on a device that is not the CPU runs the operators of its lowered graph, reads no weight and waits for nothing.
+"""A call on a device that is not the CPU runs its lowered graph, reads no weight and waits for nothing.
 
 The meta device stands for such a device: it has no values, so that whatever reads one raises an error.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from models import Block, Stack
+from tahf4_compiler.backends.dynamo import CompiledGraph
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.backends.dynamo import CompiledGraph
 from tahf4_compiler.weights.store import store
 
 BACKEND: dict[str, Any] = {"backend": "tahf4", "fullgraph": True, "options": {"inductor": False}}
