@@ -28,7 +28,7 @@ from ..format.reconstruct import Reconstruction
 from ..format.transforms import multipliers
 from ..graph.inputs import PackedWeight
 from ..model.attachments import Attachment, attached_recipe, changes
-from .checksum import checksums, identity
+from .checksum import checksums, refuse_capture
 from .flaws import Flaws
 from .formats import pack_rows
 from .packing import pack_transformed
@@ -71,6 +71,9 @@ class PackedStore:
             check: how a change is noticed, see :class:`tahf4_compiler.options.Options`.
             name: gives a weight's module path, for warnings about what HiF4 does not hold.
 
+        Raises:
+            CaptureError: a weight would have to be packed while a CUDA graph is captured.
+
         Returns:
             Packed weights in the order of the requests, on the weights' device: :class:`tahf4_compiler.hif4.Packed`,
             or for a plug-in's format its parts by name.
@@ -80,6 +83,7 @@ class PackedStore:
             found = [self._find(w, how, state) for (w, how), state in zip(requests, states, strict=True)]
             missing = [i for i, packed in enumerate(found) if packed is None]
             if missing:
+                refuse_capture()
                 flaws = Flaws()
                 total = sum(w.numel() for i in missing for w in requests[i][0])
                 # Shown only when it takes more than a second.
@@ -241,7 +245,7 @@ def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[obje
     """Return, for each group of weights, what changes when their contents do."""
     weights = [weight for group in groups for weight in group]
     sums = checksums(weights, check)
-    states = iter([(*identity(weight), total) for weight, total in zip(weights, sums, strict=True)])
+    states = iter([(w.dtype, tuple(w.shape), total) for w, total in zip(weights, sums, strict=True)])
     return [tuple([next(states) for _ in group]) for group in groups]
 
 
