@@ -134,3 +134,33 @@ def test_steps_of_fused_optimizers_are_told_of_and_no_others(fused):
         assert (parameter._version == version) is fused
         assert [seen is parameter for seen in found] == ([True] if fused else [])
 
+
+
+@pytest.fixture
+def alone():
+    """Let this process be a process group."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_what_fsdp_gathers_is_told_of(alone):
+    """It writes into memory that the parameter had before, and keeps its version counter."""
+    from torch.distributed.fsdp import fully_shard
+
+    found: list[Tensor] = []
+    torch_writes.watch_gathering(found.append)
+    linear = fully_shard(nn.Linear(4, 4, bias=False))
+    linear.unshard()
+    (first,) = found
+    assert first is linear.weight and type(first) is nn.Parameter
+    version = first._version
+    linear.reshard()
+    with torch.no_grad():
+        linear.weight.fill_(3)
+    linear.unshard()
+    assert linear.weight is first and first._version == version and first.unique().tolist() == [3.0]
+    assert len(found) == 2 and found[1] is first
+    linear.unshard()
+    assert len(found) == 2, "it was whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 
@@ -62,6 +63,10 @@ def out(linear: nn.Linear) -> None:
     torch.mul(linear.weight, 3, out=linear.weight)
 
 
+def set_data(weight: Tensor) -> None:
+    weight.data = weight + 1
+
+
 CHANGES = {
     "SGD": optimizer(torch.optim.SGD),
     "AdamW of lists": optimizer(torch.optim.AdamW, foreach=True),
@@ -80,6 +85,8 @@ CHANGES = {
     "data, in place": lambda linear: linear.weight.data.add_(1),
     "data, set": lambda linear: setattr(linear.weight, "data", torch.randn(32, 64)),
     "data, transposed": lambda linear: setattr(linear.weight, "data", linear.weight.data.view(64, 32).t()),
+    "data, by C++": lambda linear: Tensor.data.__set__(linear.weight, torch.randn(32, 64)),
+    "data, compiled": no_grad(lambda linear: torch.compile(set_data, backend="aot_eager")(linear.weight)),
     "other type": lambda linear: linear.to(torch.bfloat16),
     "compiled": no_grad(lambda linear: torch.compile(lambda w: w.mul_(3), backend="aot_eager")(linear.weight)),
     "compiled optimizer": lambda linear: torch.compile(optimizer(torch.optim.Adam), backend="aot_eager")(linear),
@@ -110,6 +117,31 @@ def test_a_write_from_another_thread_while_a_weight_is_read_is_noticed(store, li
     get(store, linear.weight)
     monkeypatch.setattr(checksum, "contents", contents)
     assert torch.equal(get(store, linear.weight), get(PackedStore(), linear.weight, "content"))
+
+
+def test_a_weight_that_another_thread_reads_has_its_checksum(linear, monkeypatch):
+    contents, inside = checksum.contents, []
+
+    def slow(given):
+        if not inside:
+            inside.append(None)
+            thread = threading.Thread(target=lambda: inside.append(checksum.checksums([linear.weight], "version")))
+            thread.start(), thread.join()
+        return contents(given)
+
+    monkeypatch.setattr(checksum, "contents", slow)
+    found = checksum.checksums([linear.weight], "version")
+    assert inside == [None, found] and found[0] != 0
+
+
+def test_fsdp_gathering_is_watched_wherever_it_is_imported(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checksum, "when_imported", lambda name, then: asked.append((name, then)))
+    monkeypatch.setattr(checksum, "watch_gathering", asked.append)
+    checksum._watch.__wrapped__()
+    ((name, then),) = asked
+    then()
+    assert importlib.import_module(name).FSDPParam and asked[1] is checksum.forget
 
 
 KEEPS = {
