@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
+from ..graph.inputs import INPUT, GraphInput, PackedInput
 from ..options import Options
 
 __all__ = ["make_runner"]
@@ -46,12 +47,10 @@ def make_runner(
         return graph_module
     config = {**config, **_around_cpp_wrapper(config)}
     config = {**config, **_around_gcc(graph_module, config)}
-    from torch._inductor.compile_fx import compile_fx
-
     if example is None:
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
         try:
-            return cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=config or None))
+            return _compile(graph_module, inputs, config)
         except _FALLBACKS as error:
             # Dynamo would take these for a graph break and run the original linears without a word.
             raise CaptureError(
@@ -64,7 +63,38 @@ def make_runner(
         for value in example
     ]
     with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
-        return cast(Callable[..., Any], compile_fx(graph_module, inputs, config_patches=config or None))
+        return _compile(graph_module, inputs, config)
+
+
+def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return what Inductor makes of a graph.
+
+    A CUDA graph (``mode="reduce-overhead"``) reads its inputs where they were, so that Inductor copies at each call
+    what is not marked as staying there. Marks of Dynamo are gone from a lowered graph; its weights are marked here.
+    """
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._inductor import compile_fx
+
+    patches = dict(config) or None
+    with inductor.patch(dict(config)):
+        if not inductor.triton.cudagraphs:
+            return cast(Callable[..., Any], compile_fx.compile_fx(graph_module, inputs, config_patches=patches))
+    sources = [node.meta.get(INPUT) for node in graph_module.graph.find_nodes(op="placeholder")]
+    stay = [
+        i
+        for i, source in enumerate(sources)
+        if isinstance(source, PackedInput) or (isinstance(source, GraphInput) and source.kind != "user")
+    ]
+
+    def inner(lowered: fx.GraphModule, given: Sequence[Any], **settings: Any) -> Any:
+        if len(given) == len(inputs):  # none was added or dropped on the way
+            settings["static_input_idxs"] = stay
+        return compile_fx.compile_fx_inner(lowered, given, **settings)
+
+    with functorch.patch(enable_autograd_cache=False):  # whose keys do not know the marks
+        found = compile_fx.compile_fx(graph_module, inputs, inner_compile=inner, config_patches=patches)
+    return cast(Callable[..., Any], found)
 
 
 def _lacks_compiler(graph_module: fx.GraphModule) -> bool:

@@ -23,7 +23,7 @@ __all__ = [
     "reference_forced",
 ]
 
-WEIGHT_CHECKS = ("content", "version")
+WEIGHT_CHECKS = ("auto", "content", "version")
 KERNELS = ("best", "reference")
 ATTENTION = ("high_precision", "int8")
 ACTIVATION_BITS = (4, 8, 16)
@@ -54,9 +54,9 @@ class Options:
         verify: run the graph before and after each pass on the example inputs and report the error.
         verify_tolerance: with it ``verify`` is on, and a pass raises that adds a larger relative error although it says
             that it changed nothing (``modified=False``) or only how something is computed (:attr:`Pass.exact`).
-        weight_check: how a changed weight is noticed at each call: ``"content"`` (a checksum of its bytes; also
-            sees writes through ``.data``, as merging a LoRA does) or ``"version"`` (the tensor's version
-            counter and address: no reading, misses such writes).
+        weight_check: how a changed weight is noticed at each call: ``"content"`` (a checksum of its bytes, which
+            reads it), ``"version"`` (its version counter and address, and whether its ``.data`` was asked for: it is
+            read only if one of them says so) or ``"auto"``, the first on the CPU and the second elsewhere.
         kernels: ``"best"``, or ``"reference"`` to run every operator as its plain-PyTorch reference and to fuse
             nothing; by default ``TAHF4_KERNELS``, which counts for the packing of weights as well.
         pipeline: name of the pipeline that runs, ``"default"`` or another that a package brings (entry points of the
@@ -73,7 +73,7 @@ class Options:
     inductor: bool | tuple[tuple[str, Any], ...] = True
     verify: bool = False
     verify_tolerance: float | None = None
-    weight_check: str = "content"
+    weight_check: str = "auto"
     kernels: str = "best"
     pipeline: str = "default"
     pass_options: tuple[tuple[str, str, Any], ...] = field(default=())

@@ -29,7 +29,7 @@ from ...ops.registry import arguments, in_16_bits, register_kernel
 from ...plugins import host
 from .call import Call
 
-__all__ = ["available", "calls_of", "register", "run", "sources_of", "why_not"]
+__all__ = ["available", "calls_of", "checksums", "register", "run", "sources_of", "why_not"]
 
 _LIBRARY = torch.library.Library("tahf4_triton", "FRAGMENT")
 _FLOATS = tuple(DTYPES.values())
@@ -276,6 +276,28 @@ def register() -> None:
             "triton", getattr(torch.ops.tahf4, name).default, _operator(name, function), _serves, sources_of, _eager
         )
     host.register("dequantize", _expands, torch.ops.tahf4_triton.dequantize.default)
+    host.register("checksums", _reads, checksums)
+
+
+def checksums(data: Sequence[Tensor], factors: Tensor) -> list[int]:
+    """Return the checksums of tensors on one device, with a launch for each and one wait.
+
+    The reference is :func:`tahf4_compiler.weights.checksum.checksum`.
+
+    Args:
+        data: contiguous uint8 ``[B]`` each.
+        factors: int64 ``[4096]`` of the lanes.
+    """
+    from . import checksum
+
+    out, launches = checksum.calls(data, factors)
+    run(launches)
+    found: list[int] = out.tolist()
+    return found
+
+
+def _reads(data: Sequence[Tensor]) -> bool:
+    return bool(data) and all(part.is_cuda and type(part) is Tensor for part in data) and available(data[0].device)
 
 
 def _expands(codes: Tensor) -> bool:

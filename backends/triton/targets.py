@@ -20,7 +20,7 @@ from .call import Call
 
 __all__ = ["SHARED_LIMIT", "Resources", "compile_call"]
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Compute capability -> shared memory that a block of threads may use, in bytes (CUDA programming guide)."""
 
 _TYPES = {
@@ -71,7 +71,7 @@ def compile_call(call: Call, capability: int) -> Resources:
 
     Args:
         call: its tensors may be on the meta device; they are taken to be aligned to 16 bytes.
-        capability: 80, 90, 100 or 120.
+        capability: one of :data:`SHARED_LIMIT`.
 
     Returns:
         What ``cuobjdump`` says about the code.

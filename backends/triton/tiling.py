@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 from ...errors import OptionError
 
-__all__ = ["PATHS", "Tile", "candidates", "choose_path", "tiles"]
+__all__ = ["PATHS", "Tile", "candidates", "choose_path", "is_tight", "tiles"]
 
 PATHS = ("packed", "int8", "bf16")
 
 FEW_ROWS = 192
 """Rows below which the weights' bytes are the time."""
+
+TCGEN05 = (10, 11)
+"""Major compute capabilities with products of tcgen05, of which Triton has none for integers. GeForce cards of the same
+generation (12) have those of Ampere."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,12 @@ def choose_path(rows: int, capability: tuple[int, int] | None) -> str:
         return forced
     if rows < FEW_ROWS:
         return "packed"
-    return "bf16" if capability is not None and capability >= (10, 0) else "int8"
+    return "bf16" if capability is not None and capability[0] in TCGEN05 else "int8"
+
+
+def is_tight(capability: tuple[int, int] | None, quantized: bool) -> bool:
+    """Whether a product's accumulators take so many registers that none are left to quantize its result."""
+    return quantized and capability is not None and capability[0] not in (9, *TCGEN05)
 
 
 def tiles(
@@ -66,13 +75,12 @@ def tiles(
         unit_count: units along K.
         processors: of the chip.
         block: Hadamard block of a result that is quantized: a tile holds whole ones.
-        tight: the result is quantized by a thread block whose accumulators take all registers (before Hopper): smaller
-            tiles, so that nothing spills.
+        tight: see :func:`is_tight`: smaller tiles, so that nothing spills.
     """
     width = max(64, block)
     if path != "packed" and tight:
         wide = Tile(64, 128, 8, 3)
-        return [wide, Tile(64, width, 4, 3)] if block > 64 else [Tile(128, 64, 8, 3), wide]
+        return [wide, Tile(64, width, 4, 3) if block > 64 else Tile(128, 64, 8, 3)]
     if path != "packed":
         many = [Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(128, width, 4, 4)]
         if path == "bf16":
@@ -98,7 +106,7 @@ def candidates(
     paths = [default]
     if default != "packed" and not os.environ.get("TAHF4_LINEAR_PATH"):
         # Two instructions a sum and unit for the scales may cost what the faster product of int8 gains.
-        paths += [path for path in ("int8", "bf16") if path != default and (path == "bf16" or capability < (10, 0))]
-    tight = quantized and capability < (9, 0)
-    sizes = (rows, columns, unit_count, processors, block, tight)
+        known = ("int8", "bf16") if capability[0] not in TCGEN05 else ("bf16",)
+        paths += [path for path in known if path != default]
+    sizes = (rows, columns, unit_count, processors, block, is_tight(capability, quantized))
     return [(path, tile) for path in paths for tile in tiles(path, *sizes)]

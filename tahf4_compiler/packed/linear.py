@@ -322,7 +322,8 @@ def packed_product(
 ) -> Tensor:
     """Return what :meth:`HiF4Linear.product` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
     kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # which autocast leaves alone
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no meta device
+    if autocast and input.dtype != torch.float64:  # which autocast leaves alone
         input = input.to(torch.get_autocast_dtype(kind))
     if torch.is_grad_enabled() and input.requires_grad:
         raise GradientError(

@@ -37,7 +37,7 @@ class Binding:
         self._made = [(i, source) for i, source in enumerate(sources) if not isinstance(source, GraphInput)]
         self._places = {weight: i for i, weight in enumerate(self.weights)}
 
-    def __call__(self, args: Sequence[Any], store: PackedStore, check: str = "content") -> list[Any]:
+    def __call__(self, args: Sequence[Any], store: PackedStore, check: str = "auto") -> list[Any]:
         """Return the lowered graph's arguments.
 
         Args:

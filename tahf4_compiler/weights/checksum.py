@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
+import logging
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ..errors import CaptureError
+from ..import_hook import when_imported
 from ..model import parts
 from ..plugins import host
+from ..torch_writes import watch_data, watch_fused_optimizers, watch_gathering
 
-__all__ = ["checksum", "checksums", "contents", "identity"]
+__all__ = ["capturing", "checksum", "checksums", "contents", "forget", "refuse_capture"]
+
+log = logging.getLogger(__name__)
 
 _LANES = 4096
 _CHECKED = 256 * _LANES  # words summed at a time: bounds the temporaries to 8 MB
@@ -24,9 +32,29 @@ def checksum(weight: Tensor) -> Tensor:
     The bytes are read as 32-bit words, each times a random 64-bit factor of its lane and one of its row, summed
     modulo 2**64. With factors twice as wide as the words even changes of top bits alone (signs) show.
     """
-    data = _bytes(weight)
+    data = _bytes(parts.whole(weight))
     if (fast := host.find("checksums", [data])) is not None:
         return torch.tensor(fast([data], _lane_factors(data.device))[0], dtype=torch.int64, device="cpu")
+    return _sum(data)
+
+
+def contents(values: Sequence[Tensor]) -> list[int]:
+    """Return the checksums of tensors as numbers, with one wait for each device; of a divided one, of the part here.
+
+    Those on the meta device hold nothing and have 0.
+    """
+    out = [0] * len(values)
+    for device in {value.device for value in values if value.device.type != "meta"}:
+        here = [i for i, value in enumerate(values) if value.device == device]
+        data = [_bytes(values[i]) for i in here]
+        fast = host.find("checksums", data)  # one read of each
+        found = fast(data, _lane_factors(device)) if fast else torch.stack([_sum(part) for part in data]).tolist()
+        for i, total in zip(here, found, strict=True):
+            out[i] = total
+    return out
+
+
+def _sum(data: Tensor) -> Tensor:
     data = torch.nn.functional.pad(data, (0, -data.numel() % 4))
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -40,17 +68,8 @@ def checksum(weight: Tensor) -> Tensor:
     return total
 
 
-def contents(weights: Sequence[Tensor]) -> list[int]:
-    """Return the checksums of tensors as numbers, with one wait for each device."""
-    data = [_bytes(weight) for weight in weights]
-    if data and (fast := host.find("checksums", data)) is not None:  # one read of each, on all threads
-        found: list[int] = fast(data, _lane_factors(data[0].device))
-        return found
-    return _read([checksum(weight) for weight in weights])
-
-
 def _bytes(weight: Tensor) -> Tensor:
-    return parts.whole(weight).detach().contiguous().reshape(-1).view(torch.uint8)
+    return weight.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @functools.cache
@@ -66,38 +85,110 @@ def _row_factors(first: int, count: int, device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 32)) | 1
 
 
-def _read(values: list[Tensor]) -> list[int]:
-    """Copy scalars to the host, with one synchronization for each device."""
-    out: dict[int, int] = {}
-    for device in {value.device for value in values}:
-        here = [i for i, value in enumerate(values) if value.device == device]
-        out.update(zip(here, torch.stack([values[i] for i in here]).tolist(), strict=True))
-    return [out[i] for i in range(len(values))]
+@dataclass
+class _Known:
+    tensor: weakref.ref[Tensor]
+    state: tuple[object, ...]
+    total: int | None = None  # while it is read
 
 
-def checksums(values: Sequence[Tensor], check: str = "content") -> list[int]:
+_known: dict[int, _Known] = {}  # by id: whoever takes a parameter's .data waits for a look into it
+
+
+def checksums(values: Sequence[Tensor], check: str = "auto") -> list[int]:
     """Return the checksums of tensors, read again where they may have changed.
 
+    While a CUDA graph is captured only what is new or changed would be read: replays look at no weight, either.
+
     Args:
-        values: no subclasses.
-        check: see :class:`tahf4_compiler.options.Options`; ``"version"`` keeps those of unchanged tensors.
+        values: on any device; no subclasses but parameters.
+        check: see :class:`tahf4_compiler.options.Options`.
+
+    Raises:
+        CaptureError: something would have to be read while a CUDA graph is captured.
     """
-    states = [(identity(v), v.data_ptr()) for v in values]
-    old = [_sums.get(value) for value in values]
+    always = [_reads_always(value, check) for value in values]
+    if not all(always):
+        _watch()
+    if any(always) and capturing():
+        always = [False] * len(values)
+    states = [_state(value) for value in values]
+    found = [_known.get(id(value)) for value in values]
     stale = [
         i
-        for i, (value, state) in enumerate(zip(values, states, strict=True))
-        if check == "content" or value.is_inference() or old[i] is None or old[i][0] != state
+        for i, known in enumerate(found)
+        if always[i]
+        or known is None
+        or known.tensor() is not values[i]
+        or known.state != states[i]
+        or known.total is None
     ]
-    for i, total in zip(stale, contents([values[i] for i in stale]), strict=True):
-        _sums[values[i]] = old[i] = (states[i], total)
-    return [entry[1] for entry in old]
+    if stale:
+        refuse_capture()
+        # Kept before they are read: a write meanwhile, in another thread, lets them be forgotten again.
+        for i in stale:
+            gone = functools.partial(_forget_id, id(values[i]))
+            _known[id(values[i])] = found[i] = _Known(weakref.ref(values[i], gone), states[i])
+        for i, total in zip(stale, contents([values[i] for i in stale]), strict=True):
+            cast(_Known, found[i]).total = total
+    return [cast(int, cast(_Known, known).total) for known in found]
 
 
-_sums: WeakIdKeyDictionary = WeakIdKeyDictionary()
+def _reads_always(value: Tensor, check: str) -> bool:
+    """Whether a tensor is read at each call: where that is cheap, and where it has no version counter."""
+    cheap = value.device.type == "cpu"
+    if check != "content" and value.is_inference() and not cheap:
+        _say_inference()
+        return True
+    return check == "content" or value.is_inference() or (check == "auto" and cheap)
 
 
-def identity(weight: Tensor) -> tuple[object, ...]:
-    """Return what tells without reading a tensor that it may have changed: version, dtype and shape."""
-    version = 0 if weight.is_inference() else weight._version
-    return version, weight.dtype, tuple(weight.shape)
+def _state(value: Tensor) -> tuple[object, ...]:
+    """Return what tells without reading a tensor that it may have changed."""
+    version = 0 if value.is_inference() else value._version
+    return version, value.data_ptr(), value.dtype, tuple(value.shape)
+
+
+def forget(value: Tensor) -> None:
+    """Read a tensor again at the next call."""
+    _known.pop(id(value), None)
+
+
+def _forget_id(key: int, _: object) -> None:
+    _known.pop(key, None)
+
+
+@functools.cache
+def _watch() -> None:
+    """Forget what is written where version counter and address do not show it."""
+    watch_data(forget)
+    watch_fused_optimizers(forget)
+    when_imported("torch.distributed.fsdp._fully_shard._fsdp_param", lambda: watch_gathering(forget))
+    _known.clear()  # nobody watched so far
+
+
+@functools.cache
+def _say_inference() -> None:
+    log.warning(
+        "weights are inference tensors, which have no version counter: each call reads them and waits for the device. "
+        "Load and move the model outside of torch.inference_mode()."
+    )
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is captured on the stream at hand."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture() -> None:
+    """Raise an error while a CUDA graph is captured.
+
+    Raises:
+        CaptureError: one is.
+    """
+    if capturing():
+        raise CaptureError(
+            "a CUDA graph is captured, and a weight is new or changed: to pack it, it would have to be read, which "
+            "waits for the device. Call the compiled model once before the capture, with the same shapes, under the "
+            "same torch.cuda.stream; after a change of weights capture again."
+        )

@@ -83,7 +83,7 @@ def multiplier_groups(graph: fx.Graph) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(group) for group in found.values() if len(group) > 1)
 
 
-def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "content") -> tuple[tuple[int, ...], ...]:
+def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "auto") -> tuple[tuple[int, ...], ...]:
     """Return for each multiplier the position of the first one of its group that is equal to it.
 
     Two quantizations of one activation are one if their multipliers are equal. That belongs to the modules at hand,
@@ -92,23 +92,19 @@ def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "c
     Args:
         groups: positions among the values, see :func:`multiplier_groups`.
         values: the graph's arguments.
-        check: how a change is noticed where reading is slow (not on the CPU), see
-            :class:`tahf4_compiler.options.Options`.
+        check: how a change is noticed, see :class:`tahf4_compiler.options.Options`.
     """
     if not groups:
         return ()
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
         plain = {i: values[i] for group in groups for i in group if type(values[i]) in (Tensor, nn.Parameter)}
-        far = [i for i, value in plain.items() if value.device.type not in ("cpu", "meta")]
-        sums = dict(zip(far, checksums([plain[i] for i in far], check), strict=True))
+        real = [i for i, value in plain.items() if value.device.type != "meta"]
+        sums = dict(zip(real, checksums([plain[i] for i in real], check), strict=True))
 
         def same(i: int, j: int) -> bool:
             if values[i] is values[j]:
                 return True
-            if i in sums and j in sums:
-                return sums[i] == sums[j] and values[i].shape == values[j].shape
-            near = i in plain and j in plain and plain[i].device == plain[j].device == torch.device("cpu")
-            return near and torch.equal(plain[i], plain[j])
+            return i in sums and j in sums and sums[i] == sums[j] and values[i].shape == values[j].shape
 
         out = []
         for group in groups:

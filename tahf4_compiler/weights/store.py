@@ -28,7 +28,7 @@ from ..format.reconstruct import Reconstruction
 from ..format.transforms import multipliers
 from ..graph.inputs import PackedWeight
 from ..model.attachments import Attachment, attached_recipe, changes
-from .checksum import contents, identity
+from .checksum import checksums, refuse_capture
 from .flaws import Flaws
 from .formats import pack_rows
 from .packing import pack_transformed
@@ -61,15 +61,18 @@ class PackedStore:
     def get(
         self,
         requests: Sequence[tuple[tuple[Tensor, ...], PackedWeight]],
-        check: str = "content",
+        check: str = "auto",
         name: Callable[[Tensor], str | None] = lambda weight: None,
     ) -> list[Any]:
         """Return one packed weight for each request, converting those that are new or whose contents changed.
 
         Args:
             requests: ``(weights, how they are transformed)``; the rows of several weights are joined.
-            check: ``"content"`` or ``"version"``, see :class:`tahf4_compiler.options.Options`.
+            check: how a change is noticed, see :class:`tahf4_compiler.options.Options`.
             name: gives a weight's module path, for warnings about what HiF4 does not hold.
+
+        Raises:
+            CaptureError: a weight would have to be packed while a CUDA graph is captured.
 
         Returns:
             Packed weights in the order of the requests, on the weights' device: :class:`tahf4_compiler.hif4.Packed`,
@@ -80,6 +83,7 @@ class PackedStore:
             found = [self._find(w, how, state) for (w, how), state in zip(requests, states, strict=True)]
             missing = [i for i, packed in enumerate(found) if packed is None]
             if missing:
+                refuse_capture()
                 flaws = Flaws()
                 total = sum(w.numel() for i in missing for w in requests[i][0])
                 # Shown only when it takes more than a second.
@@ -240,12 +244,8 @@ def _values(recipe: Attachment | None, how: PackedWeight) -> tuple[Tensor | None
 def _states(groups: Sequence[tuple[Tensor, ...]], check: str) -> list[tuple[object, ...]]:
     """Return, for each group of weights, what changes when their contents do."""
     weights = [weight for group in groups for weight in group]
-    # Inference tensors have no version counter.
-    read = [check != "version" or weight.is_inference() for weight in weights]
-    sums = iter(contents([weight for weight, wanted in zip(weights, read) if wanted]))
-    states = iter([
-        (*identity(weight), next(sums) if wanted else weight.data_ptr()) for weight, wanted in zip(weights, read)
-    ])
+    sums = checksums(weights, check)
+    states = iter([(w.dtype, tuple(w.shape), total) for w, total in zip(weights, sums, strict=True)])
     return [tuple([next(states) for _ in group]) for group in groups]
 
 

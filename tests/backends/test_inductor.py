@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch._inductor
 from helpers import relative
+from models import Stack
 from tahf4_compiler.backends import cpu, run
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import tahf4_compiler as tahf4
 from tahf4_compiler.options import Options
 
 compiled = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
@@ -103,3 +105,26 @@ def test_without_a_compiler_a_graph_of_the_cpu_runs_without_inductor(monkeypatch
     for y, given in zip(found, (x, x[:2]), strict=True):
         assert 0 < relative(y, model(given.sin())) < 0.2
     assert caplog.text.count("none was found: lowered graphs run without Inductor") == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cuda_graph_reads_weights_where_they_are(monkeypatch, packed):
+    """Inductor copies at each call what is not marked; on a CPU it makes no CUDA graph, and gets the same marks."""
+    from torch._inductor import compile_fx
+
+    found, inner = [], compile_fx.compile_fx_inner
+
+    def spy(graph_module, inputs, **settings):
+        found.append(([tuple(value.shape) for value in inputs], settings["static_input_idxs"]))
+        return inner(graph_module, inputs, **settings)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
+    model = Stack(2).requires_grad_(False).eval()
+    if packed:
+        tahf4.quantize_(model)
+    compiled_model = torch.compile(model, backend="tahf4", mode="reduce-overhead")
+    with torch.no_grad():
+        compiled_model(torch.randn(5, 64))
+    ((shapes, stay),) = found
+    assert [shape for i, shape in enumerate(shapes) if i not in stay] == [(5, 64)]
+    assert len(shapes) > 12

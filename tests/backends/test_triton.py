@@ -166,3 +166,14 @@ def test_the_quantization_to_8_bits_keeps_a_unit_in_a_thread():
     _, (call,) = quantize.call([x], "", torch.empty(5120, device="meta"), 64, 8)
     found = compile_call(call, 90)
     assert found.spills == 0 and found.counts["shuffles"] == 0 and found.counts["stores of 16 bytes"] == 4
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_a_checksum_is_one_launch_that_fits_the_chip(capability):
+    from tahf4_compiler.backends.triton import checksum
+    from tahf4_compiler.backends.triton.targets import compile_call
+
+    weight = torch.empty(2 * 5120 * 13824, dtype=torch.uint8, device="meta")
+    _, (call,) = checksum.calls([weight], torch.empty(4096, dtype=torch.int64, device="meta"))
+    found = compile_call(call, capability)
+    assert found.spills == 0 and found.registers <= 255 and found.counts["loads of 16 bytes"] > 0

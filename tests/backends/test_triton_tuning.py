@@ -74,7 +74,8 @@ def test_rows_count_in_powers_of_two():
 
 
 def test_candidates_start_with_the_default_and_stay_few():
-    for capability, first, paths in (((8, 0), "int8", {"int8", "bf16"}), ((10, 0), "bf16", {"bf16"})):
+    both = {"int8", "bf16"}
+    for capability, first, paths in (((8, 0), "int8", both), ((12, 0), "int8", both), ((10, 0), "bf16", {"bf16"})):
         found = tiling.candidates(32760, 5120, 80, capability, 132, 64, quantized=False)
         assert found[0] == (first, Tile(128, 128, 8, 3)) and {p for p, _ in found} == paths
         assert len(found) <= 8

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from models import Stack
 from ranks import run
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.weights import checksum
 
 GRAPH = {"inductor": False}
 
@@ -54,6 +57,41 @@ def compiled_whole(rank, mesh, tmp, x):
     assert torch.equal(model(x), reference(x))
 
 
+class Counted:
+    """Reads weights, and writes down how many."""
+
+    def __init__(self, counts):
+        self.counts, self.contents = counts, checksum.contents
+
+    def __call__(self, values):
+        self.counts.append(len(values))
+        return self.contents(values)
+
+
+def changed(rank, mesh, tmp, x):
+    """Gathering writes into memory that a parameter had before, and leaves its version counter as it was."""
+    options = {**GRAPH, "weight_check": "version"}
+    for reshard in (True, False):
+        model = stack()
+        for part in (*model.blocks, model):
+            torch.distributed.fsdp.fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+        for block in model.blocks:
+            block.compile(backend="tahf4", options=options)
+        model(x), model(x)
+        for module in (*model.blocks, model):
+            module.reshard()
+        model.blocks[0].up.weight.mul_(-2)
+        reference = stack()
+        reference.blocks[0].up.weight.mul_(-2)
+        for block in reference.blocks:
+            block.compile(backend="tahf4", options=options)
+        assert torch.equal(model(x), reference(x))
+        read = []
+        with mock.patch.object(checksum, "contents", Counted(read)):
+            model(x)
+        assert read == ([2, 2] if reshard else []), "what is not gathered again is not read again"
+
+
 def calibrated(rank, mesh, tmp, x):
     found = []
     for shard in (None, mesh):
@@ -90,7 +128,7 @@ def everything(rank, size, tmp):
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh, x = init_device_mesh("cpu", (size,)), torch.randn(8, 64)
-    for work in (calibrated, compiled_blocks, compiled_whole, packed):
+    for work in (calibrated, compiled_blocks, compiled_whole, changed, packed):
         work(rank, mesh, tmp, x)
 
 

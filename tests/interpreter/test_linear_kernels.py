@@ -139,7 +139,11 @@ def test_default_tiles_compute_every_part_once(processors, rows, monkeypatch):
 
 @pytest.mark.parametrize(
     "rows, capability, wanted",
-    [(1, (9, 0), "packed"), (4096, (9, 0), "int8"), (4096, (8, 0), "int8"), (4096, (10, 0), "bf16")],
+    [
+        (1, (9, 0), "packed"),
+        *((4096, (major, 0), "int8") for major in (8, 9, 12)),
+        *((4096, (major, 0), "bf16") for major in (10, 11)),
+    ],
 )
 def test_the_path_follows_from_shape_and_architecture(rows, capability, wanted):
     assert tiling.choose_path(rows, capability) == wanted

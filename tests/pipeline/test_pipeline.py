@@ -423,7 +423,7 @@ def test_a_pass_that_claims_to_keep_results_is_held_to_it(modified, exact, messa
         ({"verify_tolerance": float("nan")}, "expected a number that is not negative"),
         ({"verify_tolerance": 0.1, "verify": False}, "leave one of them out"),
         ({"dump_dir": 3}, "expected a path"),
-        ({"weight_check": "never"}, "expected one of 'content', 'version'"),
+        ({"weight_check": "never"}, "expected one of 'auto', 'content', 'version'"),
         ({"passes": "share"}, "expected a list of passes"),
     ],
 )

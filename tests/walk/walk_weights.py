@@ -29,8 +29,6 @@ class Weights(State):
         which=st.integers(0, 99), how=st.sampled_from(["in place", "data", "new parameter", "state"]), by=st.booleans()
     )
     def changes_weight(self, which: int, how: str, by: bool) -> None:
-        if how == "data" and self.options.get("weight_check") == "version":
-            how = "in place"  # which sees no writes through .data
         path = list(self.oracle.held)[which % len(self.oracle.held)]
         held, linear = self.oracle.held[path], base(linears(self.model)[path])
         name = "weight" if held.packed is None else "weight_codes"
@@ -142,15 +140,11 @@ class Weights(State):
             self.oracle.adapted = False
 
         packed = any(h.packed is not None and h.adapter is not None for h in self.oracle.held.values())
-        if self.options.get("weight_check") == "version" and not packed:
-            return  # which sees no writes through .data
         self.attempt(act, tahf4.PackedError, "unfused" if packed else None)
 
     @precondition(lambda self: self.merged and not self.hooks)
     @rule()
     def unfuses_adapter(self) -> None:
-        if self.options.get("weight_check") == "version":
-            return
         if self.diffusers:
             self.model.unfuse_lora()
         else:
