@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import OptionError, PackedError
-from ..model.attachments import Attachment, attach, attached_recipe
+from ..model.attachments import Attachment, attach, attached_recipe, refresh
 from ..model.components import unwrapped_experts
 from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
@@ -80,6 +80,7 @@ def attach_steps(model: nn.Module, steps: StepPrecision | None) -> None:
 
 def steps_of(model: nn.Module) -> StepPrecision | None:
     """Return what :func:`attach_steps` attached to a module's packed linears, or None."""
+    refresh(model)  # a copy has other parameters than those that something was attached to
     found = (attached_recipe(linear.weight_codes) for linear in _packed(model))
     return next((said.steps for said in found if said is not None and said.steps is not None), None)
 

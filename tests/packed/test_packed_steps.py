@@ -150,6 +150,9 @@ def test_copies_count_for_themselves_and_what_nobody_counts_says_what_to_do():
     assert relative(other.transformer(X), wanted[4]) < 1e-5 and relative(pipe.transformer(X), wanted[8]) < 1e-5
     other.scheduler.set_timesteps(4)
     assert relative(other.transformer(X), wanted[8]) < 1e-5
+    alone = copy.deepcopy(pipe.transformer)  # nobody has called it
+    assert steps_of(alone).steps == (0,)
+    tahf4.set_high_precision_steps(alone, scheduler=other.scheduler)
     again = pickle.loads(pickle.dumps(pipe.transformer))
     transformer = pipe.transformer
     del pipe
