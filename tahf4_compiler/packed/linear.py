@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,14 +98,24 @@ class HiF4Linear(nn.Linear):
         self._set(in_features, out_features, hadamard_block, activation, dtype, activation_bits)
         codes = torch.zeros(out_features, units * hif4.UNIT // 2, dtype=torch.uint8, device=device)
         scales = torch.zeros(out_features, units, dtype=torch.int32, device=device)
-        self.weight_codes, self.weight_scales = _parameter(codes), _parameter(scales)
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
-        self.register_parameter("bias", _parameter(zeros) if zeros is not None else None)
         ones = torch.ones(in_features, dtype=torch.float32, device=device) if multiplies else None
-        self.register_parameter("multiplier", _parameter(ones) if ones is not None else None)
-        for name, shape in zip(BRANCH, ((in_features, rank), (rank, out_features)), strict=True):
-            empty = _parameter(torch.zeros(shape, dtype=dtype, device=device)) if rank else None
-            self.register_parameter(name, empty)
+        branch = [
+            torch.zeros(shape, dtype=dtype, device=device) if rank else None
+            for shape in ((in_features, rank), (rank, out_features))
+        ]
+        self._hold(hif4.Packed(codes, scales, in_features), _parameter(zeros), ones, branch)
+
+    def _hold(
+        self, packed: hif4.Packed, bias: nn.Parameter | None, multiplier: Tensor | None, branch: Sequence[Tensor | None]
+    ) -> None:
+        # Code that asks for the dtype of a model looks at its first parameter: one of the model's dtype if there is one.
+        self.register_parameter("bias", bias)
+        for name, factor in zip(BRANCH, branch, strict=True):
+            self.register_parameter(name, _parameter(factor))
+        self.register_parameter("multiplier", _parameter(multiplier))
+        self.register_parameter("weight_codes", _parameter(packed.codes))
+        self.register_parameter("weight_scales", _parameter(packed.scales))
 
     def _set(self, k: int, n: int, block: int, activation: str, dtype: torch.dtype, bits: int = 4) -> None:
         int8.check_bits(bits)
@@ -142,13 +153,12 @@ class HiF4Linear(nn.Linear):
         self.__dict__.update(_carried(linear))
         self._set(k, n, hadamard_block, activation, linear.weight.dtype)
         self.weight_requires_grad = linear.weight.requires_grad
-        self.weight_codes, self.weight_scales = _parameter(packed.codes), _parameter(packed.scales)
-        self.register_parameter("bias", linear.bias)
         place = multiplier.to(packed.codes.device, torch.float32) if multiplier is not None else None
-        self.register_parameter("multiplier", _parameter(place) if place is not None else None)
-        for name, factor in zip(BRANCH, low_rank or (None, None), strict=True):
-            held = factor.to(packed.codes.device, linear.weight.dtype, copy=True) if factor is not None else None
-            self.register_parameter(name, _parameter(held) if held is not None else None)
+        branch = [
+            factor.to(packed.codes.device, linear.weight.dtype, copy=True) if factor is not None else None
+            for factor in low_rank or (None, None)
+        ]
+        self._hold(packed, linear.bias, place, branch)
         return self
 
     @property
@@ -357,5 +367,5 @@ def _listed(values: dict[str, int]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _parameter(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=False)
+def _parameter(value: Tensor | None) -> nn.Parameter | None:
+    return nn.Parameter(value, requires_grad=False) if value is not None else None

@@ -511,3 +511,16 @@ def test_what_is_no_float_is_refused(dtype):
     tahf4.quantize_(linear)
     with pytest.raises(tahf4.FormatError, match=f"got a tensor of {dtype}"):
         linear(torch.ones(2, 64).to(dtype))
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_first_parameter_is_a_floating_point_one(bias, rank):
+    """What reads the dtype of a model off its first parameter casts to it."""
+    for dtype in (torch.bfloat16, torch.float32):
+        made = tahf4.HiF4Linear(64, 64, bias, multiplies=True, rank=rank, dtype=dtype)
+        packed = nn.Sequential(nn.Linear(64, 64, bias, dtype=dtype)).requires_grad_(False)
+        tahf4.quantize_(packed)
+        for module in (made, packed[0]):
+            first = next(module.parameters())
+            assert first.dtype == (dtype if bias or (rank and module is made) else torch.float32)
