@@ -1,9 +1,10 @@
 """What of a compiled model runs in high precision because Dynamo hands its code to no backend.
 
 A backend sees graphs only. Code that Dynamo skips runs as it is, and nothing that the backend is told shows it; it can
-skip code that it compiled before, too (a hook came or went, a recompile limit, ``torch.vmap`` around the model). So the
-linears in the graphs of each call are counted. If there are fewer than the model's tree puts in 4 bits, the next calls
-are looked at from outside: which of these linears does Python itself call? One that is not called, as in another
+skip code that it compiled before, too (a hook came or went, a recompile limit, ``torch.vmap`` around the model). So
+each call collects the weights whose linears stand in its graphs. Where one is missing that the model's tree puts in 4
+bits, there are three ways. A graph read the weight for something else than a linear: that is said. Or the next calls
+are looked at from outside, and Python itself calls the linear: that is said, too. One that is not called, as in another
 expert or in a block that a cache left out, is not said.
 """
 
@@ -14,14 +15,14 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..model.linears import matching
 from ..model.reasons import Cause
-from ..packed.plan import plan_modules
+from ..packed.plan import plan_modules, why_nothing
 from ..torch_private import around_calls, graph_breaks
 
 __all__ = ["ran", "say_transformed", "watch"]
@@ -30,24 +31,42 @@ log = logging.getLogger(__name__)
 
 # A cache leaves blocks out in some calls, for both branches of guidance, and not in others.
 _LOOKS = 16
+_AGAIN = 61  # calls, an odd number: what was left out for so long may be called outside of graphs now
 _COPIED = "_tahf4_copied"
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
+
+USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
+"""Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
+
+_Read = dict[int, weakref.ref[Any]]
 
 
 class _Ran(threading.local):
-    linears = 0
+    def __init__(self) -> None:
+        self.planned: set[int] = set()
+        self.read: _Read = {}
+        self.quantized = 0
 
 
 _ran = _Ran()
 
 
-def ran(linears: int) -> None:
-    """Count linears of repeated blocks that stand in a graph which runs now."""
-    _ran.linears += linears
+def ran(planned: Set[int], read: Mapping[int, weakref.ref[Any]], quantized: int) -> None:
+    """Note a graph that runs now.
+
+    Args:
+        planned: identities of the weights of its linears that run as planned.
+        read: all its weights, by identity.
+        quantized: how many of its linears run in 4 bits.
+    """
+    _ran.planned.update(planned)
+    _ran.read.update(read)
+    _ran.quantized += quantized
 
 
 def watch(model: nn.Module, keep: Sequence[str]) -> None:
-    """Count the linears in the graphs of a model's calls, and warn once in its life about linears outside of graphs.
+    """Collect the weights in the graphs of a model's calls, and warn once in its life about linears outside of graphs.
 
     Args:
         model: a call of it runs compiled now.
@@ -57,36 +76,71 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
     if model in _said:
         return
-    wanted: int | None = None
-    explained: set[int] = set()  # counts of calls that were looked at, and Python called none of the linears
-    counts: set[int] = set()
+    linears: dict[str, nn.Module] | None = None
+    wanted: dict[int, str] = {}
+    explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
+    met: set[frozenset[str]] = set()
     look = 0  # at so many calls more
+    calls = 0
 
     def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
-        nonlocal look, wanted
-        if wanted is None:
-            wanted = len(_linears(model, keep))
-        before, looks = _ran.linears, look > 0
+        nonlocal look, linears, wanted, calls
+        first, quantized = linears is None, _ran.quantized
+        if linears is None:
+            linears = _linears(model, keep)
+        looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
-        with _python_calls(outside) if looks else contextlib.nullcontext():
+        with _collected() as (planned, read), _python_calls(outside) if looks else contextlib.nullcontext():
             result = call(*args, **kwargs)
-        count = _ran.linears - before
+        if first and not linears and _ran.quantized == quantized:
+            _say_nothing(model)
+        if not wanted.keys() <= planned or not wanted:
+            wanted = {id(weight): path for path, weight in _weights(linears)}  # offloading replaces them
+        missing = frozenset(path for key, path in wanted.items() if key not in planned)
         found: list[str] = []
-        if count < wanted and count not in explained:
-            counts.add(count)
+        calls += 1
+        if missing and (looks or missing not in explained or calls % _AGAIN == 0):
+            met.add(missing)
             if looks:
-                found = [path for path, module in _linears(model, keep).items() if module in outside]
-            else:
-                look = _LOOKS + 1
-        look -= look > 0
+                linears = _linears(model, keep)  # other modules may stand there now
+                found = [path for path, module in linears.items() if module in outside]
+            elif not look:
+                look = _LOOKS if missing not in explained else 2
+            _say_used(model, [path for path, weight in _weights(linears) if path in missing and _is(weight, read)])
+        look -= looks
         if looks and not look:
-            explained.update(counts)
+            explained.update(met)
         if found and model not in _said:
             _said.add(model)
             _say(type(model).__name__, found)
         return result, bool(found)
 
     around_calls(model, around)
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[tuple[set[int], _Read]]:
+    """Yield what :func:`ran` notes in this thread; a call around this one has it, too."""
+    planned, read = _ran.planned, _ran.read
+    _ran.planned, _ran.read = set(), {}
+    try:
+        yield _ran.planned, _ran.read
+    finally:
+        planned |= _ran.planned
+        read |= _ran.read
+        _ran.planned, _ran.read = planned, read
+
+
+def _weights(linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for path, module in linears.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            yield path, weight
+
+
+def _is(weight: Tensor, read: _Read) -> bool:
+    found = read.get(id(weight))
+    return found is not None and found() is weight
 
 
 class _Copied:
@@ -117,19 +171,42 @@ def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
 @contextlib.contextmanager
 def _python_calls(modules: set[nn.Module]) -> Iterator[None]:
     """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread."""
-    code, before = nn.Linear.forward.__code__, sys.getprofile()
+    code = nn.Linear.forward.__code__
 
     def called(frame: Any, event: Any, argument: Any) -> None:
         if event == "call" and frame.f_code is code:
             modules.add(frame.f_locals["self"])
-        if before is not None:
-            before(frame, event, argument)
 
     sys.setprofile(called)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        if sys.getprofile() is called:  # else the model's own code began to profile
+            sys.setprofile(None)
+
+
+def _say_nothing(model: nn.Module) -> None:
+    plan = plan_modules(model)
+    if not any(d.decision == "hif4" for d in plan):  # else the user keeps them
+        log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
+
+
+def _say_used(model: nn.Module, paths: Sequence[str]) -> None:
+    if not paths or model in _used:
+        return
+    _used.add(model)
+    log.warning(
+        "%s: %d linears of its repeated blocks run in high precision, because graphs use their weights otherwise than "
+        "in a linear (%s): in einsum, bmm or an operator of somebody else, as a part or a multiple, or in torch.cond. "
+        "torch.nn.functional.linear(x, weight, bias) runs in 4 bits.",
+        type(model).__name__,
+        len(paths),
+        _listed(paths),
+    )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
 
 
 def say_transformed(model: nn.Module) -> None:
@@ -146,7 +223,6 @@ def say_transformed(model: nn.Module) -> None:
 
 
 def _say(name: str, paths: Sequence[str]) -> None:
-    shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
     causes = "; ".join(graph_breaks()[:2]) or "none"
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
@@ -154,6 +230,6 @@ def _say(name: str, paths: Sequence[str]) -> None:
         "fullgraph=True turns a graph break into an error. What Dynamo gave up stays so until torch._dynamo.reset().",
         name,
         len(paths),
-        shown,
+        _listed(paths),
         causes,
     )

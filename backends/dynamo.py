@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from ..reporting.report import Totals
 from ..torch_private import before_frames, caller_that_holds, has_tangent
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import ran, say_transformed, watch
+from .coverage import USED_OTHERWISE, ran, say_transformed, watch
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -120,10 +120,10 @@ class CompiledGraph:
         self._lifted = captured.example_inputs[self._called_with(graph) :]
         self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options)
-        where = captured.surroundings
-        self._linears = sum(not where.blocks or where.block_of(d.module) is not None for d in first.plan)
+        self._planned = {d.weight_index for d in first.plan if d.cause not in USED_OTHERWISE}
+        self._quantized = Totals.of(first.plan).quantized
         self._known: dict[tuple[int, ...], _Known] = {}
-        first_key = self._decisions(captured.example_inputs)
+        first_key, _ = self._decisions(captured.example_inputs)
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
             first_key: (first, _finish(first, options, None))
         }
@@ -147,23 +147,23 @@ class CompiledGraph:
                 "derivative. Differentiate the model as it was before torch.compile."
             )
         args = (*args, *self._lifted)
-        key = self._decisions(args)
+        key, known = self._decisions(args)
         if key not in self._variants:
             key = (key, tuple(_size(value) for value in args))
         if key not in self._variants:
             self._add_variant(key, args)
         lowered, run = self._variants[key]
-        ran(self._linears)
+        ran(known.planned, known.read, self._quantized)
         return run(*lowered.binding(args, store, self._options.weight_check))
 
-    def _decisions(self, args: Sequence[Any]) -> tuple[Any, ...]:
+    def _decisions(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], _Known]:
         """Return what may set these parameters' decisions apart from others': attachments and paths."""
         weights = [args[index] for index in self._weights]
         key = tuple(map(id, weights))
         known = self._known.get(key)
         if known is None or not known.holds(weights):
             known = self._known[key] = self._look_up(weights)
-        return (ties(self._factors, args, self._options.weight_check), *known.decisions)
+        return (ties(self._factors, args, self._options.weight_check), *known.decisions), known
 
     def _look_up(self, weights: Sequence[Any]) -> _Known:
         for weight in weights:
@@ -193,7 +193,8 @@ class CompiledGraph:
                 (decision, matching(keep, path) is not None, where.block_of(path) is not None)
                 for decision, path in zip(decisions, paths, strict=True)
             ]
-        return _Known([weakref.ref(weight) for weight in weights], tuple(decisions), owners, steps, high, now)
+        planned = frozenset(id(weight) for i, weight in zip(self._weights, weights, strict=True) if i in self._planned)
+        return _Known([weakref.ref(weight) for weight in weights], tuple(decisions), owners, steps, high, now, planned)
 
     def _called_with(self, graph: fx.Graph) -> int:
         return sum(n.op == "placeholder" and not n.meta.get("tahf4_lifted", False) for n in graph.nodes)
@@ -219,6 +220,11 @@ class _Known:
     steps: list[StepPrecision]
     high: list[bool]
     changes: int
+    planned: frozenset[int]
+    read: dict[int, weakref.ref[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.read = {id(ref()): ref for ref in self.weights}
 
     def holds(self, weights: Sequence[Any]) -> bool:
         same = all(map(operator.is_, [ref() for ref in self.weights], weights)) and self.changes == changes()

@@ -109,7 +109,7 @@ class HiF4Linear(nn.Linear):
     def _hold(
         self, packed: hif4.Packed, bias: nn.Parameter | None, multiplier: Tensor | None, branch: Sequence[Tensor | None]
     ) -> None:
-        # Code that asks for the dtype of a model looks at its first parameter: one of the model's dtype if there is one.
+        # Code that asks for the dtype of a model looks at its first parameter: one of that dtype if there is one.
         self.register_parameter("bias", bias)
         for name, factor in zip(BRANCH, branch, strict=True):
             self.register_parameter(name, _parameter(factor))

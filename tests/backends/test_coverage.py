@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import pickle
 import sys
 
+import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
@@ -36,6 +38,15 @@ class Hidden(Stack):
         for block in self.blocks:
             forward = block.down.forward
             block.down.forward = torch.compiler.disable(lambda x, forward=forward: forward(x))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
 
 
 def compiled(model: nn.Module, whole: bool, **options):
@@ -289,3 +300,98 @@ def test_pytorch_does_not_compile_its_own_modules_by_their_method():
     assert not graphs
     torch.compile(by_function, backend=backend)(x)
     assert len(graphs) == 1
+
+
+class Products(Stack):
+    """Blocks whose linears are used in some way."""
+
+    def __init__(self, product, which=("up", "down")) -> None:
+        super().__init__()
+        for block in self.blocks:
+            for name in which:
+                linear = getattr(block, name)
+                linear.forward = lambda x, linear=linear: product(x, linear)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, m: torch.einsum("bk,nk->bn", x, m.weight) + m.bias,
+        lambda x, m: (m.weight @ x.mT).mT + m.bias,
+        lambda x, m: torch.bmm(x[None], m.weight.t()[None])[0] + m.bias,
+        lambda x, m: nn.functional.linear(x, m.weight * 0.5, m.bias),
+        lambda x, m: torch.cat([nn.functional.linear(x, m.weight[i::2], m.bias[i::2]) for i in (0, 1)], -1),
+    ],
+)
+def test_weights_that_graphs_use_otherwise_are_said_by_name(product, whole, caplog):
+    model, x = Products(product, ["down"]).eval(), torch.randn(4, 64)
+    call = compiled(model, whole)
+    for _ in range(4):
+        call(x)
+    (message,) = said(caplog)
+    assert "Products: 3 linears of its repeated blocks run in high precision, because graphs use their w" in message
+    assert "(blocks.0.down, blocks.1.down, blocks.2.down)" in message
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("more", ["twice", "adapter", "a cache before"])
+def test_what_else_is_counted_hides_no_linear(more, whole, caplog):
+    class Skipped(Stack):
+        looped, left_out = 1, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.looped):
+                x = self.blocks[0](x)
+            return self.blocks[2](self.hidden(x))
+
+        @torch.compiler.disable
+        def hidden(self, x: Tensor) -> Tensor:
+            self.left_out -= 1
+            return x if self.left_out > 0 else self.blocks[1](x)
+
+    model, x = Skipped().eval(), torch.randn(4, 64)
+    if more == "twice":
+        model.looped = 2
+    elif more == "adapter":
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["blocks.0.up", "blocks.2.down"]), model)
+    else:
+        model.left_out = 40
+    model.requires_grad_(False)
+    call = compiled(model, whole)
+    for _ in range(80):
+        call(x)
+    (message,) = [text for text in said(caplog) if "did not hand their code" in text]
+    assert "Skipped: 2 linears" in message and "(blocks.1.up, blocks.1.down)" in message
+
+
+@pytest.mark.parametrize("profile", [cProfile.Profile, lambda: torch.profiler.profile(with_stack=True)])
+def test_a_profiler_may_watch_while_calls_are_looked_at(profile, caplog):
+    model, x = Hidden().eval(), torch.randn(4, 64)
+    call = compiled(model, True)
+    with profile():
+        for _ in range(3):
+            want = call(x)
+    for _ in range(3):
+        assert torch.equal(call(x), want)
+    assert len(said(caplog)) == 1 and sys.getprofile() is None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_without_any_linear_in_4_bits_is_said_as_by_quantize(whole, caplog):
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    model, x = nn.Sequential(Raw(), Raw(), nn.Sequential(nn.Linear(64, 3))).eval(), torch.randn(4, 64)
+    for options in ({}, {"keep": ["0"]}):
+        other = Wrapped(copy.deepcopy(model))
+        call = compiled(other, whole, **options)
+        for _ in range(3):
+            call(x)
+    (message, *_) = said(caplog)
+    assert "Wrapped: nothing runs in 4 bits: 1 of 1 linears: " in message
