@@ -179,7 +179,14 @@ def prepare(
             for expert in recipe.experts
         }
     if pack:
-        quantize_(pipe, recipe)
+        plan = quantize_(pipe, recipe)
+        packed = [d for d in plan if d.decision == "hif4"]
+        details["linears"] = {
+            "in_4_bits": len(packed),
+            "in_high_precision": len(plan) - len(packed),
+            "bytes_before": sum(d.bytes_before for d in plan),
+            "bytes_after": sum(d.bytes_after for d in plan),
+        }
     elif recipe is not None:
         apply_recipe(pipe, recipe)
     for model in experts(pipe).values():
