@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class ClipFile:
     def _open(self) -> Any:
         try:
             return np.load(self.path)  # of plain arrays: numpy refuses objects by itself
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise CommandError(f"{self.path} is no clip: {error}. Delete it; it is generated again") from error
 
 

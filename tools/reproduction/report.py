@@ -19,7 +19,7 @@ from ..evaluation.results import write_beside
 from ..media import Comparison, contact_sheet, shown
 from .clips import ClipFile, run_of
 from .protocol import DIMENSIONS, Protocol
-from .run import ORIGINAL, SETTINGS, Device
+from .run import ORIGINAL, Device, Setting
 
 __all__ = ["Part", "published", "write_report"]
 
@@ -61,7 +61,7 @@ def published() -> list[dict[str, Any]]:
 def write_report(
     protocol: Protocol,
     model: str,
-    clips: Mapping[str, list[ClipFile]],
+    clips: Mapping[Setting, list[ClipFile]],
     files: Sequence[Path],
     reasons: Sequence[str],
     out: Path,
@@ -85,7 +85,7 @@ def write_report(
     rows = table(files, columns)
     columns = {name: value for name, value in columns.items() if any(name in row["measures"] for row in rows)}
     _sheet(protocol, clips, out / SHEET)
-    costs = {s.key: _cost(clips[s.key]) for s in (ORIGINAL, *SETTINGS)}
+    costs = {setting.row.name: _cost(mine) for setting, mine in clips.items()}
     found = _parts(protocol, model, columns, rows, costs, reasons, device)
     content = {
         "protocol": protocol.fingerprint(),
@@ -130,7 +130,8 @@ def _parts(
     beside = "The published figures are VBench's, so none stands beside these of the judge."
     if protocol.scorer == "vbench":
         beside = (
-            "Published figures are of other prompts and seeds: compare how far a row in 4 bits is from its own original."
+            "Published figures are of other prompts and seeds: compare how far a row in 4 bits is from its own "
+            "original."
         )
     scored = [
         "Means over clips, and half of a 95 % interval, bootstrapped over prompts; with few prompts it is too narrow. "
@@ -149,7 +150,7 @@ def _parts(
             "Time and memory",
             [STEP, *(["Memory was not measured: there is no CUDA device."] if not torch.cuda.is_available() else [])],
             ["", "s a step", "steps measured", "peak GB of the GPU", "linears in 4 bits", "GB of linears"],
-            [_cost_line(s.row.name, costs[s.key]) for s in (ORIGINAL, *SETTINGS)],
+            [_cost_line(name, cost) for name, cost in costs.items()],
         ),
         Part("What was published", [], ["", "model", "source", ""], sources),
         Part("Frames", ["The first seed of each prompt."], picture=SHEET),
@@ -186,21 +187,15 @@ def _cost_line(name: str, cost: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sheet(protocol: Protocol, clips: Mapping[str, list[ClipFile]], path: Path) -> None:
+def _sheet(protocol: Protocol, clips: Mapping[Setting, list[ClipFile]], path: Path) -> None:
     """Write the contact sheet; a few frames of each clip are read, not all."""
     first = [i for i, (*_, seed) in enumerate(protocol.clips()) if seed == protocol.seeds[0]]
-    chosen = shown(clips[ORIGINAL.key][0].length(), FRAMES)
-    contact_sheet(
-        [
-            Comparison(
-                clips[ORIGINAL.key][i].text,
-                {s.row.name: clips[s.key][i].frames(chosen) for s in (ORIGINAL, *SETTINGS)},
-            )
-            for i in first
-        ],
-        path,
-        frames=FRAMES,
-    )
+    original = clips[ORIGINAL]
+    chosen = shown(original[0].length(), FRAMES)
+    comparisons = [
+        Comparison(original[i].text, {s.row.name: mine[i].frames(chosen) for s, mine in clips.items()}) for i in first
+    ]
+    contact_sheet(comparisons, path, frames=FRAMES)
 
 
 def _versions() -> dict[str, str]:

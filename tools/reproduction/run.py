@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,14 @@ class Setting:
     """
 
     key: str
-    row: Row
+    row: Row = field(hash=False)
 
 
 ORIGINAL = Setting("original", Row("original"))
 SETTINGS = (
     Setting("naive", Row("naive HiF4", PLAIN)),
     # Not published: the percentile, the exponent, and whether there is a rotation. These are the choices here.
-    Setting("paper", Row("the published recipe (percentile mask)", {**PLAIN, "mask": "percentile", "percentile": 99.9})),
+    Setting("paper", Row("the published recipe", {**PLAIN, "mask": "percentile", "percentile": 99.9})),
     Setting("ours", Row("tahf4, the defaults", {"sensitivity": False})),
 )
 """In 4 bits. All keep the linears of the boundary in high precision: 12 of Wan2.2 A14B."""
@@ -111,35 +111,37 @@ def _difference(value: Any, other: Any) -> str:
     return text if len(text) < 200 else text[:200] + "..."
 
 
-def generate_all(protocol: Protocol, folder: Path, out: Path, device: Device) -> dict[str, list[ClipFile]]:
+def generate_all(
+    protocol: Protocol, folder: Path, out: Path, device: Device, settings: Sequence[Setting] = SETTINGS
+) -> dict[Setting, list[ClipFile]]:
     """Generate what is missing: the original, the recipes, then each setting in 4 bits.
 
     Returns:
         The clips of each setting, the original first.
     """
-    clips = {s.key: clip_files(protocol, out / "clips" / s.key) for s in (ORIGINAL, *SETTINGS)}
-    recipes = {s.key: out / "recipes" / f"{s.key}.safetensors" for s in SETTINGS}
-    wanted = [s for s in SETTINGS if not recipes[s.key].exists() and _missing(clips[s.key])]
-    if wanted or _missing(clips[ORIGINAL.key]):
+    clips = {s: clip_files(protocol, out / "clips" / s.key) for s in (ORIGINAL, *settings)}
+    recipes = {s: out / "recipes" / f"{s.key}.safetensors" for s in settings}
+    wanted = [s for s in settings if not recipes[s].exists() and _missing(clips[s])]
+    if wanted or _missing(clips[ORIGINAL]):
         pipe = Prompted(device.take(open_pipeline(folder, protocol)), protocol)
         if wanted:
-            _make_recipes(pipe, protocol, wanted, recipes, out, device)
-        if _missing(clips[ORIGINAL.key]):
+            _make_recipes(pipe, protocol, {s: recipes[s] for s in wanted}, out, device)
+        if _missing(clips[ORIGINAL]):
             for model in experts(pipe).values() if device.inductor else ():
                 compile_blocks: Any = model.compile_repeated_blocks
                 compile_blocks()
-            generate_missing(pipe, protocol, clips[ORIGINAL.key], ORIGINAL.row.name)
+            generate_missing(pipe, protocol, clips[ORIGINAL], ORIGINAL.row.name)
         del pipe
         _free()
-    for setting in SETTINGS:
-        if not _missing(clips[setting.key]):
+    for setting in settings:
+        if not _missing(clips[setting]):
             continue
         loaded = open_pipeline(folder, protocol)
-        recipe = Recipe.load(recipes[setting.key])
+        recipe = Recipe.load(recipes[setting])
         # Packed before it goes to the device: there is room for one of the two.
         details = prepare(loaded, setting.row, recipe, pack=True, inductor=device.inductor)
         write_json(out / "clips" / setting.key / "linears.json", details["linears"])
-        generate_missing(Prompted(device.take(loaded), protocol), protocol, clips[setting.key], setting.row.name)
+        generate_missing(Prompted(device.take(loaded), protocol), protocol, clips[setting], setting.row.name)
         del loaded
         _free()
     return clips
@@ -149,18 +151,16 @@ def _missing(clips: list[ClipFile]) -> bool:
     return not all(clip.path.exists() for clip in clips)
 
 
-def _make_recipes(
-    pipe: Any, protocol: Protocol, wanted: list[Setting], recipes: dict[str, Path], out: Path, device: Device
-) -> None:
+def _make_recipes(pipe: Any, protocol: Protocol, wanted: Mapping[Setting, Path], out: Path, device: Device) -> None:
     """Calibrate as the clips are generated: the same steps, scheduler and guidance."""
-    recipes[wanted[0].key].parent.mkdir(parents=True, exist_ok=True)
+    (out / "recipes").mkdir(parents=True, exist_ok=True)
     checkpoint = out / "calibration.safetensors"
     options = {"inductor": device.inductor}
     with calibrate(pipe, step_groups=protocol.step_groups, checkpoint=checkpoint, options=options) as calibration:
         texts = [prompt.text for prompt in protocol.calibration_prompts]
         calibration.run(texts, **protocol.generate, output_type="latent")
-    for setting in wanted:
-        calibration.recipe(**dict(setting.row.recipe or {})).save(recipes[setting.key])
+    for setting, path in wanted.items():
+        calibration.recipe(**dict(setting.row.recipe or {})).save(path)
 
 
 def _free() -> None:
@@ -171,7 +171,7 @@ def _free() -> None:
 
 
 def score_all(
-    protocol: Protocol, clips: dict[str, list[ClipFile]], out: Path, python: str
+    protocol: Protocol, clips: Mapping[Setting, list[ClipFile]], out: Path, python: str
 ) -> tuple[list[Path], list[str]]:
     """Score all clips; write a file for each setting, as an evaluation does for each of its rows.
 
@@ -179,14 +179,14 @@ def score_all(
         The files, and why something was not scored.
     """
     files, reasons = [], [reason for reason in (lpips_missing(),) if reason]
-    for setting in (ORIGINAL, *SETTINGS):
+    for setting, mine in clips.items():
         home = out / "scores" / setting.key
         home.mkdir(parents=True, exist_ok=True)
-        pairs = zip(clips[ORIGINAL.key], clips[setting.key], strict=True)
+        pairs = zip(clips[ORIGINAL], mine, strict=True)
         measured: list[dict[str, Any]] = [pair_scores(protocol, *pair, home) for pair in pairs]
         if protocol.scorer == "vbench":
             try:
-                for name, values in vbench_scores(protocol, clips[setting.key], home, python).items():
+                for name, values in vbench_scores(protocol, mine, home, python).items():
                     for clip, value in zip(measured, values, strict=True):
                         clip[name] = value
             except Unscored as reason:
@@ -196,7 +196,7 @@ def score_all(
                 clip["mean"] = sum(clip[name] for name in protocol.dimensions) / len(protocol.dimensions)
         rows = [
             {"prompt": clip.number, "caption": clip.text, "seed": clip.seed, **found}
-            for clip, found in zip(clips[setting.key], measured, strict=True)
+            for clip, found in zip(mine, measured, strict=True)
         ]
         files.append(out / "scores" / file_of(setting.row))
         content = {"row": setting.row.name, "recipe": setting.row.recipe, "clips": rows}
