@@ -19,8 +19,12 @@ def main() -> None:
         if error.name != "vbench":
             raise
         sys.exit(3)
+    import torch
+
     information = os.path.join(os.path.dirname(vbench.__file__), "VBench_full_info.json")
-    vbench.VBench(request["device"], information, request["output"]).evaluate(
+    # A device, no text, as VBench's own evaluate.py gives it: for the text "cuda" motion_smoothness may shrink frames.
+    device = torch.device(request["device"])
+    vbench.VBench(device, information, request["output"]).evaluate(
         videos_path=request["videos"],
         name="scores",
         prompt_list=request["prompts"],

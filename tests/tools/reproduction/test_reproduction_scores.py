@@ -25,7 +25,7 @@ import json, os
 
 class VBench(object):
     def __init__(self, device, full_info_dir, output_path):
-        assert os.path.isfile(full_info_dir)
+        assert os.path.isfile(full_info_dir) and type(device).__name__ == "device"
         self.device, self.output_path = device, output_path
 
     def evaluate(self, videos_path, name, prompt_list=[], dimension_list=None, local=False, read_frame=False,
@@ -50,13 +50,17 @@ class VBench(object):
 @pytest.fixture
 def vbench(tmp_path, monkeypatch) -> Path:
     """A stand-in for VBench, and for what writes videos."""
-    site = tmp_path / "site"
-    for name, text in (("vbench", VBENCH), ("imageio", ""), ("imageio_ffmpeg", "")):
-        (site / name).mkdir(parents=True)
-        (site / name / "__init__.py").write_text(text)
+    site, here = tmp_path / "site", tmp_path / "here"
+    torch_without_its_start = "class device:\n    def __init__(self, name):\n        self.type = name\n"
+    for folder, name, text in (
+        (site, "vbench", VBENCH), (site, "torch", torch_without_its_start), (here, "imageio", ""),
+        (here, "imageio_ffmpeg", ""),
+    ):  # fmt: skip
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(text)
     (site / "vbench" / "VBench_full_info.json").write_text("[]")
     monkeypatch.setenv("PYTHONPATH", str(site))
-    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.syspath_prepend(str(here))
 
     def write(frames, path, fps, quality):
         assert len(frames) == 5 and frames[0].size == (32, 32) and fps == 16
