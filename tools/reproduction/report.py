@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from ..evaluation.results import write_beside
 from ..media import Comparison, contact_sheet, shown
 from .clips import ClipFile, run_of
 from .protocol import DIMENSIONS, Protocol
-from .run import ORIGINAL, Device, Setting
+from .run import ORIGINAL, Device, Setting, versions
 
 __all__ = ["Part", "published", "write_report"]
 
@@ -90,7 +88,7 @@ def write_report(
     content = {
         "protocol": protocol.fingerprint(),
         "model": model,
-        "versions": _versions(),
+        "versions": versions(),
         "rows": rows,
         "costs": costs,
         "not_scored": list(reasons),
@@ -114,12 +112,12 @@ def _parts(
     reasons: Sequence[str],
     device: Device,
 ) -> list[Part]:
-    sizes, versions = protocol.generate, _versions()
+    sizes = protocol.generate
     what = (
         f"{model}, protocol {protocol.name}: {len(protocol.prompts)} prompts x {len(protocol.seeds)} seeds, "
         f"{sizes['num_frames']} frames of {sizes['height']} x {sizes['width']}, {protocol.steps} steps, "
         f"{protocol.calls} call(s) of a transformer in a step; the original in {protocol.dtype}, on "
-        f"{_device(device)}. {', '.join(f'{name} {version}' for name, version in versions.items())}."
+        f"{_device(device)}. {', '.join(f'{name} {version}' for name, version in versions().items())}."
     )
     lines = cells(rows, columns)
     for entry in published() if protocol.scorer == "vbench" else ():
@@ -196,11 +194,6 @@ def _sheet(protocol: Protocol, clips: Mapping[Setting, list[ClipFile]], path: Pa
         Comparison(original[i].text, {s.row.name: mine[i].frames(chosen) for s, mine in clips.items()}) for i in first
     ]
     contact_sheet(comparisons, path, frames=FRAMES)
-
-
-def _versions() -> dict[str, str]:
-    names = ("tahf4-compiler", "torch", "diffusers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 def _device(device: Device) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from .model import Prompted, fingerprint, open_pipeline
 from .protocol import Protocol
 from .scores import Unscored, lpips_missing, pair_scores, vbench_scores
 
-__all__ = ["ORIGINAL", "SETTINGS", "Device", "Setting", "check_same_run", "generate_all", "score_all"]
+__all__ = ["ORIGINAL", "SETTINGS", "Device", "Setting", "check_same_run", "generate_all", "score_all", "versions"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def check_same_run(protocol: Protocol, folder: Path, out: Path, device: Device) 
     now = protocol.fingerprint() | {
         "model": fingerprint(folder),
         "settings": [[s.key, s.row.name, dict(s.row.recipe or {})] for s in SETTINGS],
+        "device": device.name,
         "inductor": device.inductor,
+        "versions": versions(),
     }
     now = json.loads(json.dumps(now))
     path = out / "run.json"
@@ -95,6 +99,12 @@ def check_same_run(protocol: Protocol, folder: Path, out: Path, device: Device) 
                 )
         return
     write_json(path, now)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what generates."""
+    names = ("tahf4-compiler", "torch", "diffusers")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from diffusers.utils import export_to_video
 from PIL import Image
+from tqdm import tqdm
 
 from ..errors import CommandError
 from ..evaluation.measures import judgements, psnrs, ssims
@@ -26,6 +29,11 @@ __all__ = ["Unscored", "lpips_missing", "pair_scores", "vbench_scores"]
 
 class Unscored(Exception):
     """A scorer that cannot run here, and why."""
+
+
+def _fresh(path: Path, *clips: ClipFile) -> bool:
+    """Say whether a file is there and younger than the clips that it was made from."""
+    return path.exists() and all(path.stat().st_mtime_ns >= clip.path.stat().st_mtime_ns for clip in clips)
 
 
 def lpips_missing() -> str | None:
@@ -52,7 +60,7 @@ def pair_scores(protocol: Protocol, original: ClipFile, clip: ClipFile, folder: 
     path = folder / f"{clip.name}.json"
     names = ["psnr", "ssim", *([] if lpips_missing() else ["lpips"])]
     names += protocol.dimensions if protocol.scorer == "judge" else ()
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = json.loads(path.read_text(encoding="utf-8")) if _fresh(path, original, clip) else {}
     if all(name in kept for name in names):
         return {name: kept[name] for name in names}
     reference, video = original.frames(), clip.frames()
@@ -105,10 +113,14 @@ def vbench_scores(protocol: Protocol, clips: list[ClipFile], folder: Path, pytho
     Raises:
         Unscored: VBench or a package that writes videos is not there, or VBench failed.
     """
-    results = folder / "scores_eval_results.json"
-    if not results.exists():
-        videos = _videos(protocol, clips, folder / "videos")
-        with tempfile.TemporaryDirectory(prefix=".vbench-", dir=folder) as output:
+    asked = json.dumps([protocol.dimensions, protocol.frames_per_second])
+    results = folder / f"vbench_{hashlib.sha256(asked.encode()).hexdigest()[:8]}.json"
+    if not _fresh(results, *clips):
+        videos = _videos(protocol, clips, folder / f"videos_{protocol.frames_per_second}_fps")
+        log = folder / "vbench.log"
+        tqdm.write(f"VBench scores {videos}; what it prints is in {log}", file=sys.stderr)
+        beside = tempfile.TemporaryDirectory(prefix=".vbench-", dir=folder)
+        with log.open("w", encoding="utf-8") as printed, beside as output:
             request = {
                 "videos": str(videos.resolve()),
                 "prompts": {f"{clip.name}.mp4": clip.text for clip in clips},
@@ -119,9 +131,8 @@ def vbench_scores(protocol: Protocol, clips: list[ClipFile], folder: Path, pytho
             script = Path(__file__).with_name("vbench_script.py").read_text(encoding="utf-8")
             try:
                 done = subprocess.run(
-                    [python, "-c", script, json.dumps(request)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                    text=True, errors="replace", cwd=output,
-                )  # fmt: skip
+                    [python, "-c", script, json.dumps(request)], stdout=printed, stderr=subprocess.STDOUT, cwd=output
+                )
             except OSError as error:
                 raise Unscored(f"VBench: {python} does not run: {error.strerror}") from error
             if done.returncode == 3:
@@ -129,10 +140,10 @@ def vbench_scores(protocol: Protocol, clips: list[ClipFile], folder: Path, pytho
                     f"VBench: {python} does not have the package vbench. Install it, or name a Python that has it "
                     "with --vbench-python; then run the same command again"
                 )
-            made = Path(output) / results.name
+            made = Path(output) / "scores_eval_results.json"
             if done.returncode or not made.exists():
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise Unscored(f"VBench failed (exit code {done.returncode}): {last}. Run the same command again")
+                last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no message"])[-1]
+                raise Unscored(f"VBench failed (exit code {done.returncode}): {last}. {log} says more")
             write_beside(results, made.read_bytes())
     return _read(results, protocol, clips)
 
@@ -145,7 +156,7 @@ def _videos(protocol: Protocol, clips: list[ClipFile], folder: Path) -> Path:
             raise Unscored(f"VBench reads mp4 files, and {package} is not installed (pip install imageio[ffmpeg])")
     for clip in clips:
         path = folder / f"{clip.name}.mp4"
-        if not path.exists():
+        if not _fresh(path, clip):
             video = np.nan_to_num(clip.frames())
             frames = [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video]
             beside = path.with_name(f".partial-{path.name}")  # the writer knows its format by the suffix

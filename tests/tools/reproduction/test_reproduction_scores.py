@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -107,6 +109,12 @@ def test_vbench_scores_every_clip_and_is_asked_once(tmp_path, vbench, monkeypatc
     assert found["imaging_quality"] == pytest.approx([0.7, 0.25]), "0 to 1, as the mean that VBench gives"
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith((".vbench", ".partial"))]
     assert vbench_scores(asked, files, tmp_path, "/no/python") == found
+    fewer = protocol(dimensions=DIMENSIONS[:1])
+    assert list(vbench_scores(fewer, files, tmp_path, sys.executable)) == DIMENSIONS[:1], "others are asked for again"
+    made_again = files[0].path
+    os.utime(made_again, (time.time() + 10, time.time() + 10))
+    with pytest.raises(Unscored, match="/no/python"):  # the score was of another clip
+        vbench_scores(asked, files, tmp_path, "/no/python")
 
 
 def test_what_keeps_vbench_from_scoring_is_said(tmp_path, vbench, monkeypatch):
@@ -120,11 +128,15 @@ def test_what_keeps_vbench_from_scoring_is_said(tmp_path, vbench, monkeypatch):
         vbench_scores(asked, files, tmp_path, sys.executable)
     with pytest.raises(Unscored, match="/no/python does not run"):
         vbench_scores(asked, files, tmp_path, "/no/python")
-    (tmp_path / "scores_eval_results.json").write_text('{"subject_consistency": [0.5]}')
+    monkeypatch.setenv("PYTHONPATH", str(vbench))
+    monkeypatch.delenv("VBENCH_FAILS")
+    vbench_scores(asked, files, tmp_path, sys.executable)
+    (result,) = tmp_path.glob("vbench_*.json")
+    result.write_text('{"subject_consistency": [0.5]}')
     with pytest.raises(Unscored, match="is not what was expected"):
         vbench_scores(asked, files, tmp_path, sys.executable)
+    result.unlink()
     monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
-    (tmp_path / "scores_eval_results.json").unlink()
     with pytest.raises(Unscored, match="imageio is not installed"):
         vbench_scores(asked, files, tmp_path, sys.executable)
 
@@ -172,6 +184,10 @@ def test_lpips_is_measured_where_it_is_installed(tmp_path, monkeypatch):
     original, other = (write_clips(asked, tmp_path / name, noise) for name, noise in (("a", 0.0), ("b", 0.1)))
     without = pair_scores(asked, original[0], other[0], tmp_path / "scores")
     assert set(without) == {"psnr", "ssim"}
+    (tmp_path / "scores" / "p0000_s0.json").write_text('{"psnr": 1.0, "ssim": 1.0}')
+    assert pair_scores(asked, original[0], other[0], tmp_path / "scores") == {"psnr": 1.0, "ssim": 1.0}, "it is kept"
+    os.utime(other[0].path, (time.time() + 10, time.time() + 10))
+    assert pair_scores(asked, original[0], other[0], tmp_path / "scores") == without, "and made again for another clip"
 
     class LPIPS(torch.nn.Module):
         def __init__(self, net="alex", verbose=True):
