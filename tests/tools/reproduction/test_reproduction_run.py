@@ -120,7 +120,10 @@ def test_a_clip_that_is_stopped_leaves_no_file(tmp_path, monkeypatch):
     files = clip_files(protocol, tmp_path / "clips")
     video = np.linspace(0, 1, 2 * 3 * 3 * 3, dtype=np.float32).reshape(2, 3, 3, 3)
 
+    asked = []
+
     def generate(pipe, prompts, arguments, *, seed, label, overall):
+        asked.extend(prompts)
         if prompts == [files[1].text] and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
             raise KeyboardInterrupt
@@ -132,6 +135,7 @@ def test_a_clip_that_is_stopped_leaves_no_file(tmp_path, monkeypatch):
         clips.generate_missing(None, protocol, files, "")
     assert [path.name for path in (tmp_path / "clips").iterdir()] == ["p0000_s0.npz"]
     clips.generate_missing(None, protocol, files, "")
+    assert asked == [files[0].text, files[1].text, files[1].text]
     assert np.abs(files[0].frames() - video).max() <= 0.5 / 255 + 1e-7
     assert np.isnan(files[1].frames()).all(), "a clip that was not finite stays a failure"
     run_of_both, peak = clips.run_of(files)
