@@ -49,6 +49,7 @@ def reproduce(
     from .reproduction.protocol import load_protocol
     from .reproduction.report import write_report
     from .reproduction.run import SETTINGS, Device, check_same_run, generate_all, score_all
+    from .staging import check_writable
     from .tiny_wan import settings
 
     chosen = load_protocol(protocol or ("wan2.2-t2v-a14b" if model else "tiny"))
@@ -62,6 +63,7 @@ def reproduce(
     cuda = torch.cuda.is_available()
     if offload and not cuda:
         raise CommandError("--offload needs a GPU; leave it out")
+    check_writable(out / "run.json")
     device = Device("cuda" if cuda else "cpu", offload, not no_inductor)
     check_same_run(chosen, folder, out, device)
     clips = generate_all(chosen, folder, out, device)

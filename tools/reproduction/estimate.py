@@ -107,8 +107,8 @@ def _hours(protocol: Protocol, found: Structure, settings: int, clips: int) -> s
         lines.append([chip.name, *(f"{s:.3g}" for s in (before, after)), *(f"{h:.2g}" for h in (*hours, sum(hours)))])
     return markdown_table(head, lines) + (
         "\nThe hours are those of the roofline (`tahf4 roofline`): the denoising steps alone, at the peak rates of "
-        "data sheets. Loading, the text encoder, the autoencoder, compilation, the searches and the reconstruction of "
-        "the recipe, and the scorers come on top.\n"
+        "data sheets, with an original in bfloat16. Loading, the text encoder, the autoencoder, compilation, the "
+        "searches and the reconstruction of the recipe, and the scorers come on top.\n"
     )
 
 

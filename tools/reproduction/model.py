@@ -193,7 +193,10 @@ def open_pipeline(folder: Path, protocol: Protocol) -> Any:
         unknown = set(settings) - set(inspect.signature(getattr(diffusers, name)).parameters)
         if unknown:
             raise CommandError(f"{name} has no setting {', '.join(sorted(unknown))}")
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+        try:
+            pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+        except Exception as error:  # of diffusers, for whatever a setting can be
+            raise CommandError(f"{name} does not take the settings {settings}: {error}") from error
     for part in protocol.lora:
         named = {"weight_name": part.weight_name} if part.weight_name else {}
         try:

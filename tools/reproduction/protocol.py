@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from PIL import Image
 
 from ..errors import CommandError
 from ..tiny_wan import data
@@ -239,9 +240,11 @@ def _lora(read: _Reader, entry: Any) -> Lora:
     scale = found.get("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         read.fail(f"lora.scale is {scale!r}; expected a number")
-    beside = read.path.parent / found["path"]
-    path = str(beside) if beside.exists() else found["path"]
-    return Lora(path, found.get("weight_name"), expert, float(scale))
+    beside, name = read.path.parent / found["path"], found.get("weight_name")
+    file = beside / str(name) if name and beside.is_dir() else beside
+    if not file.exists() and (beside.exists() or found["path"].endswith(".safetensors")):
+        read.fail(f"lora names the file {file}, which is not there")
+    return Lora(str(beside) if beside.exists() else found["path"], name, expert, float(scale))
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,11 @@ class _Reader:
             file = self.path.parent / value
             if not file.is_file():
                 self.fail(f"{where} names the file {file}, which is not there; expected one prompt a line, or a list")
-            value = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                self.fail(f"{where} names the file {file}, which is no text in UTF-8: {error}")
+            value = [line.strip() for line in lines if line.strip()]
         found = tuple(self._prompt(entry, where) for entry in self.items(value, where))
         texts = [prompt.text for prompt in found]
         if len(set(texts)) != len(texts):
@@ -294,8 +301,12 @@ class _Reader:
         if isinstance(entry, Mapping):
             self.mapping(entry, where, ("prompt", "image"))
             image = self.path.parent / str(entry.get("image"))
-            if "image" in entry and not image.is_file():
-                self.fail(f"{where} names the image {image}, which is not there")
+            if "image" in entry:
+                try:
+                    with Image.open(image) as opened:
+                        opened.verify()
+                except (OSError, SyntaxError) as error:  # of Pillow, for what is no image
+                    self.fail(f"{where} names the image {image}, which does not open: {error}")
             text, file = entry.get("prompt"), image if "image" in entry else None
         else:
             text, file = entry, None

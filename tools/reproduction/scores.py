@@ -113,6 +113,8 @@ def vbench_scores(protocol: Protocol, clips: list[ClipFile], folder: Path, pytho
     Raises:
         Unscored: VBench or a package that writes videos is not there, or VBench failed.
     """
+    if len(clips) < 2:
+        raise Unscored("VBench: its subject consistency divides by the number of clips less one; take a second seed")
     asked = json.dumps([protocol.dimensions, protocol.frames_per_second])
     results = folder / f"vbench_{hashlib.sha256(asked.encode()).hexdigest()[:8]}.json"
     if not _fresh(results, *clips):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from tahf4_compiler.tools.cli import app
 from tahf4_compiler.tools.errors import CommandError
 from tahf4_compiler.tools.reproduction import model as pipelines
@@ -61,7 +62,10 @@ def test_the_protocols_that_ship_are_valid(a14b):
 def test_the_examples_of_the_page_are_valid(tmp_path):
     blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "reproduce.md").read_text(), re.DOTALL)
     assert len(blocks) >= 3
-    (tmp_path / "first.png").write_bytes(b"")
+    Image.new("RGB", (16, 16)).save(tmp_path / "first.png")
+    (tmp_path / "student").mkdir()
+    for name in ("high", "low"):
+        (tmp_path / "student" / f"{name}_noise_model.safetensors").touch()
     base = yaml.safe_load((SHIPPED / "wan2.2-t2v-a14b.yaml").read_text())
     for block in blocks:
         parse_protocol({**base, **yaml.safe_load(block)}, tmp_path / "example.yaml")
@@ -97,7 +101,11 @@ def test_prompts_come_from_a_text_file_too(tmp_path):
         ({"prompts": "none.txt"}, "none.txt, which is not there"),
         ({"prompts": ["a", "a"]}, "holds 'a' twice"),
         ({"prompts": [3]}, "prompts holds 3; expected a text"),
-        ({"prompts": [{"prompt": "a", "image": "no.png"}]}, "no.png, which is not there"),
+        ({"prompts": [{"prompt": "a", "image": "no.png"}]}, "no.png, which does not open"),
+        ({"prompts": [{"prompt": "a", "image": "latin.txt"}]}, "latin.txt, which does not open"),
+        ({"prompts": "latin.txt"}, "which is no text in UTF-8"),
+        ({"lora": [{"path": "no/lora.safetensors"}]}, "no/lora.safetensors, which is not there"),
+        ({"lora": [{"path": "folder", "weight_name": "a"}]}, "folder/a, which is not there"),
         ({"prompts": [{"prompt": "a", "picture": "b"}]}, "prompts.picture is unknown; expected prompt, image"),
         ({"prompts": ["a dog"]}, "'a dog' is scored and calibrated with"),
         ({"calibration": {}}, "calibration.prompts is missing"),
@@ -119,6 +127,8 @@ def test_prompts_come_from_a_text_file_too(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, change, message):
+    (tmp_path / "latin.txt").write_bytes("a café".encode("latin-1"))
+    (tmp_path / "folder").mkdir()
     with pytest.raises(CommandError, match=re.escape(message)) as raised:
         parse_protocol({**GOOD, **change}, tmp_path / "mine.yaml")
     assert "mine.yaml" in str(raised.value)
@@ -156,7 +166,6 @@ def test_a_protocol_of_another_kind_of_model_is_refused(tmp_path, a14b):
         check_fits(two_scales, one)
     with pytest.raises(CommandError, match="the prompt 'a cat' has none; write it as {prompt: TEXT, image: FILE}"):
         check_fits(protocol, dataclasses.replace(found, pipeline="WanImageToVideoPipeline"))
-    (tmp_path / "a.png").write_bytes(b"")
     with_image = dataclasses.replace(protocol, prompts=(Prompt("a cat", tmp_path / "a.png"),))
     with pytest.raises(CommandError, match="takes no image"):
         check_fits(with_image, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,11 +213,20 @@ def test_a_student_of_4_steps_is_calibrated_as_it_runs(pipeline, tmp_path, monke
     assert (len(steps), calls) == (4, 1) and {step.expert for step in steps} == set(EXPERTS)
 
 
-def test_a_lora_of_another_model_is_refused(pipeline, tmp_path):
-    save_file({"transformer.other.lora_A.weight": torch.zeros(4, 8)}, tmp_path / "a.safetensors")
-    protocol = protocol_file(tmp_path, lora=[{"path": "a.safetensors"}])
-    result = reproduce(pipeline, protocol, tmp_path / "out")
-    assert result.exit_code == 2 and "does not load into transformer" in result.output
+def test_a_lora_or_a_setting_of_something_else_is_refused(pipeline, tmp_path):
+    for name, message in (("transformer.other", "does not load"), ("unet.to_q", "none of its tensors belongs to this")):
+        weights = {f"{name}.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+        save_file(weights, tmp_path / "a.safetensors")
+        protocol = protocol_file(tmp_path, lora=[{"path": "a.safetensors"}])
+        result = reproduce(pipeline, protocol, tmp_path / "out")
+        assert result.exit_code == 2 and message in result.output, result.output
+        shutil.rmtree(tmp_path / "out")
+    protocol = protocol_file(tmp_path, scheduler={"class": "FlowMatchEulerDiscreteScheduler", "flow_shift": 5.0})
+    result = reproduce(pipeline, protocol, tmp_path / "other")
+    assert result.exit_code == 2 and "FlowMatchEulerDiscreteScheduler has no setting flow_shift" in result.output
+    (tmp_path / "file").touch()
+    result = reproduce(pipeline, protocol, tmp_path / "file")
+    assert result.exit_code == 2 and "cannot write" in result.output
 
 
 def test_image_to_video_starts_from_the_image_of_each_prompt(pipeline, tmp_path):

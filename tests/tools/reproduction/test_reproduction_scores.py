@@ -136,6 +136,8 @@ def test_what_keeps_vbench_from_scoring_is_said(tmp_path, vbench, monkeypatch):
     with pytest.raises(Unscored, match="is not what was expected"):
         vbench_scores(asked, files, tmp_path, sys.executable)
     result.unlink()
+    with pytest.raises(Unscored, match="take a second seed"):
+        vbench_scores(asked, files[:1], tmp_path, sys.executable)
     monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unscored, match="imageio is not installed"):
         vbench_scores(asked, files, tmp_path, sys.executable)
