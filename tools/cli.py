@@ -7,7 +7,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import bench, bisect_model, calibrate, demo, doctor, evaluate, explain, inspect_model, parallel, passes, quantize
+from . import (
+    bench,
+    bisect_model,
+    calibrate,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    inspect_model,
+    parallel,
+    passes,
+    quantize,
+    reproduce,
+)
 from .errors import own_error
 from .kernels import roofline, table
 
@@ -66,6 +79,7 @@ def tahf4(
 app.command("demo")(demo.demo)
 app.command("calibrate")(calibrate.calibrate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("reproduce")(reproduce.reproduce)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(quantize.verify)
 app.command("inspect")(inspect_model.inspect)

@@ -109,7 +109,7 @@ def _write(outcome: Outcome, folder: Path, frames_per_second: float) -> list[str
     from .media import Comparison, comparison_gif, contact_sheet
 
     pairs = zip(outcome.prompts, outcome.original.videos, outcome.w4a4.videos, strict=True)
-    comparisons = [Comparison(*parts) for parts in pairs]
+    comparisons = [Comparison(prompt, {"original": before, "W4A4": after}) for prompt, before, after in pairs]
     results: dict[str, Any] = outcome.as_json()
     for i, (comparison, entry) in enumerate(zip(comparisons, results["prompts"], strict=True)):
         words = re.sub(r"\W+", "_", comparison.caption.lower()).strip("_")[:60].rstrip("_")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import WanPipeline
@@ -22,34 +23,40 @@ from ..model.components import unwrapped_experts
 from ..packed.steps import set_high_precision_steps, steps_of
 from .errors import CommandError
 
-__all__ = ["Run", "StepTime", "experts", "generate", "load_pipeline"]
+__all__ = ["WAN_PIPELINES", "Run", "StepTime", "class_of", "experts", "generate", "load_pipeline"]
 
 EXPERTS = ("transformer", "transformer_2")
+WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
-def load_pipeline(path: Path, dtype: torch.dtype, device: str) -> WanPipeline:
-    """Load a saved ``WanPipeline`` without a network.
+def load_pipeline(path: Path, dtype: torch.dtype, device: str, classes: Sequence[str] = WAN_PIPELINES[:1]) -> Any:
+    """Load a saved pipeline of Wan without a network.
 
     Args:
         path: a folder with ``model_index.json``, as ``pipe.save_pretrained(path)`` writes it.
         dtype: of the transformers and the text encoder (layers that diffusers keeps in float32 stay so);
             the autoencoder is loaded in float32.
         device: where it runs.
+        classes: names of pipelines that are expected.
 
     Raises:
-        CommandError: no such folder, or it holds no WanPipeline.
+        CommandError: no such folder, or it holds none of these pipelines.
     """
-    _check(path)
+    expected = " or ".join(f"a {known}" for known in classes)
+    hint = "Give a folder that `WanPipeline.save_pretrained` wrote, or none for the pipeline that is shipped."
+    name = class_of(path, hint)
+    if name not in classes:
+        raise CommandError(f"{path} is a {name}; expected {expected}. {hint}")
     parts = dict.fromkeys((*EXPERTS, "text_encoder"), dtype)
     try:
         with warnings.catch_warnings():
             # The name `dtype` is newer than the oldest diffusers that is supported.
             warnings.filterwarnings("ignore", "`?torch_dtype", FutureWarning)
-            pipe = WanPipeline.from_pretrained(
+            pipe = getattr(diffusers, name).from_pretrained(
                 path, torch_dtype={**parts, "default": torch.float32}, local_files_only=True
             )
     except Exception as error:  # of many libraries, for whatever a folder can hold
-        raise CommandError(f"{path} does not load as a WanPipeline: {error}") from error
+        raise CommandError(f"{path} does not load as a {name}: {error}") from error
     return _ready(pipe, device)
 
 
@@ -59,8 +66,8 @@ def load_any_pipeline(path: Path, dtype: torch.dtype, device: str) -> Any:
     Raises:
         CommandError: no such folder, or it holds no pipeline that loads.
     """
-    if _class_of(path, "Give a folder that `pipe.save_pretrained` wrote.") == "WanPipeline":
-        return load_pipeline(path, dtype, device)
+    if class_of(path, "Give a folder that `pipe.save_pretrained` wrote.") in WAN_PIPELINES:
+        return load_pipeline(path, dtype, device, WAN_PIPELINES)
     from diffusers import DiffusionPipeline
 
     try:
@@ -77,15 +84,16 @@ def _ready(pipe: Any, device: str) -> Any:
     return pipe.to(device)
 
 
-def _check(path: Path) -> None:
-    hint = "Give a folder that `WanPipeline.save_pretrained` wrote, or none for the pipeline that is shipped."
-    name = _class_of(path, hint)
-    if name != "WanPipeline":
-        raise CommandError(f"{path} is a {name}; expected a WanPipeline. {hint}")
+def class_of(path: Path, hint: str) -> str:
+    """Return the name of the class of a saved pipeline.
 
+    Args:
+        path: its folder.
+        hint: what to do, for the error.
 
-def _class_of(path: Path, hint: str) -> str:
-    """Return the name of the class of a saved pipeline."""
+    Raises:
+        CommandError: no such folder, or it holds no pipeline.
+    """
     if not path.is_dir():
         raise CommandError(f"there is no folder {path}. {hint}")
     index = path / "model_index.json"

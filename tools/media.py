@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["Comparison", "comparison_gif", "contact_sheet", "psnr"]
+__all__ = ["Comparison", "comparison_gif", "contact_sheet", "psnr", "shown"]
 
 GAP = 8
 """Pixels between pictures."""
@@ -28,17 +28,15 @@ PAPER = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two videos of one prompt and one seed.
+    """Videos of one prompt and one seed.
 
     Attributes:
         caption: printed above them.
-        original: by the model as it is.
-        w4a4: by the compiled model.
+        videos: by the name of what made them, such as ``"original"`` and ``"W4A4"``; all of one length.
     """
 
     caption: str
-    original: np.ndarray
-    w4a4: np.ndarray
+    videos: Mapping[str, np.ndarray]
 
 
 def psnr(reference: np.ndarray, video: np.ndarray) -> float:
@@ -61,26 +59,26 @@ def psnr(reference: np.ndarray, video: np.ndarray) -> float:
 
 
 def comparison_gif(comparison: Comparison, path: Path, *, frames_per_second: float, height: int = 256) -> None:
-    """Write an endless animated GIF: the original on the left, W4A4 on the right.
+    """Write an endless animated GIF: the videos side by side, each under its name.
 
     Args:
-        comparison: the two videos, of one length.
+        comparison: the videos.
         path: of the file; missing or replaced as a whole, never half written.
         frames_per_second: a GIF holds times in hundredths of a second.
         height: of a frame in pixels, about: small frames grow by whole factors.
     """
     pages = [
-        _labelled(comparison.caption, [("original", left), ("W4A4", right)], height).quantize(
+        _labelled(comparison.caption, list(zip(comparison.videos, pictures)), height).quantize(
             256, dither=Image.Dither.NONE
         )
-        for left, right in zip(comparison.original, comparison.w4a4, strict=True)
+        for pictures in zip(*comparison.videos.values(), strict=True)
     ]
     duration = max(20, round(1000 / frames_per_second))
     _save(pages[0], path, "GIF", save_all=True, append_images=pages[1:], duration=duration, loop=0)
 
 
 def contact_sheet(comparisons: Sequence[Comparison], path: Path, *, frames: int = 5, height: int = 128) -> None:
-    """Write one PNG: for each prompt a few frames of the original, and below them those of W4A4.
+    """Write one PNG: for each prompt a few frames of each video, one video below the other.
 
     Args:
         comparisons: one a prompt.
@@ -101,18 +99,21 @@ def contact_sheet(comparisons: Sequence[Comparison], path: Path, *, frames: int 
     _save(sheet, path, "PNG")
 
 
+def shown(length: int, frames: int) -> list[int]:
+    """Return the indices of so many frames of a video, evenly spread from the first to the last."""
+    return sorted(set(np.linspace(0, length - 1, min(frames, length)).round().astype(int).tolist()))
+
+
 def _block(comparison: Comparison, frames: int, height: int) -> Image.Image:
     """Return one prompt's part of a contact sheet."""
-    rows = []
-    for video in (comparison.original, comparison.w4a4):
-        chosen = sorted(set(np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)))
-        rows.append([_picture(video[i], height) for i in chosen])
+    rows = [[_picture(video[i], height) for i in shown(len(video), frames)] for video in comparison.videos.values()]
     width, tall = rows[0][0].size
-    label = 84
-    page = Image.new("RGB", (label + len(rows[0]) * (width + GAP) - GAP, LINE + 2 * (tall + GAP) - GAP), PAPER)
+    label = max(84, *(GAP + math.ceil(_font(15).getlength(name)) for name in comparison.videos))
+    size = (label + len(rows[0]) * (width + GAP) - GAP, LINE + len(rows) * (tall + GAP) - GAP)
+    page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((0, 2), _fit(draw, comparison.caption, page.width, 17), TEXT, _font(17))
-    for row, name in enumerate(("original", "W4A4")):
+    for row, name in enumerate(comparison.videos):
         y = LINE + row * (tall + GAP)
         draw.text((0, y + tall // 2 - 9), name, TEXT, _font(15))
         for column, picture in enumerate(rows[row]):

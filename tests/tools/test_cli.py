@@ -19,8 +19,8 @@ from tahf4_compiler.options import Options
 from tahf4_compiler.pipeline.order import build_pipeline
 
 COMMANDS = (
-    *("demo", "calibrate", "evaluate", "quantize", "verify", "inspect", "explain", "bench", "kernels", "roofline"),
-    *("parallel", "passes", "bisect", "doctor"),
+    *("demo", "calibrate", "evaluate", "reproduce", "quantize", "verify", "inspect", "explain", "bench", "kernels"),
+    *("roofline", "parallel", "passes", "bisect", "doctor"),
 )
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 

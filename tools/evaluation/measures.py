@@ -117,9 +117,14 @@ def ssim(reference: Array, video: Array) -> float:
     if min(reference.shape[1:3]) < _WINDOW:
         height, width = reference.shape[1:3]
         raise ValueError(f"frames of {height} x {width} pixels; ssim needs {_WINDOW} x {_WINDOW}")
+    # Frame by frame: a clip of 720 x 1280 would take tens of gigabytes at once.
+    return float(np.mean([_ssim_of_frame(a, b) for a, b in zip(reference, video, strict=True)]))
+
+
+def _ssim_of_frame(reference: Array, frame: Array) -> float:
+    """Return the mean structural similarity of ``[height, width, channels]``."""
     x, y = (
-        torch.from_numpy(np.ascontiguousarray(v, np.float64)).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
-        for v in (reference, video)
+        torch.from_numpy(np.ascontiguousarray(v, np.float64)).permute(2, 0, 1)[:, None] for v in (reference, frame)
     )
     offsets = torch.arange(_WINDOW, dtype=torch.float64) - _WINDOW // 2
     line = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
@@ -129,7 +134,7 @@ def ssim(reference: Array, video: Array) -> float:
         across = torch.nn.functional.conv2d(image, line.view(1, 1, 1, -1))
         return torch.nn.functional.conv2d(across, line.view(1, 1, -1, 1))
 
-    # One convolution over all five: [5 * frames * channels, 1, height, width].
+    # One convolution over all five: [5 * channels, 1, height, width].
     mx, my, xx, yy, xy = blur(torch.cat((x, y, x * x, y * y, x * y))).chunk(5)
     vx, vy, covariance = xx - mx * mx, yy - my * my, xy - mx * my
     value = (2 * mx * my + _C1) * (2 * covariance + _C2) / ((mx * mx + my * my + _C1) * (vx + vy + _C2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from .measures import summarize
 
-__all__ = ["COLUMNS", "markdown", "plot", "table"]
+__all__ = ["COLUMNS", "cells", "markdown", "markdown_table", "plot", "table"]
 
 COLUMNS = {
     "psnr": ("PSNR dB", 2),
@@ -26,18 +26,24 @@ COLUMNS = {
 }
 """Measure -> its name in tables, digits."""
 
-AGAINST_REFERENCE = ("psnr", "ssim", "latent_error")
+AGAINST_REFERENCE = ("psnr", "ssim", "lpips", "latent_error")
 
 
-def table(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read rows' files: for each row its name, means and half widths of 95 % intervals, and mean step errors."""
+def table(files: Sequence[Path], columns: Mapping[str, tuple[str, int]] = COLUMNS) -> list[dict[str, Any]]:
+    """Read rows' files: for each row its name, means and half widths of 95 % intervals, and mean step errors.
+
+    Args:
+        files: of rows.
+        columns: measures that are read; a row has those that all of its clips have.
+    """
     rows = []
     for path in files:
         content = json.loads(path.read_text(encoding="utf-8"))
         clips = content["clips"]
-        values = {name: np.array([_finite(clip[name]) for clip in clips]) for name in COLUMNS}
+        measured = [name for name in columns if all(name in clip for clip in clips)]
+        values = {name: np.array([_finite(clip[name]) for clip in clips]) for name in measured}
         summary = summarize(values, [clip["prompt"] for clip in clips])
-        steps = np.array([[_finite(value) for value in clip["step_errors"]] for clip in clips])
+        steps = np.array([[_finite(value) for value in clip.get("step_errors", ())] for clip in clips])
         rows.append(
             {
                 "row": content["row"],
@@ -59,21 +65,33 @@ def _finite(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table: the mean and half the width of its 95 % interval for each measure."""
-    lines = ["| | " + " | ".join(name for name, _ in COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
+def cells(rows: Sequence[dict[str, Any]], columns: Mapping[str, tuple[str, int]] = COLUMNS) -> list[list[str]]:
+    """Return a line for each row: its name, and for each measure the mean and half the width of its 95 % interval."""
+    lines = []
     for i, row in enumerate(rows):
-        cells = []
-        for key, (_, digits) in COLUMNS.items():
-            value = row["measures"][key]
-            if i == 0 and key in AGAINST_REFERENCE:
-                cells.append("")
+        line = [row["row"]]
+        for key, (_, digits) in columns.items():
+            value = row["measures"].get(key)
+            if value is None or (i == 0 and key in AGAINST_REFERENCE):
+                line.append("")
             elif value["error"] is None:
-                cells.append("not finite")
+                line.append("not finite")
             else:
-                cells.append(f"{value['mean']:.{digits}f} ± {value['error']:.{digits}f}")
-        lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+                line.append(f"{value['mean']:.{digits}f} ± {value['error']:.{digits}f}")
+        lines.append(line)
+    return lines
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return :func:`cells` as a table in Markdown."""
+    return markdown_table(["", *(name for name, _ in COLUMNS.values())], cells(rows))
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; a bar or a new line in a cell does not end it."""
+    shown = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    text = ["| " + " | ".join(line) + " |" for line in shown]
+    return "\n".join([text[0].replace("|  |", "| |", 1), "|" + "---|" * len(head), *text[1:]]) + "\n"
 
 
 def plot(variants: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ROWS", "Row"]
+__all__ = ["PLAIN", "ROWS", "Row"]
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,25 @@ class Row:
 PROTECTED = 4
 """Linears that stay in high precision in each expert, where a row protects any."""
 
-_PLAIN: dict[str, Any] = {"mask": None, "rotate": False, "scale_search": "", "sensitivity": False}
+PLAIN: dict[str, Any] = {"mask": None, "rotate": False, "scale_search": "", "sensitivity": False}
+"""Choices of a recipe that leaves everything out."""
+
 _PROTECT: dict[str, Any] = {"sensitivity": True, "max_high_precision_linears": PROTECTED}
 _EVERYTHING: dict[str, Any] = {"mask": "network_search", "rotate": True, "scale_search": "squared", **_PROTECT}
 
 ROWS = (
     Row("HiF4 naive", options={"rotate.block": 0}),
     Row("W4A4 + int8 attention", options={"rotate.block": 0, "attention": "int8"}),
-    Row("+ max mask", {**_PLAIN, "mask": "max"}),
-    Row("+ percentile mask (99.9)", {**_PLAIN, "mask": "percentile", "percentile": 99.9}),
-    Row("+ rotation", {**_PLAIN, "rotate": True}),
-    Row("+ percentile mask, rotation", {**_PLAIN, "mask": "percentile", "percentile": 99.9, "rotate": True}),
-    Row("+ layer-searched mask, rotation", {**_PLAIN, "mask": "layer_search", "rotate": True}),
-    Row("+ network-searched mask", {**_PLAIN, "mask": "network_search"}),
-    Row("+ network-searched mask, rotation", {**_PLAIN, "mask": "network_search", "rotate": True}),
-    Row("+ scale search", {**_PLAIN, "scale_search": "squared"}),
-    Row(f"+ {PROTECTED} linears protected", {**_PLAIN, **_PROTECT}),
-    Row("+ rotation, reconstruction", {**_PLAIN, "rotate": True, "scale_search": "reconstruct"}),
+    Row("+ max mask", {**PLAIN, "mask": "max"}),
+    Row("+ percentile mask (99.9)", {**PLAIN, "mask": "percentile", "percentile": 99.9}),
+    Row("+ rotation", {**PLAIN, "rotate": True}),
+    Row("+ percentile mask, rotation", {**PLAIN, "mask": "percentile", "percentile": 99.9, "rotate": True}),
+    Row("+ layer-searched mask, rotation", {**PLAIN, "mask": "layer_search", "rotate": True}),
+    Row("+ network-searched mask", {**PLAIN, "mask": "network_search"}),
+    Row("+ network-searched mask, rotation", {**PLAIN, "mask": "network_search", "rotate": True}),
+    Row("+ scale search", {**PLAIN, "scale_search": "squared"}),
+    Row(f"+ {PROTECTED} linears protected", {**PLAIN, **_PROTECT}),
+    Row("+ rotation, reconstruction", {**PLAIN, "rotate": True, "scale_search": "reconstruct"}),
     Row(
         "network-searched mask, rotation, scale search (the defaults before reconstruction)",
         {"sensitivity": False, "scale_search": "squared"},
@@ -76,7 +78,7 @@ ROWS = (
             ("by activations of 8 bits", {"protect_bits": 8}),
         )
     ),
-    Row("everything without rotation", {**_PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
+    Row("everything without rotation", {**PLAIN, "mask": "network_search", "scale_search": "squared", **_PROTECT}),
     Row("everything", _EVERYTHING),
     Row("everything, first step in high precision", {**_EVERYTHING, "high_precision_steps": (0,)}),
     Row("everything, max mask", {**_EVERYTHING, "mask": "max"}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,18 @@ from torch import nn
 from tqdm import tqdm
 
 from ...calibration.calibration import Calibration, calibrate
+from ...packed.convert import quantize_
 from ...recipe.apply import apply_recipe
+from ...recipe.recipe import Recipe
 from ..generation import experts, load_pipeline
 from ..tiny_wan import data, settings
 from .formats import simulate_
 from .measures import measure, relative_errors
+from .results import file_of, number, row_bytes, write_beside
 from .rows import ROWS, Row
 from .stress import stress_pipeline_
 
-__all__ = ["REFERENCE", "Clips", "Plan", "evaluate_variant", "generate"]
+__all__ = ["REFERENCE", "Clips", "Plan", "evaluate_variant", "files_of", "generate", "home_of", "prepare"]
 
 REFERENCE = "high precision"
 STRESS_SEED = 11
@@ -127,7 +129,7 @@ def evaluate_variant(
     """
     home = folder / variant / _key(plan, model_dir)
     home.mkdir(parents=True, exist_ok=True)
-    todo = [row for row in (Row(REFERENCE), *rows) if not (home / _file(row)).exists()]
+    todo = [row for row in (Row(REFERENCE), *rows) if not (home / file_of(row)).exists()]
     if not todo:
         return
     pipe = load_pipeline(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
@@ -137,40 +139,59 @@ def evaluate_variant(
         arguments = {**settings.GENERATION, "prompt": prompt, "generator": noise}
         reports = stress_pipeline_(pipe, STRESS_SEED, arguments, undone_by_masks=variant == "stress")
         text = "\n".join(f"{name}\n{report}" for name, report in reports.items())
-        _write(home / "stress.txt", (text + "\n").encode())
+        write_beside(home / "stress.txt", (text + "\n").encode())
     reference = _reference(pipe, plan, home)
     original = experts(pipe)
     calibration = _calibration(pipe, plan, home) if any(row.recipe is not None for row in todo) else None
     for row in todo:
         for name, model in original.items():
             setattr(pipe, name, copy.deepcopy(model))
-        details = prepare(pipe, row, calibration)
+        recipe = calibration.recipe(**row.recipe) if calibration is not None and row.recipe is not None else None
+        details = prepare(pipe, row, recipe) if row.name != REFERENCE else {}
         clips = reference if row.name == REFERENCE else generate(pipe, plan, f"{variant}: {row.name}")
-        _write(home / _file(row), _as_json(row, variant, plan, reference, clips, details))
+        write_beside(home / file_of(row), _as_json(row, variant, plan, reference, clips, details))
         for name, model in original.items():
             setattr(pipe, name, model)
         torch._dynamo.reset()
 
 
-def prepare(pipe: WanPipeline, row: Row, calibration: Calibration | None) -> dict[str, Any]:
-    """Make a pipeline run as a row says; return what there is to know about it."""
+def prepare(
+    pipe: Any, row: Row, recipe: Recipe | None, *, pack: bool = False, inductor: bool = False
+) -> dict[str, Any]:
+    """Make a pipeline run as a row says; return what there is to know about it.
+
+    Args:
+        pipe: a pipeline of Wan; it is changed.
+        row: what to do.
+        recipe: made with ``row.recipe``.
+        pack: pack the linears and free their weights, and compile the repeated blocks, instead of compiling the whole
+            model beside its weights.
+        inductor: compile the lowered graphs with Inductor.
+    """
     details: dict[str, Any] = {}
-    if row.name == REFERENCE:
-        return details
     if row.simulate is not None:
         for model in experts(pipe).values():
             simulate_(model, _body(model), row.simulate, hadamard_block=row.block)
         return details
-    if row.recipe is not None:
-        assert calibration is not None
-        recipe = calibration.recipe(**row.recipe)
-        apply_recipe(pipe, recipe)
+    if recipe is not None:
         details["high_precision"] = {
             expert: {p: e.reason for p, e in recipe.linears(expert).items() if e.decision != "hif4"}
             for expert in recipe.experts
         }
+    if pack:
+        plan = quantize_(pipe, recipe)
+        packed = [d for d in plan if d.decision == "hif4"]
+        details["linears"] = {
+            "in_4_bits": len(packed),
+            "in_high_precision": len(plan) - len(packed),
+            "bytes_before": sum(d.bytes_before for d in plan),
+            "bytes_after": sum(d.bytes_after for d in plan),
+        }
+    elif recipe is not None:
+        apply_recipe(pipe, recipe)
     for model in experts(pipe).values():
-        model.compile(backend="tahf4", options={"inductor": False, **row.options})
+        run: Any = model.compile_repeated_blocks if pack else model.compile
+        run(backend="tahf4", options={"inductor": inductor, **row.options})
     return details
 
 
@@ -216,29 +237,17 @@ def _as_json(
             "prompt": prompt,
             "caption": str(caption),
             "seed": seed,
-            **{name: _number(values[i]) for name, values in found.items()},
-            "step_errors": [_number(value) for value in by_step[i]],
+            **{name: number(values[i]) for name, values in found.items()},
+            "step_errors": [number(value) for value in by_step[i]],
         }
         for i, (prompt, caption, seed) in enumerate(plan.clips())
     ]
-    content = {"row": row.name, "variant": variant, "recipe": row.recipe, **details, "clips": measured}
-    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _number(value: Any) -> float | None:
-    """Return a number for JSON, None for infinity: a PSNR of equal clips, the error of a clip that failed."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _file(row: Row) -> str:
-    words = "".join(c if c.isalnum() else "_" for c in row.name).strip("_")
-    digest = hashlib.sha256(repr(row).encode()).hexdigest()[:8]
-    return f"row_{words}_{digest}.json"
+    return row_bytes({"row": row.name, "variant": variant, "recipe": row.recipe, **details, "clips": measured})
 
 
 def files_of(home: Path, rows: Sequence[Row] = ROWS) -> list[Path]:
     """Return the files of rows that were run, in the order of the rows."""
-    return [home / _file(row) for row in (Row(REFERENCE), *rows) if (home / _file(row)).exists()]
+    return [home / file_of(row) for row in (Row(REFERENCE), *rows) if (home / file_of(row)).exists()]
 
 
 def home_of(variant: str, plan: Plan, folder: Path, model_dir: Path = settings.PIPELINE_DIR) -> Path:
@@ -252,10 +261,4 @@ def _key(plan: Plan, model_dir: Path) -> str:
     for path in sorted(model_dir.rglob("*.safetensors")):
         digest.update(path.name.encode() + path.read_bytes())
     return f"{plan.prompts}x{plan.seeds}_{digest.hexdigest()[:10]}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 

@@ -155,9 +155,9 @@ def parts(model: Model, tokens: int, chip: Chip, precision: str) -> list[Part]:
     return [part for step in block_steps(model, tokens) for part in one(step, chip)] + _rest(model, tokens, chip)
 
 
-def step_seconds(model: Model, found: Sequence[Part]) -> float:
-    """Return the least seconds of a denoising step: all blocks, both guidance calls."""
-    return GUIDANCE * model.layers * sum(part.least for part in found)
+def step_seconds(model: Model, found: Sequence[Part], calls: int = GUIDANCE) -> float:
+    """Return the least seconds of a denoising step: all blocks, all calls (two with guidance)."""
+    return calls * model.layers * sum(part.least for part in found)
 
 
 def page(model: Model) -> str:

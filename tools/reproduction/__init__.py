@@ -1,0 +1,1 @@
+"""What a reproduction of the published figures does: protocol, clips, scores, report."""

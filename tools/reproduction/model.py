@@ -1,0 +1,214 @@
+"""The pipeline of a reproduction: where it is, what its configuration says, and how it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from ..errors import CommandError
+from ..generation import WAN_PIPELINES, class_of, load_pipeline
+from .protocol import Protocol
+
+__all__ = ["Prompted", "Structure", "check_fits", "fingerprint", "local_folder", "open_pipeline", "structure"]
+
+HINT = "Give a folder that `pipe.save_pretrained` wrote, or a name on the hub such as Wan-AI/Wan2.2-T2V-A14B-Diffusers."
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What the configuration of a pipeline of Wan says.
+
+    Attributes:
+        pipeline: name of its class.
+        index: its model_index.json.
+        components: configuration of each component that has one.
+    """
+
+    pipeline: str
+    index: dict[str, Any]
+    components: dict[str, dict[str, Any]]
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the transformers."""
+        return [name for name in ("transformer", "transformer_2") if name in self.components]
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that each side of a frame is a multiple of."""
+        patch = self.components["transformer"]["patch_size"][1]
+        # The pipeline asks for multiples of 16 whatever its autoencoder is.
+        return max(16, int(self.components["vae"].get("scale_factor_spatial", 8)) * int(patch))
+
+    @property
+    def frames(self) -> int:
+        """Frames that one frame of latents stands for, but for the first."""
+        return int(self.components["vae"].get("scale_factor_temporal", 4))
+
+    def tokens(self, protocol: Protocol) -> int:
+        """Return the tokens of a clip."""
+        patch = self.components["transformer"]["patch_size"]
+        scale = int(self.components["vae"].get("scale_factor_spatial", 8))
+        sizes = protocol.generate
+        latents = (sizes["num_frames"] - 1) // self.frames + 1, sizes["height"] // scale, sizes["width"] // scale
+        return int((latents[0] // patch[0]) * (latents[1] // patch[1]) * (latents[2] // patch[2]))
+
+
+def local_folder(source: str, *, weights: bool) -> Path:
+    """Return the folder of a pipeline; one on the hub is downloaded to the cache of the hub.
+
+    Args:
+        source: a folder, or a name on the hub.
+        weights: with them; without, only configurations are downloaded.
+
+    Raises:
+        CommandError: there is no such folder, and it is no name on the hub or the hub does not give it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if source.count("/") != 1 or path.exists() or source.startswith((".", "/")):
+        raise CommandError(f"there is no folder {source}. {HINT}")
+    try:
+        if weights:
+            return Path(diffusers.DiffusionPipeline.download(source))
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(source, allow_patterns=["*.json"]))
+    except Exception as error:  # of the network and its libraries
+        raise CommandError(f"{source} is no folder here, and the hub does not give it: {error}. {HINT}") from error
+
+
+def structure(folder: Path) -> Structure:
+    """Read the configuration of a pipeline.
+
+    Raises:
+        CommandError: the folder holds no pipeline of Wan.
+    """
+    name = class_of(folder, HINT)
+    if name not in WAN_PIPELINES:
+        raise CommandError(f"{folder} is a {name}; expected {' or '.join(WAN_PIPELINES)}. {HINT}")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    components = {}
+    for part in ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae"):
+        if (folder / part / "config.json").is_file():
+            components[part] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    for part in ("transformer", "text_encoder", "vae"):
+        if part not in components:
+            raise CommandError(f"{folder} has no {part}/config.json. {HINT}")
+    return Structure(name, index, components)
+
+
+def check_fits(protocol: Protocol, found: Structure) -> None:
+    """Check that a pipeline can generate what a protocol says.
+
+    Raises:
+        CommandError: it cannot.
+    """
+    sizes, multiple, scale = protocol.generate, found.multiple, found.frames
+    for side in ("height", "width"):
+        if sizes[side] % multiple:
+            near = max(1, round(sizes[side] / multiple)) * multiple
+            raise CommandError(f"generate.{side} is {sizes[side]}; expected a multiple of {multiple}, such as {near}")
+    if (sizes["num_frames"] - 1) % scale:
+        near = (sizes["num_frames"] - 1) // scale * scale + 1
+        raise CommandError(
+            f"generate.num_frames is {sizes['num_frames']}; expected one more than a multiple of {scale}, such as "
+            f"{near}"
+        )
+    if "guidance_scale_2" in sizes and found.index.get("boundary_ratio") is None:
+        raise CommandError("generate.guidance_scale_2 is for a second expert, and this pipeline has one; leave it out")
+    known = set(inspect.signature(getattr(diffusers, found.pipeline).__call__).parameters)
+    for name in sizes:
+        if name not in known:
+            raise CommandError(f"generate.{name} is no argument of {found.pipeline}; expected some of {sorted(known)}")
+    wants = found.pipeline == "WanImageToVideoPipeline"
+    for prompt in (*protocol.prompts, *protocol.calibration_prompts):
+        if wants and prompt.image is None:
+            raise CommandError(
+                f"{found.pipeline} starts from an image, and the prompt {prompt.text!r} has none; write it as "
+                "{prompt: TEXT, image: FILE}"
+            )
+        if prompt.image is not None and not wants:
+            raise CommandError(f"{found.pipeline} takes no image, and the prompt {prompt.text!r} has one; leave it out")
+    for part in protocol.lora:
+        if part.expert not in found.experts:
+            raise CommandError(f"lora is for {part.expert}; this pipeline has {', '.join(found.experts)}")
+    scheduler = protocol.scheduler.get("class")
+    if scheduler is not None and not (scheduler.endswith("Scheduler") and hasattr(diffusers, scheduler)):
+        example = "FlowMatchEulerDiscreteScheduler"
+        raise CommandError(f"scheduler.class is {scheduler!r}; expected a scheduler of diffusers, such as {example}")
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a short text that changes with the weights: of each file its size, its start and its end."""
+    digest, part = hashlib.sha256(), 1 << 20
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(part))
+            stream.seek(max(0, size - part))
+            digest.update(stream.read(part))
+    return digest.hexdigest()[:16]
+
+
+class Prompted:
+    """A pipeline that is called with a prompt, and finds the image that belongs to it by itself."""
+
+    def __init__(self, pipe: Any, protocol: Protocol) -> None:
+        """Wrap a pipeline; attributes are those of the pipeline."""
+        self._pipe = pipe
+        prompts = (*protocol.prompts, *protocol.calibration_prompts)
+        self._images = {prompt.text: prompt.image for prompt in prompts if prompt.image is not None}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the pipeline has."""
+        return getattr(self._pipe, name)
+
+    def __call__(self, prompt: str, **arguments: Any) -> Any:
+        """Call the pipeline."""
+        if prompt in self._images:
+            arguments["image"] = diffusers.utils.load_image(str(self._images[prompt]))
+        return self._pipe(prompt=prompt, **arguments)
+
+
+def open_pipeline(folder: Path, protocol: Protocol) -> Any:
+    """Load a pipeline to the CPU, with the scheduler and the LoRA weights of a protocol.
+
+    Raises:
+        CommandError: it does not load, or a LoRA does not fit.
+    """
+    pipe = load_pipeline(folder, getattr(torch, protocol.dtype), "cpu", WAN_PIPELINES)
+    if protocol.scheduler:
+        settings = dict(protocol.scheduler)
+        name = settings.pop("class", type(pipe.scheduler).__name__)
+        unknown = set(settings) - set(inspect.signature(getattr(diffusers, name)).parameters)
+        if unknown:
+            raise CommandError(f"{name} has no setting {', '.join(sorted(unknown))}")
+        try:
+            pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+        except Exception as error:  # of diffusers, for whatever a setting can be
+            raise CommandError(f"{name} does not take the settings {settings}: {error}") from error
+    for part in protocol.lora:
+        named = {"weight_name": part.weight_name} if part.weight_name else {}
+        try:
+            pipe.load_lora_weights(part.path, load_into_transformer_2=part.expert == "transformer_2", **named)
+            if not getattr(getattr(pipe, part.expert), "peft_config", None):
+                raise ValueError("none of its tensors belongs to this model")
+            pipe.fuse_lora(components=[part.expert], lora_scale=part.scale)
+            pipe.unload_lora_weights()
+        except Exception as error:  # of diffusers and PEFT, for whatever a file can hold
+            raise CommandError(
+                f"the LoRA {part.path} does not load into {part.expert}: {error}. It needs the package peft, and "
+                "weights of this model"
+            ) from error
+    pipe.set_progress_bar_config(leave=False)
+    return pipe
