@@ -370,8 +370,10 @@ def test_a_profiler_may_watch_while_calls_are_looked_at(profile, caplog):
     model, x = Hidden().eval(), torch.randn(4, 64)
     call = compiled(model, True)
     with profile():
+        theirs = sys.getprofile()
         for _ in range(3):
             want = call(x)
+        assert theirs is not None and sys.getprofile() is theirs
     for _ in range(3):
         assert torch.equal(call(x), want)
     assert len(said(caplog)) == 1 and sys.getprofile() is None
@@ -395,3 +397,19 @@ def test_a_model_without_any_linear_in_4_bits_is_said_as_by_quantize(whole, capl
             call(x)
     (message, *_) = said(caplog)
     assert "Wrapped: nothing runs in 4 bits: 1 of 1 linears: " in message
+
+
+def test_parameters_that_are_no_modules_weight_run_in_4_bits_and_nothing_is_said(caplog):
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(128, 64) * 0.1)
+            self.down = nn.Parameter(torch.randn(64, 128) * 0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + nn.functional.linear(nn.functional.linear(x, self.up).relu(), self.down)
+
+    model, x = nn.Sequential(Raw(), Raw(), Raw()).eval(), torch.randn(4, 64)
+    call = compiled(Wrapped(model), True)
+    assert 0 < (call(x) - model(x)).norm() < 0.3 * model(x).norm()
+    assert not said(caplog)
