@@ -20,7 +20,7 @@ from .call import Call
 
 __all__ = ["SHARED_LIMIT", "Resources", "compile_call"]
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Compute capability -> shared memory that a block of threads may use, in bytes (CUDA programming guide)."""
 
 _TYPES = {
@@ -71,7 +71,7 @@ def compile_call(call: Call, capability: int) -> Resources:
 
     Args:
         call: its tensors may be on the meta device; they are taken to be aligned to 16 bytes.
-        capability: 80, 90, 100 or 120.
+        capability: one of :data:`SHARED_LIMIT`.
 
     Returns:
         What ``cuobjdump`` says about the code.
@@ -92,11 +92,13 @@ def compile_call(call: Call, capability: int) -> Resources:
     for index, (name, value) in enumerate(call.arguments.items()):
         if isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value == 1:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-        if isinstance(value, Tensor) or (value != 1 and value % 16 == 0):
+        if isinstance(value, Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(call.constants, "constexpr")
     built = triton.compile(
