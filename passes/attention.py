@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Attention(Pass):
 
     after = ("plan", "quantize", "share", "scale_search")
     before = ("upcast",)
-    min_tokens: int = 128
+    min_tokens: int = field(default=128, metadata={"least": 1})
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
@@ -76,7 +76,7 @@ class Attention(Pass):
     def _obstacle(self, node: fx.Node, given: dict[str, Any]) -> Reason | None:
         """Return why an attention stays in high precision, or None."""
         linears = list(_linears_around(node))
-        if linears and all(decision.decision == "high_precision" for decision in linears):
+        if linears and all(_in_high_precision(linear) for linear in linears):
             return Reason(linears[0].cause, f"its linears stay: {linears[0].reason}")
         if given["dropout_p"] != 0:
             return Reason(Cause.OTHER, "dropout")
@@ -111,6 +111,11 @@ def _linears_around(node: fx.Node) -> Iterator[Decision]:
         if found:
             yield from found
             return
+
+
+def _in_high_precision(linear: Decision) -> bool:
+    """Return whether a linear stays, or has an activation of 16 bits in the step at hand, as packed ones have."""
+    return linear.decision == "high_precision" or (linear.cause is Cause.STEP and linear.activation_bits == 16)
 
 
 def _chosen_by_diffusers(context: Context) -> Reason | None:

@@ -37,8 +37,8 @@ class Classify(Pass):
     it belongs to those that were called.
     """
 
-    min_linears: int = MIN_LINEARS
-    min_linears_alone: int = MIN_LINEARS_ALONE
+    min_linears: int = field(default=MIN_LINEARS, metadata={"least": 1})
+    min_linears_alone: int = field(default=MIN_LINEARS_ALONE, metadata={"least": 1})
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -42,7 +42,7 @@ class Plan(Pass):
     """
 
     after = ("classify",)
-    min_features: int = MIN_FEATURES
+    min_features: int = field(default=MIN_FEATURES, metadata={"least": 1})
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Write ``context.plan`` and ``node.meta["tahf4_decision"]``."""

@@ -84,6 +84,9 @@ def markdown(found: dict[str, Any]) -> str:
         cells += [f"{row['expanded_bf16_ms']:.3f}", f"{row['default_ms']:.3f}", f"{row['speedup']:.2f}x"]
         cells.append(f"{row['speedup_with_quantization']:.2f}x")
         lines.append(f"| {row['m']}, {row['k']}, {row['n']} | " + " | ".join(cells) + " |")
+    attention = found["attention"]
+    times = f"{attention['sdpa_ms']:.3f} ms in bfloat16 (SDPA), {attention['int8_ms']:.3f} ms in 8 bits"
+    lines += ["", f"Self-attention with its quantization: {times}, {attention['speedup']:.2f}x."]
     lines += [
         "",
         "| block | eager ms | torch.compile ms | tahf4 ms | over torch.compile | relative error |",

@@ -35,6 +35,8 @@ _LIBRARY = torch.library.Library("tahf4_triton", "FRAGMENT")
 _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
 MAX_QUANTIZE_BLOCK = 4096
+MAX_CHANNELS = 256
+"""Of a head of queries in attention: those of more do not fit the registers."""
 
 
 def why_not(device: torch.device) -> str | None:
@@ -165,6 +167,12 @@ def _linear_quantize(
     return tuple(results), calls
 
 
+def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
+    from . import attention
+
+    return attention.calls(*args, **kwargs)
+
+
 def _dense(values: Tensor | None) -> Tensor | None:
     """Return a bias or multiplier as kernels read it: one value behind the other."""
     return None if values is None else values.contiguous()
@@ -199,6 +207,7 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "fused_quantize": _fused_quantize,
     "fused_linear": _fused_linear,
     "linear_quantize": _linear_quantize,
+    "attention": _attention,
 }
 
 
@@ -238,6 +247,9 @@ def _serves(node: fx.Node) -> bool:
     limit = 128 if "weight_codes" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
+    if node.target is torch.ops.tahf4.attention.default:
+        wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
+        return not wide and all(dtype in (*_FLOATS, torch.bool) for dtype in dtypes)
     narrow = not isinstance(block, int) or block <= limit
     return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
 

@@ -24,7 +24,7 @@ class Call:
         text: of the kernel's file.
         name: of the kernel in it.
         grid: blocks of threads.
-        arguments: by parameter: tensors and integers.
+        arguments: by parameter: tensors and numbers.
         constants: compile-time constants by parameter.
         warps: of a block.
         stages: of loads ahead in loops.

@@ -20,6 +20,7 @@ from types import ModuleType
 __all__ = ["functions_text", "kernel_folder", "load", "module_text"]
 
 _lock = threading.Lock()
+_FILES = ("functions.py", "attention_kernels.py")
 
 
 def kernel_folder() -> Path:
@@ -35,7 +36,7 @@ def kernel_folder() -> Path:
 @functools.cache
 def _functions() -> dict[str, tuple[str, frozenset[str]]]:
     """Return name -> (text, names of the functions that it calls), in the order of the file."""
-    text = (Path(__file__).parent / "functions.py").read_text(encoding="utf-8")
+    text = "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in _FILES)
     lines = text.splitlines()
     nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
     names = {node.name for node in nodes}
@@ -48,7 +49,7 @@ def _functions() -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def functions_text(names: Iterable[str]) -> str:
-    """Return the text of functions of :mod:`.functions` and of those that they call."""
+    """Return the text of functions of :mod:`.functions` or :mod:`.attention_kernels`, and of those that they call."""
     known = _functions()
     wanted, open_names = set(), set(names)
     while open_names:

@@ -92,11 +92,13 @@ def compile_call(call: Call, capability: int) -> Resources:
     for index, (name, value) in enumerate(call.arguments.items()):
         if isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value == 1:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-        if isinstance(value, Tensor) or (value != 1 and value % 16 == 0):
+        if isinstance(value, Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(call.constants, "constexpr")
     built = triton.compile(

@@ -21,7 +21,7 @@ from ..format import hif4, int8
 from ..format.transforms import hadamard_block, transform
 from .define import operator
 
-__all__ = ["MOST_CHANNELS", "attention", "check_attention"]
+__all__ = ["MOST_CHANNELS", "attention", "check_attention", "empty_result"]
 
 MOST_CHANNELS = 1024
 """Of a head: the widest rotation."""
@@ -99,7 +99,7 @@ def attention(
             total = torch.where(seen, total * before + codes.sum(-1, keepdim=True) * now, total)
             most = torch.where(seen, new_most, most)
     out = torch.where(total == 0, 0.0, out / total)
-    return _empty(query, value).copy_(out)
+    return empty_result(query, value).copy_(out)
 
 
 @torch.library.register_fake("tahf4::attention")
@@ -113,7 +113,7 @@ def _(
     enable_gqa: bool = False,
 ) -> Tensor:
     check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
-    return _empty(query, value)
+    return empty_result(query, value)
 
 
 def check_attention(
@@ -188,7 +188,8 @@ def _exp2(x: Tensor) -> Tensor:
     return found * ((whole.nan_to_num(0).to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def _empty(query: Tensor, value: Tensor) -> Tensor:
+def empty_result(query: Tensor, value: Tensor) -> Tensor:
+    """Return an empty result of an attention: in memory as the query where both have as many channels."""
     if query.shape[-1] == value.shape[-1]:
         return torch.empty_like(query)
     return query.new_empty((*query.shape[:3], value.shape[-1]))

@@ -73,9 +73,11 @@ class Pass:
         """Return the pass with some options replaced.
 
         Raises:
-            OptionError: a name that is no field of the pass, or a value of another type than its default.
+            OptionError: a name that is no field of the pass, a value of another type than its default, or one below
+                ``metadata={"least": ...}`` of the field.
         """
         known = self.options()
+        least = {f.name: f.metadata["least"] for f in dataclasses.fields(self) if "least" in f.metadata}
         for option, value in values.items():
             if option not in known:
                 if (cls := _undecorated(type(self), option)) is not None:
@@ -93,6 +95,8 @@ class Pass:
                     f"option {self.name}.{option} is {value!r}; expected {expected.__name__}, "
                     f"as its default {known[option]!r}"
                 )
+            if option in least and value < least[option]:
+                raise OptionError(f"option {self.name}.{option} is {value!r}; expected at least {least[option]}")
         return dataclasses.replace(self, **values)
 
 

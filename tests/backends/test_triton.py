@@ -55,7 +55,9 @@ def test_the_kernels_of_wan_fit_the_chip(capability, index):
     assert found.registers <= 255
     assert found.shared <= SHARED_LIMIT[capability]
     counts, text = found.counts, entry.call.text
-    if "tl.dot" in text and entry.call.name != "finish":
+    if entry.call.name == "attend":
+        assert counts["wgmma" if capability == 90 else "mma"] > 0
+    elif "tl.dot" in text and entry.call.name not in ("finish", "quantize_values"):
         large = entry.call.constants["BM"] >= 64
         wanted = {80: "mma", 90: "wgmma" if large else "mma", 100: "tcgen05" if large else "mma"}[capability]
         assert counts[wanted] > 0
@@ -156,6 +158,31 @@ def test_products_of_activations_in_8_bits_fit_the_chip(capability, rows):
         if "tl.dot" in call.text and call.name in ("kernel", "partial") and "BM" in call.constants:
             wanted = {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability] if rows > 64 else "mma"
             assert found.counts[wanted] > 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "channels", "causal"),
+    [(86, 128, False), (89, 128, False), (120, 128, False), (120, 128, True), (86, 64, True), (120, 96, False)],
+)
+def test_attention_in_8_bits_fits_the_chip(capability, channels, causal):
+    from tahf4_compiler.backends.triton import attention
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    q = torch.empty(1, 4000, 40, channels, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    found = compile_call(attention.calls(q, q, q, None, causal)[1][-1], capability)
+    print(found)
+    assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability] and found.counts["mma"] > 0
+
+
+def test_attention_of_one_query_and_one_key_compiles():
+    """Sizes of 1 are constants of Triton, with other types."""
+    from tahf4_compiler.backends.triton import attention
+    from tahf4_compiler.backends.triton.targets import compile_call
+
+    q = torch.empty(1, 1, 1, 16, dtype=torch.float16, device="meta")
+    mask = torch.empty(1, 1, dtype=torch.bool, device="meta")
+    for call in (*attention.calls(q, q, q, mask)[1], attention.calls(q, q, q, None, True)[1][-1]):
+        assert compile_call(call, 90).spills == 0
 
 
 def test_the_quantization_to_8_bits_keeps_a_unit_in_a_thread():

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tahf4_compiler.backends.triton import functions, source
+from tahf4_compiler.backends.triton import attention, attention_kernels, functions, source
 from tahf4_compiler.tools import gpu_check
 from tahf4_compiler.tools.kernels import measure
+from tahf4_compiler.tools.kernels.attention import check_attention
 from tahf4_compiler.tools.kernels.wan import Model
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_measurements_have_every_figure_and_a_page(tmp_path, monkeypatch):
         found = measure.measure(
             CPU, model=SMALL, tokens=16, few=(1,), square=64, copied=1 << 16, timer=once, show=lines.append
         )
-    assert {"ceilings", "quantize", "linear", "block"} <= set(found)
+    assert {"ceilings", "quantize", "linear", "attention", "block"} <= set(found)
     whole = found["block"]["block"]
     assert whole["relative_error"] < 0.3 and whole["tahf4_ms"] > 0
     assert found["block"]["weights"]["smaller"] == pytest.approx(16 / 4.5)
@@ -70,6 +71,7 @@ def test_measurements_have_every_figure_and_a_page(tmp_path, monkeypatch):
     page = gpu_check.markdown(json.loads(json.dumps(found)))
     assert "TFLOP/s" in page and "| block |" in page and page.count("|---") == 19
     assert any("linear 16 x 64 x 192" in line for line in lines)
+    assert any(line.startswith("attention: SDPA ") for line in lines) and "Self-attention with its" in page
 
 
 def test_the_script_writes_what_it_found(tmp_path, monkeypatch, capsys):
@@ -91,6 +93,26 @@ def test_a_wrong_activation_in_a_product_is_found(monkeypatch):
     found = {r["name"]: r["ok"] for r in measure.check_products(CPU, 128, (1,))}
     assert not any(ok for name, ok in found.items() if name.endswith("gelu_tanh"))
     assert all(ok for name, ok in found.items() if "gelu_tanh" not in name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wrong"),
+    [
+        ("key[None, :] <= row[:, None]", "key[None, :] < row[:, None]", "causal"),
+        ("power_of_2(scores, False) * 255.0", "power_of_2(scores, False) * 254.0", ""),
+        ("found * rest + 0.69312419", "found * rest + 0.69312", "roundings"),
+    ],
+)
+def test_a_wrong_kernel_of_attention_is_noticed(old, new, wrong, monkeypatch):
+    original = source.functions_text
+    assert old in Path(attention_kernels.__file__).read_text()
+    monkeypatch.setattr(source, "functions_text", lambda names: original(names).replace(old, new))
+    attention.text.cache_clear()
+    try:
+        found = [r["name"] for r in check_attention(CPU) if not r["ok"]]
+    finally:
+        attention.text.cache_clear()
+    assert found and all(wrong in name for name in found)
 
 
 def test_whole_blocks_are_judged():

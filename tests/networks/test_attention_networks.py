@@ -159,6 +159,25 @@ def test_a_step_in_high_precision_has_its_attention_so(calls):
     assert found == [0, 2]
 
 
+@pytest.mark.parametrize(("bits", "of_all", "wanted"), [(None, 4, [0, 2]), (8, 4, [2, 2]), (None, 16, [0, 2])])
+def test_a_step_of_a_packed_model_in_high_precision_has_its_attention_so(calls, bits, of_all, wanted):
+    class Pipe:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        transformer, args = wan(num_layers=1)
+
+    pipe, args = Pipe(), Pipe.args
+    tahf4.quantize_(pipe)
+    tahf4.set_activation_bits(pipe.transformer, of_all)
+    tahf4.set_high_precision_steps(pipe, [0], bits=bits)
+    options = {**ASKED, "kernels": "reference", "inductor": False}
+    compiled, found = torch.compile(pipe.transformer, backend="tahf4", options=options), []
+    pipe.scheduler.set_timesteps(2)
+    for t in pipe.scheduler.timesteps:
+        found.append(calls.during(lambda: compiled(**args))[1])
+        pipe.scheduler.step(torch.zeros(1), t, torch.zeros(1))
+    assert found == wanted
+
+
 @needs_cpp
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 def test_an_attention_that_autocast_casts_stays(given):

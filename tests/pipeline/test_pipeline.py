@@ -479,3 +479,14 @@ def test_a_pass_joins_through_an_entry_point(monkeypatch):
 
 class FromEntryPoint(Nothing):
     """A pass that an installed package brings along."""
+
+
+@pytest.mark.parametrize(
+    "option", ["attention.min_tokens", "plan.min_features", "classify.min_linears", "classify.min_linears_alone"]
+)
+def test_an_option_below_its_least_value_is_refused(option):
+    captured = tahf4.capture(torch.nn.Linear(64, 64).requires_grad_(False), (torch.ones(1, 64),))
+    for value in (0, -1):
+        with pytest.raises(tahf4.OptionError, match=f"option {option} is {value}; expected at least 1$"):
+            tahf4.lower(captured, options={option: value})
+    tahf4.lower(captured, options={option: 1})

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ...format import hif4
 from ...format.hif4 import UNIT
 from ...ops import registry
+from .attention import check_attention, time_attention
 from .block import WanBlock, rotary_of
 from .wan import A14B, GATE, GELU, MODULATE, NORM, Model
 
@@ -63,6 +64,7 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
     """
     yield from check_quantizing(device, k)
     yield from check_products(device, k, rows)
+    yield from check_attention(device)
     if device.type == "cuda":
         yield from _check_tiles(device)
 
@@ -234,17 +236,12 @@ def measure(
     """
     registry.kernels()
     with torch.no_grad():
-        found: dict[str, Any] = {
-            "tokens": tokens,
-            "model": model.name,
-            "ceilings": _ceilings(device, square, copied, timer),
-        }
-        show(
-            f"ceilings: copy {found['ceilings']['copy_gb_s']:.0f} GB/s, "
-            f"bf16 {found['ceilings']['bf16_tflops']:.0f} TFLOP/s"
-        )
-        found["quantize"] = _quantizing(device, model, tokens, found["ceilings"]["copy_gb_s"], timer, show)
-        found["linear"] = _products(device, model, tokens, few, found["ceilings"]["bf16_tflops"], timer, show)
+        ceilings = _ceilings(device, square, copied, timer)
+        found: dict[str, Any] = {"tokens": tokens, "model": model.name, "ceilings": ceilings}
+        show(f"ceilings: copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 {ceilings['bf16_tflops']:.0f} TFLOP/s")
+        found["quantize"] = _quantizing(device, model, tokens, ceilings["copy_gb_s"], timer, show)
+        found["linear"] = _products(device, model, tokens, few, ceilings["bf16_tflops"], timer, show)
+        found["attention"] = time_attention(device, model, tokens, timer, show)
         found["block"] = _block(device, model, tokens, timer, show)
     return found
 

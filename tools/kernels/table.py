@@ -15,12 +15,14 @@ from ...backends.triton.call import Call
 from ...backends.triton.targets import SHARED_LIMIT, Resources, compile_call
 from ...errors import OptionError
 from ..staging import write_text
-from .wan import A14B, TI2V_5B, Model, block_steps, call_name
+from .wan import A14B, TI2V_5B, Model, attention_calls, block_steps, call_name
 
 __all__ = ["Entry", "entries", "kernels", "markdown"]
 
 TOKENS = 32760
 SMALL_TOKENS = 1
+ATTENTION = {"kernel": "q, k -> quantize", "quantize_values": "v -> quantize", "attend": "rows through all keys"}
+"""What its kernels do."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ def entries(capability: int) -> list[Entry]:
                 name = f"codes {call_name(call)}" if "out" in call.arguments else name
                 name += " (few rows)" if tokens == SMALL_TOKENS else ""
                 name += f" ({model.name})" if model is not A14B else ""
-                key = (call.text, call.name, tuple(call.constants.items()), call.warps, call.stages)
-                found.setdefault(key, Entry(name, model, call))
+                found.setdefault(_key(call), Entry(name, model, call))
+    for call in attention_calls(A14B, TOKENS):
+        found.setdefault(_key(call), Entry(f"attention in 8 bits: {ATTENTION[call.name]}", A14B, call))
     return list(found.values())
+
+
+def _key(call: Call) -> tuple[object, ...]:
+    return call.text, call.name, tuple(call.constants.items()), call.warps, call.stages
 
 
 def markdown(capability: int, measured: Sequence[tuple[Entry, Resources]]) -> str:
@@ -63,7 +70,7 @@ def markdown(capability: int, measured: Sequence[tuple[Entry, Resources]]) -> st
     ]
     for entry, r in measured:
         call = entry.call
-        tile = "x".join(str(call.constants[c]) for c in ("BM", "BN") if c in call.constants) or "units"
+        tile = "x".join(str(call.constants[c]) for c in ("BM", "BN", "C") if c in call.constants) or "units"
         kind = ", ".join(f"{r.counts[m]} {m}" for m in ("wgmma", "tcgen05", "mma") if r.counts[m]) or "-"
         loads = f"{r.counts['loads of 16 bytes']} of {r.counts['loads']}"
         stores = f"{r.counts['stores of 16 bytes']} of {r.counts['stores']}"
@@ -76,7 +83,7 @@ def markdown(capability: int, measured: Sequence[tuple[Entry, Resources]]) -> st
 
 def kernels(
     capability: Annotated[
-        list[int] | None, typer.Option("--capability", "-c", help="Compute capability, times ten; all four by default.")
+        list[int] | None, typer.Option("--capability", "-c", help="Compute capability, times ten; all by default.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Markdown file to write.")] = None,
 ) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends.triton import linear, quantize
+from ...backends.triton import attention, linear, quantize
 from ...backends.triton.call import Call
 
-__all__ = ["A14B", "TI2V_5B", "Model", "Step", "block_steps", "call_name"]
+__all__ = ["A14B", "TI2V_5B", "Model", "Step", "attention_calls", "block_steps", "call_name"]
 
 MODULATE = """v0: float32 = to(x0)
 v1: float32 = layer_norm(v0, None, None, 1e-06)
@@ -150,8 +150,14 @@ def block_steps(model: Model, tokens: int, *, block: int = 64) -> list[Step]:
     return found
 
 
+def attention_calls(model: Model, tokens: int) -> list[Call]:
+    """Return what the self-attention of a block launches in 8 bits."""
+    q, k, v = (_empty(1, tokens, model.heads, model.dim // model.heads).transpose(1, 2) for _ in range(3))
+    return attention.calls(q, k, v)[1]
+
+
 def call_name(call: Call) -> str:
-    """Return what a launch of a product is, for a table."""
+    """Return what a launch of a product or an attention is, for a table."""
     if "out" in call.arguments:
         return "to int8" if "out_scales" in call.arguments else "to bfloat16"
     return {"kernel": "product", "partial": "part of a product", "finish": "sum of the parts"}[call.name]
