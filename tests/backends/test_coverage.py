@@ -411,5 +411,6 @@ def test_parameters_that_are_no_modules_weight_run_in_4_bits_and_nothing_is_said
 
     model, x = nn.Sequential(Raw(), Raw(), Raw()).eval(), torch.randn(4, 64)
     call = compiled(Wrapped(model), True)
-    assert 0 < (call(x) - model(x)).norm() < 0.3 * model(x).norm()
+    for _ in range(3):
+        assert 0 < (call(x) - model(x)).norm() < 0.3 * model(x).norm()
     assert not said(caplog)
