@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _NAMES = (
     *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "attention.cpp", "search.cpp", "operators.cpp"),
-    *("common.h", "attention.inc", "units.inc", "programs.inc", "tile_avx2.inc", "tile_amx.inc"),
+    *("common.h", "attention.inc", "units.inc", "programs.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 
@@ -43,7 +43,7 @@ _SIGNATURES = {
         *(_pointer, _int, _int64, _int64, _int64, _pointer, _int64),
         *(ctypes.c_float, _pointer, _int),
     ),
-    "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _pointer, _pointer, _int),
+    "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _int64, _pointer, _pointer, _int),
     "tahf4_round_unit": (_pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
     "tahf4_add_program": (ctypes.c_char_p, _int, _pointer, _int, _int, _int),
