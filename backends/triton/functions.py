@@ -119,7 +119,7 @@ def to_hif4(parts, T: tl.constexpr):
 @triton.jit
 def to_hif4_shared(parts, most, T: tl.constexpr):
     """As to_hif4, of units that share their level-1 scales: most (bits) is the largest magnitude of all that do."""
-    maxima, own = group_maxima(parts, T)
+    maxima, _ = group_maxima(parts, T)
     words, metadata = encoded(parts, maxima, most, T)
     return words, metadata
 
@@ -130,7 +130,7 @@ def span_maximum(maxima, unit, row, U, SPAN, mask, T: tl.constexpr):
     local = unit - row * U
     first = local - local % SPAN
     most = tl.zeros((T,), tl.int32)
-    for i in range(0, SPAN):
+    for i in range(SPAN):
         inside = mask & (first + i < U)
         most = tl.maximum(most, tl.load(maxima + row * U + first + i, mask=inside, other=0))
     return most

@@ -4,8 +4,9 @@ A program without a reduction is computed by the threads that quantize. With one
 whole rows: first one pass over them for mean and spread (Welford's, a lane at a time), then the same as without, from
 cache. So the input comes from memory once.
 
-Where units share their level-1 scales, which may lie in several blocks of threads, there are two kernels: one writes the
-largest magnitude of each unit, and one reads those of a span and converts. Both compute the program and the transform.
+Where units share their level-1 scales, which may lie in several blocks of threads, there are two kernels: one writes
+the largest magnitude of each unit, and one reads those of a span and converts. Both compute the program and the
+transform.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
 
 
 def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
-    multiplier = ", multiplier" if kernel.multiplier else ""
+    multiplier, results = ", multiplier" if kernel.multiplier else "", _results(kernel)
     if reduction.function == "layer_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + {float(reduction.arguments[3])!r})"  # type: ignore[arg-type]
     elif reduction.function == "rms_norm":
@@ -221,7 +222,7 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
         mask = unit_row < rows
         unit_mean = tl.gather(mean, local_row, axis=0)[:, None]
         unit_spread = tl.gather(spread, local_row, axis=0)[:, None]
-        quantize_units({_results(kernel)}, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
+        quantize_units({results}, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -45,6 +45,7 @@ __all__ = [
     "level1_scale",
     "level1_value",
     "quantize",
+    "scales_hold_span",
     "subgroup_exponents",
     "to_bytes",
     "units",
@@ -101,8 +102,13 @@ def holds_span(packed: Packed, span: int | str) -> bool:
         FormatError: dtypes or shapes of ``packed`` do not fit each other, or the span is unknown.
     """
     check_packed(packed)
-    codes = packed.scales & 0xFF
-    return bool((over_spans(codes, check_span(span)) == codes).all())
+    return scales_hold_span(packed.scales, check_span(span))
+
+
+def scales_hold_span(scales: Tensor, span: int) -> bool:
+    """Return what :func:`holds_span` does, for scales alone and a span of 1, 2 or 4, or 0 for a row."""
+    codes = scales & 0xFF
+    return bool((over_spans(codes, span) == codes).all())
 
 
 def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> Packed:

@@ -7,8 +7,8 @@ not rounded yet, by the inverse of ``M``.
 
 Sources: GPTQ (Frantar et al., arXiv 2210.17323). How its groups become HiF4 units is this project's: the scales of a
 unit are searched (:func:`tahf4_compiler.format.scale_search.search_scales`) on what its 64 channels hold when the first
-of them is reached, and stay from then on. Where units share a level-1 scale (a span), that one is searched when the
-first channel of the span is reached.
+of them is reached, and stay from then on. Where units share a level-1 scale (a span), that one is searched on the
+original weight, and the exponent bits as before.
 """
 
 from __future__ import annotations
@@ -47,7 +47,13 @@ class Reconstruction:
         return self
 
 
-def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None, span: int | str = 1) -> hif4.Packed:
+def reconstruct(
+    weight: Tensor,
+    moments: Tensor,
+    factor: Tensor | None = None,
+    span: int | str = 1,
+    searched: hif4.Packed | None = None,
+) -> hif4.Packed:
     """Convert a weight to HiF4 so that its product with an activation is right, not each of its values.
 
     Args:
@@ -56,6 +62,8 @@ def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None, s
             device.
         factor: of these moments by :func:`damped_factor`, if several weights read the activation.
         span: as for :func:`tahf4_compiler.format.hif4.quantize`.
+        searched: what ``search_scales`` gives for the weight, if it is known: of a part of K, whose span is longer, the
+            part of what it gives for the whole.
 
     Returns:
         A packed tensor on the weight's device. In no row is its :func:`moment_error` larger than that of
@@ -67,7 +75,8 @@ def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None, s
     _check(weight, moments)
     factor = damped_factor(moments) if factor is None else factor
     with torch.no_grad():
-        searched = search_scales(weight, span=span)
+        step = hif4.check_span(span)
+        searched = search_scales(weight, span=span) if searched is None else searched
         if weight.numel() == 0:
             return searched
         finite = weight.isfinite().all(1)
@@ -76,7 +85,7 @@ def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None, s
         values = torch.nn.functional.pad(values, (0, padding))
         moments, factor = (torch.nn.functional.pad(m, (0, padding, 0, padding)) for m in (moments, factor))
         factor.diagonal()[factor.shape[0] - padding :] = 1.0
-        found = _round(values, factor, hif4.check_span(span))
+        found = _round(values, factor, searched.scales & 0xFF if step != 1 else None)
         better = moment_error(values, found, moments) < moment_error(values, searched, moments)
         chosen = (better & finite)[:, None]
         return hif4.Packed(
@@ -129,24 +138,22 @@ def damped_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
 
 
-def _round(values: Tensor, factor: Tensor, span: int) -> hif4.Packed:
-    """Round ``[N, K]``, K in whole units, unit by unit; ``factor`` moves the errors into what comes later."""
+def _round(values: Tensor, factor: Tensor, level1: Tensor | None) -> hif4.Packed:
+    """Round ``[N, K]``, K in whole units, unit by unit; ``factor`` moves the errors into what comes later.
+
+    ``level1`` ``[N, units]``: level-1 scales, or None for those of each unit alone.
+    """
     rest = values.clone()
-    codes, scales, level1 = [], [], None
-    # The error of a channel that later ones can make up for counts less.
-    importance = 1 / factor.diagonal().square()
-    width = span * hif4.UNIT or values.shape[1]
+    codes, scales = [], []
     for first in range(0, rest.shape[1], hif4.UNIT):
         last = first + hif4.UNIT
         unit, mine = rest[:, first:last].contiguous(), factor[first:last, first:last]
-        if width == hif4.UNIT:
-            found = search_scales(unit, importance[first:last]).scales
+        # The error of a channel that later ones can make up for counts less.
+        importance = 1 / mine.diagonal().square()
+        if level1 is None:
+            found = search_scales(unit, importance).scales
         else:
-            if first % width == 0:
-                whole = slice(first, first + width)
-                level1 = search_scales(rest[:, whole], importance[whole], span="row").scales[:, 0] & 0xFF
-            assert level1 is not None
-            found = search_exponents(unit, level1, importance[first:last])[:, None]
+            found = search_exponents(unit, level1[:, first // hif4.UNIT], importance)[:, None]
         fast = host.find("round_unit", unit)
         part, errors = (fast or _round_unit)(unit, _steps(found), mine)
         rest[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)

@@ -26,8 +26,10 @@ def same(got, wanted):
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(
     "k, block, dtype",
-    [(256, 0, torch.float32), (640, 64, torch.bfloat16), (640, 128, torch.float16), (300, 64, torch.float32)]
-    + [(33, 2, torch.float32)],
+    [
+        *((256, 0, torch.float32), (640, 64, torch.bfloat16), (640, 128, torch.float16)),
+        *((300, 64, torch.float32), (33, 2, torch.float32)),
+    ],
 )
 def test_codes_and_scales_are_bit_for_bit_those_of_the_reference(k, block, dtype, span):
     x = wide(3, 5, k).to(dtype)
@@ -65,7 +67,7 @@ def test_products_of_operands_that_hold_a_span(span):
     assert (found - wanted).norm() <= 2e-6 * wanted.norm()
     again = triton.fused_linear(*left, *right, None, torch.float32, [40], [], "", torch.float32, span)
     assert torch.equal(again[0], found)
-    codes, scales = triton.linear_quantize(*left, *right, None, torch.float32, [], "", None, 0, 4, span)
+    _, scales = triton.linear_quantize(*left, *right, None, torch.float32, [], "", None, 0, 4, span)
     assert torch.equal(scales, reference.quantize(found)[1])
 
 

@@ -223,16 +223,16 @@ def assert_pass(
 @torch.library.custom_op("tahf4_tests::linear", mutates_args=())
 def other_linear(
     codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, span: int = 1,
 ) -> Tensor:  # fmt: skip
     """A kernel of a plug-in for ``tahf4::linear``."""
-    return our_ops.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+    return our_ops.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, span)
 
 
 @other_linear.register_fake
 def _(
     codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, span: int = 1,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
 
