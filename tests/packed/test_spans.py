@@ -16,7 +16,10 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.distributed import sharding, styles
 from tahf4_compiler.errors import PackedError, RecipeError
 from tahf4_compiler.format import hif4
+from tahf4_compiler.format.reconstruct import Reconstruction
 from tahf4_compiler.packed.convert import packed_linears
+from tahf4_compiler.weights.checksum import checksum
+from tahf4_compiler.weights.packing import pack_transformed
 
 GRAPH = {"inductor": False}
 
@@ -89,6 +92,22 @@ def test_other_numbers_of_bits_ignore_it(x):
     lowered = tahf4.lower(tahf4.capture(packed, (x,)), options=GRAPH)
     torch.testing.assert_close(lowered(x), packed(x), rtol=1e-3, atol=1e-3)
     assert {d.span for d in lowered.plan} == {1}
+    # The option of a compilation comes before the module's bits, and leaves its span.
+    again = tahf4.lower(tahf4.capture(packed, (x,)), options={**GRAPH, "activation_bits": 4})
+    wanted = make("row")
+    torch.testing.assert_close(again(x), wanted(x), rtol=1e-3, atol=1e-3)
+    nodes = [n for n in again.graph_module.graph.nodes if getattr(n.target, "_opname", "").endswith("quantize")]
+    assert nodes and all(0 in n.args[-3:] for n in nodes)
+
+
+def test_a_reconstruction_with_another_span_is_not_taken():
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(3))
+    units = Reconstruction(hif4.quantize(weight), int(checksum(weight)))
+    assert not hif4.holds_span(units.packed, "row")
+    found = pack_transformed(weight, None, None, 0, "reconstruct", None, units, None, 0)
+    assert hif4.holds_span(found, "row")
+    same = pack_transformed(weight, None, None, 0, "reconstruct", None, units)
+    assert torch.equal(same.codes, units.packed.codes)
 
 
 def test_state_dicts(x):

@@ -10,6 +10,7 @@ from tahf4_compiler.passes.rotate import Rotate
 from tahf4_compiler.passes.span import Span
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.model.parts import Part, remember
 
 ONE = """
     x: f32[4, {k}]
@@ -104,6 +105,13 @@ def test_activations_of_8_bits_have_none(net):
     _, found = reasons(net, torch.randn(8, 128), scale_span=4, inductor=False, activation_bits={"up": 8})
     assert found["up"][0] == 1 and "scale_span 4 is refused: an activation in 8 bits" in found["up"][1]
     assert found["down"][0] == 4 and "refused" not in found["down"][1]
+
+
+def test_what_ranks_divide_along_k_has_none(net):
+    remember(net.down.weight, Part(1, 0, 2, None))
+    _, found = reasons(net, torch.randn(8, 128), scale_span="row", inductor=False)
+    assert found["up"][0] == 0
+    assert found["down"][0] == 1 and "refused: a rank holds a part of the input features" in found["down"][1]
 
 
 @pytest.mark.parametrize("span", [2, "row"])
