@@ -145,6 +145,20 @@ def test_the_largest_sums_are_exact(isa, units, signs):
     assert ((ours.linear(*given).double() - exact).abs() <= 2.0**-23 * exact.abs()).all()
 
 
+def test_sums_beyond_the_mantissa_of_a_float32_are_rounded_once(isa):
+    units = 8000
+    generated = torch.randint(0, 8, (5, 64 * units), generator=generator(6))
+    left = torch.full((3, 32 * units), 0x77, dtype=torch.uint8)  # odd numbers, so that no bit is free
+    right = (generated[:, ::2] + 16 * generated[:, 1::2]).to(torch.uint8)
+    plain, doubled = (torch.full((n, units), word, dtype=torch.int32) for n, word in ((3, 193), (5, 0xFF00 | 193)))
+    dot = 7 * 2 * generated.sum(1)
+    assert (dot > 2**24).all() and (dot % 4 == 2).any()
+    wanted = (dot.float() * 1.25) * (1.25 / 16)
+    for operators in (ours, reference):
+        found = operators.linear(left, plain, right, doubled, None, torch.float32, 0)
+        assert torch.equal(found, wanted.expand(3, 5))
+
+
 def test_the_reference_adds_spans_in_order():
     """Against the definition, one output at a time, in float64 with each rounding spelled out."""
     left_codes, left_scales, right_codes, right_scales = operands(3, 2, 640, 4)
