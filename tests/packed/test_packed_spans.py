@@ -71,6 +71,14 @@ def test_a_packed_model_holds_it_and_runs_as_the_compiled_original(x, span):
     assert (packed(x) - plain(x)).norm() < 0.2 * (plain(x) - x).norm()
 
 
+def test_torch_compile_runs_packed_and_plain_models(x):
+    packed, plain = make("row"), make()
+    options = {**GRAPH, "scale_span": "row"}
+    for model in (packed, plain):
+        found = torch.compile(model, backend="tahf4", options=options)(x)
+        torch.testing.assert_close(found, packed(x), rtol=1e-3, atol=1e-3)
+
+
 def make_units():
     model = make()
     tahf4.quantize_(model)
