@@ -12,6 +12,7 @@ from .rotate import Rotate
 from .scale_search import ScaleSearch
 from .share import Share
 from .smooth import Smooth
+from .span import Span
 from .upcast import Upcast
 
 __all__ = ["CALIBRATION", "DEFAULT"]
@@ -25,6 +26,7 @@ DEFAULT = (
     Smooth,  # channel masks of a recipe
     Rotate,  # block Hadamard with random signs
     ScaleSearch,  # scales of weights by squared error
+    Span,  # one level-1 scale for several units, if asked for
     Attention,  # scaled dot product attention in 8 bits, if asked for
     Upcast,  # float32 between 16-bit inputs and outputs, if asked for
     Fuse,  # norms and activations into quantizations, gates and residuals into products

@@ -15,7 +15,7 @@ from ..graph.inputs import DECISION
 from ..graph.nodes import mutates, node_arg, size_hint
 from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of
 from ..ops.registry import dispatch
-from ..pipeline.activations import bits_of, call
+from ..pipeline.activations import bits_of, call, span_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
 
@@ -86,9 +86,13 @@ class Fuse(Pass):
         end = region.end
         users = _readers(end)
         # First what is most: the quantization of the result in the same kernel.
-        if len(users) == 1 and _quantizes(users[0]) and users[0].args[0] is end and region.reaches(users[0]):
+        alone = len(users) == 1 and _quantizes(users[0]) and users[0].args[0] is end and region.reaches(users[0])
+        # A span of the result may be longer than what is known of a row at a time.
+        if alone and span_of(users[0]) == 1:
             quantization = users[0]
-            args = (*product.args, region.leaves, str(program), *quantization.args[1:])
+            result, span = quantization.args[1:4], product.args[6:]
+            result = (*result[:2], bits_of(quantization), *span) if span else result
+            args = (*product.args[:6], region.leaves, str(program), *result)
             fused = self._replace(region, product, quantization, torch.ops.tahf4.linear_quantize.default, args)
             if fused is not None:
                 region.absorbed.append(quantization)
@@ -98,7 +102,8 @@ class Fuse(Pass):
         if not program.statements:
             return None
         n = size_hint(product.meta["val"].shape[-1])
-        args = (*product.args, [n], region.leaves, str(program), region.end.meta["val"].dtype)
+        dtype = region.end.meta["val"].dtype
+        args = (*product.args[:6], [n], region.leaves, str(program), dtype, *product.args[6:])
         fused = self._replace(region, product, region.end, torch.ops.tahf4.fused_linear.default, args, first=True)
         if fused is None:
             return None
@@ -108,7 +113,8 @@ class Fuse(Pass):
     def _split_product(self, region: _Region, product: fx.Node, sizes: list[int]) -> str | None:
         graph = product.graph
         (split,) = _readers(product)
-        args = (*product.args, sizes, [], "", product.meta["val"].dtype)
+        dtype = product.meta["val"].dtype
+        args = (*product.args[:6], sizes, [], "", dtype, *product.args[6:])
         fused = self._replace(region, product, split, torch.ops.tahf4.fused_linear.default, args)
         if fused is None:
             return None

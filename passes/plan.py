@@ -16,7 +16,7 @@ from ..model.attachments import Attachment, attached, attached_recipe
 from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason, cause_of
 from ..options import bits_for
-from ..pipeline.activations import bits_of, quantization_of
+from ..pipeline.activations import bits_of, quantization_of, span_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision, branch_bytes
 from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
@@ -164,9 +164,11 @@ def _held(node: fx.Node, context: Context) -> Decision:
     beside = f"{context.paths.get(source.positions[0])}.low_rank_b"
     branches = [context.inputs[index] for index, path in context.paths.items() if path == beside]
     rank, size = (len(branches[0]), branches[0].element_size()) if branches else (0, 0)
-    bits = 4
+    bits, span = 4, 1
     if (quantization := quantization_of(node)) is not None:
         k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), bits_of(quantization)
+        span = span_of(quantization)
+    bits = _bits(module, context, said, bits)
     return Decision(
         module=module,
         k=k,
@@ -178,8 +180,9 @@ def _held(node: fx.Node, context: Context) -> Decision:
         flops=2 * _rows(node) * k * n,
         node=node.name,
         weight_index=source.positions[0],
-        activation_bits=_bits(module, context, said, bits),
+        activation_bits=bits,
         rank=rank,
+        span=span if bits == 4 else 1,
     )
 
 

@@ -89,5 +89,5 @@ def _set_bits(product: fx.Node) -> bool:
     wanted = {d.activation_bits for d in decisions_of(product)}
     if quantization is None or not wanted or bits_of(quantization) in wanted:
         return False
-    quantization.args = (*quantization.args[:3], wanted.pop())
+    quantization.args = (*quantization.args[:3], wanted.pop(), *quantization.args[4:])
     return True

@@ -86,7 +86,7 @@ class Share(Pass):
     def _merge_products(self, graph: fx.Graph, context: Context) -> int:
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
-            codes, scales, *_, bias, dtype = node.args
+            codes, scales, _, _, bias, dtype = node.args[:6]
             if isinstance(node_arg(node, 2).meta[INPUT].weight, PackedWeight):
                 groups[(codes, scales, dtype, bias is None)].append(node)
         merged = 0
@@ -152,7 +152,7 @@ def _splits_last_axis(view: fx.Node) -> bool:
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> None:
     first = nodes[0]
-    codes, scales, _, _, bias, dtype = first.args
+    codes, scales, _, _, bias, dtype, *span = first.args
     sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
     every = [node_arg(node, 2).meta[INPUT].weight for node in nodes]
     how = replace(every[0], weights=weights, rank=max(weight.rank for weight in every))
@@ -160,7 +160,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
     with graph.inserting_before(first):
         if bias is not None:
             bias = call(first, torch.ops.aten.cat.default, ([node.args[4] for node in nodes],))
-        product = call(first, LINEAR, (codes, scales, *packed, bias, dtype))
+        product = call(first, LINEAR, (codes, scales, *packed, bias, dtype, *span))
         product.meta[DECISION] = tuple(decision for node in nodes for decision in decisions_of(node))
         split = call(first, torch.ops.aten.split_with_sizes.default, (product, sizes, -1))
         parts = [call(node, operator.getitem, (split, i)) for i, node in enumerate(nodes)]

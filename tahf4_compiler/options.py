@@ -21,6 +21,7 @@ __all__ = [
     "check_protecting_bits",
     "patterns",
     "reference_forced",
+    "scale_span",
 ]
 
 WEIGHT_CHECKS = ("auto", "content", "version")
@@ -44,6 +45,10 @@ class Options:
             linears, or a mapping of regular expressions, searched in module paths, to numbers: the first that matches
             counts, and one that matches no linear is an error.
             Other linears have 4, or what their packed module says (:attr:`tahf4_compiler.HiF4Linear.activation_bits`).
+        scale_span: how many units of 64 values of a row share a level-1 scale, in activations and weights: 1, 2 or 4,
+            or ``"row"`` for all; kept as a number, 0 for a row. Kernels for the CPU multiply such operands faster
+            (:class:`tahf4_compiler.passes.span.Span`). A recipe's own span comes first, and packed linears keep
+            theirs.
         attention: ``"high_precision"``, or ``"int8"`` to run ``scaled_dot_product_attention`` with operands of 8 bits
             where it can (see :class:`tahf4_compiler.passes.attention.Attention`).
         passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
@@ -66,6 +71,7 @@ class Options:
 
     keep: tuple[str, ...] = ()
     activation_bits: tuple[tuple[str, int], ...] = ()
+    scale_span: int = 1
     attention: str = "high_precision"
     passes: tuple[Any, ...] = ()
     disable_passes: tuple[str, ...] = ()
@@ -181,6 +187,15 @@ def bits_for(path: str, given: Sequence[tuple[str, int]], default: int = 4) -> i
     return next((bits for pattern, bits in given if re.search(pattern, path)), default)
 
 
+def scale_span(name: str, value: Any) -> int:
+    """Return a span as a number of units, 0 for a row; checked."""
+    if value == "row":
+        return 0
+    if type(value) is not int or value not in (1, 2, 4):
+        raise OptionError(f"{name} is {value!r}; expected 1, 2 or 4 units that share a level-1 scale, or 'row' for all")
+    return value
+
+
 def _passes(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise OptionError(f"option {name!r} is {value!r}; expected a list of passes")
@@ -261,6 +276,7 @@ def _weight_check(name: str, value: Any) -> str:
 _CONVERT = {
     "keep": patterns,
     "activation_bits": activation_bits,
+    "scale_span": lambda name, value: scale_span(f"option {name!r}", value),
     "attention": _attention,
     "passes": _passes,
     "disable_passes": _strings,

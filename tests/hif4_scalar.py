@@ -133,19 +133,23 @@ def magnitude_of(product: float, exponent: int, rounding: str) -> int:
     return min(7, rounded)
 
 
-def quantize_unit(values: Sequence[float], rounding: str = "half_away") -> tuple[int, bytes]:
+def quantize_unit(
+    values: Sequence[float], rounding: str = "half_away", span: Sequence[float] | None = None
+) -> tuple[int, bytes]:
     """Convert 64 numbers to one unit: (32 bits of metadata, 32 bytes of codes).
 
-    A unit that holds NaN or an infinity has metadata 0x000000FF and zero codes.
+    A unit that holds NaN or an infinity has metadata 0x000000FF and zero codes. `span`: all the values that share
+    the level-1 scale, and NaN and infinities with it.
     """
     if len(values) != UNIT:
         raise ValueError(f"a unit of {len(values)} values: expected {UNIT}")
     inputs = [to_float32(value) for value in values]
-    if not all(math.isfinite(value) for value in inputs):
+    shared = [to_float32(value) for value in (span if span is not None else values)]
+    if not all(math.isfinite(value) for value in shared):
         return NAN_SCALE, bytes(CODE_BYTES)
     magnitudes = [abs(value) for value in inputs]
 
-    scale = level1_scale(max(magnitudes))
+    scale = level1_scale(max(abs(value) for value in shared))
     rec = reciprocal(scale)
     metadata = scale
     exponent_of_8 = []
@@ -191,13 +195,22 @@ def dequantize_unit(metadata: int, codes: Sequence[int]) -> list[float]:
 # --- a row of any length ---------------------------------------------------------------------------------
 
 
-def quantize_row(values: Sequence[float], rounding: str = "half_away") -> tuple[list[int], bytes]:
-    """Convert K numbers, padded with +0 to whole units: (metadata of each unit, 32 bytes of codes each)."""
+def quantize_row(
+    values: Sequence[float], rounding: str = "half_away", span: int = 1
+) -> tuple[list[int], bytes]:
+    """Convert K numbers, padded with +0 to whole units: (metadata of each unit, 32 bytes of codes each).
+
+    `span` units share a level-1 scale; 0 for all of the row.
+    """
     padded = [*values, *[0.0] * (-len(values) % UNIT)]
+    width = span * UNIT or len(padded)
     metadata: list[int] = []
     codes = b""
     for start in range(0, len(padded), UNIT):
-        unit_metadata, unit_codes = quantize_unit(padded[start : start + UNIT], rounding)
+        first = start - start % width
+        unit_metadata, unit_codes = quantize_unit(
+            padded[start : start + UNIT], rounding, padded[first : first + width]
+        )
         metadata.append(unit_metadata)
         codes += unit_codes
     return metadata, codes

@@ -30,13 +30,13 @@ def packed_tensor(metadata: list[int], codes: bytes, k: int, leading: tuple[int,
     )
 
 
-def expected(x: Tensor, rounding: str = "half_away") -> Packed:
+def expected(x: Tensor, rounding: str = "half_away", span: int = 1) -> Packed:
     """What the oracle makes of a tensor."""
     k = x.shape[-1]
     metadata: list[int] = []
     codes = b""
     for row in x.double().reshape(-1, k).tolist():
-        row_metadata, row_codes = scalar.quantize_row(row, rounding)
+        row_metadata, row_codes = scalar.quantize_row(row, rounding, span)
         metadata += row_metadata
         codes += row_codes
     return packed_tensor(metadata, codes, k, tuple(x.shape[:-1]))

@@ -199,11 +199,12 @@ def test_a_kernel_of_a_plug_in_takes_the_place_of_the_reference():
         weight_scales: Tensor,
         bias: Tensor | None,
         out_dtype: torch.dtype,
+        span: int = 1,
     ) -> Tensor:
-        return torch.ops.tahf4.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+        return torch.ops.tahf4.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, span)
 
     @fast.register_fake
-    def _(codes, scales, weight_codes, weight_scales, bias, out_dtype):
+    def _(codes, scales, weight_codes, weight_scales, bias, out_dtype, span=1):
         return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
 
     from tahf4_compiler.ops.registry import unregister_kernel

@@ -59,6 +59,9 @@ def calibrate(
         float | None,
         typer.Option(help="Rank of a branch beside each 4-bit product, in percent of the weight's smaller side."),
     ] = None,
+    scale_span: Annotated[
+        str, typer.Option(help="Units of 64 values of a row that share a level-1 scale: 1, 2, 4 or row.")
+    ] = "1",
     high_precision_step: Annotated[
         list[int] | None,
         typer.Option(help="Index of a denoising step in high precision, negative from the end; repeat it for more."),
@@ -112,6 +115,7 @@ def calibrate(
         "activation_bits": activation_bits,
         "protect_bits": protect_bits,
         "low_rank": low_rank,
+        "scale_span": int(scale_span) if scale_span.isdigit() else scale_span,
         "high_precision_steps": high_precision_step or [],
         "step_activation_bits": step_activation_bits,
     }

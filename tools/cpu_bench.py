@@ -148,27 +148,28 @@ def _torchao(module: nn.Module) -> nn.Module | None:
     return found
 
 
-def _packed(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor, bits: int = 4) -> Tensor:
+def _packed(x: Tensor, weight: tuple[Tensor, Tensor], bias: Tensor, bits: int = 4, span: int = 1) -> Tensor:
     # As lowered graphs call them.
-    codes, scales = torch.ops.tahf4_cpu.quantize.default(x, None, 64, bits)
-    out: Tensor = torch.ops.tahf4_cpu.linear.default(codes, scales, weight[0], weight[1], bias, torch.float32)
+    codes, scales = torch.ops.tahf4_cpu.quantize.default(x, None, 64, bits, span)
+    out: Tensor = torch.ops.tahf4_cpu.linear.default(codes, scales, weight[0], weight[1], bias, torch.float32, span)
     return out
 
 
 @torch.no_grad()
 def linears(shapes: Sequence[tuple[int, int, int]], rounds: int) -> list[dict[str, Any]]:
-    """Time W4A4 and W4A8 linears, quantization of the activation included, beside PyTorch's."""
+    """Time W4A4, also with a level-1 scale a row, and W4A8, quantization of the activation included; and PyTorch's."""
     rows: list[dict[str, Any]] = []
     for m, k, n in shapes:
         linear, x = nn.Linear(k, n), torch.randn(m, k)
         half, half_x = nn.Linear(k, n).bfloat16(), x.bfloat16()
         int8 = _int8(nn.Sequential(nn.Linear(k, n)))
-        weight = cpu.quantize(linear.weight)
+        weight, row = cpu.quantize(linear.weight), cpu.quantize(linear.weight, span=0)
         functions: dict[str, Callable[[], Any]] = {
             "float32": lambda f=linear, x=x: f(x),  # type: ignore[misc]
             "bfloat16": lambda f=half, x=half_x: f(x),  # type: ignore[misc]
             "int8": lambda f=int8, x=x: f(x),  # type: ignore[misc]
             "W4A4": lambda x=x, w=weight, b=linear.bias: _packed(x, w, b),  # type: ignore[misc]
+            "W4A4, span row": lambda x=x, w=row, b=linear.bias: _packed(x, w, b, 4, 0),  # type: ignore[misc]
             "W4A8": lambda x=x, w=weight, b=linear.bias: _packed(x, w, b, 8),  # type: ignore[misc]
         }
         if usable(rows) and (torchao := _torchao(nn.Sequential(nn.Linear(k, n)))) is not None:

@@ -41,7 +41,7 @@ def available() -> bool:
 
 
 def quantize(
-    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Transform and convert to HiF4, or to 8 bits, along the last axis: ``torch.ops.tahf4.quantize``, bit for bit.
 
@@ -50,6 +50,7 @@ def quantize(
         multiplier: float32 ``[K]``, or None.
         hadamard_block: a power of two that divides K rounded up to a multiple of 64, or 0.
         bits: 4 or 8.
+        span: units that share a level-1 scale; 0 for a row.
 
     Returns:
         Codes and scales, as ``torch.ops.tahf4.quantize``.
@@ -59,7 +60,7 @@ def quantize(
     """
     build.loaded()
     checks.on_cpu("quantize", x)  # a meta tensor would give one
-    codes, scales = operators.OPERATORS["quantize"](x, multiplier, hadamard_block, bits)
+    codes, scales = operators.OPERATORS["quantize"](x, multiplier, hadamard_block, bits, span)
     return codes, scales
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _NAMES = (
     *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "attention.cpp", "search.cpp", "operators.cpp"),
     *("common.h", "attention.inc", "attention_operator.inc", "units.inc", "programs.inc"),
-    *("expand.inc", "tile_avx2.inc", "tile_amx.inc"),
+    *("expand.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 PREBUILT = Path(__file__).with_name("kernels.so")
@@ -54,7 +54,7 @@ _SIGNATURES = {
         *(_pointer, _int, _int64, _int64, _int64, _pointer, _int64),
         *(ctypes.c_float, _pointer, _int),
     ),
-    "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _pointer, _pointer, _int),
+    "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _int64, _pointer, _pointer, _int),
     "tahf4_round_unit": (_pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
 }

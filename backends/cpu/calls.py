@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...format import hif4
+from ...format.spans import MOST_UNITS
 from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
@@ -31,7 +32,7 @@ class _Target(ctypes.Structure):
 
     _fields_ = [
         *(("multiplier", _pointer), ("block", _int64), ("norm", _float)),
-        *(("codes", _pointer), ("scales", _pointer), ("bits", _int32)),
+        *(("codes", _pointer), ("scales", _pointer), ("bits", _int32), ("span", _int64)),
     ]
 
 
@@ -53,7 +54,7 @@ class _Operands(ctypes.Structure):
     _fields_ = [
         *((name, _pointer) for name in ("codes", "scales", "weight_codes", "weight_scales", "bias")),
         *((name, _int64) for name in ("m", "n", "units")),
-        *(("dtype", _int32), ("bits", _int32)),
+        *(("dtype", _int32), ("bits", _int32), ("span", _int64)),
     ]
 
 
@@ -79,7 +80,7 @@ class _Attention(ctypes.Structure):
 class _Units:
     """Where a quantization goes."""
 
-    def __init__(self, shape: Sequence[int], multiplier: Tensor | None, block: int, bits: int) -> None:
+    def __init__(self, shape: Sequence[int], multiplier: Tensor | None, block: int, bits: int, span: int = 1) -> None:
         units = hif4.units(shape[-1])
         kinds = (torch.int8, torch.float32) if bits == 8 else (torch.uint8, torch.int32)
         size = hif4.UNIT if bits == 8 else hif4.UNIT // 2
@@ -87,7 +88,8 @@ class _Units:
         self.scales = torch.empty((*shape[:-1], units), dtype=kinds[1], device="cpu")
         self._multiplier = _plain(multiplier)
         norm = 1 / math.sqrt(block) if block else 1.0
-        self.target = _Target(_at(self._multiplier), block, norm, _at(self.codes), _at(self.scales), bits)
+        where = _at(self._multiplier), block, norm, _at(self.codes), _at(self.scales)
+        self.target = _Target(*where, bits, _shared(span, units, bits))
 
     @property
     def packed(self) -> Packed:
@@ -111,10 +113,14 @@ class _Described:
         self.struct = _Inputs(ctypes.addressof(self._list), ctypes.addressof(self._sizes), len(given), max(1, axes - 1))
 
 
-def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> Packed:
+def quantize(
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
+) -> Packed:
     """See ``tahf4::quantize``."""
+    if not _shared(span, hif4.units(x.shape[-1]), bits):
+        return NotImplemented
     rows, dtype = checks.as_rows("quantize", x)
-    units = _Units(x.shape, multiplier, hadamard_block, bits)
+    units = _Units(x.shape, multiplier, hadamard_block, bits, span)
     if units.codes.numel():
         build.loaded().tahf4_quantize(
             *(rows.data_ptr(), dtype, len(rows), x.shape[-1], rows.stride(0)),
@@ -124,13 +130,20 @@ def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 
 
 
 def fused_quantize(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
 ) -> Packed:
     """See ``tahf4::fused_quantize``."""
     shape, encoded = checks.broadcast(inputs), encode(program, "x0")
     if encoded is None or not _fits(encoded, inputs, shape) or instruction_set() == "none":
         return NotImplemented
-    described, units = _Described(inputs, shape), _Units(shape, multiplier, hadamard_block, bits)
+    if not _shared(span, hif4.units(shape[-1]), bits):
+        return NotImplemented
+    described, units = _Described(inputs, shape), _Units(shape, multiplier, hadamard_block, bits, span)
     if units.codes.numel():
         build.loaded().tahf4_fused_quantize(
             *(ctypes.byref(encoded.struct), ctypes.byref(described.struct), math.prod(shape[:-1]), shape[-1]),
@@ -146,13 +159,14 @@ def linear(
     weight_scales: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    span: int = 1,
 ) -> Tensor:
     """See ``tahf4::linear``."""
-    if not scales.shape[-1] or instruction_set() == "none":
+    if not scales.shape[-1] or instruction_set() == "none" or not _shared(span, scales.shape[-1]):
         return NotImplemented
     written = out_dtype if out_dtype in DTYPES else torch.float32
     out = torch.empty((*scales.shape[:-1], len(weight_codes)), dtype=written, device="cpu")
-    product = (codes, scales, weight_codes, weight_scales, bias)
+    product = (codes, scales, weight_codes, weight_scales, bias, span)
     _run(product, 0, len(weight_codes), torch.float32, None, _Described((), (1,)), out)  # rounded once
     return out.to(out_dtype)
 
@@ -168,12 +182,13 @@ def fused_linear(
     inputs: Sequence[Tensor],
     program: str,
     result_dtype: torch.dtype,
+    span: int = 1,
 ) -> list[Tensor]:
     """See ``tahf4::fused_linear``."""
-    shape, encoded = (*scales.shape[:-1], len(weight_codes)), _followed(program, inputs, scales, weight_codes)
+    shape, encoded = (*scales.shape[:-1], len(weight_codes)), _followed(program, inputs, scales, weight_codes, span)
     if encoded is None or out_dtype not in DTYPES or result_dtype not in DTYPES:
         return NotImplemented
-    product, results, first = (codes, scales, weight_codes, weight_scales, bias), list[Tensor](), 0
+    product, results, first = (codes, scales, weight_codes, weight_scales, bias, span), list[Tensor](), 0
     described, rounded = _Described(inputs, shape), out_dtype if program else torch.float32
     for size in sizes:
         results.append(torch.empty((*shape[:-1], size), dtype=result_dtype, device="cpu"))
@@ -194,19 +209,20 @@ def linear_quantize(
     multiplier: Tensor | None = None,
     hadamard_block: int = 0,
     bits: int = 4,
+    span: int = 1,
 ) -> Packed:
     """See ``tahf4::linear_quantize``."""
-    shape, encoded = (*scales.shape[:-1], len(weight_codes)), _followed(program, inputs, scales, weight_codes)
+    shape, encoded = (*scales.shape[:-1], len(weight_codes)), _followed(program, inputs, scales, weight_codes, span)
     if encoded is None or out_dtype not in DTYPES:
         return NotImplemented
     units = _Units(shape, multiplier, hadamard_block, bits)
-    product = (codes, scales, weight_codes, weight_scales, bias)
+    product = (codes, scales, weight_codes, weight_scales, bias, span)
     _run(product, 0, shape[-1], out_dtype, encoded if program else None, _Described(inputs, shape), units.target)
     return units.packed
 
 
 def _run(
-    product: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    product: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int],
     first: int,
     columns: int,
     rounded: torch.dtype,
@@ -223,7 +239,7 @@ def _run(
     operands = _Operands(
         *(codes.data_ptr(), scales.data_ptr(), weight_codes[first:].data_ptr(), weight_scales[first:].data_ptr()),
         *(bias[first:].data_ptr() if bias is not None else None, rows, columns, units, DTYPES[rounded]),
-        8 if codes.dtype == torch.int8 else 4,
+        *((8, 1) if codes.dtype == torch.int8 else (4, _shared(product[5], units))),
     )
     into = (to.data_ptr(), DTYPES[to.dtype], _Target()) if isinstance(to, Tensor) else (None, 0, to)
     result = _Result(
@@ -235,12 +251,12 @@ def _run(
 
 
 def _followed(
-    program: str, inputs: Sequence[Tensor], scales: Tensor, weight_codes: Tensor
+    program: str, inputs: Sequence[Tensor], scales: Tensor, weight_codes: Tensor, span: int
 ) -> Encoded | None:
     """Return the program that follows a product, if the kernel runs it."""
     encoded = encode(program, "y")
     shape = (*scales.shape[:-1], len(weight_codes))
-    runs = encoded is not None and scales.shape[-1] and instruction_set() != "none"
+    runs = scales.shape[-1] and _shared(span, scales.shape[-1]) and instruction_set() != "none"
     return encoded if encoded is not None and runs and _fits(encoded, inputs, shape) else None
 
 
@@ -301,6 +317,13 @@ def _added(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     added, most = values.mul(1 / math.log(2)), torch.finfo(torch.float32).max
     # A row of the least number of its dtype, which stands for padding, is no row of minus infinity.
     return torch.where(values.isfinite(), added.clamp(-most, most), added).expand(shape)
+
+
+def _shared(span: int, units: int, bits: int = 4) -> int:
+    """Return how many of so many units of a row share a scale; 0 if the dot of so many does not fit into an int32."""
+    if span == 0 and units > MOST_UNITS:
+        return 0
+    return 1 if bits != 4 else span or max(1, units)
 
 
 def _plain(values: Tensor | None) -> Tensor | None:

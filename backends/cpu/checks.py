@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import ops
 from ...errors import FormatError
-from ...format import int8
+from ...format import hif4, int8
 from ...ops import fused
 from .programs import DTYPES, encode
 
@@ -49,18 +49,21 @@ def rows(what: str, x: Tensor) -> None:
     on_cpu(what, x)
 
 
-def _target(what: str, k: int, multiplier: Tensor | None, hadamard_block: int, bits: int) -> None:
+def _target(what: str, k: int, multiplier: Tensor | None, hadamard_block: int, bits: int, span: int = 1) -> None:
     int8.check_bits(bits)
+    hif4.check_span(span)
     ops.check_transform(k, multiplier, hadamard_block)
     if multiplier is not None and multiplier.dtype not in DTYPES:
         raise FormatError(f"{what} got a multiplier of {multiplier.dtype}; expected float32")
     on_cpu(what, multiplier)
 
 
-def quantize(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> None:
+def quantize(
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
+) -> None:
     """See ``tahf4::quantize``."""
     rows("quantize", x)
-    _target("quantize", x.shape[-1], multiplier, hadamard_block, bits)
+    _target("quantize", x.shape[-1], multiplier, hadamard_block, bits, span)
 
 
 def linear(
@@ -70,20 +73,27 @@ def linear(
     weight_scales: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    span: int = 1,
 ) -> None:
     """See ``tahf4::linear``."""
+    hif4.check_span(span)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     on_cpu("linear", codes, scales, weight_codes, weight_scales, bias)
 
 
 def fused_quantize(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
 ) -> None:
     """See ``tahf4::fused_quantize``."""
     _program(program, "x0")
     shape = broadcast(inputs)
     _inputs("fused_quantize", inputs, shape)
-    _target("fused_quantize", shape[-1], multiplier, hadamard_block, bits)
+    _target("fused_quantize", shape[-1], multiplier, hadamard_block, bits, span)
 
 
 def fused_linear(
@@ -97,8 +107,10 @@ def fused_linear(
     inputs: Sequence[Tensor],
     program: str,
     result_dtype: torch.dtype,
+    span: int = 1,
 ) -> None:
     """See ``tahf4::fused_linear``."""
+    hif4.check_span(span)
     shape = _product("fused_linear", (codes, scales, weight_codes, weight_scales, bias), inputs)
     fused.check_sizes(sizes, shape[-1], program)
     found = _program(program, "y") or out_dtype
@@ -118,8 +130,10 @@ def linear_quantize(
     multiplier: Tensor | None = None,
     hadamard_block: int = 0,
     bits: int = 4,
+    span: int = 1,
 ) -> None:
     """See ``tahf4::linear_quantize``."""
+    hif4.check_span(span)
     shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs)
     _program(program, "y")
     _target("linear_quantize", shape[-1], multiplier, hadamard_block, bits)

@@ -164,9 +164,11 @@ struct Target {
   uint8_t* codes;           // int8 with 8 bits
   int32_t* scales;          // the bits of a float32 with 8 bits
   int32_t bits;             // 4: HiF4, or 8
+  int64_t span;             // units that share a level-1 scale: 2, 4, or all of a row; 0 or 1: each has its own
   // The same from a unit and its channel on.
   Target from(int64_t unit, int64_t column) const {
-    return {multiplier ? multiplier + column : nullptr, block, norm, codes + unit * code_bytes(bits), scales + unit, bits};
+    return {multiplier ? multiplier + column : nullptr, block, norm, codes + unit * code_bytes(bits), scales + unit, bits,
+            span};
   }
 };
 
@@ -210,9 +212,11 @@ constexpr int64_t kPanelBytes = kUnit * kUnit;
 
 // What is compiled for each set of instructions.
 struct Functions {
-  // Rows are pieces of `count` values, a multiple of the block, unless the row ends before.
+  // Rows are pieces of `count` values, a multiple of the block and of the span, unless the row ends before. wide: room
+  // for a block, at least 64 values, and a span behind it.
   void (*quantize)(const void* x, int dtype, int64_t count, const Target& target, float* wide);
-  // One row of an activation through a program into units. row_values: room for the row, as whole units.
+  // One row of an activation through a program into units. row_values: room for the row, as whole units, and with a span
+  // for a block behind it.
   void (*quantize_program)(const Program& program, const Inputs& inputs, int64_t row, int64_t columns,
                            const Target& target, float* slots, float* row_values);
   // One row of a product, `count` <= 64 columns from `column`, plus bias, rounded, through a program (or null), in place.
@@ -236,6 +240,7 @@ struct Operands {
   int64_t m, n, units;
   int32_t dtype;  // that the product, bias included, is rounded to
   int32_t bits;   // of the activation
+  int64_t span;   // units that share their level-1 scales on both sides, at least 1
 };
 
 // What becomes of a product: a tensor, or units if target.codes is not null.

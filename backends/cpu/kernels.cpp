@@ -116,7 +116,8 @@ struct Metadata {
 };
 constexpr Metadata kMetadata;
 
-inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale) {
+// shared: bits of the largest magnitude of all units that share the level-1 scale, or -1 for its own.
+inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale, int shared) {
   int32_t bits[kUnit], magnitude[kUnit], max4[kUnit], max8[kUnit], other[kUnit];
   std::memcpy(bits, x, sizeof(bits));
   for (int i = 0; i < kUnit; ++i) magnitude[i] = bits[i] & 0x7FFFFFFF;
@@ -127,8 +128,8 @@ inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale) {
   for (int i = 0; i < kUnit; ++i) max4[i] = std::max(max4[i], other[i]);
   exchange<4>(max4, other);
   for (int i = 0; i < kUnit; ++i) max8[i] = std::max(max4[i], other[i]);
-  int unit_max = 0;
-  for (int i = 0; i < kUnit; ++i) unit_max = std::max(unit_max, max8[i]);
+  int unit_max = shared;
+  for (int i = 0; shared < 0 && i < kUnit; ++i) unit_max = std::max(unit_max, max8[i]);
   if (unit_max >= kFiniteEnd) {  // an infinity or NaN
     std::memset(codes, 0, kUnit / 2);
     *scale = kNanScale;
@@ -168,8 +169,18 @@ inline void quantize_unit8(const float* x, uint8_t* codes, int32_t* scale) {
   *scale = bits_as<int32_t>(most * (1 / kMostCode));
 }
 
-inline void to_units(const float* x, const Target& target) {
-  (target.bits == 8 ? quantize_unit8 : quantize_unit)(x, target.codes, target.scales);
+inline void to_units(const float* x, const Target& target, int shared = -1) {
+  if (target.bits == 8) {
+    quantize_unit8(x, target.codes, target.scales);
+  } else {
+    quantize_unit(x, target.codes, target.scales, shared);
+  }
+}
+
+inline int largest_magnitude(const float* x, int64_t count) {
+  int most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, bits_as<int>(x[i]) & 0x7FFFFFFF);
+  return most;
 }
 
 template <class T>
@@ -185,9 +196,9 @@ inline void load(const T* x, int64_t count, int64_t padded, const float* multipl
 template <class T>
 void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const Target& target, int threads) {
   const auto [multiplier, block, norm] = std::tie(target.multiplier, target.block, target.norm);
-  const int64_t units = (k + kUnit - 1) / kUnit;
-  const int64_t width = std::max<int64_t>(kUnit, block);  // values that one piece of work transforms
-  const int64_t pieces = units * kUnit / width;
+  const int64_t units = (k + kUnit - 1) / kUnit, span = std::max<int64_t>(1, target.span);
+  const int64_t width = std::max(span * kUnit, block);  // values that one piece of work transforms
+  const int64_t pieces = (units * kUnit + width - 1) / width;
 #pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     std::vector<float> wide(width > kUnit ? width : 0);
@@ -212,10 +223,14 @@ void quantize(const T* x, int64_t rows, int64_t k, int64_t row_stride, const Tar
         to_units(narrow, target.from(unit, 0));
         continue;
       }
-      load(source, std::max<int64_t>(0, std::min(width, k - first)), width, factors, wide.data());
-      hadamard(wide.data(), width, block, norm);
-      for (int64_t i = 0; i < width / kUnit; ++i) {
-        to_units(wide.data() + i * kUnit, target.from(unit + i, 0));
+      const int64_t held = std::min(width, units * kUnit - first);
+      load(source, std::max<int64_t>(0, std::min(width, k - first)), held, factors, wide.data());
+      if (block) hadamard(wide.data(), held, block, norm);
+      int shared = -1;
+      for (int64_t i = 0; i < held / kUnit; ++i) {
+        const float* values = wide.data() + i * kUnit;
+        if (span > 1 && i % span == 0) shared = largest_magnitude(values, std::min(span * kUnit, held - i * kUnit));
+        to_units(values, target.from(unit + i, 0), shared);
       }
     }
   }
@@ -240,11 +255,13 @@ void transform(const T* x, int64_t rows, int64_t k, int64_t row_stride, const fl
 void in_pieces(const Functions& functions, const char* x, int dtype, int64_t rows, int64_t k, int64_t row_stride,
                const Target& target, int threads) {
   const int64_t units = (k + kUnit - 1) / kUnit, size = dtype == kFloat32 ? 4 : 2;
-  const int64_t width = std::max<int64_t>(4096, target.block);
+  const int64_t span = std::max<int64_t>(1, target.span);
+  // 4096 is a multiple of every span but a row's, which ends with it.
+  const int64_t width = std::max<int64_t>({4096, target.block, span * kUnit});
   const int64_t pieces = (k + width - 1) / width;
 #pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
-    const Buffer wide(target.block > kUnit ? target.block * 4 : kUnit);
+    const Buffer wide((std::max<int64_t>(kUnit, target.block) + span * kUnit) * 4);
 #pragma omp for schedule(static)
     for (int64_t piece = 0; piece < rows * pieces; ++piece) {
       const int64_t row = piece / pieces, first = piece % pieces * width;
@@ -263,7 +280,7 @@ extern "C" {
 //
 // x: [rows, k], rows `row_stride` values apart; dtype 0 float32, 1 bfloat16, 2 float16. target: multiplier [k] or null;
 // block: a power of two that divides k rounded up to a multiple of 64, or 0; norm: block ** -0.5; codes [rows, units * 32];
-// scales [rows, units]; bits. isa: a set of instructions that tahf4_instruction_sets allows, or 0.
+// scales [rows, units]; bits; span. isa: a set of instructions that tahf4_instruction_sets allows, or 0.
 void tahf4_quantize(const void* x, int dtype, int64_t rows, int64_t k, int64_t row_stride, const Target* target, int isa,
                     int threads) {
   if (const Functions* functions = functions_of(isa)) {
@@ -295,7 +312,7 @@ void tahf4_fused_quantize(const Program* program, const Inputs* inputs, int64_t 
 #pragma omp parallel num_threads(team_of(rows * units * kUnit, threads, kQuantizedPerThread))
   {
     const Slots slots(program);
-    const Buffer kept(std::max<int64_t>(units * kUnit, kUnit) * 4);
+    const Buffer kept((std::max<int64_t>(units * kUnit, kUnit) + target->block) * 4);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const Target part = target->from(row * units, 0);

@@ -6,7 +6,8 @@
 //
 // The instructions multiply unsigned by signed bytes: weights are stored as v + 28 in [0, 56], and the sum starts at
 // -28 * sum(activation). maddubs adds in int16: 32 products of at most 28 * 28 fit in the end, and what wraps around on
-// the way cancels. An activation in 8 bits fits into int16 no more than pair by pair. Sums over units run in the order of
+// the way cancels. Where units share their scales (a span), the integers of all of them are added before they are scaled.
+// An activation in 8 bits fits into int16 no more than pair by pair. Sums over units run in the order of
 // K for each output alone: neither the number of threads nor the other rows change a bit.
 
 #include "common.h"
@@ -41,7 +42,7 @@ struct Rows {
   const int8_t* values;  // [units, together, 64]
   const float* scales;   // [units, together]
   const int32_t* start;  // [units, together]
-  int64_t units;
+  int64_t units, span;
 };
 
 constexpr int64_t kShort = 4, kTall = 16;
@@ -66,11 +67,13 @@ inline int32_t word(const void* p) {
   CODE void NAME(const Rows& rows, const uint8_t* panel, const float* panel_scales, float* c, int64_t stride) {  \
     const int64_t units = rows.units;                                                                            \
     for (int r = 0; r < R; ++r) std::memset(c + r * stride, 0, kPanel * sizeof(float));                          \
-    for (int64_t u = 0; u < units; ++u) {                                                                        \
+    for (int64_t u = 0; u < units; u += rows.span) {                                                             \
       __m256i low[R], high[R];                                                                                   \
       for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_set1_epi32(rows.start[u * kShort + r]);              \
       const uint8_t* b = panel + u * kPanelUnit;                                                                 \
       const int8_t* a = rows.values + u * kShort * kUnit;                                                        \
+      const uint8_t* end = b + std::min(rows.span, units - u) * kPanelUnit;                                      \
+      for (; b < end; b += kPanelUnit, a += kShort * kUnit)                                                      \
       _Pragma("GCC unroll 4") for (int g = 0; g < 16; ++g) {                                                     \
         const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + g * 64));                      \
         const __m256i b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + g * 64 + 32));                 \
@@ -107,21 +110,24 @@ AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float
   const float* other_scales = panel_scales + units * kPanel;
   __m512 f0[R], f1[R];
   for (int r = 0; r < R; ++r) f0[r] = f1[r] = _mm512_setzero_ps();
-  for (int64_t u = 0; u < units; ++u) {
+  for (int64_t u = 0; u < units; u += rows.span) {
     __m512i i0[R], i1[R];
     for (int r = 0; r < R; ++r) i0[r] = i1[r] = _mm512_set1_epi32(rows.start[r * units + u]);
     const uint8_t* b = panel + u * kPanelUnit;
     const uint8_t* d = other + u * kPanelUnit;
     const int8_t* a = rows.values + u * kUnit;
+    const uint8_t* end = b + std::min(rows.span, units - u) * kPanelUnit;
+    for (; b < end; b += kPanelUnit, d += kPanelUnit, a += kUnit) {
 #pragma GCC unroll 4
-    for (int g = 0; g < 16; ++g) {
-      const __m512i b0 = _mm512_load_si512(b + g * 64);
-      const __m512i b1 = _mm512_load_si512(d + g * 64);
+      for (int g = 0; g < 16; ++g) {
+        const __m512i b0 = _mm512_load_si512(b + g * 64);
+        const __m512i b1 = _mm512_load_si512(d + g * 64);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const __m512i v = _mm512_set1_epi32(word(a + r * units * kUnit + g * 4));
-        i0[r] = _mm512_dpbusd_epi32(i0[r], b0, v);
-        i1[r] = _mm512_dpbusd_epi32(i1[r], b1, v);
+        for (int r = 0; r < R; ++r) {
+          const __m512i v = _mm512_set1_epi32(word(a + r * units * kUnit + g * 4));
+          i0[r] = _mm512_dpbusd_epi32(i0[r], b0, v);
+          i1[r] = _mm512_dpbusd_epi32(i1[r], b1, v);
+        }
       }
     }
     const __m512 s0 = _mm512_load_ps(panel_scales + u * kPanel);
@@ -139,6 +145,7 @@ AVX512_CODE void tile_avx512(const Rows& rows, const uint8_t* panel, const float
 }
 
 #include "tile_amx.inc"
+#include "tile_span.inc"
 
 using Tile = void (*)(const Rows&, const uint8_t*, const float*, float*, int64_t);
 
@@ -151,11 +158,18 @@ struct Variant {
   bool amx = false;
 };
 
-const Variant* variant_of(int isa, int64_t m, int bits) {
+const Variant* variant_of(int isa, int64_t m, int bits, bool joint) {
   static const Variant amx = {kAmxPanels, kTall, false, kTall,
                               {nullptr, tile_amx<1>, tile_amx<2>, tile_amx<3>, tile_amx<4>, tile_amx<5>, tile_amx<6>,
                                tile_amx<7>, tile_amx<8>, tile_amx<9>, tile_amx<10>, tile_amx<11>, tile_amx<12>,
                                tile_amx<13>, tile_amx<14>, tile_amx<15>, tile_amx<16>}, true};
+  static const Variant amx_span = {
+      kAmxPanels, kTall, false, kTall,
+      {nullptr, tile_amx_span<1>, tile_amx_span<2>, tile_amx_span<3>, tile_amx_span<4>, tile_amx_span<5>,
+       tile_amx_span<6>, tile_amx_span<7>, tile_amx_span<8>, tile_amx_span<9>, tile_amx_span<10>, tile_amx_span<11>,
+       tile_amx_span<12>, tile_amx_span<13>, tile_amx_span<14>, tile_amx_span<15>, tile_amx_span<16>}, true};
+  static const Variant avx2_span = {
+      1, kShort, true, kShort, {nullptr, tile_avx2_span<1>, tile_avx2_span<2>, tile_avx2_span<3>, tile_avx2_span<4>}};
   static const Variant avx2 = {1, kShort, true, kShort, {nullptr, tile_avx2<1>, tile_avx2<2>, tile_avx2<3>, tile_avx2<4>}};
   static const Variant avx2_8bit = {
       1, kShort, false, kShort, {nullptr, tile_avx2_8bit<1>, tile_avx2_8bit<2>, tile_avx2_8bit<3>, tile_avx2_8bit<4>}};
@@ -165,8 +179,9 @@ const Variant* variant_of(int isa, int64_t m, int bits) {
                                  {nullptr, tile_avx512<1>, tile_avx512<2>, tile_avx512<3>, tile_avx512<4>,
                                   tile_avx512<5>, tile_avx512<6>}};
   constexpr int64_t kFewRows = 8;  // are not worth a tile of sixteen
-  if (isa == kAmx && m > kFewRows) return &amx;
-  return isa >= kAvx512Vnni ? &avx512 : isa == kAvxVnni ? &avx_vnni : bits == 8 ? &avx2_8bit : &avx2;
+  if (isa == kAmx && m > kFewRows) return joint ? &amx_span : &amx;
+  if (isa >= kAvxVnni) return isa == kAvxVnni ? &avx_vnni : &avx512;
+  return bits == 8 ? &avx2_8bit : joint ? &avx2_span : &avx2;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +215,7 @@ void write(const Operands& x, const Result& result, const Functions& functions, 
 
 // Columns are taken in groups of a unit or a Hadamard block: what follows a product wants them whole.
 void product(const Operands& x, const Result& result, int isa, int threads) {
-  const Variant& variant = *variant_of(isa, x.m, x.bits);
+  const Variant& variant = *variant_of(isa, x.m, x.bits, x.span > 1);
   const Functions& functions = *functions_of(isa);
   const int64_t m = x.m, n = x.n, units = x.units;
   const int64_t width = variant.panels * kPanel;
@@ -234,7 +249,8 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
           expand_row8(reinterpret_cast<const int8_t*>(x.codes) + row * kUnit,
                       reinterpret_cast<const float*>(x.scales) + row, units, together, out, out_scales, start);
         } else {
-          expand_row(x.codes + row * (kUnit / 2), x.scales + row, units, together, variant.pairs, out, out_scales, start);
+          expand_row(x.codes + row * (kUnit / 2), x.scales + row, units, x.span, together, variant.pairs, out, out_scales,
+                     start);
         }
       }
 #pragma omp for schedule(static)
@@ -251,7 +267,7 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
           }
           for (int64_t r = begin; r < end; r += variant.most) {
             const Rows rows = {values.as<int8_t>() + r * units * kUnit, row_scales.as<float>() + r * units,
-                               starts.as<int32_t>() + r * units, units};
+                               starts.as<int32_t>() + r * units, units, x.span};
             variant.tiles[std::min<int64_t>(variant.most, end - r)](rows, panel.as<uint8_t>(), panel_scales.as<float>(),
                                                                     scratch.as<float>() + (r - begin) * group + i,
                                                                     group);

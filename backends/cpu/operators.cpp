@@ -80,14 +80,24 @@ const float* pointer(const Optional& values) { return values ? values->const_dat
 
 bool readable(const Tensor& x) { return x.is_cpu() && number_of(x.scalar_type()) >= 0 && !x.is_neg(); }
 
+// The dot of so many units fits into an int32: MOST_UNITS of format/spans.py.
+constexpr int64_t kMostUnits = INT_MAX / (kUnit * 28 * 28);
+
+// Units that share a level-1 scale, where there are so many in a row; 0 for a number that is none. Only HiF4 shares them.
+int64_t shared_units(int64_t span, int64_t units, int64_t bits) {
+  if (span < 0 || span > 4 || span == 3 || (span == 0 && units > kMostUnits)) return 0;
+  return bits != 4 ? 1 : span ? span : std::max<int64_t>(1, units);
+}
+
 // Where a quantization goes.
 struct Units {
-  static bool fit(int64_t k, const Optional& multiplier, int64_t block, int64_t bits) {
+  static bool fit(int64_t k, const Optional& multiplier, int64_t block, int64_t bits, int64_t span = 1) {
     const int64_t padded = (k + kUnit - 1) / kUnit * kUnit;
-    return (bits == 4 || bits == 8) && (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
+    return shared_units(span, padded / kUnit, bits) && (bits == 4 || bits == 8) && (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
            (block == 0 || (block > 0 && !(block & (block - 1)) && padded % block == 0));
   }
-  Units(IntArrayRef shape, const Optional& given, int64_t block, int64_t bits) : multiplier(plain(given)) {
+  Units(IntArrayRef shape, const Optional& given, int64_t block, int64_t bits, int64_t span = 1)
+      : multiplier(plain(given)) {
     at::DimVector sizes(shape);
     const int64_t units = (shape.back() + kUnit - 1) / kUnit;
     sizes.back() = units * code_bytes(int(bits));
@@ -96,7 +106,7 @@ struct Units {
     scales = at::empty(sizes, bits == 8 ? at::kFloat : at::kInt);
     target = {pointer(multiplier), block, block ? float(1.0 / std::sqrt(double(block))) : 1.0f,
               static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<int32_t*>(scales.mutable_data_ptr()),
-              int(bits)};
+              int(bits), shared_units(span, units, bits)};
   }
   bool empty() const { return codes.numel() == 0; }
   Optional multiplier;
@@ -202,11 +212,11 @@ class Broadcast {
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantization.
 
-Packed quantize(const Tensor& x, const Optional& multiplier, int64_t block, int64_t bits) {
+Packed quantize(const Tensor& x, const Optional& multiplier, int64_t block, int64_t bits, int64_t span) {
   const int isa = instructions();
-  if (isa == kRefused || !readable(x) || !x.dim() || !Units::fit(x.size(-1), multiplier, block, bits))
-    return general(quantize, "tahf4_cpu::quantize", x, multiplier, block, bits);
-  const Units units(x.sizes(), multiplier, block, bits);
+  if (isa == kRefused || !readable(x) || !x.dim() || !Units::fit(x.size(-1), multiplier, block, bits, span))
+    return general(quantize, "tahf4_cpu::quantize", x, multiplier, block, bits, span);
+  const Units units(x.sizes(), multiplier, block, bits, span);
   if (!units.empty()) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor rows = rows_of(x);
@@ -217,7 +227,8 @@ Packed quantize(const Tensor& x, const Optional& multiplier, int64_t block, int6
   return {units.codes, units.scales};
 }
 
-Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, int64_t block, int64_t bits) {
+Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, int64_t block, int64_t bits,
+                      int64_t span) {
   const int isa = instructions();
   int64_t axes = 0;
   for (const Tensor& x : given) axes = std::max(axes, x.dim());
@@ -229,9 +240,9 @@ Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, i
   Broadcast described;
   if (isa <= kNone || !axes || !find(text, false, &known) || !known.fits(given, shape) ||
       !described.describe(given, shape) ||
-      !Units::fit(shape.back(), multiplier, block, bits))
-    return general(fused_quantize, "tahf4_cpu::fused_quantize", given, text, multiplier, block, bits);
-  const Units units(shape, multiplier, block, bits);
+      !Units::fit(shape.back(), multiplier, block, bits, span))
+    return general(fused_quantize, "tahf4_cpu::fused_quantize", given, text, multiplier, block, bits, span);
+  const Units units(shape, multiplier, block, bits, span);
   if (!units.empty())
     tahf4_fused_quantize(known.program, &described.inputs, units.scales.numel() / units.scales.size(-1), shape.back(),
                          &units.target, isa, threads());
@@ -243,8 +254,8 @@ Packed fused_quantize(TensorList given, Text text, const Optional& multiplier, i
 
 struct Product {
   Product(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes, const Tensor& weight_scales,
-          const Optional& bias)
-      : tensors{codes, scales, weight_codes, weight_scales}, bias(bias) {}
+          const Optional& bias, int64_t span)
+      : tensors{codes, scales, weight_codes, weight_scales}, bias(bias), span(span) {}
   // Whether shapes, dtypes and devices fit each other.
   bool fits() const {
     for (int i = 0; i < 4; ++i) {
@@ -257,7 +268,7 @@ struct Product {
     if (codes.dim() != axes || weight_codes.dim() != 2 || weight_scales.dim() != 2) return false;
     for (int64_t axis = 0; axis + 1 < axes; ++axis)
       if (codes.size(axis) != scales.size(axis)) return false;
-    return codes.size(-1) == units * code_bytes(bits()) && weight_scales.size(1) == units &&
+    return shared_units(span, units, bits()) && codes.size(-1) == units * code_bytes(bits()) && weight_scales.size(1) == units &&
            weight_codes.size(1) == units * (kUnit / 2) && weight_codes.size(0) == weight_scales.size(0) &&
            (!bias || (bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight_codes.size(0)));
   }
@@ -279,11 +290,12 @@ struct Product {
                                tensors[2].const_data_ptr<uint8_t>() + first * units * (kUnit / 2),
                                tensors[3].const_data_ptr<int32_t>() + first * units,
                                bias ? pointer(bias) + first : nullptr,
-                               m, columns, units, dtype, bits()};
+                               m, columns, units, dtype, bits(), shared_units(span, units, bits())};
     tahf4_linear(&operands, &result, isa, threads());
   }
   std::array<Tensor, 4> tensors;
   Optional bias;
+  int64_t span;
 };
 
 Tensor dequantized(const Tensor& codes, const Tensor& scales) {
@@ -299,11 +311,11 @@ Tensor dequantized(const Tensor& codes, const Tensor& scales) {
 }
 
 Tensor linear(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes, const Tensor& weight_scales,
-              const Optional& bias, ScalarType dtype) {
+              const Optional& bias, ScalarType dtype, int64_t span) {
   const int isa = instructions();
-  Product product(codes, scales, weight_codes, weight_scales, bias);
-  if (isa == kRefused || !product.fits())
-    return general(linear, "tahf4_cpu::linear", codes, scales, weight_codes, weight_scales, bias, dtype);
+  Product product(codes, scales, weight_codes, weight_scales, bias, span);
+  if (isa == kRefused || !product.fits() || (isa == kNone && span != 1))
+    return general(linear, "tahf4_cpu::linear", codes, scales, weight_codes, weight_scales, bias, dtype, span);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const c10::impl::ExcludeDispatchKeyGuard exact(c10::autocast_dispatch_keyset);
   if (isa == kNone || !scales.size(-1)) {
@@ -320,9 +332,9 @@ Tensor linear(const Tensor& codes, const Tensor& scales, const Tensor& weight_co
 
 std::vector<Tensor> fused_linear(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes,
                                  const Tensor& weight_scales, const Optional& bias, ScalarType dtype, IntArrayRef sizes,
-                                 TensorList given, Text text, ScalarType result_dtype) {
+                                 TensorList given, Text text, ScalarType result_dtype, int64_t span) {
   const int isa = instructions(), rounded = number_of(dtype), written = number_of(result_dtype);
-  Product product(codes, scales, weight_codes, weight_scales, bias);
+  Product product(codes, scales, weight_codes, weight_scales, bias, span);
   Known known;
   Broadcast described;
   int64_t columns = 0;
@@ -333,7 +345,7 @@ std::vector<Tensor> fused_linear(const Tensor& codes, const Tensor& scales, cons
       written != (known.dtype < 0 ? rounded : known.dtype) || !known.fits(given, product.shape()) ||
       !described.describe(given, product.shape()))
     return general(fused_linear, "tahf4_cpu::fused_linear", codes, scales, weight_codes, weight_scales, bias, dtype,
-                   sizes, given, text, result_dtype);
+                   sizes, given, text, result_dtype, span);
   const at::AutoDispatchBelowADInplaceOrView guard;
   std::vector<Tensor> results;
   int64_t first = 0;
@@ -350,16 +362,16 @@ std::vector<Tensor> fused_linear(const Tensor& codes, const Tensor& scales, cons
 
 Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& weight_codes, const Tensor& weight_scales,
                        const Optional& bias, ScalarType dtype, TensorList given, Text text, const Optional& multiplier,
-                       int64_t block, int64_t bits) {
+                       int64_t block, int64_t bits, int64_t span) {
   const int isa = instructions(), rounded = number_of(dtype);
-  Product product(codes, scales, weight_codes, weight_scales, bias);
+  Product product(codes, scales, weight_codes, weight_scales, bias, span);
   Known known;
   Broadcast described;
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || !find(text, true, &known) ||
       !known.fits(given, product.shape()) || !described.describe(given, product.shape()) ||
       !Units::fit(weight_codes.size(0), multiplier, block, bits))
     return general(linear_quantize, "tahf4_cpu::linear_quantize", codes, scales, weight_codes, weight_scales, bias,
-                   dtype, given, text, multiplier, block, bits);
+                   dtype, given, text, multiplier, block, bits, span);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Units units(product.shape(), multiplier, block, bits);
   product.run(0, weight_codes.size(0), rounded, {known.program, &described.inputs, nullptr, 0, units.target}, isa);

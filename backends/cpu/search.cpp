@@ -207,10 +207,8 @@ struct Search {
   uint8_t* codes;
   int32_t* scales;
 
-  // Search up to four units from a number on.
-  void operator()(int64_t first, int count, Block& block) const {
-    int code[kLanes], found[kLanes];
-    Unit mine[kLanes];
+  // Take up to four units in, from a number on.
+  void load(int64_t first, int count, Block& block, int* code, Unit* mine) const {
     for (int l = 0; l < kLanes; ++l) {
       const int64_t unit = first + std::min(l, count - 1), place = unit % units;
       const float* values = x + unit / units * row_stride + place * kUnit;
@@ -222,8 +220,11 @@ struct Search {
       for (int i = 0; i < kUnit; ++i) block.magnitude[i][l] = finite && i < width ? std::abs(double(values[i])) : 0.0;
       if (weights)
         for (int i = 0; i < kUnit; ++i) block.weights[i][l] = weights[place * kUnit + i];
-      found[l] = 0;
     }
+  }
+
+  // The errors of groups under every scale that is tried.
+  void measure_all(const int* code, Block& block) const {
     const Lanes* factors = weights ? block.weights : nullptr;
     const int offsets = 2 * candidates + 2 * kOctave + 1;
     for (int at = 0; at < offsets; ++at) {
@@ -236,16 +237,67 @@ struct Search {
       for (int p = 0; p < kGroups / 2; ++p)
         block.pairs[at][p] = least(fine[2 * p], coarse[2 * p]) + least(fine[2 * p + 1], coarse[2 * p + 1]);
     }
-    const auto cost = [&](int offset) {
-      const Lanes *fine = block.pairs[candidates + offset], *coarse = block.pairs[candidates + offset + kOctave];
-      Lanes sums[kGroups / 2];
-      for (int p = 0; p < kGroups / 2; ++p) sums[p] = least(fine[p], coarse[p]);
-      return total(sums, kGroups / 2);
-    };
-    Lanes best = cost(0);
+  }
+
+  // The least error of units under a scale so far from the default one.
+  Lanes cost(const Block& block, int offset) const {
+    const Lanes *fine = block.pairs[candidates + offset], *coarse = block.pairs[candidates + offset + kOctave];
+    Lanes sums[kGroups / 2];
+    for (int p = 0; p < kGroups / 2; ++p) sums[p] = least(fine[p], coarse[p]);
+    return total(sums, kGroups / 2);
+  }
+
+  // Search the scale of a span, from a unit on: its errors are added in the order of K. Two passes over the units.
+  void joint(int64_t first, int64_t count, Block& block) const {
+    const Lanes* factors = weights ? block.weights : nullptr;
+    int code[kLanes];
+    Unit mine[kLanes];
+    double costs[2 * kMostCandidates + 1] = {}, before = 0.0;
+    if ((scales[first] & 0xFF) == kNanScale) return;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int width = int(std::min<int64_t>(kLanes, count - i));
+      load(first + i, width, block, code, mine);
+      measure_all(code, block);
+      const Lanes encoded = encoded_errors(block.magnitude, factors, mine);
+      for (int l = 0; l < width; ++l) before += encoded[l];
+      for (int offset = -candidates; offset <= candidates; ++offset) {
+        const Lanes found = cost(block, offset);
+        for (int l = 0; l < width; ++l) costs[candidates + offset] += found[l];
+      }
+    }
+    int found = 0;
+    for (int near = 1; near <= candidates; ++near)
+      for (const int tried : {near, -near})
+        if (costs[candidates + tried] < costs[candidates + found] && code[0] + tried >= 0 &&
+            code[0] + tried <= kLargestCode)
+          found = tried;
+    if (!(costs[candidates + found] < before * kBetter)) return;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int width = int(std::min<int64_t>(kLanes, count - i));
+      load(first + i, width, block, code, mine);
+      measure_all(code, block);
+      bool wanted[kLanes];
+      Exponents bits[kLanes];
+      for (int l = 0; l < kLanes; ++l) {
+        wanted[l] = l < width;
+        code[l] += found;
+        bits[l] = best_exponents(block, weights != nullptr, l, code[l], candidates + found);
+      }
+      encode(block.magnitude, code, bits, wanted, mine);
+    }
+  }
+
+  // Search up to four units from a number on.
+  void operator()(int64_t first, int count, Block& block) const {
+    int code[kLanes], found[kLanes] = {};
+    Unit mine[kLanes];
+    load(first, count, block, code, mine);
+    measure_all(code, block);
+    const Lanes* factors = weights ? block.weights : nullptr;
+    Lanes best = cost(block, 0);
     for (int near = 1; near <= candidates; ++near) {  // from the default outwards: of equal scales the nearest is taken
       for (const int tried : {near, -near}) {
-        const Lanes costs = cost(tried);
+        const Lanes costs = cost(block, tried);
         for (int l = 0; l < kLanes; ++l) {
           if (!(costs[l] < best[l]) || code[l] + tried < 0 || code[l] + tried > kLargestCode) continue;
           best[l] = costs[l];
@@ -273,19 +325,26 @@ extern "C" {
 //
 // x: float32 [rows, k], rows `row_stride` values apart. weights: float64 [units * 64], factors of the squared errors, or
 // null. candidates: level-1 scales tried on either side, 0 to 8. codes: [rows, units * 32] and scales: [rows, units], as
-// tahf4_quantize gave them for x.
+// tahf4_quantize gave them for x. span: units that share a level-1 scale, 0 for a row.
 void tahf4_search(const float* x, int64_t rows, int64_t k, int64_t row_stride, const double* weights, int candidates,
-                  uint8_t* codes, int32_t* scales, int threads) {
+                  int64_t span, uint8_t* codes, int32_t* scales, int threads) {
   const int64_t units = (k + kUnit - 1) / kUnit;
   const Search search{x, k, row_stride, units, weights, candidates, codes, scales};
-  const int64_t blocks = (rows * units + kLanes - 1) / kLanes;
+  const int64_t together = span ? span : units, groups = (units + together - 1) / together;
+  const int64_t blocks = together == 1 ? (rows * units + kLanes - 1) / kLanes : rows * groups;
 #pragma omp parallel num_threads(team_of(rows * units * kUnit, threads))
   {
     const Buffer buffer(sizeof(Block));
     Block& block = *new (buffer.data) Block;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < blocks; ++i)
+    for (int64_t i = 0; i < blocks; ++i) {
+      if (together > 1) {
+        const int64_t first = i % groups * together;
+        search.joint(i / groups * units + first, std::min(together, units - first), block);
+        continue;
+      }
       search(i * kLanes, int(std::min<int64_t>(kLanes, rows * units - i * kLanes)), block);
+    }
   }
 }
 

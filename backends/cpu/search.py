@@ -75,13 +75,14 @@ def round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, T
     return codes, errors
 
 
-def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:
+def search(x: Tensor, weights: Tensor | None, candidates: int, span: int = 1) -> hif4.Packed:
     """Convert to HiF4 with the scales of least squared error.
 
     Args:
         x: ``[..., K]`` of a floating-point type, not empty, on the CPU.
         weights: float64 ``[units * 64]``, finite and not negative: factor of each channel's squared error; or None.
         candidates: level-1 scales tried on either side of the default one, 0 to 8.
+        span: units that share a level-1 scale: 1, 2 or 4, or 0 for a row.
 
     Returns:
         A packed tensor.
@@ -97,9 +98,9 @@ def search(x: Tensor, weights: Tensor | None, candidates: int) -> hif4.Packed:
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         values = hif4.to_float32(rows[part]).contiguous()
-        found = operators.OPERATORS["quantize"](values, None, 0)
+        found = operators.OPERATORS["quantize"](values, None, 0, 4, span)
         build.loaded().tahf4_search(
-            *(values.data_ptr(), len(values), k, k, 0 if factors is None else factors.data_ptr(), candidates),
+            *(values.data_ptr(), len(values), k, k, 0 if factors is None else factors.data_ptr(), candidates, span),
             *(found[0].data_ptr(), found[1].data_ptr(), torch.get_num_threads()),
         )
         to_codes[part], to_scales[part] = found

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from ... import ops
 from ...errors import FormatError
-from ...format import int8
+from ...format import hif4, int8
 from ...ops import fused
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
@@ -83,23 +83,28 @@ def _device_facts(device: torch.device) -> tuple[tuple[int, int] | None, int]:
 
 
 def _quantize(
-    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
 ) -> tuple[Any, list[Call]]:
     from . import quantize
 
     int8.check_bits(bits, quantized=True)
     ops.check_transform(x.shape[-1], multiplier, hadamard_block)
-    return quantize.call([x], "", _dense(multiplier), hadamard_block, bits)
+    return quantize.call([x], "", _dense(multiplier), hadamard_block, bits, hif4.check_span(span))
 
 
 def _fused_quantize(
-    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    inputs: list[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
 ) -> tuple[Any, list[Call]]:
     from . import quantize
 
     int8.check_bits(bits, quantized=True)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
-    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits)
+    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, hif4.check_span(span))
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
@@ -115,10 +120,11 @@ def _linear(
     weight_scales: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    span: int = 1,
 ) -> tuple[Any, list[Call]]:
     sizes = [weight_codes.shape[0]]
     results, calls = _fused_linear(
-        codes, scales, weight_codes, weight_scales, bias, out_dtype, sizes, [], "", out_dtype
+        codes, scales, weight_codes, weight_scales, bias, out_dtype, sizes, [], "", out_dtype, span
     )
     return results[0], calls
 
@@ -134,7 +140,9 @@ def _fused_linear(
     inputs: list[Tensor],
     program: str,
     result_dtype: torch.dtype,
+    span: int = 1,
 ) -> tuple[Any, list[Call]]:
+    hif4.check_span(span)  # no kernel here uses it yet
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     fused.check_sizes(sizes, len(weight_codes), program)
     statements = Program.parse(program).statements
@@ -157,7 +165,9 @@ def _linear_quantize(
     multiplier: Tensor | None,
     hadamard_block: int,
     bits: int = 4,
+    span: int = 1,
 ) -> tuple[Any, list[Call]]:
+    hif4.check_span(span)
     int8.check_bits(bits, quantized=True)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     n = weight_codes.shape[0]

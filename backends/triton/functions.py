@@ -96,8 +96,8 @@ def elements(part, maximum, reciprocal, e8, finite):
 
 
 @triton.jit
-def to_hif4(parts, T: tl.constexpr):
-    """Convert units to a tuple of 8 words int32 [T], eight elements each, and the metadata int32 [T]."""
+def group_maxima(parts, T: tl.constexpr):
+    """Return the largest magnitudes (bits) of the 16 groups of 4, a tuple of int32 [T], and of the units."""
     maxima = ()
     most = tl.zeros((T,), tl.int32)
     for i in tl.static_range(16):
@@ -105,6 +105,40 @@ def to_hif4(parts, T: tl.constexpr):
         maximum = tl.max(parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
         maxima = maxima + (maximum,)
         most = tl.maximum(most, maximum)
+    return maxima, most
+
+
+@triton.jit
+def to_hif4(parts, T: tl.constexpr):
+    """Convert units to a tuple of 8 words int32 [T], eight elements each, and the metadata int32 [T]."""
+    maxima, most = group_maxima(parts, T)
+    words, metadata = encoded(parts, maxima, most, T)
+    return words, metadata
+
+
+@triton.jit
+def to_hif4_shared(parts, most, T: tl.constexpr):
+    """As to_hif4, of units that share their level-1 scales: most (bits) is the largest magnitude of all that do."""
+    maxima, _ = group_maxima(parts, T)
+    words, metadata = encoded(parts, maxima, most, T)
+    return words, metadata
+
+
+@triton.jit
+def span_maximum(maxima, unit, row, U, SPAN, mask, T: tl.constexpr):
+    """Return the largest of the maxima (int32 [rows, U], bits) of the units that share a scale with each unit [T]."""
+    local = unit - row * U
+    first = local - local % SPAN
+    most = tl.zeros((T,), tl.int32)
+    for i in range(SPAN):
+        inside = mask & (first + i < U)
+        most = tl.maximum(most, tl.load(maxima + row * U + first + i, mask=inside, other=0))
+    return most
+
+
+@triton.jit
+def encoded(parts, maxima, most, T: tl.constexpr):
+    """Return words and metadata of units by the largest magnitudes of their groups, and that of the level-1 scale."""
     finite = most < 0x7F800000
     code = level1_code(tl.where(finite, most, 0).to(tl.float32, bitcast=True))
     reciprocal = level1_reciprocal(code)

@@ -3,6 +3,10 @@
 A program without a reduction is computed by the threads that quantize. With one (a norm), each block of threads takes
 whole rows: first one pass over them for mean and spread (Welford's, a lane at a time), then the same as without, from
 cache. So the input comes from memory once.
+
+Where units share their level-1 scales, which may lie in several blocks of threads, there are two kernels: one writes
+the largest magnitude of each unit, and one reads those of a span and converts. Both compute the program and the
+transform.
 """
 
 from __future__ import annotations
@@ -43,6 +47,8 @@ class QuantizeKernel:
         block: Hadamard block, 0 for none.
         width: values that a thread reads at once, 4 or 8.
         bits: 4 for HiF4, or 8.
+        span: units that share a level-1 scale; 0 for a row.
+        maxima: whether it only writes the largest magnitude (bits) of each unit, for the kernel that converts.
     """
 
     program: str
@@ -52,6 +58,8 @@ class QuantizeKernel:
     block: int
     width: int
     bits: int = 4
+    span: int = 1
+    maxima: bool = False
 
     @property
     def format(self) -> str:
@@ -60,7 +68,8 @@ class QuantizeKernel:
 
     def parameters(self) -> list[str]:
         """Return the kernel's parameters but for the constants."""
-        own = ["codes", "scales", "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
+        results = ["maxima"] if self.maxima else ["codes", "scales", *(["maxima"] if self.span != 1 else [])]
+        own = [*results, "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
         return [*own, *leaf_parameters(self.leaves)]
 
     def constants(self, unit_count: int) -> dict[str, int]:
@@ -100,6 +109,10 @@ def _text(kernel: QuantizeKernel) -> str:
     name = "HiF4" if kernel.bits == 4 else "int8"
     what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
     needed = [f"to_{kernel.format}", f"store_{kernel.format}", "fours", *(["hadamard"] if kernel.block else [])]
+    if kernel.maxima:
+        what, needed[:2] = "The largest magnitude of each unit, as bits." + what.partition(".")[2], ["group_maxima"]
+    elif kernel.span != 1:
+        needed[:2] = ["to_hif4_shared", "span_maximum", "store_hif4"]
     return source.module_text(what, needed, "\n\n\n".join(pieces))
 
 
@@ -124,8 +137,21 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
     if kernel.block:
         levels = kernel.block.bit_length() - 1
         transform = f"    parts = hadamard(parts, T, {levels}, {kernel.block**-0.5!r})\n"
+    converted = (
+        f"    words, found = to_{kernel.format}(parts, T)\n"
+        f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
+    )
+    if kernel.maxima:
+        converted = "    groups, most = group_maxima(parts, T)\n    tl.store(maxima + unit, most, mask=mask)"
+    elif kernel.span != 1:
+        converted = (
+            f"    most = span_maximum(maxima, unit, row, U, {kernel.span or 'U'}, mask, T)\n"
+            "    words, found = to_hif4_shared(parts, most, T)\n"
+            "    store_hif4(codes, scales, unit, mask, words, found, T)"
+        )
+    results = _results(kernel)
     return (
-        f"@triton.jit\ndef quantize_units(codes, scales, unit, row, first, mask, K{multiplier}{statistics}{given}, "
+        f"@triton.jit\ndef quantize_units({results}, unit, row, first, mask, K{multiplier}{statistics}{given}, "
         "T: tl.constexpr):\n"
         "    parts = ()\n"
         f"    for i in tl.static_range({UNIT // kernel.width}):\n"
@@ -133,9 +159,15 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
         f"{body}\n"
         f"        parts = parts + fours(x, T, {kernel.width})\n"
         f"{transform}"
-        f"    words, found = to_{kernel.format}(parts, T)\n"
-        f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
+        f"{converted}"
     )
+
+
+def _results(kernel: QuantizeKernel) -> str:
+    """Return the arguments for what a kernel writes, and reads of a span."""
+    if kernel.maxima:
+        return "maxima"
+    return "codes, scales" + (", maxima, U" if kernel.span != 1 else "")
 
 
 def _signature(kernel: QuantizeKernel, constants: Sequence[str]) -> str:
@@ -150,11 +182,11 @@ def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
     row = unit // U
     mask = row < rows
     first = ((unit - row * U) * 64).to(tl.int32)
-    quantize_units(codes, scales, unit, row, first, mask, K{multiplier}{given}, T)"""
+    quantize_units({_results(kernel)}, unit, row, first, mask, K{multiplier}{given}, T)"""
 
 
 def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
-    multiplier = ", multiplier" if kernel.multiplier else ""
+    multiplier, results = ", multiplier" if kernel.multiplier else "", _results(kernel)
     if reduction.function == "layer_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + {float(reduction.arguments[3])!r})"  # type: ignore[arg-type]
     elif reduction.function == "rms_norm":
@@ -190,19 +222,34 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
         mask = unit_row < rows
         unit_mean = tl.gather(mean, local_row, axis=0)[:, None]
         unit_spread = tl.gather(spread, local_row, axis=0)[:, None]
-        quantize_units(codes, scales, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
+        quantize_units({results}, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
 
 
 @functools.lru_cache(maxsize=4096)
 def kernel_for(
-    program: str, leaves: tuple[Leaf, ...], whole: bool, multiplier: bool, block: int, width: int, bits: int = 4
+    program: str,
+    leaves: tuple[Leaf, ...],
+    whole: bool,
+    multiplier: bool,
+    block: int,
+    width: int,
+    bits: int = 4,
+    span: int = 1,
+    maxima: bool = False,
 ) -> QuantizeKernel:
     """Return the kernel of a key; its text is made once."""
-    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits)
+    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, maxima)
 
 
 def describe(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, shape: Sequence[int], bits: int = 4
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None,
+    block: int,
+    shape: Sequence[int],
+    bits: int = 4,
+    span: int = 1,
+    maxima: bool = False,
 ) -> tuple[QuantizeKernel, list[Operand]]:
     """Return the kernel for some inputs, and how they are passed."""
     operands = [operand(f"x{i}", value, shape) for i, value in enumerate(inputs)]
@@ -210,26 +257,32 @@ def describe(
     # 16 bytes at once of the input that is read most; other widths follow it.
     full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
     width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
-    kernel = kernel_for(program, leaves, shape[-1] % UNIT == 0, multiplier is not None, block, width, bits)
-    return kernel, operands
+    form = (multiplier is not None, block, width, bits, span, maxima)
+    return kernel_for(program, leaves, shape[-1] % UNIT == 0, *form), operands
 
 
 def call(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, bits: int = 4
+    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, bits: int = 4, span: int = 1
 ) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    """Return the results of ``tahf4::fused_quantize``, empty, and the launch that fills them (none for no values)."""
+    """Return the results of ``tahf4::fused_quantize``, empty, and the launches that fill them (none for no values)."""
     shape = torch.broadcast_shapes(*(value.shape for value in inputs))
     k, count = shape[-1], units(shape[-1])
     codes, scales = empty_units(inputs[0], shape, bits)
     rows = math.prod(shape[:-1])
     if rows == 0 or k == 0:
         return (codes, scales), []
-    kernel, operands = describe(inputs, program, multiplier, block, shape, bits)
-    constants = kernel.constants(count)
-    per_block = constants.get("ROWS")
-    blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
-    values = [codes.view(torch.int32), scales, rows, k, count, *([multiplier] if multiplier is not None else [])]
-    values += [value for o in operands for value in o.values]
-    arguments = dict(zip(kernel.parameters(), values, strict=True))
-    launch = Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=THREADS // 32, exact=True)
-    return (codes, scales), [launch]
+    span = span if bits == 4 and count > 1 else 1
+    shared = [torch.empty_like(scales)] if span != 1 else []
+
+    def launch(maxima: bool) -> Call:
+        kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, maxima)
+        constants = kernel.constants(count)
+        per_block = constants.get("ROWS")
+        blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
+        results = shared if maxima else [codes.view(torch.int32), scales, *shared]
+        values = [*results, rows, k, count, *([multiplier] if multiplier is not None else [])]
+        values += [value for o in operands for value in o.values]
+        arguments = dict(zip(kernel.parameters(), values, strict=True))
+        return Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=THREADS // 32, exact=True)
+
+    return (codes, scales), [launch(maxima) for maxima in ([True, False] if shared else [False])]

@@ -20,7 +20,12 @@ SAVED = 0.05
 
 
 def with_branches(
-    calibration: Seen, layer: Layer, mask: Tensor | None, search: str, packed: Mapping[str, hif4.Packed]
+    calibration: Seen,
+    layer: Layer,
+    mask: Tensor | None,
+    search: str,
+    packed: Mapping[str, hif4.Packed],
+    span: int = 1,
 ) -> tuple[dict[str, LowRank], dict[str, hif4.Packed], dict[str, str]]:
     """Return branches of the linears that read an activation, all packed weights, and why a linear has none.
 
@@ -32,6 +37,7 @@ def with_branches(
         mask: of the activation.
         search: how weights are rounded.
         packed: weights without branches, for ``search="reconstruct"``.
+        span: units that share a level-1 scale; 0 for a row.
     """
     activation, percent = layer.cells.activation, layer.choices.low_rank
     assert percent is not None
@@ -42,10 +48,10 @@ def with_branches(
     if not found:
         return {}, dict(packed), refused
     rest = [remainder(weight, found.get(path)) for path, weight in named]
-    again = reconstructed(calibration, layer.cells, rest, mask, layer.seed, layer.block) if packed else {}
+    again = reconstructed(calibration, layer.cells, rest, mask, layer.seed, layer.block, span) if packed else {}
     if len(layer.rows):
         errors = [
-            output_error(layer.rows, layer.weights, layer.product(mask, search, parts, branches))
+            output_error(layer.rows, layer.weights, layer.product(mask, search, parts, branches, span))
             for parts, branches in ((packed, {}), (again, found))
         ]
         for path, before, after in zip(activation.members, *errors, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..options import ACTIVATION_BITS, check_protecting_bits
+from ..options import scale_span as check_scale_span
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
@@ -26,6 +27,7 @@ class Choices:
         column: what stands for a weight's column in the mask: its largest magnitude (``"max"``), as published, or its
             norm (``"norm"``), which the searches take.
         low_rank: rank of the branches, in percent of each weight's smaller side; None for none.
+        scale_span: units of a row that share a level-1 scale; 0 for all.
     """
 
     mask: str | None
@@ -37,6 +39,7 @@ class Choices:
     activation_bits: int = 4
     column: str = "max"
     low_rank: float | None = None
+    scale_span: int = 1
 
 
 def check_choices(
@@ -52,6 +55,7 @@ def check_choices(
     activation_bits: Any = 4,
     protect_bits: Any = None,
     low_rank: Any = None,
+    scale_span: Any = 1,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -77,6 +81,7 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+    check_scale_span("scale_span", scale_span)
     check_protecting_bits("step_activation_bits", step_activation_bits)
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
         raise OptionError(

@@ -69,8 +69,12 @@ class Layer:
         search: str,
         packed: Mapping[str, hif4.Packed] | None = None,
         branches: Mapping[str, LowRank] | None = None,
+        span: int = 1,
     ) -> QuantizedWeight:
-        """Return the product with all weights joined, quantized now or packed before, and their branches, by path."""
+        """Return the product with all weights joined, quantized now or packed before, and their branches, by path.
+
+        ``span``: units that share a level-1 scale; 0 for a row.
+        """
         importance = moment_as_quantized(self.moment, mask, self.block) if search == "weighted" else None
         whole, device = None, self.moment.device
         if packed:
@@ -85,7 +89,7 @@ class Layer:
             pairs = [branches.get(path, empty) for path, empty in zip(members, none, strict=True)]
             left, right = ([factor.to(device, torch.float32) for factor in part] for part in zip(*pairs, strict=True))
             joined = LowRank(torch.cat(left, 1), torch.block_diag(*right))
-        return QuantizedWeight(every, mask, self.seed, self.block, search, importance, whole, bits, joined)
+        return QuantizedWeight(every, mask, self.seed, self.block, search, importance, whole, bits, joined, span)
 
     def error(self, mask: Tensor | None) -> float:
         """Return the relative squared error of the outputs on sample rows, summed over the weights.

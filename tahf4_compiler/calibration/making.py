@@ -18,8 +18,10 @@ from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
 from ..format.low_rank import LowRank
+from ..format.spans import check_span
 from ..model.parts import class_name
 from ..pipeline.order import provenance
+from ..pipeline.rules import effective_span
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
@@ -57,6 +59,7 @@ def make_recipe(
     activation_bits: int = 4,
     protect_bits: int | None = None,
     low_rank: float | None = None,
+    scale_span: int | str = 1,
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -83,6 +86,9 @@ def make_recipe(
         activation_bits: of all activations: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16
             (not quantized).
         protect_bits: as for :meth:`Recipe.plan`.
+        scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
+            for all. An activation without mask and rotation, or of other than 4 bits, has a scale for each unit; the
+            report of a compilation says so.
         low_rank: a branch of low rank beside each 4-bit product, in 16 bits: its rank in percent of the smaller side of
             the weight, in multiples of 8 and at least 8. A linear whose output error on sample rows it does not lower
             by a twentieth gets none, and its reason says so. None: no branches.
@@ -98,13 +104,14 @@ def make_recipe(
     check_choices(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
         scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
-        activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, **budget,
+        activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, scale_span=scale_span, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
     column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
-    choices = Choices(mask, percent, weight_exponent, combine, width, scale_search, activation_bits, column, low_rank)
+    form = (scale_search, activation_bits, column, low_rank, check_span(scale_span))
+    choices = Choices(mask, percent, weight_exponent, combine, width, *form)
     measured = calibration.measured()
     network = functools.cache(functools.partial(_network, calibration))
     found: dict[str, dict[str, RecipeEntry]] = {}
@@ -172,15 +179,16 @@ def _entry(
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
     search, packed = choices.scale_search, dict[str, hif4.Packed]()
+    span = effective_span(choices.scale_span, choices.activation_bits, mask is not None, block)
     if search == "reconstruct":
-        packed = reconstructed(calibration, cells, weights, mask, seed, block)
+        packed = reconstructed(calibration, cells, weights, mask, seed, block, span)
         search = search if packed else "squared"
     branches, refused = dict[str, LowRank](), dict[str, str]()
     if choices.low_rank is not None:
-        branches, packed, refused = with_branches(calibration, layer, mask, search, packed)
+        branches, packed, refused = with_branches(calibration, layer, mask, search, packed, span)
     noise = None
     if sensitivity and len(rows):
-        noise = _noise(cells, weights, layer.product(mask, search, packed, branches))
+        noise = _noise(cells, weights, layer.product(mask, search, packed, branches, span))
     seen = sum(sketch.rows for sketch, _ in cells.cells.values())
     linears = {}
     for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
@@ -202,6 +210,7 @@ def _entry(
         layer.moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
         packed,
         branches,
+        choices.scale_span,
     )
 
 
@@ -331,7 +340,8 @@ def _products(
             packed = hif4.Packed(packed.codes.to(weight.device), packed.scales.to(weight.device), packed.k)
         bits = entry.linears[path].activation_bits
         form = (mask, entry.seed, entry.hadamard_block, entry.search, importance, packed, bits)
-        return QuantizedWeight(weight, *form, entry.low_rank.get(path))
+        span = effective_span(entry.span, bits, mask is not None, entry.hadamard_block)
+        return QuantizedWeight(weight, *form, entry.low_rank.get(path), span)
 
     for path in entry.linears:
         yield path, functools.partial(make, path)

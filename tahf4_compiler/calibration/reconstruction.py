@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..format import hif4
 from ..format.reconstruct import damped_factor, reconstruct
+from ..format.scale_search import search_scales
 from ..format.transforms import multipliers, transform
 from ..weights.packing import moments_as_quantized
 from .seen import Seen
@@ -21,7 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def reconstructed(
-    calibration: Seen, cells: Cells, weights: list[Tensor], mask: Tensor | None, seed: int | None, block: int
+    calibration: Seen,
+    cells: Cells,
+    weights: list[Tensor],
+    mask: Tensor | None,
+    seed: int | None,
+    block: int,
+    span: int = 1,
 ) -> dict[str, hif4.Packed]:
     """Return the weights that read an activation, rounded by its moments, on the CPU; nothing without moments.
 
@@ -47,6 +54,12 @@ def reconstructed(
         return {}
     forward, inverse = (None if m is None else m.to(weights[0].device) for m in multipliers(k, mask, seed))
     parts: dict[str, list[hif4.Packed]] = {path: [] for path in activation.members}
+    searched: dict[str, hif4.Packed] = {}
+    if span != 1:  # may be longer than a block of moments
+        searched = {
+            path: search_scales(transform(weight.detach(), inverse, block), span=span)
+            for path, weight in zip(activation.members, weights, strict=True)
+        }
     for i, (first, size) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes)):
         at, known = slice(first, first + size), dict[tuple[int, ...], tuple[Tensor, Tensor]]()
         for path, weight in zip(activation.members, weights, strict=True):
@@ -57,10 +70,18 @@ def reconstructed(
                 moments = moments_as_quantized(total, None if forward is None else forward[at], block)
                 known[key] = moments, damped_factor(moments)
             moved = transform(weight.detach()[:, at], None if inverse is None else inverse[at], block)
-            parts[path].append(reconstruct(moved, *known[key]))
+            whole = _columns(searched[path], first, size) if path in searched else None
+            parts[path].append(reconstruct(moved, *known[key], span, whole))
     return {
         path: hif4.Packed(
             torch.cat([p.codes for p in found], 1).cpu(), torch.cat([p.scales for p in found], 1).cpu(), k
         )
         for path, found in parts.items()
     }
+
+
+def _columns(packed: hif4.Packed, first: int, size: int) -> hif4.Packed:
+    """Return some channels of a packed weight, in whole units."""
+    units = slice(first // hif4.UNIT, first // hif4.UNIT + hif4.units(size))
+    codes = packed.codes.unflatten(1, (-1, hif4.UNIT // 2))[:, units].flatten(1)
+    return hif4.Packed(codes, packed.scales[:, units], size)

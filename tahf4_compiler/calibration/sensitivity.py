@@ -45,14 +45,16 @@ class QuantizedWeight:
         packed: hif4.Packed | None = None,
         activation_bits: int = 4,
         low_rank: LowRank | None = None,
+        span: int = 1,
     ) -> None:
         """Transform and convert ``[N, K]``, less its branch; or take what was packed before, on the weight's device."""
         forward, backward = multipliers(weight.shape[1], mask, seed)
         self.multiplier = forward.to(weight.device) if forward is not None else None
-        self.block, self.activation_bits = block, activation_bits
+        self.block, self.activation_bits, self.span = block, activation_bits, span
         inverse = backward.to(weight.device) if backward is not None else None
         if packed is None:
-            packed = pack_weight(remainder(weight, low_rank), inverse, block, search=search, importance=importance)
+            rest = remainder(weight, low_rank)
+            packed = pack_weight(rest, inverse, block, search=search, importance=importance, span=span)
         self.packed = packed
         self.low_rank = low_rank and LowRank(*(factor.to(weight.device, torch.float32) for factor in low_rank))
 
@@ -73,6 +75,7 @@ class QuantizedWeight:
                     "input features; choose a narrower block, or make the recipe on fewer ranks"
                 )
             k //= part.size
+            mine.span = 1
             mine.multiplier = part.of(self.multiplier, 0) if self.multiplier is not None else None
         if self.low_rank is not None:
             a, b = self.low_rank
@@ -84,7 +87,8 @@ class QuantizedWeight:
         """Return the product of ``[..., K]`` with some rows of the weight: float32 ``[..., count]``."""
         rows = slice(first, None if count is None else first + count)
         codes, scales = (part[rows].contiguous() for part in self.packed[:2])
-        out = registry.linear(*registry.quantize(x, self.multiplier, self.block, self.activation_bits), codes, scales)
+        left = registry.quantize(x, self.multiplier, self.block, self.activation_bits, self.span)
+        out = registry.linear(*left, codes, scales, self.span)
         if self.low_rank is None:
             return out
         return out + x.to(torch.float32) @ self.low_rank.a @ self.low_rank.b[:, rows]

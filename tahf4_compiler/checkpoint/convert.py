@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, RecipeError, Tahf4Error
 from ..files.reading import read_header
+from ..format.spans import span_name
 from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
@@ -157,6 +158,7 @@ def _parts(
                 **({} if transforms[path].multiplies else {"multiplier": False}),
                 **({} if d.activation_bits == 4 else {"activation_bits": d.activation_bits}),
                 **({"rank": d.rank} if d.rank else {}),
+                **({"scale_span": span_name(d.span)} if d.span != 1 else {}),
             }
             for path, d in chosen.items()
         }

@@ -3,7 +3,8 @@
 No statistic crosses tokens, units or rotation blocks, so
 
 * tokens and batch (every axis but the last) shard freely: codes and scales shard with them;
-* K shards in whole units of 64 and whole rotation blocks: codes, scales and the multiplier shard with it;
+* K shards in whole units of 64, whole rotation blocks and whole spans (of units that share a scale; a row does not
+  shard): codes, scales and the multiplier shard with it;
 * a product of operands sharded along K is a partial sum. It is offered in float32 and without a bias only: the bias
   must be added once, and a sum of rounded parts would not be the product of one rank;
 * rows of the weight shard freely, and the product's columns and the bias with them.
@@ -45,21 +46,21 @@ def _parts(spec: Any) -> int:
     return int(spec.mesh.size())
 
 
-def _whole(k: int, parts: int, block: int) -> bool:
-    """Tell whether K falls into equal parts of whole units and whole rotation blocks."""
-    return k % (parts * max(hif4.UNIT, block)) == 0
+def _whole(k: int, parts: int, block: int, span: Sequence[int] = ()) -> bool:
+    """Tell whether K falls into equal parts of whole units, rotation blocks and spans (none, or one number)."""
+    return 0 not in span and k % (parts * max(hif4.UNIT, block, *(hif4.UNIT * units for units in span))) == 0
 
 
-def _quantize(x: Any, multiplier: Any = None, hadamard_block: int = 0, bits: int = 4) -> list[Rule]:
+def _quantize(x: Any, multiplier: Any = None, hadamard_block: int = 0, bits: int = 4, *span: int) -> list[Rule]:
     shape = _shape(x)
     last = len(shape) - 1
 
     def rule(out: Any, source: Any, factors: Any) -> Rule:
-        return [out, out], [source, factors if multiplier is not None else None, None, None]
+        return [out, out], [source, factors if multiplier is not None else None, None, None, *(None for _ in span)]
 
     rules = [rule(Replicate(), Replicate(), Replicate())]
     rules += [rule(Shard(i), Shard(i), Replicate()) for i in range(last)]
-    if _whole(shape[-1], _parts(x), hadamard_block):
+    if _whole(shape[-1], _parts(x), hadamard_block, span if bits == 4 else ()):
         rules.append(rule(Shard(last), Shard(last), Shard(0)))
     return rules
 
@@ -72,18 +73,25 @@ def _dequantize(codes: Any, scales: Any, k: int, dtype: torch.dtype) -> list[Rul
 
 
 def _linear(
-    codes: Any, scales: Any, weight_codes: Any, weight_scales: Any, bias: Any, out_dtype: torch.dtype
+    codes: Any,
+    scales: Any,
+    weight_codes: Any,
+    weight_scales: Any,
+    bias: Any,
+    out_dtype: torch.dtype,
+    *span: int,
 ) -> list[Rule]:
     last = len(_shape(codes)) - 1
 
     def rule(out: Any, left: Any, right: Any, added: Any) -> Rule:
-        return [out], [left, left, right, right, added if bias is not None else None, None]
+        whole = added if bias is not None else None
+        return [out], [left, left, right, right, whole, None, *(None for _ in span)]
 
     rules = [rule(Replicate(), Replicate(), Replicate(), Replicate())]
     rules += [rule(Shard(i), Shard(i), Replicate(), Replicate()) for i in range(last)]
     rules.append(rule(Shard(last), Replicate(), Shard(0), Shard(0)))
     units = _shape(scales)[-1]
-    if bias is None and out_dtype == torch.float32 and units % _parts(codes) == 0:
+    if bias is None and out_dtype == torch.float32 and _whole(units * hif4.UNIT, _parts(codes), 0, span):
         rules.append(rule(Partial(), Shard(last), Shard(1), None))
     return rules
 
@@ -99,13 +107,14 @@ def _aligned(inputs: Sequence[Any], axis: int, axes: int) -> list[Any]:
 
 
 def _fused_quantize(
-    inputs: Sequence[Any], program: str, multiplier: Any = None, hadamard_block: int = 0, bits: int = 4
+    inputs: Sequence[Any], program: str, multiplier: Any = None, hadamard_block: int = 0, bits: int = 4, *span: int
 ) -> list[Rule]:
     # A program may hold a norm along the last axis, so that one stays whole.
     axes = max(len(_shape(spec)) for spec in inputs)
 
     def rule(out: Any, sources: Sequence[Any]) -> Rule:
-        return [out, out], [*sources, None, Replicate() if multiplier is not None else None, None, None]
+        factors = Replicate() if multiplier is not None else None
+        return [out, out], [*sources, None, factors, None, None, *(None for _ in span)]
 
     rules = [rule(Replicate(), [Replicate()] * len(inputs))]
     return rules + [rule(Shard(i), _aligned(inputs, i, axes)) for i in range(axes - 1)]
@@ -123,6 +132,7 @@ def _linear_quantize(
     multiplier: Any,
     hadamard_block: int,
     bits: int = 4,
+    *span: int,
 ) -> list[Rule]:
     axes = len(_shape(codes))
 
@@ -130,7 +140,8 @@ def _linear_quantize(
         whole = Replicate()
         added = whole if bias is not None else None
         factors = whole if multiplier is not None else None
-        return [out, out], [out, out, whole, whole, added, None, *sources, None, factors, None, None]
+        operands = [out, out, whole, whole, added, None]
+        return [out, out], [*operands, *sources, None, factors, None, None, *(None for _ in span)]
 
     rules = [rule(Replicate(), [Replicate()] * len(inputs))]
     return rules + [rule(Shard(i), _aligned(inputs, i, axes)) for i in range(axes - 1)]

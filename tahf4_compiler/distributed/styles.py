@@ -7,6 +7,7 @@ and its row-parallel sum must be of float32 parts, the bias added once.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from ..errors import ShardingError
+from ..format import hif4
 from ..model.parts import Part, remember
 from ..packed.linear import HiF4Linear
 from . import sharding
@@ -26,6 +28,7 @@ from .sizes import check_columns, check_rows
 __all__ = ["HiF4ColwiseParallel", "HiF4RowwiseParallel"]
 
 sharding.register()
+log = logging.getLogger(__name__)
 
 _COLUMNS: dict[str, Any] = {"multiplier": Replicate(), "low_rank_a": Replicate(), "low_rank_b": Shard(1)}
 _ROWS: dict[str, Any] = {
@@ -72,7 +75,8 @@ class HiF4RowwiseParallel(RowwiseParallel):
     """Each rank has some input features, in whole units and rotation blocks.
 
     The same as one rank but for the order of the float32 sum over units: parts are summed in float32 before the bias is
-    added and the result is cast.
+    added and the result is cast. A linear whose units share level-1 scales over more than a rank has loses its span,
+    with a warning: its activation then has a scale for each unit, which is more exact and slower.
     """
 
     def __init__(self, *, local: bool = False, name: str = "", **layouts: Any) -> None:
@@ -86,6 +90,14 @@ class HiF4RowwiseParallel(RowwiseParallel):
         packed = isinstance(linear, HiF4Linear)
         block = linear.hadamard_block if isinstance(linear, HiF4Linear) else 0
         check_rows(self.name or _describe(linear), linear.in_features, device_mesh.size(), block)
+        if isinstance(linear, HiF4Linear) and not _spans_fit(linear, device_mesh.size()):
+            log.warning(
+                "%s: its units share their level-1 scales over %s, which %d ranks would divide; its activation has a "
+                "scale for each unit instead (span 1)",
+                *(self.name or _describe(linear), f"{linear.span} units" if linear.span else "a row"),
+                device_mesh.size(),
+            )
+            linear.span = 1
         if self.local:
             self._partition_linear_fn("", linear, device_mesh)
             linear.in_features //= device_mesh.size()
@@ -102,6 +114,10 @@ class HiF4RowwiseParallel(RowwiseParallel):
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         _divide(module, device_mesh, _ROWS, Shard(1), self.src_data_rank, local=self.local)
+
+
+def _spans_fit(linear: HiF4Linear, parts: int) -> bool:
+    return linear.span == 1 or (linear.span > 1 and hif4.units(linear.in_features) % (parts * linear.span) == 0)
 
 
 class _RowParallel:

@@ -10,11 +10,14 @@ One *unit* covers 64 consecutive values along the last axis and holds
 
 ``value = E6M2 * 2**(e8 + e16) * (+/- magnitude / 4)``
 
+Some units that follow each other in a row, a *span*, may share their level-1 scale. Nothing in the packed form says so;
+who knows it may add the products of a whole span as integers.
+
 Everything that rounds does so with integer operations on the bits of a float32, because Inductor
 removes ``x.to(bfloat16).to(float32)`` round trips; the last factor before ``+ 0.5`` is a power of two,
 so that a fused multiply-add gives the same bits. Eager and compiled code therefore agree exactly.
 
-Nothing here imports anything else of this project except its errors.
+Nothing here imports anything else of this project except its errors and what a span is.
 """
 
 from __future__ import annotations
@@ -25,18 +28,24 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .spans import SPANS, check_span, over_spans
 
 __all__ = [
     "BYTES_PER_UNIT",
     "LARGEST",
+    "SPANS",
     "UNIT",
     "Packed",
+    "check_span",
     "dequantize",
     "extremes",
     "fake_quantize",
     "from_bytes",
+    "holds_span",
     "level1_scale",
+    "level1_value",
     "quantize",
+    "scales_hold_span",
     "subgroup_exponents",
     "to_bytes",
     "units",
@@ -82,7 +91,27 @@ def units(k: int) -> int:
     return (k + UNIT - 1) // UNIT
 
 
-def quantize(x: Tensor, *, rounding: str = "half_away") -> Packed:
+def holds_span(packed: Packed, span: int | str) -> bool:
+    """Return whether the units of each span have the same level-1 scale.
+
+    Args:
+        packed: as :func:`quantize` returns it.
+        span: one of :data:`SPANS`.
+
+    Raises:
+        FormatError: dtypes or shapes of ``packed`` do not fit each other, or the span is unknown.
+    """
+    check_packed(packed)
+    return scales_hold_span(packed.scales, check_span(span))
+
+
+def scales_hold_span(scales: Tensor, span: int) -> bool:
+    """Return what :func:`holds_span` does, for scales alone and a span of 1, 2 or 4, or 0 for a row."""
+    codes = scales & 0xFF
+    return bool((over_spans(codes, span) == codes).all())
+
+
+def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> Packed:
     """Convert a floating-point tensor to HiF4 along its last axis.
 
     Args:
@@ -90,14 +119,17 @@ def quantize(x: Tensor, *, rounding: str = "half_away") -> Packed:
             Any leading dimensions, any strides. Values beyond the range saturate.
         rounding: of an element to its magnitude: ``"half_away"`` (from zero; the public reference) or
             ``"half_even"`` (the paper allows both).
+        span: one of :data:`SPANS`: how many units of a row share the level-1 scale of their largest magnitude. The
+            last ones of a row may be fewer.
 
     Returns:
         The packed tensor. A unit that holds a NaN or an infinity has the level-1 scale ``0xFF``
-        and zero elements, and dequantizes to NaN.
+        and zero elements, and dequantizes to NaN. So have all units of its span.
 
     Raises:
-        FormatError: ``x`` has no axis or is not of a floating-point type, or ``rounding`` is unknown.
+        FormatError: ``x`` has no axis or is not of a floating-point type, or ``rounding`` or ``span`` is unknown.
     """
+    step = check_span(span)
     if rounding not in ROUNDINGS:
         raise FormatError(f"rounding is {rounding!r}; expected one of {', '.join(map(repr, ROUNDINGS))}")
     if not isinstance(x, Tensor):
@@ -116,10 +148,12 @@ def quantize(x: Tensor, *, rounding: str = "half_away") -> Packed:
     values = as_units(to_float32(x))
     magnitude = values.abs()
     finite = (magnitude <= torch.finfo(torch.float32).max).all(-1)
+    if step != 1:
+        finite = over_spans((~finite).to(torch.int32), step) == 0
     magnitude = torch.where(finite[..., None], magnitude, 0.0)
     max4 = magnitude.unflatten(-1, (16, 4)).amax(-1)
     max8 = max4.unflatten(-1, (8, 2)).amax(-1)
-    scale_code = level1_scale(max8.amax(-1))
+    scale_code = level1_scale(over_spans(max8.amax(-1), step))
     reciprocal = _reciprocal(scale_code)[..., None]
     e8, e16 = subgroup_exponents(max4, max8, reciprocal)
     # 4 / 2**(e8 + e16) for each group of four; the product with it is exact.
@@ -155,10 +189,7 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     if dtype not in _FLOAT_DTYPES:
         raise FormatError(f"dequantize to {dtype}; expected float32, bfloat16, float16 or float64")
     codes, scales, k = packed
-    scale_code = scales & 0xFF
-    # A bfloat16/float32 exponent is biased by 127, E6M2's by 48; its two mantissa bits lead.
-    scale = (((scale_code >> 2) + (127 - 48)) << 23 | (scale_code & 3) << 21).view(torch.float32)
-    scale = torch.where(scale_code == _NAN_SCALE, torch.nan, scale)
+    scale = level1_value(scales)
     index = torch.arange(16, device=scales.device, dtype=torch.int32)
     e8 = (scales[..., None] >> (8 + (index >> 1))) & 1
     e16 = (scales[..., None] >> (16 + index)) & 1
@@ -279,6 +310,14 @@ def level1_scale(unit_max: Tensor) -> Tensor:
     scale = _round_bits((unit_max * 0.142578125).view(torch.int32), 16).view(torch.float32)
     bits = _round_bits(scale.clamp(_MIN_SCALE, _MAX_SCALE).view(torch.int32), 21)
     return (bits >> 21) - ((127 - 48) << 2)
+
+
+def level1_value(scales: Tensor) -> Tensor:
+    """Return the value of the level-1 scale of each unit: float32 of the shape of ``scales``, exact."""
+    scale_code = scales & 0xFF
+    # A bfloat16/float32 exponent is biased by 127, E6M2's by 48; its two mantissa bits lead.
+    scale = (((scale_code >> 2) + (127 - 48)) << 23 | (scale_code & 3) << 21).view(torch.float32)
+    return torch.where(scale_code == _NAN_SCALE, torch.nan, scale)
 
 
 def subgroup_exponents(max4: Tensor, max8: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:

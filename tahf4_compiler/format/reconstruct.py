@@ -7,7 +7,8 @@ not rounded yet, by the inverse of ``M``.
 
 Sources: GPTQ (Frantar et al., arXiv 2210.17323). How its groups become HiF4 units is this project's: the scales of a
 unit are searched (:func:`tahf4_compiler.format.scale_search.search_scales`) on what its 64 channels hold when the first
-of them is reached, and stay from then on.
+of them is reached, and stay from then on. Where units share a level-1 scale (a span), that one is searched on the
+original weight, and the exponent bits as before.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..plugins import host
 from . import hif4
-from .scale_search import search_scales
+from .scale_search import search_exponents, search_scales
 
 __all__ = ["DAMPING", "Reconstruction", "damped_factor", "moment_error", "reconstruct"]
 
@@ -46,7 +47,13 @@ class Reconstruction:
         return self
 
 
-def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None) -> hif4.Packed:
+def reconstruct(
+    weight: Tensor,
+    moments: Tensor,
+    factor: Tensor | None = None,
+    span: int | str = 1,
+    searched: hif4.Packed | None = None,
+) -> hif4.Packed:
     """Convert a weight to HiF4 so that its product with an activation is right, not each of its values.
 
     Args:
@@ -54,6 +61,9 @@ def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None) -
         moments: float32 or float64 ``[K, K]``, mean of ``x x^T`` of the activation as it is quantized, on the weight's
             device.
         factor: of these moments by :func:`damped_factor`, if several weights read the activation.
+        span: as for :func:`tahf4_compiler.format.hif4.quantize`.
+        searched: what ``search_scales`` gives for the weight, if it is known: of a part of K, whose span is longer, the
+            part of what it gives for the whole.
 
     Returns:
         A packed tensor on the weight's device. In no row is its :func:`moment_error` larger than that of
@@ -65,7 +75,8 @@ def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None) -
     _check(weight, moments)
     factor = damped_factor(moments) if factor is None else factor
     with torch.no_grad():
-        searched = search_scales(weight)
+        step = hif4.check_span(span)
+        searched = search_scales(weight, span=span) if searched is None else searched
         if weight.numel() == 0:
             return searched
         finite = weight.isfinite().all(1)
@@ -74,7 +85,7 @@ def reconstruct(weight: Tensor, moments: Tensor, factor: Tensor | None = None) -
         values = torch.nn.functional.pad(values, (0, padding))
         moments, factor = (torch.nn.functional.pad(m, (0, padding, 0, padding)) for m in (moments, factor))
         factor.diagonal()[factor.shape[0] - padding :] = 1.0
-        found = _round(values, factor)
+        found = _round(values, factor, searched.scales & 0xFF if step != 1 else None)
         better = moment_error(values, found, moments) < moment_error(values, searched, moments)
         chosen = (better & finite)[:, None]
         return hif4.Packed(
@@ -127,15 +138,22 @@ def damped_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
 
 
-def _round(values: Tensor, factor: Tensor) -> hif4.Packed:
-    """Round ``[N, K]``, K in whole units, unit by unit; ``factor`` moves the errors into what comes later."""
+def _round(values: Tensor, factor: Tensor, level1: Tensor | None) -> hif4.Packed:
+    """Round ``[N, K]``, K in whole units, unit by unit; ``factor`` moves the errors into what comes later.
+
+    ``level1`` ``[N, units]``: level-1 scales, or None for those of each unit alone.
+    """
     rest = values.clone()
     codes, scales = [], []
     for first in range(0, rest.shape[1], hif4.UNIT):
         last = first + hif4.UNIT
         unit, mine = rest[:, first:last].contiguous(), factor[first:last, first:last]
         # The error of a channel that later ones can make up for counts less.
-        found = search_scales(unit, 1 / mine.diagonal().square()).scales
+        importance = 1 / mine.diagonal().square()
+        if level1 is None:
+            found = search_scales(unit, importance).scales
+        else:
+            found = search_exponents(unit, level1[:, first // hif4.UNIT], importance)[:, None]
         fast = host.find("round_unit", unit)
         part, errors = (fast or _round_unit)(unit, _steps(found), mine)
         rest[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)

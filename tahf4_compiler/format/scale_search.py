@@ -13,6 +13,9 @@ element is ``scale * 2**(e8 + e16) / 4`` and E6M2 has four codes an octave, so t
 Sources: the format as in :mod:`tahf4_compiler.format.hif4`. Scales and sub-exponents chosen by squared error are
 published for weights; how they are searched here is this project's. Weighting a channel by its activation's second
 moment minimizes the mean squared error of a linear's output where the channels are uncorrelated.
+
+Where units share a level-1 scale (a span), the scale is that of the least sum of their errors; the exponent bits are
+those of each unit.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from ..errors import FormatError
 from ..plugins import host
 from . import hif4
 
-__all__ = ["CANDIDATES", "MAX_CANDIDATES", "search_error", "search_scales"]
+__all__ = ["CANDIDATES", "MAX_CANDIDATES", "search_error", "search_exponents", "search_scales"]
 
 CANDIDATES = 4
 """Level-1 scales that are tried on either side of the default one.
@@ -53,7 +56,9 @@ _CHUNK_ELSEWHERE = 1 << 14  # about 80 MB
 _BETTER = 1.0 - 2.0**-40
 
 
-def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: int = CANDIDATES) -> hif4.Packed:
+def search_scales(
+    x: Tensor, importance: Tensor | None = None, *, candidates: int = CANDIDATES, span: int | str = 1
+) -> hif4.Packed:
     """Convert to HiF4 with the scales of least squared error.
 
     All arithmetic is float64 on values rounded to float32, in an order that does not depend on how the work is
@@ -65,6 +70,7 @@ def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: in
             of the activation's channel, for a linear's weight), or None for equal factors.
         candidates: level-1 scales (E6M2 codes) tried below and above the default one, 0 to ``MAX_CANDIDATES``;
             with 0 only the exponent bits are searched.
+        span: as for ``hif4.quantize``. What follows about units then counts for spans.
 
     Returns:
         A packed tensor on the device of ``x``. In no unit is the (weighted) squared error larger than that of
@@ -81,6 +87,7 @@ def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: in
             f"candidates is {candidates!r}; expected an integer from 0 to {MAX_CANDIDATES}, the level-1 scales tried "
             "on either side of the default one"
         )
+    step = hif4.check_span(span)
     if not isinstance(x, Tensor) or x.dim() == 0 or x.numel() == 0 or not x.dtype.is_floating_point:
         if isinstance(x, Tensor) and x.dim() > 0:
             _unit_weights(importance, x)
@@ -88,18 +95,36 @@ def search_scales(x: Tensor, importance: Tensor | None = None, *, candidates: in
     with torch.no_grad():
         weights = _unit_weights(importance, x)
         if (fast := host.find("search", x)) is not None:
-            found: hif4.Packed = fast(x, None if weights is None else weights.t().flatten(), candidates)
+            found: hif4.Packed = fast(x, None if weights is None else weights.t().flatten(), candidates, step)
             return found
         count = hif4.units(x.shape[-1])
         codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8, device=x.device)
         scales = torch.empty((*x.shape[:-1], count), dtype=torch.int32, device=x.device)
         steps = _steps(x.device)
-        for (values, to_codes, to_scales), first in _blocks(x.detach(), codes, scales):
+        for (values, to_codes, to_scales), first in _blocks(x.detach(), codes, scales, span=step):
             mine = _block_weights(weights, first, to_scales)
-            part = _search(values, mine, candidates, steps)
+            part = _search(values, mine, candidates, steps, step)
             to_codes.copy_(part.codes)
             to_scales.copy_(part.scales)
     return hif4.Packed(codes, scales, x.shape[-1])
+
+
+def search_exponents(x: Tensor, codes: Tensor, importance: Tensor) -> Tensor:
+    """Return the scales of units whose level-1 scales are given: the exponent bits of least squared error.
+
+    Args:
+        x: float32 ``[N, 64]``, finite.
+        codes: int32 ``[N]``, level-1 scales.
+        importance: ``[64]``, as for :func:`search_scales`.
+
+    Returns:
+        int32 ``[N]``, see :class:`tahf4_compiler.format.hif4.Packed`.
+    """
+    weights = _unit_weights(importance, x)
+    assert weights is not None
+    weights = weights.expand(-1, len(x))
+    errors = _Errors(_columns(x).abs(), weights, codes.to(torch.int64), _steps(x.device))
+    return _scales_of(codes, *_exponents(errors, errors.code))
 
 
 def search_error(x: Tensor, packed: hif4.Packed, importance: Tensor | None = None) -> Tensor:
@@ -164,8 +189,10 @@ def _block_weights(weights: Tensor | None, first: int, scales: Tensor) -> Tensor
     return weights[:, first : first + scales.shape[1]].repeat(1, scales.shape[0])
 
 
-def _blocks(x: Tensor, *parts: Tensor) -> Iterator[tuple[list[Tensor], int]]:
+def _blocks(x: Tensor, *parts: Tensor, span: int = 1) -> Iterator[tuple[list[Tensor], int]]:
     """Cut ``[..., K]`` and what belongs to it, ``[..., units * n]``, into blocks of a bounded number of units.
+
+    A span stays whole; 0 stands for a row.
 
     Yields views ``[rows, columns]`` of each, and the first unit's place in its row.
     """
@@ -174,11 +201,11 @@ def _blocks(x: Tensor, *parts: Tensor) -> Iterator[tuple[list[Tensor], int]]:
         flat = [t.view(-1, t.shape[-1]) for t in tensors]
     except RuntimeError:  # strides that no view can join: one leading index at a time, instead of a copy of all
         for slices in zip(*(t.unbind(0) for t in tensors), strict=True):
-            yield from _blocks(*slices)
+            yield from _blocks(*slices, span=span)
         return
     count = hif4.units(x.shape[-1])
     limit = _CHUNK if x.device.type == "cpu" else _CHUNK_ELSEWHERE
-    columns = min(count, limit)
+    columns = min(count, max(span, limit // span * span)) if span else count
     rows = max(1, limit // columns)
     widths = [hif4.UNIT, *(t.shape[-1] // count for t in parts)]
     for row in range(0, flat[0].shape[0], rows):
@@ -271,25 +298,38 @@ class _Errors:
         return _total(torch.minimum(self.pair(offset), self.pair(offset + _OCTAVE)))
 
 
-def _search(x: Tensor, weights: Tensor | None, candidates: int, steps: Tensor) -> hif4.Packed:
+def _joint(errors: Tensor, count: int, span: int) -> Tensor:
+    """Return for each unit the sum over its span of errors ``[rows * units]``, in the order of K."""
+    if span == 1:
+        return errors
+    step = span or count
+    groups = torch.nn.functional.pad(errors.view(-1, count), (0, -count % step)).unflatten(-1, (-1, step))
+    total = groups[..., 0]
+    for i in range(1, step):
+        total = total + groups[..., i]
+    return total[..., None].expand_as(groups).flatten(1)[:, :count].flatten()
+
+
+def _search(x: Tensor, weights: Tensor | None, candidates: int, steps: Tensor, span: int = 1) -> hif4.Packed:
     """Return the best encoding of ``[rows, K]``; weights ``[64, rows * units]`` or None."""
-    default = hif4.quantize(x)
+    default = hif4.quantize(x, span=span or "row")
+    count = default.scales.shape[1]
     values = _float32_units(x)
     first = (default.scales & 0xFF).view(-1)
     signed = _columns(torch.where((first != _NAN_CODE)[:, None], values, 0.0))
     code = torch.where(first != _NAN_CODE, first, 0).to(torch.int64)
     errors = _Errors(signed.abs(), weights, code, steps)
-    best, offset = errors.cost(0), torch.zeros_like(code)
+    best, offset = _joint(errors.cost(0), count, span), torch.zeros_like(code)
     for near in range(1, candidates + 1):  # from the default outwards: of equal scales the nearest is taken
         for tried in (near, -near):
-            cost = errors.cost(tried)
+            cost = _joint(errors.cost(tried), count, span)
             better = (cost < best) & (code + tried >= 0) & (code + tried <= _LARGEST_CODE)
             best = torch.where(better, cost, best)
             offset = torch.where(better, tried, offset)
     code = code + offset
     e8, e16 = _exponents(errors, code)
     # NaN (a unit that is not finite) compares false.
-    better = best < _default_error(signed, default, weights) * _BETTER
+    better = best < _joint(_default_error(signed, default, weights), count, span) * _BETTER
     found_codes, found_scales = _encode(errors.magnitude, values, code, e8, e16, steps)
     codes = torch.where(better[:, None], found_codes, default.codes.view(-1, hif4.UNIT // 2))
     scales = torch.where(better, found_scales, default.scales.view(-1))
@@ -325,5 +365,8 @@ def _encode(
     # A value that rounds to zero keeps its sign, as in hif4.quantize.
     nibbles = rounded + ((values.view(torch.int32) < 0).t().to(torch.uint8) << 3)
     packed = nibbles[0::2] + (nibbles[1::2] << 4)
-    scales = code.to(torch.int32) + hif4.bits_of(e8.t(), 8) + hif4.bits_of(e16.t(), 16)
-    return packed.t(), scales
+    return packed.t(), _scales_of(code, e8, e16)
+
+
+def _scales_of(code: Tensor, e8: Tensor, e16: Tensor) -> Tensor:
+    return code.to(torch.int32) + hif4.bits_of(e8.t(), 8) + hif4.bits_of(e16.t(), 16)

@@ -58,6 +58,7 @@ class PackedWeight:
             is HiF4.
         rank: the largest of the branches that a recipe attached to the weights; each is subtracted from its weight. 0
             for none.
+        span: units of a row that share a level-1 scale; 0 for all.
     """
 
     weights: tuple[int, ...]
@@ -67,6 +68,7 @@ class PackedWeight:
     search: str = ""
     format: str = ""
     rank: int = 0
+    span: int = 1
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Attachment:
         second_moment: float32 ``[K]``, of the activation's channels.
         reconstruction: the weight as the recipe rounded it, for ``search="reconstruct"``.
         activation_bits: of the activation, 4, 8 or 16.
+        span: units of a row that share a level-1 scale, in the activation and the weight; 0 for all.
         rank: of the branch, 0 for none.
         low_rank: the branch beside the 4-bit product.
         steps: says whether the step at hand runs in high precision, or None.
@@ -73,6 +74,7 @@ class Attachment:
     second_moment: torch.Tensor | None = field(default=None, compare=False, repr=False)
     reconstruction: Reconstruction | None = field(default=None, compare=False, repr=False)
     activation_bits: int = 4
+    span: int = 1
     rank: int = 0
     low_rank: LowRank | None = field(default=None, compare=False, repr=False)
     steps: StepPrecision | None = field(default=None, compare=False, repr=False)

@@ -14,7 +14,7 @@ __all__ = ["quantize_by_step"]
 
 @operator
 def quantize_by_step(
-    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Raise an error: the backend ``tahf4`` puts ``tahf4::quantize`` in its place, with the bits of the step.
 
@@ -23,6 +23,7 @@ def quantize_by_step(
         multiplier: see there.
         hadamard_block: see there.
         bits: in other steps.
+        span: see there.
 
     Raises:
         PackedError: always.
@@ -35,6 +36,8 @@ def quantize_by_step(
 
 
 @torch.library.register_fake("tahf4::quantize_by_step")
-def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> tuple[Tensor, Tensor]:
-    codes, scales = quantize(x, multiplier, hadamard_block, bits)
+def _(
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
+) -> tuple[Tensor, Tensor]:
+    codes, scales = quantize(x, multiplier, hadamard_block, bits, span)
     return codes, scales

@@ -39,7 +39,12 @@ def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
 
 @operator
 def fused_quantize(
-    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    inputs: list[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Compute a program and quantize its result, which never reaches memory in a kernel.
 
@@ -49,6 +54,7 @@ def fused_quantize(
         multiplier: float32 ``[K]`` or None, as for ``tahf4::quantize``.
         hadamard_block: as for ``tahf4::quantize``.
         bits: 4 or 8, as for ``tahf4::quantize``.
+        span: as for ``tahf4::quantize``.
 
     Returns:
         Codes and scales of ``[..., K]``, as ``tahf4::quantize``.
@@ -60,13 +66,18 @@ def fused_quantize(
     x = Program.parse(program).run(_named(inputs), "x0")
     if x.shape != _shape(inputs):
         raise FormatError(f"the program's result is {tuple(x.shape)}; expected {tuple(_shape(inputs))}, as its inputs")
-    codes, scales = quantize(x, multiplier, hadamard_block, bits)
+    codes, scales = quantize(x, multiplier, hadamard_block, bits, span)
     return codes, scales
 
 
 @torch.library.register_fake("tahf4::fused_quantize")
 def _(
-    inputs: list[Tensor], program: str, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    inputs: list[Tensor],
+    program: str,
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
 ) -> tuple[Tensor, Tensor]:
     int8.check_bits(bits, quantized=True)
     check_memory("fused_quantize", *inputs, multiplier)
@@ -85,6 +96,7 @@ def fused_linear(
     inputs: list[Tensor],
     program: str,
     result_dtype: torch.dtype,
+    span: int = 1,
 ) -> list[Tensor]:
     """W4A4 or W4A8 linear, then a program on its result, or several contiguous results.
 
@@ -107,7 +119,7 @@ def fused_linear(
         FormatError: as ``tahf4::linear``; a program that cannot be read, or whose result is not of the product's shape;
             sizes that do not fit.
     """
-    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, span)
     check_sizes(sizes, y.shape[-1], program)
     y = _after(y, program, inputs)
     if y.dtype != result_dtype:
@@ -129,6 +141,7 @@ def _(
     inputs: list[Tensor],
     program: str,
     result_dtype: torch.dtype,
+    span: int = 1,
 ) -> list[Tensor]:
     check_sizes(sizes, weight_codes.shape[0], program)
     check_memory("fused_linear", codes, scales, weight_codes, weight_scales, bias, *inputs)
@@ -156,6 +169,7 @@ def linear_quantize(
     multiplier: Tensor | None,
     hadamard_block: int,
     bits: int = 4,
+    span: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """W4A4 or W4A8 linear, a program on its result (bias, GELU), and the quantization of that.
 
@@ -171,6 +185,7 @@ def linear_quantize(
         multiplier: float32 ``[N]`` or None, as for ``tahf4::quantize``.
         hadamard_block: as for ``tahf4::quantize``.
         bits: of the result, 4 or 8, as for ``tahf4::quantize``.
+        span: of the operands, as for ``tahf4::linear``. The result has none: a row of it would have to be known whole.
 
     Returns:
         Codes and scales of ``[..., N]``, as ``tahf4::quantize``.
@@ -180,7 +195,7 @@ def linear_quantize(
             of the product's shape.
     """
     int8.check_bits(bits, quantized=True)
-    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, span)
     y = _after(y, program, inputs)
     found, metadata = quantize(y, multiplier, hadamard_block, bits)
     return found, metadata
@@ -199,6 +214,7 @@ def _(
     multiplier: Tensor | None,
     hadamard_block: int,
     bits: int = 4,
+    span: int = 1,
 ) -> tuple[Tensor, Tensor]:
     int8.check_bits(bits, quantized=True)
     check_memory("linear_quantize", codes, scales, weight_codes, weight_scales, bias, *inputs, multiplier)

@@ -9,6 +9,9 @@ A transform before quantization is ``(multiplier[K], hadamard_block)``: a produc
 channel (the channel mask, the signs of a rotation folded in), then a Walsh-Hadamard transform of blocks
 of ``hadamard_block`` channels (0 for none).
 
+Units may share their level-1 scales over a *span* of 1, 2 or 4 units, or over a row (0). It counts for activations of 4
+bits: those of 8 and 16 have no such scales.
+
 Activations have 4 bits (HiF4), 8 (:mod:`tahf4_compiler.format.int8`) or 16 (transformed and not quantized); the dtype
 of their codes says which. Weights are in HiF4.
 """
@@ -32,7 +35,7 @@ __all__ = ["activation_bits", "dequantize", "empty_units", "linear", "observe", 
 
 @operator
 def quantize(
-    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Transform and convert to HiF4, or to 8 or 16 bits, along the last axis.
 
@@ -41,6 +44,7 @@ def quantize(
         multiplier: float32 ``[K]``, or None.
         hadamard_block: a power of two, or 0.
         bits: 4, 8 or 16.
+        span: units that share a level-1 scale, see :func:`tahf4_compiler.format.hif4.quantize`; 0 for a row.
 
     Returns:
         ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]`` (see
@@ -60,12 +64,14 @@ def quantize(
         codes[..., : transformed.shape[-1]] = hif4.to_float32(transformed)
         codes[..., transformed.shape[-1] :] = 0
         return codes, scales.fill_(1)
-    packed = hif4.quantize(transformed)
+    packed = hif4.quantize(transformed, span=span)
     return packed.codes, packed.scales
 
 
 @torch.library.register_fake("tahf4::quantize")
-def _(x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
+) -> tuple[Tensor, Tensor]:
     check_memory("quantize", x, multiplier)
     return empty_units(x, x.shape, bits)
 
@@ -134,6 +140,7 @@ def linear(
     weight_scales: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    span: int = 1,
 ) -> Tensor:
     """W4A4 or W4A8 linear: the sum over units of (exact integer dot) * scaleA * scaleB, plus bias; or W4A16.
 
@@ -145,17 +152,23 @@ def linear(
         weight_scales: int32 ``[N, K / 64]``.
         bias: ``[N]`` or None, added in float32.
         out_dtype: type that the float32 result is cast to.
+        span: units that share their level-1 scale on both sides; 0 for a row. Nothing checks that they do. A kernel may
+            disregard it.
 
     Returns:
         ``[..., N]`` of ``out_dtype``.
 
     Raises:
-        FormatError: shapes or dtypes of the two sides do not fit each other.
+        FormatError: shapes or dtypes of the two sides do not fit each other, or the span is unknown.
 
     The reference multiplies the dequantized operands in float32. Both have at most 6 significant bits in HiF4 and
     every partial sum inside a unit at most 22, so each unit's contribution is exact; only the float32 sum over
     units depends on the order. TF32 and bfloat16 matrix units hold the operands exactly too. With 8 bits the values
     of the activation are rounded to float32.
+
+    With a span the dot of a span is exact, an int32. It is rounded to float32, multiplied by the weight's scale, and
+    then by a sixteenth of the activation's while it is added to the sum over spans, in the order of K, with one
+    rounding.
 
     With 16 bits the weight is dequantized to the dtype of the activation, which holds each of its values exactly, and
     freed after the product, which is that of ``torch.nn.functional.linear``: bias and result are rounded to this dtype
@@ -170,13 +183,44 @@ def linear(
         added = bias.to(codes.dtype) if bias is not None else None
         with torch.autocast(codes.device.type, enabled=False):
             return torch.nn.functional.linear(codes, right, added).to(out_dtype)
-    left = hif4.dequantize(hif4.Packed(codes, scales, k)) if bits == 4 else int8.dequantize(codes, scales)
-    right = _dequantized(weight_codes, weight_scales, k)
     with torch.autocast(codes.device.type, enabled=False):  # its cast would lose what is exact
-        out = torch.nn.functional.linear(left, right)
+        if hif4.check_span(span) != 1 and bits == 4:
+            out = _over_spans(codes, scales, weight_codes, weight_scales, span)
+        else:
+            left = hif4.dequantize(hif4.Packed(codes, scales, k)) if bits == 4 else int8.dequantize(codes, scales)
+            out = torch.nn.functional.linear(left, _dequantized(weight_codes, weight_scales, k))
     if bias is not None:
         out = out + bias.to(torch.float32)
     return out.to(out_dtype)
+
+
+_EXACT_UNITS = 256
+"""Their dots stay below 2**24: float32 adds them exactly in any order."""
+
+
+def _over_spans(codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, span: int) -> Tensor:
+    """Return the product ``[..., N]`` in float32 of operands whose level-1 scales are shared over spans."""
+    left, right = _integers(codes, scales), _integers(weight_codes, weight_scales)
+    count = scales.shape[-1]
+    step = span or max(1, count)
+    out = left.new_zeros((*scales.shape[:-1], len(weight_codes)))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        dot = torch.zeros_like(out, dtype=torch.int32)
+        for at in range(first, last, _EXACT_UNITS):
+            part = slice(at * hif4.UNIT, min(at + _EXACT_UNITS, last) * hif4.UNIT)
+            dot += torch.nn.functional.linear(left[..., part], right[..., part]).to(torch.int32)
+        scaled = dot.to(torch.float32) * hif4.level1_value(weight_scales[:, first])
+        factor = hif4.level1_value(scales[..., first, None]) * 0.0625
+        # The product is exact in float64.
+        out = (scaled.double() * factor.double() + out.double()).to(torch.float32)
+    return out
+
+
+def _integers(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return magnitudes with their signs and exponents, at most 28, as float32."""
+    four = (scales & ~0xFF) | 4 * (48 + 2)  # a level-1 scale of 4: elements count quarters
+    return _dequantized(codes, four, scales.shape[-1] * hif4.UNIT)
 
 
 def _dequantized(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,7 +235,9 @@ def _(
     weight_scales: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    span: int = 1,
 ) -> Tensor:
+    hif4.check_span(span)
     check_linear(codes, scales, weight_codes, weight_scales, bias)
     check_memory("linear", codes, scales, weight_codes, weight_scales, bias)
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)

@@ -224,7 +224,7 @@ def operators(x: torch.Tensor, bits: int = 4) -> tuple[torch._ops.OpOverload, to
 
 
 def quantize(
-    x: torch.Tensor, multiplier: torch.Tensor | None = None, hadamard_block: int = 0, bits: int = 4
+    x: torch.Tensor, multiplier: torch.Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the best ``tahf4::quantize`` for a tensor outside of a graph, as packing does.
 
@@ -233,6 +233,7 @@ def quantize(
         multiplier: float32 ``[K]`` or None.
         hadamard_block: a power of two, or 0.
         bits: 4, 8 or 16.
+        span: units that share a level-1 scale; 0 for a row.
 
     Returns:
         Codes and scales, as ``tahf4::quantize``.
@@ -241,11 +242,13 @@ def quantize(
         FormatError: as ``tahf4::quantize``.
     """
     kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=bits == 16 or reference_forced())
-    codes, scales = kernel.target(x, multiplier, hadamard_block, bits)
+    codes, scales = kernel.target(x, multiplier, hadamard_block, bits, span)
     return codes, scales
 
 
-def linear(x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def linear(
+    x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, span: int = 1
+) -> torch.Tensor:
     """Run the best ``tahf4::linear`` for quantized operands outside of a graph.
 
     Args:
@@ -253,6 +256,7 @@ def linear(x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, s
         x_scales: int32 ``[..., units]``, or float32.
         codes: uint8 ``[N, units * 32]``, of the weight.
         scales: int32 ``[N, units]``.
+        span: as for ``tahf4::linear``.
 
     Returns:
         float32 ``[..., N]``.
@@ -262,7 +266,7 @@ def linear(x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, s
         kernel = dispatch(operator, x_codes, reference=True)
     else:
         kernel = _eager(operator, x_codes.device, torch.float32)
-    found: torch.Tensor = kernel.target(x_codes, x_scales, codes, scales, None, torch.float32)
+    found: torch.Tensor = kernel.target(x_codes, x_scales, codes, scales, None, torch.float32, span)
     return found
 
 

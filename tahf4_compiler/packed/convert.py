@@ -19,6 +19,7 @@ from ..model.components import unwrapped_experts
 from ..model.linears import linear_weights, require_matches
 from ..model.steps import StepPrecision
 from ..options import activation_bits, bits_for
+from ..options import scale_span as check_scale_span
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
@@ -52,6 +53,7 @@ def quantize_(
     keep: Sequence[str] = (),
     expert: str | None = None,
     check_weights: bool = True,
+    scale_span: int | str = 1,
 ) -> list[Decision]:
     """Replace every linear that the plan puts in HiF4 by a :class:`HiF4Linear`, and free its weight.
 
@@ -68,6 +70,8 @@ def quantize_(
         keep: regular expressions, searched in module paths: linears that stay in high precision.
         expert: which expert's part of the recipe goes to a module.
         check_weights: as for :func:`tahf4_compiler.apply_recipe`.
+        scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
+            for all. A recipe's own span comes first.
 
     Returns:
         The plan, one decision for each linear; paths in a pipeline begin with the component's name.
@@ -77,8 +81,9 @@ def quantize_(
         RecipeError: the recipe does not fit the model.
         PackedError: the model is offloaded, or ``keep`` names a linear that is packed already, or an adapter is fused
             into a weight.
-        OptionError: the model is neither module nor pipeline.
+        OptionError: the model is neither module nor pipeline, or the span is unknown.
     """
+    span = check_scale_span("scale_span", scale_span)
     models = unwrapped_experts(model)
     named = set(models)
     given = None
@@ -91,7 +96,7 @@ def quantize_(
     for name, module in models.items():
         mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
-        work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part)))
+        work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part, span=span)))
         _check_ready(module, work[-1][-1])
         steps[name] = (given if mine is not None else _steps_to_come(module)) or steps_of(module)
     todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
@@ -150,7 +155,8 @@ def _packed(
         rest = transform.remainder(linear.weight)
         flaws.look(path, rest, packed, transform.mask, transform.seed, transform.hadamard_block)
         block, activation = transform.hadamard_block, transform.activation
-        made = HiF4Linear.from_linear(linear, packed, multiplier, block, activation, transform.low_rank)
+        form = (multiplier, block, activation, transform.low_rank, transform.span)
+        made = HiF4Linear.from_linear(linear, packed, *form)
         made.activation_bits = transform.activation_bits
         found[path] = linear, made
         done(linear.in_features * linear.out_features)

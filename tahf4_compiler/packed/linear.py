@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import FormatError, GradientError, PackedError
 from ..format import hif4, int8
 from ..format.low_rank import LowRank
+from ..format.spans import span_name
 from ..format.transforms import hadamard
 from ..model.attachments import by_step, step_bits
 from ..ops import registry
@@ -54,6 +55,8 @@ class HiF4Linear(nn.Linear):
         activation_bits: of the activation, 4 (HiF4), 8 (int8) or 16 (not quantized; the weight is dequantized in each
             call). What the linear holds does not depend on it; see
             :func:`tahf4_compiler.set_activation_bits`.
+        span: units of a row of the weight that share a level-1 scale, as those of an activation of 4 bits then do: 1, 2
+            or 4, or 0 for all.
     """
 
     weight_codes: nn.Parameter
@@ -63,6 +66,7 @@ class HiF4Linear(nn.Linear):
     low_rank_b: nn.Parameter | None
     weight_requires_grad = False
     activation_bits = 4  # of one that was pickled by an earlier version, too
+    span = 1
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class HiF4Linear(nn.Linear):
         activation: str = "",
         activation_bits: int = 4,
         rank: int = 0,
+        span: int = 1,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,13 +94,14 @@ class HiF4Linear(nn.Linear):
             activation: name of the activation.
             activation_bits: 4, 8 or 16.
             rank: of the branch, 0 for none.
+            span: units that share a level-1 scale; 0 for a row.
             device: of the parameters; ``"meta"`` for none.
             dtype: of the bias, of the branch, and of the dequantized weight.
         """
         nn.Module.__init__(self)
         units = hif4.units(in_features)
         dtype = dtype if dtype is not None else torch.get_default_dtype()
-        self._set(in_features, out_features, hadamard_block, activation, dtype, activation_bits)
+        self._set(in_features, out_features, hadamard_block, activation, dtype, activation_bits, hif4.check_span(span))
         codes = torch.zeros(out_features, units * hif4.UNIT // 2, dtype=torch.uint8, device=device)
         scales = torch.zeros(out_features, units, dtype=torch.int32, device=device)
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
@@ -117,8 +123,11 @@ class HiF4Linear(nn.Linear):
         self.register_parameter("weight_codes", _parameter(packed.codes))
         self.register_parameter("weight_scales", _parameter(packed.scales))
 
-    def _set(self, k: int, n: int, block: int, activation: str, dtype: torch.dtype, bits: int = 4) -> None:
+    def _set(
+        self, k: int, n: int, block: int, activation: str, dtype: torch.dtype, bits: int = 4, span: int = 1
+    ) -> None:
         int8.check_bits(bits)
+        self.span = span
         self.in_features, self.out_features, self.activation_bits = k, n, bits
         self.hadamard_block, self.activation, self.weight_dtype = block, activation, dtype
 
@@ -131,6 +140,7 @@ class HiF4Linear(nn.Linear):
         hadamard_block: int = 0,
         activation: str = "",
         low_rank: LowRank | None = None,
+        span: int = 1,
     ) -> HiF4Linear:
         """Return a packed linear in the place of another: its bias, hooks and other attributes go over.
 
@@ -141,9 +151,11 @@ class HiF4Linear(nn.Linear):
             hadamard_block: as for the constructor.
             activation: name of the activation.
             low_rank: the branch beside the product, or None.
+            span: units that share a level-1 scale; 0 for a row.
 
         Raises:
             FormatError: the packed weight is not of the linear's shape.
+            PackedError: it does not hold the span.
         """
         n, k = linear.out_features, linear.in_features
         if tuple(packed.codes.shape) != (n, hif4.units(k) * hif4.UNIT // 2):
@@ -151,7 +163,8 @@ class HiF4Linear(nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.__dict__.update(_carried(linear))
-        self._set(k, n, hadamard_block, activation, linear.weight.dtype)
+        _check_span(packed.scales, span)
+        self._set(k, n, hadamard_block, activation, linear.weight.dtype, span=span)
         self.weight_requires_grad = linear.weight.requires_grad
         place = multiplier.to(packed.codes.device, torch.float32) if multiplier is not None else None
         branch = [
@@ -192,7 +205,7 @@ class HiF4Linear(nn.Linear):
         if by_step(self):
             waits = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        out = packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype)
+        out = packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, self.span)
         a, b = (self._parameters.get(name) for name in BRANCH)
         if a is None or b is None:
             return out
@@ -224,7 +237,7 @@ class HiF4Linear(nn.Linear):
         """
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
-        own = ("hadamard_block", "activation", "weight_dtype", "weight_requires_grad", "activation_bits")
+        own = ("hadamard_block", "activation", "weight_dtype", "weight_requires_grad", "activation_bits", "span")
         linear.__dict__.update({key: value for key, value in _carried(self).items() if key not in own})
         gradients = self.weight_requires_grad and (self.bias is None or self.bias.requires_grad)
         linear.weight = nn.Parameter(self.dequantized(), requires_grad=gradients)
@@ -236,7 +249,7 @@ class HiF4Linear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"hadamard_block={self.hadamard_block}, multiplier={self.multiplier is not None}, "
-            f"activation_bits={self.activation_bits}, rank={self.rank}"
+            f"activation_bits={self.activation_bits}, rank={self.rank}, span={span_name(self.span)}"
         )
 
     @property
@@ -304,6 +317,9 @@ class HiF4Linear(nn.Linear):
                     f"the state dict holds {prefix}{leaf} in {value.dtype}, expected {dtype}: it was cast, which "
                     "changes codes and scales. Save and load it as it is; what is not packed can be cast afterwards."
                 )
+        scales = state_dict.get(f"{prefix}weight_scales")
+        if scales is not None:
+            _check_span(scales, self.span, f" ({prefix[:-1]})")
         own = self._transform()
         found = {key: local_metadata[key] for key in own if key in local_metadata}
         if any(found[key] != own[key] for key in found):
@@ -329,6 +345,7 @@ def packed_product(
     activation_bits: int = 4,
     by_step: bool = False,
     out_dtype: torch.dtype | None = None,
+    span: int = 1,
 ) -> Tensor:
     """Return what :meth:`HiF4Linear.product` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
     kind = input.device.type
@@ -352,8 +369,9 @@ def packed_product(
     quantize, linear = registry.operators(input, activation_bits)
     if by_step:
         quantize = torch.ops.tahf4.quantize_by_step.default
-    codes, scales = quantize(input, multiplier, hadamard_block, activation_bits)
-    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype or input.dtype)
+    shared = (span,) if span != 1 else ()
+    codes, scales = quantize(input, multiplier, hadamard_block, activation_bits, *shared)
+    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype or input.dtype, *shared)
     return result
 
 
@@ -361,6 +379,15 @@ def _carried(module: nn.Module) -> dict[str, Any]:
     """Return what goes over to the linear that takes a place: hooks, mode, sizes; no parameters, no ``forward``."""
     own = ("_parameters", "forward")
     return {k: v for k, v in module.__dict__.items() if k not in own and not k.startswith("_tahf4_")}
+
+
+def _check_span(scales: Tensor, span: int, where: str = "") -> None:
+    """Raise :class:`PackedError` if the units of a weight do not share their level-1 scales as they should."""
+    if span != 1 and not scales.is_meta and not hif4.scales_hold_span(scales, span):
+        raise PackedError(
+            f"a packed weight{where} has the span {span_name(span)!r}, and the level-1 scales of its units differ. It "
+            "was packed otherwise, or is damaged: load it into a model that was packed as it was."
+        )
 
 
 def _listed(values: dict[str, int]) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PackedError, RecipeError
+from ..format import hif4
+from ..format.spans import span_name
 from ..model.attachments import leave_as_they_are
 from ..model.steps import StepPrecision
 from ..recipe.recipe import Recipe
@@ -133,6 +135,11 @@ class Loading:
                 value = linear._parameters[leaf]
                 if value is not None and value.dtype != dtype:
                     raise PackedError(f"{path}.{leaf} is of {value.dtype}, expected {dtype}; the checkpoint is damaged")
+            if linear.span != 1 and not hif4.scales_hold_span(linear.weight_scales, linear.span):
+                raise PackedError(
+                    f"{path} has scale_span {span_name(linear.span)!r} in quantization_config, and the level-1 scales "
+                    "of its units differ; the checkpoint is damaged"
+                )
             if linear.bias is not None:
                 linear.weight_dtype = linear.bias.dtype
         self._flaws.warn(self.config.expert or "")
@@ -332,6 +339,7 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
             activation=values["activation"],
             activation_bits=values.get("activation_bits", 4),
             rank=values.get("rank", 0),
+            span=hif4.check_span(values.get("scale_span", 1)),
             device="meta",
             dtype=getattr(torch, values["dtype"]) if wide.intersection(path.split(".")) else linear.weight.dtype,
         )

@@ -28,7 +28,9 @@ from ..pipeline.rules import (
     decide,
     dtype_obstacle,
     role_of,
+    span_obstacle,
     tensor_obstacle,
+    with_span,
 )
 from ..recipe.apply import recipe_attachments
 from ..recipe.recipe import Recipe
@@ -122,10 +124,12 @@ def plan_transforms(
     *,
     expert: str | None = None,
     rotate_block: int = 64,
+    span: int = 1,
 ) -> dict[str, Transform]:
     """Return the transform of each linear that a plan puts in HiF4 and that is not packed yet, by module path.
 
-    Without a recipe an activation is rotated in Hadamard blocks, as the pass ``rotate`` does it.
+    Without a recipe an activation is rotated in Hadamard blocks, as the pass ``rotate`` does it. The plan is told which
+    span a linear has, and why it has not the one that was wanted.
 
     Args:
         model: that the plan was made for.
@@ -133,6 +137,7 @@ def plan_transforms(
         recipe: that the plan was made with.
         expert: as for :func:`plan_modules`.
         rotate_block: widest Hadamard block where no recipe says another; 0 for no rotation.
+        span: units that share a level-1 scale where no recipe says another; 0 for a row.
 
     Raises:
         RecipeError: the recipe does not fit the model.
@@ -147,17 +152,23 @@ def plan_transforms(
         said = attachment_of(path, linears[path], given)
         block = said.hadamard_block if said is not None else hadamard_block(decision.k, rotate_block)
         seed = said.seed if said is not None and said.seed is not None else SEED
+        mask = said.mask if said is not None and said.masked else None
+        wanted = said.span if said is not None else span
+        obstacle = span_obstacle(decision.activation_bits, mask is not None, block) if wanted != 1 else None
+        decision.span = wanted if obstacle is None else 1
+        decision.reason = with_span(decision.reason, wanted, obstacle)
         found[path] = Transform(
             (said.activation if said is not None else "") or path,
             block,
             seed if block else None,
             said.search if said is not None else "",
-            said.mask if said is not None and said.masked else None,
+            mask,
             said.second_moment if said is not None else None,
             said.reconstruction if said is not None else None,
             decision.activation_bits,
             said.low_rank if said is not None else None,
             decision.rank,
+            decision.span,
         )
     return found
 
@@ -195,7 +206,9 @@ def _decide(
         packed = Reason(Cause.PACKED, "packed")
         bits, rank = module.activation_bits, module.rank
         after += branch_bytes(n, k, rank, size)
-        return Decision(path, k, n, "hif4", packed, n * k * size, after, 2 * k * n, activation_bits=bits, rank=rank)
+        found = Decision(path, k, n, "hif4", packed, n * k * size, after, 2 * k * n, activation_bits=bits, rank=rank)
+        found.span = module.span if bits == 4 else 1
+        return found
     chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
     # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
     held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]

@@ -31,6 +31,7 @@ class Transform:
         activation_bits: 4, 8 or 16.
         low_rank: the branch beside the product, or None.
         rank: of the branch, 0 for none.
+        span: units of a row that share a level-1 scale, in activation and weight; 0 for all.
     """
 
     activation: str
@@ -43,6 +44,7 @@ class Transform:
     activation_bits: int = 4
     low_rank: LowRank | None = field(default=None, repr=False, compare=False)
     rank: int = 0
+    span: int = 1
 
     @property
     def multiplies(self) -> bool:
@@ -60,4 +62,4 @@ class Transform:
     def pack(self, weight: Tensor) -> hif4.Packed:
         """Convert a weight ``[N, K]`` that reads the activation; the result is on the weight's device."""
         form = (self.mask, self.seed, self.hadamard_block, self.search)
-        return pack_transformed(weight, *form, self.second_moment, self.reconstruction, self.low_rank)
+        return pack_transformed(weight, *form, self.second_moment, self.reconstruction, self.low_rank, self.span)

@@ -129,6 +129,13 @@ def bits_of(quantization: fx.Node) -> int:
     return bits
 
 
+def span_of(quantization: fx.Node) -> int:
+    """Return how many units of a ``tahf4.quantize`` node's activation share a level-1 scale; 0 for a row."""
+    span = quantization.args[4] if len(quantization.args) > 4 else quantization.kwargs.get("span", 1)
+    assert isinstance(span, int)
+    return span
+
+
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
     """Add a call where the graph inserts, with the module path and stack trace of ``like``."""
     node = like.graph.call_function(target, args)

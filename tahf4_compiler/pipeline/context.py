@@ -41,6 +41,7 @@ class Decision:
         activation_bits: of the activation, 4, 8 or 16, where the decision is ``"hif4"``.
         rank: of the branch beside the 4-bit product, 0 for none. ``bytes_after`` has its bytes, ``flops`` lack its
             FLOPs.
+        span: units of a row that share a level-1 scale, in the activation and the weight; 0 for all.
     """
 
     module: str
@@ -57,6 +58,7 @@ class Decision:
     numbers: dict[str, float | int | str] = field(default_factory=dict)
     activation_bits: int = 4
     rank: int = 0
+    span: int = 1
 
     @property
     def cause(self) -> Cause:

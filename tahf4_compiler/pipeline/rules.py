@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses import FakeTensor
 
+from ..format.spans import span_name
 from ..model.attachments import Attachment
 from ..model.linears import matching
-from ..model.reasons import Cause, Reason
+from ..model.reasons import Cause, Reason, cause_of
 
 __all__ = [
     "MIN_FEATURES",
@@ -19,8 +20,11 @@ __all__ = [
     "adapter_obstacle",
     "decide",
     "dtype_obstacle",
+    "effective_span",
     "role_of",
+    "span_obstacle",
     "tensor_obstacle",
+    "with_span",
 ]
 
 MIN_FEATURES = 64
@@ -136,3 +140,30 @@ def tensor_obstacle(weight: object) -> Reason | None:
     if not isinstance(weight, torch.Tensor) or type(weight) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
         return None
     return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
+
+
+def span_obstacle(bits: int, masked: bool, hadamard_block: int) -> str | None:
+    """Return why units of an activation and its weights do not share level-1 scales, or None.
+
+    Args:
+        bits: of the activation.
+        masked: whether it has a channel mask.
+        hadamard_block: width of its rotation, 0 for none.
+    """
+    if bits != 4:
+        return f"an activation in {bits} bits has no level-1 scales"
+    if not masked and not hadamard_block:
+        return "it has no mask and no rotation, and an outlier would take the precision of the whole span"
+    return None
+
+
+def effective_span(wanted: int, bits: int, masked: bool, hadamard_block: int) -> int:
+    """Return the span that a linear has of the one that is wanted for it; see :func:`span_obstacle`."""
+    return wanted if wanted == 1 or span_obstacle(bits, masked, hadamard_block) is None else 1
+
+
+def with_span(reason: str, wanted: int, obstacle: str | None) -> str:
+    """Return a reason, and why a linear does not have the span that was wanted."""
+    if obstacle is None:
+        return reason
+    return Reason(cause_of(reason), f"{reason}; scale_span {span_name(wanted)!r} is refused: {obstacle}")

@@ -183,6 +183,7 @@ def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
                         Reconstruction(entry.packed[path], linear.weight_sum) if path in entry.packed else None
                     ),
                     activation_bits=linear.activation_bits,
+                    span=entry.span,
                     low_rank=branch,
                     rank=branch.rank if branch is not None else 0,
                     steps=steps,

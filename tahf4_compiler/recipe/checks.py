@@ -67,11 +67,16 @@ def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damage
         raise RecipeError(damaged.format(f"the mask is of {entry.mask.dtype}, expected float32"))
     if entry.search not in ("", "squared", "weighted", "reconstruct"):
         raise RecipeError(damaged.format(f"the search is {entry.search!r}"))
+    if type(entry.span) is not int or entry.span not in (0, 1, 2, 4):
+        raise RecipeError(damaged.format(f"the span is {entry.span!r}, expected 1, 2 or 4 units, or 0 for a row"))
     for path, linear in entry.linears.items():
         if (path in entry.packed) != (entry.search == "reconstruct"):
             raise RecipeError(damaged.format(f"the search is {entry.search!r}, and the packed weight of {path} is not"))
         if path in entry.packed:
             _check_packed(entry.packed[path], linear.shape, damaged.format(f"the packed weight of {path} does not fit"))
+            shared = entry.mask is not None or entry.hadamard_block  # without both a span is refused
+            if shared and linear.activation_bits == 4 and not hif4.holds_span(entry.packed[path], entry.span):
+                raise RecipeError(damaged.format(f"units of {path} do not share level-1 scales, as its span says"))
     for path, (a, b) in entry.low_rank.items():
         n = entry.linears[path].shape[0] if path in entry.linears else -1
         fits = a.dim() == b.dim() == 2 and tuple(a.shape) == (k, b.shape[0]) and b.shape[1] == n

@@ -77,6 +77,9 @@ class RecipeEntry:
         packed: weights by module path on the CPU, for ``search="reconstruct"``: they cannot be made again without
             what the calibration saw.
         low_rank: branches by module path, bfloat16 on the CPU; ``packed`` is then what a branch leaves of the weight.
+        span: units of 64 values of a row that share a level-1 scale, in the activation and its weights: 1, 2 or 4, or 0
+            for all of a row. Where there is neither mask nor rotation, or the activation has other than 4 bits, it is
+            refused.
     """
 
     linears: Mapping[str, LinearEntry]
@@ -89,3 +92,4 @@ class RecipeEntry:
     second_moment: Tensor | None = field(default=None, repr=False)
     packed: Mapping[str, Packed] = field(default_factory=dict, repr=False)
     low_rank: Mapping[str, LowRank] = field(default_factory=dict, repr=False)
+    span: int = 1

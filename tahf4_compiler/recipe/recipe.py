@@ -131,6 +131,8 @@ class Recipe:
                 values = {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}
                 del values["mask"], values["second_moment"], values["packed"]
                 # Left out where there is none: earlier versions read such a file, and refuse any other.
+                if entry.span == 1:
+                    del values["span"]
                 if not values["low_rank"]:
                     del values["low_rank"]
                 else:

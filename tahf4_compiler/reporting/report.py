@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..format.spans import span_name
 from ..pipeline.context import Decision
 from ..pipeline.records import PassRecord
 
@@ -88,6 +89,7 @@ def plan_json(plan: Sequence[Decision]) -> str:
             **{name: getattr(d, name) for name in fields},
             "activation_bits": d.activation_bits if d.decision == "hif4" else None,
             "rank": d.rank,
+            "scale_span": span_name(d.span) if d.decision == "hif4" else None,
             "cause": d.cause.value,
             "numbers": _plain(d.numbers),
         }
@@ -154,6 +156,7 @@ def _decision(decision: Decision) -> str:
         return decision.decision
     other = ACTIVATIONS.get(decision.activation_bits)
     words = [decision.decision, *([f"{other} activation"] if other else [])]
+    words += [f"span {span_name(decision.span)}"] if decision.span != 1 else []
     return ", ".join([*words, *([f"rank {decision.rank}"] if decision.rank else [])])
 
 

@@ -35,7 +35,8 @@ def adopt(graph: fx.Graph) -> list[fx.Node]:
             node.target = by_target[node.target]
             # A trace leaves out what has its default; passes read arguments by their position.
             rest = node.target._schema.arguments[len(node.args) :]
-            node.args = (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
+            given = (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
+            node.args = given[:-1] if given[-1] == 1 else given  # the span, which few have
             node.kwargs = {}
     found = []
     for node in graph.find_nodes(op="call_function", target=LINEAR):

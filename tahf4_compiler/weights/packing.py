@@ -32,6 +32,7 @@ def pack_weight(
     *,
     search: str = "",
     importance: Tensor | None = None,
+    span: int = 1,
 ) -> hif4.Packed:
     """Transform and convert one weight, some rows at a time.
 
@@ -42,6 +43,7 @@ def pack_weight(
         search: ``""``, ``"squared"`` or ``"weighted"``, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
         importance: float32 ``[K]``, the second moment of the activation's channels as they are quantized, for
             ``"weighted"``.
+        span: units of a row that share a level-1 scale; 0 for all.
 
     Returns:
         Codes uint8 ``[N, ceil(K / 64) * 32]`` and scales int32 ``[N, ceil(K / 64)]`` on the weight's device.
@@ -55,10 +57,10 @@ def pack_weight(
         if search:
             fast = host.find("transform", chunk, multiplier, hadamard_block)
             moved = (fast or transform)(chunk, multiplier, hadamard_block)
-            packed = search_scales(moved, importance if search == "weighted" else None)
+            packed = search_scales(moved, importance if search == "weighted" else None, span=span)
             parts = packed.codes, packed.scales
         else:
-            parts = registry.quantize(chunk, multiplier, hadamard_block)
+            parts = registry.quantize(chunk, multiplier, hadamard_block, 4, span)
         codes.append(parts[0])
         scales.append(parts[1])
     return hif4.Packed(torch.cat(codes), torch.cat(scales), weight.shape[1])
@@ -73,6 +75,7 @@ def pack_transformed(
     moment: Tensor | None = None,
     reconstruction: Reconstruction | None = None,
     low_rank: LowRank | None = None,
+    span: int = 1,
 ) -> hif4.Packed:
     """Convert one weight with the inverse of its activation's transform.
 
@@ -86,6 +89,7 @@ def pack_transformed(
         reconstruction: what ``"reconstruct"`` gives where the weight is the one that it was made of, under this
             transform. Where it is not, scales are searched by squared error, and a warning says so.
         low_rank: the branch beside the product: what it leaves of the weight is packed. A reconstruction is of that.
+        span: units of a row that share a level-1 scale; 0 for all. A reconstruction with others is not taken.
 
     Returns:
         As :func:`pack_weight`, on the weight's device.
@@ -96,7 +100,8 @@ def pack_transformed(
     device = weight.device
     if search == "reconstruct":
         # The checksum of what has no storage is that of nothing.
-        if reconstruction is not None and int(checksum(weight)) == reconstruction.weight_sum:
+        fits = reconstruction is not None and hif4.holds_span(reconstruction.packed, span)
+        if reconstruction is not None and fits and int(checksum(weight)) == reconstruction.weight_sum:
             codes, scales, k = reconstruction.packed
             # A copy: what becomes a parameter may be written.
             return hif4.Packed(codes.to(device, copy=True), scales.to(device, copy=True), k)
@@ -108,7 +113,7 @@ def pack_transformed(
     importance = None
     if search == "weighted" and moment is not None:
         importance = moment_as_quantized(moment, mask, block).to(device)
-    return pack_weight(remainder(weight, low_rank), multiplier, block, search=search, importance=importance)
+    return pack_weight(remainder(weight, low_rank), multiplier, block, search=search, importance=importance, span=span)
 
 
 _said = threading.Event()

@@ -173,7 +173,7 @@ class PackedStore:
             for weight, branch in zip(weights, branches, strict=True):
                 rounded = _reconstruction(weight, how, mask, seed)
                 form = (mask, seed, how.hadamard_block)
-                parts.append(pack_transformed(weight, *form, how.search, moment, rounded, branch))
+                parts.append(pack_transformed(weight, *form, how.search, moment, rounded, branch, how.span))
                 path = name(weight) or f"a linear of {weight.shape[1]} -> {weight.shape[0]} features"
                 flaws.look(path, remainder(weight, branch), parts[-1], *form)
                 bar.update(weight.numel())

@@ -20,7 +20,11 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compile
 wide = pytest.mark.skipif(cpu.available() and cpu.instruction_set() == "none", reason="needs AVX2")
 
 MORE = {
-    "quantize": [lambda x, w, f: (x, f, 64, 8), lambda x, w, f: (x.to(torch.complex64).conj().imag, None, 4)],
+    "quantize": [
+        lambda x, w, f: (torch.randn(5, 700), None, 64, 4, 4),
+        lambda x, w, f: (torch.randn(5, 700), None, 64, 4, 0),
+        lambda x, w, f: (x, f, 64, 8), lambda x, w, f: (x.to(torch.complex64).conj().imag, None, 4),
+    ],
     "fused_quantize": [
         lambda x, w, f: ([x.view(1, 2, 3, 100).transpose(1, 2), f, x[0, :1]], "v0: float32 = mul(x0, x1)", None, 64, 8),
         lambda x, w, f: ([x.half(), f.bfloat16()], "v0: float32 = layer_norm(x0, x1, None, 1e-05)"),
@@ -29,7 +33,11 @@ MORE = {
         lambda x, w, f: ([x], ""),
         lambda x, w, f: ([x[0]], "v0: float32 = relu(x0)"),
     ],
-    "linear": [lambda x, w, f: (*registry.quantize(x, None, 0, 8), *w, f[:7], torch.float16)],
+    "linear": [
+        lambda x, w, f: (*registry.quantize(x, None, 0, 8), *w, f[:7], torch.float16),
+        lambda x, w, f: (*(t for y in (torch.randn(5, 700), torch.randn(3, 700)) for t in
+                           torch.ops.tahf4.quantize(y, None, 0, 4, 2)), None, torch.float32, 2),
+    ],
     "fused_linear": [
         lambda x, w, f: (
             *(*registry.quantize(x.view(2, 3, 100), None, 0, 8), *w, None, torch.bfloat16, [7]),

@@ -77,6 +77,16 @@ def test_kernels_that_quantize_have_no_fused_multiply_add():
     assert "fma.rn.f32" not in ptx(call)
 
 
+def test_kernels_of_a_span_compile_and_have_no_fused_multiply_add():
+    from tahf4_compiler.backends.triton import quantize
+
+    x = torch.empty(1, 64, 5120, dtype=torch.bfloat16, device="meta")
+    for span in (2, 0):
+        _, calls = quantize.call([x], "", torch.empty(5120, device="meta"), 64, 4, span)
+        assert len(calls) == 2
+        assert all("fma.rn.f32" not in ptx(call) for call in calls)
+
+
 def test_roundings_to_bfloat16_inside_programs_stay():
     from tahf4_compiler.backends.triton import quantize
 

@@ -225,8 +225,28 @@ def calibrated_wan(rank, size):
             assert mine.effect == pytest.approx(linear.effect, rel=0.05)
 
 
+def spans(rank, size):
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    mesh, x = mesh_of(size), torch.randn(3, 256)
+    for span, left in (("row", 1), (4, 1), (2, 2)):  # 4 units, of which a rank has 2
+        one = nn.Sequential(nn.Linear(256, 128)).requires_grad_(False)
+        tahf4.quantize_(one, scale_span=span)
+        many = parallelize_module(copy.deepcopy(one), mesh, {"0": HiF4RowwiseParallel(local=True)})
+        assert many[0].span == left
+        one[0].span = left  # on the same weight
+        assert relative(many(x.chunk(size, 1)[rank]), one(x)) < SUM_ORDER
+    for ops in (torch.ops.tahf4, torch.ops.tahf4_cpu):
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        for span, at in ((0, Replicate()), (4, Replicate()), (2, Shard(1))):
+            found = ops.quantize(distribute_tensor(x, mesh, [Shard(1)]), None, 64, 4, span)
+            assert found[0].placements == (at,)
+            assert torch.equal(found[1].full_tensor(), ops.quantize(x, None, 64, 4, span)[1])
+
+
 def two(rank, size):
-    for work in (rules, styles, compiled_wan, calibrated_wan):
+    for work in (rules, styles, spans, compiled_wan, calibrated_wan):
         torch.manual_seed(0)
         work(rank, size)
 

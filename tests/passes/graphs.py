@@ -89,7 +89,9 @@ SHOWN = {"classify": ROLE, "plan": DECISION, "lower": KERNEL}
 TOLERANCE = {"normalize": 1e-6, "share": 1e-6}
 """Relative error that a pass may add where it joins or respells products: the order of float32 sums."""
 
-NEAR = {**dict.fromkeys(("quantize", "smooth", "rotate", "scale_search"), 0.3), "upcast": 0.02, "attention": 0.05}
+NEAR = {
+    **dict.fromkeys(("quantize", "smooth", "rotate", "scale_search", "span"), 0.3), "upcast": 0.02, "attention": 0.05,
+}  # fmt: skip
 """Relative error of passes whose purpose is another rounding; a wrong weight or multiplier gives one of about 1."""
 
 _INPUT = re.compile(
@@ -223,16 +225,16 @@ def assert_pass(
 @torch.library.custom_op("tahf4_tests::linear", mutates_args=())
 def other_linear(
     codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, span: int = 1,
 ) -> Tensor:  # fmt: skip
     """A kernel of a plug-in for ``tahf4::linear``."""
-    return our_ops.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype)
+    return our_ops.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, span)
 
 
 @other_linear.register_fake
 def _(
     codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, span: int = 1,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], weight_codes.shape[0]), dtype=out_dtype)
 
@@ -520,6 +522,8 @@ def _weight(weights: tuple[int, ...], how: str) -> PackedWeight:
             found["hadamard_block"] = int(match[1] or 0)
         elif match := re.fullmatch(r"searched by (\w+)", part):
             found["search"] = match[1]
+        elif match := re.fullmatch(r"span (\d)", part):
+            found["span"] = int(match[1])
         else:
             raise AssertionError(f"what is {part!r}?")
     return PackedWeight(weights, **found)
@@ -674,6 +678,8 @@ def _how(weight: PackedWeight) -> str:
         words.append(f"rotated {weight.hadamard_block}" if weight.hadamard_block else "signs")
     if weight.search:
         words.append(f"searched by {weight.search}")
+    if weight.span != 1:
+        words.append(f"span {weight.span}")
     return ", ".join(words)
 
 

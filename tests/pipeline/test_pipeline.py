@@ -17,7 +17,7 @@ from tahf4_compiler.options import Options
 from tahf4_compiler.pipeline.order import build_pipeline, order, provenance
 
 DEFAULT = [
-    *("normalize", "classify", "plan", "quantize", "share", "smooth", "rotate", "scale_search"),
+    *("normalize", "classify", "plan", "quantize", "share", "smooth", "rotate", "scale_search", "span"),
     *("attention", "upcast", "fuse", "lower"),
 ]
 

@@ -36,6 +36,11 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("the defaults of recipe(): the same with reconstruction", {}),
     ("the defaults, without rotation", {"rotate": False}),
     ("the defaults, branches of rank 16 (4 % of the width)", {"low_rank": 4}),
+    *(
+        (f"rotation, {search}, a level-1 scale for {units}", {"mask": None, "scale_search": name, "scale_span": span})
+        for search, name in (("searched scales", "squared"), ("reconstruction", "reconstruct"))
+        for units, span in (("2 units", 2), ("4 units", 4), ("a row (6 or 24 units)", "row"))
+    ),
     ("rotation, no data, activations in 8 bits", {"mask": None, "scale_search": "", "activation_bits": 8}),
     ("the defaults, activations in 8 bits", {"activation_bits": 8}),
 )

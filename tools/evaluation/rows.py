@@ -60,6 +60,10 @@ ROWS = (
         Row(f"defaults, branches of {percent} % of the width", {"sensitivity": False, "low_rank": percent})
         for percent in (4, 8)
     ),
+    *(
+        Row(f"defaults, a level-1 scale for {units}", {"sensitivity": False, "scale_span": span})
+        for units, span in (("2 units", 2), ("4 units", 4), ("a row", "row"))
+    ),
     Row("defaults, activations in 8 bits", {"sensitivity": False, "activation_bits": 8}),
     Row("defaults, activations of 20 % of the FLOPs in 8 bits", {"sensitivity": True, "max_8bit_flops": 0.2}),
     *(

@@ -42,6 +42,8 @@ def overview(report: Report) -> str:
             numbers.append(f"{ACTIVATIONS[row['activation_bits']]} activation")
         if row.get("rank"):
             numbers.append(f"rank {row['rank']}")
+        if row.get("scale_span") not in (None, 1):
+            numbers.append(f"span {row['scale_span']}")
         lines.append(f"{row['module']:{width}}  {row['decision']:14}  {', '.join(numbers)}  {row['reason']}")
     lines.append("")
     for entry in report.passes:
@@ -77,6 +79,8 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
         yield "  activation  16 bits: not quantized; the weight is dequantized in each call (W4A16)"
     if row.get("rank"):
         yield f"  branch      rank {row['rank']}, in the precision of the original; its bytes are among those above"
+    if row.get("scale_span") not in (None, 1):
+        yield f"  span        {row['scale_span']}: so many units of 64 values share a level-1 scale"
     yield f"  reason      {row['reason']}"
     yield f"  FLOPs       {row['flops']:,} a call"
     yield from (f"  {text}" for text in _statistics(report, row))
