@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from . import bench, bisect_model, calibrate, demo, doctor, evaluate, explain, inspect_model, parallel, passes, quantize
 from .errors import own_error
-from .kernels import roofline, table
+from .kernels import memory, roofline, table
 
 __all__ = ["app", "main"]
 
@@ -73,6 +73,7 @@ app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)
 app.command("kernels")(table.kernels)
 app.command("roofline")(roofline.roofline)
+app.command("memory")(memory.memory)
 app.command("parallel")(parallel.parallel)
 app.command("passes")(passes.passes)
 app.command("bisect")(bisect_model.bisect)
