@@ -13,7 +13,7 @@ ROUNDS ?= 67
 FAST := tests/passes
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test test-latest test-oldest mutants lint types docs fuzz walk sanitize wheel tiny-wan clean
+.PHONY: help env demo check test test-latest test-oldest mutants kernels lint types docs fuzz walk sanitize wheel tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ test-oldest: ## Run the tests on the oldest releases that are supported, constra
 
 mutants: $(STAMP) ## Put faults into the source one at a time (tests/mutants.toml): the tests must notice each
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --workers $(WORKERS)
+
+kernels: $(STAMP) ## Compile every generated kernel for six architectures: none may spill (about half an hour on 2 cores)
+	OMP_NUM_THREADS=1 TAHF4_ALL_KERNELS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/backends/test_triton.py
 
 lint: $(STAMP) ## Check style with ruff
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from . import (
     reproduce,
 )
 from .errors import own_error
-from .kernels import roofline, table
+from .kernels import memory, roofline, table
 
 __all__ = ["app", "main"]
 
@@ -87,6 +87,7 @@ app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)
 app.command("kernels")(table.kernels)
 app.command("roofline")(roofline.roofline)
+app.command("memory")(memory.memory)
 app.command("parallel")(parallel.parallel)
 app.command("passes")(passes.passes)
 app.command("bisect")(bisect_model.bisect)

@@ -155,6 +155,46 @@ def _kernels() -> Finding:
     return Finding(shown + (f" (no Triton kernels: {reason})" if reason is not None else ""))
 
 
+def _expected() -> Finding:
+    """Say which path products take here, and what was computed or measured for it."""
+    import torch
+
+    from ..backends import cpu
+
+    if torch.cuda.is_available():
+        return _expected_on_gpu(0)
+    if not cpu.available():
+        remedy = "Install a C++ compiler: the reference operators are exact and slow."
+        return Finding("reference operators on the CPU", WARNING, remedy)
+    found = cpu.instruction_set()
+    if found == "none":
+        return Finding("CPU, products in float32: W4A4 saves memory and no time (docs/cpu.md)")
+    return Finding(f"CPU, products in integers with {found}; measured times: docs/cpu.md")
+
+
+def _expected_on_gpu(index: int) -> Finding:
+    import torch
+
+    from ..backends import triton
+    from ..backends.triton.tiling import choose_path
+    from .kernels.chips import MANY, chip_of
+    from .kernels.roofline import linears_ratio
+    from .kernels.wan import A14B
+
+    device, name = torch.device("cuda", index), torch.cuda.get_device_name(index)
+    if (reason := triton.why_not(device)) is not None:
+        return Finding(f"{name}: reference operators, exact and slow", WARNING, reason)
+    path = choose_path(MANY, torch.cuda.get_device_capability(index))
+    size = torch.cuda.get_device_properties(index).total_memory / 1e9
+    chip = chip_of(name)
+    gain = "not in the table of `tahf4 roofline`"
+    if chip is not None:
+        gain = f"a block of Wan2.2 A14B without self-attention at most {linears_ratio(A14B, chip):.1f} times bfloat16"
+    return Finding(
+        f"{name}, {size:.0f} GB, products in {path}; computed, not measured: {gain}; `tahf4 memory` says what fits"
+    )
+
+
 def _shipped_pipeline() -> Finding:
     from .tiny_wan import settings
 
@@ -199,6 +239,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "CPU kernels": _cpu_kernels,
     "compile cache": _cache,
     "kernels": _kernels,
+    "to expect": _expected,
     "tiny Wan2.2": _shipped_pipeline,
     "number format": _format,
     "compilation": _compile,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tahf4_compiler.pipeline.order import build_pipeline
 
 COMMANDS = (
     *("demo", "calibrate", "evaluate", "reproduce", "quantize", "verify", "inspect", "explain", "bench", "kernels"),
-    *("roofline", "parallel", "passes", "bisect", "doctor"),
+    *("roofline", "memory", "parallel", "passes", "bisect", "doctor"),
 )
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 
@@ -158,6 +159,29 @@ def test_doctor_fails_with_what_to_do_if_something_essential_is_broken(monkeypat
     assert "no such library" in result.output
     assert "-> Install" in result.output
     assert "ok   python" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "reason", "wanted"),
+    [
+        ("NVIDIA GeForce RTX 4090", (8, 9), None, "RTX 4090, 24 GB, products in int8; computed, not measured: a block"),
+        ("NVIDIA B200", (10, 0), None, "products in bf16"),
+        ("NVIDIA GeForce RTX 4080", (8, 9), None, "not in the table of `tahf4 roofline`"),
+        ("Tesla T4", (7, 5), "compute capability 7.5 is below 8.0", "Tesla T4: reference operators, exact and slow"),
+    ],
+)
+def test_doctor_says_what_to_expect_of_a_card(monkeypatch, name, capability, reason, wanted):
+    from tahf4_compiler.backends import triton
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    size = SimpleNamespace(total_memory=24e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: size)
+    monkeypatch.setattr(triton, "why_not", lambda device: reason)
+    found = doctor.CHECKS["to expect"]()
+    assert wanted in found.text
+    assert (found.state, found.remedy) == (("warning", reason) if reason else ("ok", ""))
 
 
 def test_doctor_warns_without_failing_where_the_shipped_pipeline_is_missing(monkeypatch, tmp_path):

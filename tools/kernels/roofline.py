@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from ..staging import write_text
+from .chips import CHIPS, Chip
 from .wan import A14B, Model, Step, block_steps
 
-__all__ = ["CHIPS", "Chip", "Part", "parts", "roofline", "step_seconds"]
+__all__ = ["Part", "linears_ratio", "parts", "roofline", "step_seconds"]
 
 HIF4 = 36 / 64
 """Bytes of a value in HiF4."""
@@ -20,33 +21,6 @@ HIF4 = 36 / 64
 GUIDANCE = 2
 """Calls of a transformer in a step: with and without the prompt."""
 
-
-@dataclass(frozen=True)
-class Chip:
-    """What a chip does at most, from NVIDIA's data sheets (dense).
-
-    Attributes:
-        name: of the chip.
-        bandwidth: bytes a second.
-        bf16: operations a second of the matrix units.
-        int8: the same.
-        lanes: float32 or integer instructions a second, over all lanes.
-        path: how products are computed.
-    """
-
-    name: str
-    bandwidth: float
-    bf16: float
-    int8: float
-    lanes: float
-    path: str
-
-
-CHIPS = (
-    Chip("H100 SXM", 3.35e12, 989e12, 1979e12, 33.5e12, "int8"),
-    Chip("H200", 4.8e12, 989e12, 1979e12, 33.5e12, "int8"),
-    Chip("B200", 8.0e12, 2250e12, 4500e12, 40e12, "bf16"),
-)
 
 RESOLUTIONS = (("480p (832 x 480), 81 frames", 32760), ("720p (1280 x 720), 81 frames", 75600))
 
@@ -160,6 +134,13 @@ def step_seconds(model: Model, found: Sequence[Part], calls: int = GUIDANCE) -> 
     return calls * model.layers * sum(part.least for part in found)
 
 
+def linears_ratio(model: Model, chip: Chip, tokens: int = RESOLUTIONS[0][1]) -> float:
+    """Return how many times faster than bfloat16 a block without its self-attention core can be at most."""
+    both = [parts(model, tokens, chip, precision) for precision in ("bf16", "w4a4")]
+    plain, packed = (sum(p.least for p in found if p.name != "self-attention core") for found in both)
+    return plain / packed
+
+
 def page(model: Model) -> str:
     """Return the whole page."""
     lines = [
@@ -167,12 +148,22 @@ def page(model: Model) -> str:
         "",
         "Made by `tahf4 roofline`. **Computed, not measured**: for each kernel the largest of bytes over bandwidth,",
         "operations over the rate of the matrix units, and instructions over the rate of the lanes; no launch, no",
-        "waiting, no cache miss. It says what is worth mending, not what a chip does. Peak rates are those of the data",
-        "sheets (dense).",
+        "waiting, no cache miss. It says what is worth mending, not what a chip does.",
         "",
         f"A step is {GUIDANCE} calls (guidance) of {model.layers} blocks; embedding and output layers are left out.",
-        "Attention cores run in bfloat16 in both. Products: both sides are expanded (int8 with a float32 scale a unit",
-        "on Hopper, bfloat16 on Blackwell, where Triton has no int8 product), then multiplied.",
+        "Attention cores run in bfloat16 in both. Products: both sides are expanded, then multiplied: to int8 with a",
+        "float32 scale a unit, or to bfloat16 on B200, where Triton has no int8 product.",
+        "",
+        "Rates are dense, with sums in float32 or int32. Lanes are half of the float32 operations. That a chip reaches",
+        "them is an assumption, and the same for all.",
+        "",
+        "| chip | capability | memory | GB/s | bf16, TFLOP/s | int8, TOP/s | products in | source |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {c.name} | {c.capability[0]}.{c.capability[1]} | {c.memory:g} GB | {c.bandwidth / 1e9:,.0f} | "
+            f"{c.bf16 / 1e12:g} | {c.int8 / 1e12:g} | {c.path} | {c.source} |"
+            for c in CHIPS
+        ),
         "",
         "| chip | video | bf16 s/step | W4A4 s/step | ratio | without self-attention: bf16 | W4A4 | ratio |",
         "|---|---|---|---|---|---|---|---|",
@@ -205,9 +196,10 @@ def page(model: Model) -> str:
         f"Weights of the linears in blocks: {bytes_bf16 / 1e9:.1f} GB in bfloat16, "
         f"{bytes_bf16 * HIF4 / 2 / 1e9:.1f} GB in HiF4 ({2 / HIF4:.2f}x smaller), for each expert.",
         "",
-        "What it says: on Hopper the scales of the units cost the lanes more than the int8 product costs the matrix",
-        "units, so products gain less than a factor of two; on Blackwell the product runs at the rate of bfloat16, and",
-        "W4A4 saves memory rather than time. Quantization with a rotation and a norm is bound by instructions.",
+        "What it says: GeForce cards multiply int8 at four times the rate of bfloat16 with float32 sums, so there",
+        "linears gain most. On A100, H100 and H200 the scales of the units cost the lanes more than the int8 product",
+        "costs the matrix units. On B200 the product runs at the rate of bfloat16, and W4A4 saves memory, not time.",
+        "Quantization with a rotation and a norm is bound by instructions.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -215,7 +207,7 @@ def page(model: Model) -> str:
 def roofline(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Markdown file to write.")] = None,
 ) -> None:
-    """Compute the least time of a step of Wan2.2-A14B in bfloat16 and W4A4, for H100, H200 and B200."""
+    """Compute the least time of a step of Wan2.2-A14B in bfloat16 and W4A4, for eight cards."""
     text = page(A14B)
     typer.echo(text)
     if output is not None:
