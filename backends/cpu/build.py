@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _NAMES = (
     *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "attention.cpp", "search.cpp", "operators.cpp"),
     *("common.h", "attention.inc", "attention_operator.inc", "units.inc", "programs.inc"),
+    *("units_avx2.inc", "units_avx512.inc"),
     *("expand.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import wan
 from tahf4_compiler.backends.triton import calls_of
+from tahf4_compiler.tools.kernels import roofline
 from tahf4_compiler.tools.kernels.block import WanBlock
 from tahf4_compiler.tools.kernels.wan import A14B, TI2V_5B, block_steps
 
@@ -75,3 +76,16 @@ def test_the_script_runs_from_a_checkout_and_says_what_it_needs(tmp_path):
     assert done.returncode == 2
     assert "This needs an NVIDIA GPU" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_roofline_of_attention_in_8_bits_counts_operations_instructions_and_bytes():
+    tokens, d = 32760, A14B.dim
+    for chip, bound in ((roofline.CHIPS[0], "lanes"), (roofline.ATTENTION_CHIPS[-1], "matrix")):
+        core, eight = roofline.attention(A14B, tokens, chip)
+        assert core in roofline.parts(A14B, tokens, chip, "w4a4")
+        assert eight.bound == bound
+        assert eight.seconds["matrix"] / core.seconds["matrix"] == pytest.approx(chip.bf16 / chip.int8)
+        assert eight.seconds["lanes"] == pytest.approx(30 * 40 * tokens**2 / chip.lanes)
+        # q, k and v: 2 bytes read and 1 written; then 1 read of each and a result of 2.
+        assert eight.seconds["memory"] == pytest.approx((3 * 3 + 3 + 2) * tokens * d / chip.bandwidth)
+    assert "| RTX 4090 | 10.66 | matrix |" in roofline.page(A14B)

@@ -40,8 +40,8 @@ def check_attention(device: torch.device) -> Iterator[dict[str, Any]]:
     ):
         draw = [torch.randn(1, t, 2, channels, generator=generator, device=device) for t in (rows, keys, keys)]
         q, k, v = (x.to(dtype).transpose(1, 2) for x in draw)
-        values = torch.randn(rows, keys, generator=generator, device=device)
-        mask = {"a mask": values, "a mask for all rows": values[:1] > 0}.get(kind)
+        added = torch.randn(rows, keys, generator=generator, device=device)
+        mask = {"a mask": added, "a mask for all rows": added[:1] > 0}.get(kind)
         k[0, 0, 70, 3] = float("nan")
         given = (q, k, v, mask, kind == "causal")
         wanted = torch.ops.tahf4.attention(*given)

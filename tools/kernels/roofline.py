@@ -30,6 +30,10 @@ QUANTIZE_INSTRUCTIONS = {"norm": 37, "plain": 25}
 SCALE_INSTRUCTIONS = 3
 """Instructions for each output and unit on the int8 path: start of the accumulator and two fused multiply-adds."""
 
+ATTENTION_INSTRUCTIONS = 30
+"""Instructions a score of attention in 8 bits, with heads of 128: those of a warp in the loop over keys, as compiled
+for sm_80, sm_90 and sm_120 (942 to 973), for the 32 scores of a thread in it."""
+
 EPILOGUE_INSTRUCTIONS = 75
 """Instructions an output of a product whose result is rotated and quantized."""
 
@@ -106,14 +110,37 @@ def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
     norms = 2 * tokens * d * 4 + tokens * d * 4 + model.text * d * 4  # q and k of attn1, q and k of attn2
     return [
         Part("q, k norms and rotary embedding", {"memory": norms / chip.bandwidth}),
-        Part(
-            "self-attention core", {"memory": 8 * tokens * d / chip.bandwidth, "matrix": 4 * tokens**2 * d / chip.bf16}
-        ),
+        attention(model, tokens, chip)[0],
         Part(
             "cross-attention core",
             {"memory": 8 * tokens * d / chip.bandwidth, "matrix": 4 * tokens * model.text * d / chip.bf16},
         ),
     ]
+
+
+ATTENTION_CHIPS = (
+    *(chip for chip in CHIPS if chip.name != "H200"),
+    # 64 lanes of a processor are for float32, and 55 % of the loop's instructions.
+    Chip("A100", 2.04e12, 312e12, 624e12, 17.6e12, "int8"),
+    Chip("RTX 3090", 0.94e12, 71e12, 284e12, 17.8e12, "int8"),
+    Chip("RTX 4090", 1.01e12, 165e12, 660e12, 41.3e12, "int8"),
+    Chip("RTX 5090", 1.79e12, 210e12, 838e12, 52.4e12, "int8"),
+)
+"""Those of users as well, where bfloat16 runs at a quarter of the rate of int8."""
+
+
+def attention(model: Model, tokens: int, chip: Chip) -> tuple[Part, Part]:
+    """Return the self-attention core of one block, one call: in bfloat16, and in 8 bits with its quantization."""
+    d, scores = model.dim, tokens**2 * model.heads
+    matrix = 4 * tokens**2 * d
+    before = 3 * tokens * d * (2 + 1)  # q, k and v are read in 16 bits, and written in 8
+    eight = {
+        "memory": (before + tokens * d * (3 + 2)) / chip.bandwidth,
+        "matrix": matrix / chip.int8,
+        "lanes": scores * ATTENTION_INSTRUCTIONS / chip.lanes,
+    }
+    core = {"memory": 8 * tokens * d / chip.bandwidth, "matrix": matrix / chip.bf16}
+    return Part("self-attention core", core), Part("self-attention core in 8 bits", eight)
 
 
 def parts(model: Model, tokens: int, chip: Chip, precision: str) -> list[Part]:
@@ -177,6 +204,17 @@ def page(model: Model) -> str:
                 f"| {chip.name} | {name} | {whole[0]:.2f} | {whole[1]:.2f} | {whole[0] / whole[1]:.2f} | "
                 f"{less[0]:.2f} | {less[1]:.2f} | {less[0] / less[1]:.2f} |"
             )
+    lines += [
+        "",
+        f"## Self-attention in 8 bits, {RESOLUTIONS[0][0]}: a step, seconds",
+        "",
+        "| chip | bf16 | bound | 8 bits | bound | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for chip in ATTENTION_CHIPS:
+        core, eight = attention(model, RESOLUTIONS[0][1], chip)
+        cells = [f"{step_seconds(model, [part]):.2f} | {part.bound}" for part in (core, eight)]
+        lines.append(f"| {chip.name} | {' | '.join(cells)} | {core.least / eight.least:.2f} |")
     for chip in CHIPS:
         name, tokens = RESOLUTIONS[0]
         lines += [
