@@ -226,11 +226,18 @@ def mutates(node: fx.Node) -> bool:
 _PURE = (torch.sym_max, torch.sym_min, torch.sym_float, torch.sym_int, torch.sym_not, torch.sym_ite)
 
 
+UNBACKED_SIZE = 8192
+"""Stands for a size that no example has, such as the length of ``nonzero()``; Inductor takes the same."""
+
+
 def size_hint(value: Any) -> int:
-    """Return an integer for a size that may be symbolic: the size of the example for a dynamic one."""
+    """Return an integer for a size that may be symbolic, to choose by: it is no fact about the size.
+
+    That is the size of the example for a dynamic one, and :data:`UNBACKED_SIZE` where it depends on values.
+    """
     if isinstance(value, torch.SymInt):
-        hint = value.node.hint if hasattr(value.node, "hint") else None
-        return int(hint) if hint is not None else int(value)
+        hint = value.node.hint
+        return int(hint) if hint is not None else UNBACKED_SIZE
     return int(value)
 
 

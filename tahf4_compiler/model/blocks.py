@@ -7,7 +7,7 @@ several linears, whose order is not known, any as any.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass
 
@@ -129,13 +129,21 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             structure = None if in_container(path, containers) else tuple(mine)
             members[path] = Member(full_class_name(module), len(mine), sum(n * k for _, (n, k) in mine), structure)
 
+    total = sum(n * k for n, k in shapes.values())
+    alike: Counter[tuple[str, str]] = Counter()
+    for path, member in members.items():
+        alike[path.rpartition(".")[0], member.cls] += member.size
+
     def follows(first: str, second: str) -> bool:
         written, read = ([shapes[name] for name in inside[path]] for path in (first, second))
         if min(len(written), len(read)) < MIN_LINEARS_ALONE:  # few are declared in the order in which they run
+            if 2 * alike[first.rpartition(".")[0], members[first].cls] >= total:  # and heads are not most of a model
+                while len(written) > MIN_LINEARS and written[-1][0] not in {k for _, k in read}:
+                    written = written[:-1]  # a gate, which is often declared last
             written, read = written[-1:], read[:1]
         return not {n for n, _ in written}.isdisjoint(k for _, k in read)
 
-    return repeated_blocks(members, follows, sum(n * k for n, k in shapes.values()))
+    return repeated_blocks(members, follows, total)
 
 
 def container_paths(model: nn.Module) -> set[str]:

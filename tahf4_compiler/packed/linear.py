@@ -16,7 +16,7 @@ from ..format.transforms import hadamard
 from ..model.attachments import by_step, step_bits
 from ..ops import registry
 from .no_weight import NoWeight, no_weight
-from .saving import check_saver
+from .saving import check_saver, compares_shapes
 
 __all__ = ["BRANCH", "PARTS", "HiF4Linear", "packed_product"]
 
@@ -296,6 +296,8 @@ class HiF4Linear(nn.Linear):
         """Write down beside the tensors what they do not tell; torch keeps it in ``state_dict._metadata``."""
         check_saver(prefix[:-1])
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if compares_shapes():
+            destination[f"{prefix}weight"] = self.weight
         if (metadata := getattr(destination, "_metadata", None)) is not None:
             metadata.setdefault(prefix[:-1], {}).update(self._transform())
 

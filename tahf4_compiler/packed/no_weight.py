@@ -44,6 +44,8 @@ class NoWeight(Tensor):
         if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func == _DATA:
+            return args[0]  # diffusers asks it in turn
         raise _refused(func)
 
     @classmethod
@@ -70,6 +72,9 @@ _ANSWERED = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(getattr(Tensor, name) for name in _METHODS),
 }
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("tahf4::no_weight", mutates_args=())

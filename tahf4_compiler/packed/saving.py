@@ -1,4 +1,4 @@
-"""Whether what saves a packed model says so in what it writes."""
+"""What reads the state of a packed model: whether it says so in what it writes, or looks at shapes alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import PackedError
 
-__all__ = ["check_saver"]
+__all__ = ["check_saver", "compares_shapes"]
 
 
 def check_saver(path: str) -> None:
@@ -50,10 +50,21 @@ def check_saver(path: str) -> None:
     )
 
 
+def compares_shapes() -> bool:
+    """Whether diffusers asks for a state dict to compare the weights' shapes with those of a LoRA, as Flux does."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_maybe_expand_lora_state_dict":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and _of_diffusers(frame)
+
+
 def _makes_another(frame: FrameType) -> bool:
     """Whether diffusers makes a ControlNet of a model."""
-    module = str(frame.f_globals.get("__name__", ""))
-    return frame.f_code.co_name in ("from_transformer", "from_unet") and module.startswith("diffusers.")
+    return frame.f_code.co_name in ("from_transformer", "from_unet") and _of_diffusers(frame)
+
+
+def _of_diffusers(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("diffusers.")
 
 
 def _saves_adapters_alone(saver: nn.Module) -> bool:

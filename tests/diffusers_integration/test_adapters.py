@@ -7,8 +7,9 @@ import copy
 import peft
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from helpers import plans, relative
-from models import Stack, branched, masked_recipe, output, wan
+from models import Stack, branched, flux, masked_recipe, output, wan
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
@@ -241,3 +242,51 @@ def test_other_adapters_of_peft_are_unloaded_from_a_packed_model(kind):
     assert torch.equal(plain(x), without)
     with pytest.raises(tahf4.PackedError, match="takes no weight"):
         plain.blocks[0].up.weight = torch.randn(128, 64)
+
+
+def flux_pipe():
+    """Return a pipeline of Flux whose denoiser is packed, with its inputs."""
+    model, inputs = flux()
+    model.requires_grad_(False)
+    tahf4.quantize_(model)
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, model), inputs
+
+
+def factors(name, k, n, rank=4):
+    """Return the state of a LoRA of one linear, in which every product matters."""
+    named = (f"transformer.{name}.lora_A.weight", f"transformer.{name}.lora_B.weight")
+    return dict(zip(named, (torch.randn(rank, k), torch.randn(n, rank)), strict=True))
+
+
+def test_a_lora_of_flux_runs_beside_packed_products():
+    """diffusers compares its shapes with those of all weights first."""
+    pipe, inputs = flux_pipe()
+    name = "transformer_blocks.0.attn.to_q"
+    linear = pipe.transformer.get_submodule(name)
+    assert isinstance(linear, tahf4.HiF4Linear)
+    assert not any(key.endswith("to_q.weight") for key in pipe.transformer.state_dict())
+    states = [factors(name, 128, 128) for _ in range(2)]
+    narrow = f"transformer.{name}.lora_A.weight"
+    states[1][narrow] = states[1][narrow][:, :96]  # diffusers fills up with zeros
+    x, before = torch.randn(3, 128), output(pipe.transformer(**inputs))
+    want = linear(x)
+    for i, state in enumerate(states):
+        pipe.load_lora_weights(dict(state), adapter_name=f"style{i}")
+        a, b = state.values()
+        want = want + x[:, : a.shape[1]] @ a.t() @ b.t()
+    pipe.set_adapters(["style0", "style1"])
+    torch.testing.assert_close(pipe.transformer.get_submodule(name)(x), want)
+    assert relative(output(pipe.transformer(**inputs)), before) > 0.01
+    pipe.unload_lora_weights()
+    assert torch.equal(output(pipe.transformer(**inputs)), before)
+
+
+def test_a_control_lora_widens_what_is_not_packed_alone():
+    pipe, _ = flux_pipe()
+    x, state = torch.randn(3, 32), factors("x_embedder", 32, 128)
+    a, b = state.values()
+    want = pipe.transformer.x_embedder(x[:, :16]) + x @ a.t() @ b.t()
+    pipe.load_lora_weights(dict(state))
+    torch.testing.assert_close(pipe.transformer.x_embedder(x), want)
+    with pytest.raises(tahf4.PackedError, match="this linear is packed"):
+        pipe.load_lora_weights(factors("transformer_blocks.0.attn.to_q", 192, 128))

@@ -214,6 +214,45 @@ def test_a_weight_of_several_names(tied):
     assert all(modules[path] == modules["shared"] for path in modules if path.endswith("shared"))
 
 
+class Gated(Block):
+    """A block whose last linear is a gate."""
+
+    def __init__(self, out):
+        super().__init__(64, 128)
+        self.gate = nn.Linear(64, out)
+
+    def forward(self, x):
+        return super().forward(x) * self.gate(x).sigmoid().mean(-1, keepdim=True)
+
+
+class Heads(Stack):
+    """Blocks, and heads side by side that have three linears, too."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.heads = nn.ModuleList(Gated(64) for _ in range(2))
+        for head in self.heads:
+            head.gate = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x, *(head(x) for head in self.heads)
+
+
+@pytest.mark.parametrize("out", [1, 8, 96])
+def test_a_gate_is_declared_last(out):
+    model = Stack(4)
+    model.blocks = nn.ModuleList(Gated(out) for _ in range(4))
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph == modules and modules["first"] == modules["last"] == ("high_precision", Cause.BOUNDARY)
+    assert modules["blocks.3.down"] == ("hif4", Cause.BODY)
+
+
+def test_heads_of_three_linears_side_by_side():
+    graph, modules = plans(Heads(), (torch.randn(4, 64),))
+    assert graph == modules and modules["heads.0.up"] == ("high_precision", Cause.BOUNDARY)
+
+
 @pytest.mark.parametrize("network", [wan, flux, sd3, pixart, dit])
 def test_transformers_of_diffusers(network):
     model, inputs = network()
