@@ -80,7 +80,8 @@ def test_the_script_runs_from_a_checkout_and_says_what_it_needs(tmp_path):
 
 def test_the_roofline_of_attention_in_8_bits_counts_operations_instructions_and_bytes():
     tokens, d = 32760, A14B.dim
-    for chip, bound in ((roofline.CHIPS[0], "lanes"), (roofline.ATTENTION_CHIPS[-1], "matrix")):
+    for chip in roofline.CHIPS:
+        bound = "lanes" if chip.name in ("A100 80 GB", "H100 SXM", "H200", "B200") else "matrix"
         core, eight = roofline.attention(A14B, tokens, chip)
         assert core in roofline.parts(A14B, tokens, chip, "w4a4")
         assert eight.bound == bound
@@ -88,4 +89,4 @@ def test_the_roofline_of_attention_in_8_bits_counts_operations_instructions_and_
         assert eight.seconds["lanes"] == pytest.approx(30 * 40 * tokens**2 / chip.lanes)
         # q, k and v: 2 bytes read and 1 written; then 1 read of each and a result of 2.
         assert eight.seconds["memory"] == pytest.approx((3 * 3 + 3 + 2) * tokens * d / chip.bandwidth)
-    assert "| RTX 4090 | 10.66 | matrix |" in roofline.page(A14B)
+    assert "| RTX 4090 | 10.64 | matrix |" in roofline.page(A14B)

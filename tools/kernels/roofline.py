@@ -118,17 +118,6 @@ def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
     ]
 
 
-ATTENTION_CHIPS = (
-    *(chip for chip in CHIPS if chip.name != "H200"),
-    # 64 lanes of a processor are for float32, and 55 % of the loop's instructions.
-    Chip("A100", 2.04e12, 312e12, 624e12, 17.6e12, "int8"),
-    Chip("RTX 3090", 0.94e12, 71e12, 284e12, 17.8e12, "int8"),
-    Chip("RTX 4090", 1.01e12, 165e12, 660e12, 41.3e12, "int8"),
-    Chip("RTX 5090", 1.79e12, 210e12, 838e12, 52.4e12, "int8"),
-)
-"""Those of users as well, where bfloat16 runs at a quarter of the rate of int8."""
-
-
 def attention(model: Model, tokens: int, chip: Chip) -> tuple[Part, Part]:
     """Return the self-attention core of one block, one call: in bfloat16, and in 8 bits with its quantization."""
     d, scores = model.dim, tokens**2 * model.heads
@@ -211,7 +200,7 @@ def page(model: Model) -> str:
         "| chip | bf16 | bound | 8 bits | bound | ratio |",
         "|---|---|---|---|---|---|",
     ]
-    for chip in ATTENTION_CHIPS:
+    for chip in CHIPS:
         core, eight = attention(model, RESOLUTIONS[0][1], chip)
         cells = [f"{step_seconds(model, [part]):.2f} | {part.bound}" for part in (core, eight)]
         lines.append(f"| {chip.name} | {' | '.join(cells)} | {core.least / eight.least:.2f} |")
