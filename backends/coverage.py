@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..model.linears import matching
 from ..model.reasons import Cause
-from ..packed.plan import plan_modules, why_nothing
+from ..packed.plan import left_out, plan_modules, why_nothing
 from ..torch_private import around_calls, graph_breaks
 
 __all__ = ["ran", "say_transformed", "watch"]
@@ -88,6 +88,8 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         first, quantized = linears is None, _ran.quantized
         if linears is None:
             linears = _linears(model, keep)
+            if text := left_out(model):
+                log.warning("%s: %s", type(model).__name__, text)
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
         with _collected() as (planned, read), _python_calls(outside) if looks else contextlib.nullcontext():

@@ -25,7 +25,7 @@ from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
 from .linear import HiF4Linear
-from .plan import plan_modules, plan_transforms, why_nothing
+from .plan import left_out, plan_modules, plan_transforms, why_nothing
 from .steps import attach_steps, steps_of
 from .transform import Transform
 
@@ -117,6 +117,8 @@ def quantize_(
         leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
         if not any(d.decision == "hif4" for d in plan):
             log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, why_nothing(module, plan))
+        if text := left_out(module):
+            log.warning("%s: %s", name or type(module).__name__, text)
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
 

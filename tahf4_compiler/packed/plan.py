@@ -37,7 +37,7 @@ from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
 from .transform import Transform
 
-__all__ = ["plan_modules", "plan_transforms", "why_nothing"]
+__all__ = ["left_out", "plan_modules", "plan_transforms", "why_nothing"]
 
 _READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 
@@ -182,6 +182,34 @@ def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
     others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
     found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
     return f"it holds no nn.Linear ({found}), and no other module is packed"
+
+
+def left_out(model: nn.Module) -> str:
+    """Return what to say about batches of matrices in a model's repeated blocks, as of experts; "" if there are none.
+
+    No linear reads them whole, so that no plan has them and its shares do not count them.
+    """
+    blocks, batches, values = module_blocks(model), dict[str, int](), 0
+    for name, module in model.named_modules():
+        if isinstance(module, HiF4Linear):
+            values += module.in_features * module.out_features if block_of(plain_path(name), blocks) else 0
+            continue
+        for key, weight in module.named_parameters(recurse=False):
+            path = plain_path(f"{name}.{key}")
+            if block_of(path, blocks) is None:
+                continue
+            values += weight.numel()
+            batch = weight.dim() == 3 and weight.is_floating_point() and min(weight.shape[1:]) >= MIN_FEATURES
+            if batch and not isinstance(module, nn.modules.conv._ConvNd):
+                batches[path] = weight.numel()
+    if not batches:
+        return ""
+    shown = ", ".join([*batches][:3]) + (", ..." if len(batches) > 3 else "")
+    return (
+        f"{len(batches)} weights of its repeated blocks are batches of matrices, as of experts, and stay in high "
+        f"precision: {shown}. They hold {sum(batches.values()) / values:.0%} of the values there, and no plan or share "
+        "counts them"
+    )
 
 
 def _decide(

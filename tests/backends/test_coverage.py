@@ -414,3 +414,29 @@ def test_parameters_that_are_no_modules_weight_run_in_4_bits_and_nothing_is_said
     for _ in range(3):
         assert 0 < (call(x) - model(x)).norm() < 0.3 * model(x).norm()
     assert not said(caplog)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 128)
+        self.out = nn.Linear(128, 64)
+        self.table = nn.Parameter(torch.randn(1, 6, 64))  # no matrices: few rows
+        self.experts = nn.Parameter(torch.randn(4, 64, 64) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.out(self.gate(x).relu()) + self.table[:, 0]
+        return x + sum(nn.functional.linear(y, weight) for weight in self.experts)
+
+
+def test_batches_of_matrices_are_said_once_in_compile_and_quantize(caplog):
+    model, x = nn.Sequential(Experts(), Experts(), Experts()).eval(), torch.randn(4, 64)
+    call = compiled(Wrapped(model), True)
+    for _ in range(3):
+        call(x)
+    (message,) = said(caplog)
+    assert "3 weights of its repeated blocks are batches of matrices" in message and "They hold 49% of" in message
+    assert "(" not in message.split("precision: ")[0] and "model.0.experts, model.1.experts" in message
+    caplog.clear()
+    tahf4.quantize_(model)
+    assert caplog.text.count("They hold 49% of the values there, and no plan or share counts them") == 1
