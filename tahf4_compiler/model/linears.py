@@ -21,7 +21,7 @@ def plain_path(path: str) -> str:
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linears of a model with their module paths."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not is_lazy(module._parameters.get("weight")):
+        if isinstance(module, nn.Linear) and not is_lazy(module._parameters.get("weight")):  # type: ignore[arg-type]
             yield plain_path(path), module
 
 
