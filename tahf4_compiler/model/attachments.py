@@ -19,7 +19,7 @@ from ..errors import PatternError
 from ..format.low_rank import LowRank
 from ..format.reconstruct import Reconstruction
 from ..options import patterns as check_patterns
-from .linears import linear_weights, matching, require_matches
+from .linears import linear_weights, matching, raw_matrices, require_matches
 from .reasons import Cause, Reason, cause_of
 from .steps import StepPrecision
 
@@ -103,7 +103,7 @@ def keep(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         PatternError: a pattern is no regular expression or matches no linear.
     """
     checked = check_patterns("keep", patterns)
-    paths = [path for path, _ in linear_weights(model)]
+    paths = [path for path, _ in (*linear_weights(model), *raw_matrices(model))]
     require_matches(checked, paths, f"{type(model).__name__}")
     kept = {
         path: Attachment("high_precision", Reason(Cause.KEPT, f"kept by tahf4.keep: {pattern!r} matches {path}"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .linears import adapters, linear_weights, named_linears, packed_weights, plain_path
+from .linears import adapters, linear_weights, named_linears, packed_weights, plain_path, raw_matrices
 from .parts import full_class_name
 
 __all__ = [
@@ -115,6 +115,11 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
         shapes.setdefault(path, (linear.out_features, linear.in_features))
     for path in adapters(model):
         shapes.pop(path, None)
+    members_of = [path for path in modules if in_container(path, containers)]
+    lacking = [path for path in members_of if not any(f"{held}.".startswith(f"{path}.") for held in shapes)]
+    for path, matrix in raw_matrices(model):
+        if any(path.startswith(f"{member}.") for member in lacking):  # a block without any module of a linear
+            shapes[path] = matrix.shape[0], matrix.shape[1]
     order = {path: i for i, path in enumerate(modules)}
     shapes = dict(sorted(shapes.items(), key=lambda e: order.get(e[0], order.get(e[0].rpartition(".")[0], 0))))
     inside: dict[str, list[str]] = defaultdict(list)

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import PatternError
 
-__all__ = ["adapters", "linear_weights", "named_linears", "packed_weights", "place_of", "plain_path"]
+__all__ = ["adapters", "linear_weights", "named_linears", "packed_weights", "place_of", "plain_path", "raw_matrices"]
 
 
 def plain_path(path: str) -> str:
@@ -20,7 +21,7 @@ def plain_path(path: str) -> str:
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linears of a model with their module paths."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not is_lazy(module._parameters.get("weight")):  # type: ignore[arg-type]
             yield plain_path(path), module
 
 
@@ -28,8 +29,18 @@ def linear_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield ``(module path, weight)`` of everything in a model that may be the weight of a linear."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         leaf = name.rpartition(".")[2]
-        if parameter.dim() == 2 and leaf.endswith("weight"):
+        if not is_lazy(parameter) and parameter.dim() == 2 and leaf.endswith("weight"):
             yield name.replace("_orig_mod.", "").removesuffix(".weight"), parameter
+
+
+def raw_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(name, matrix)`` of what has another name than a weight, and ``F.linear`` may be called with."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in () if isinstance(module, nn.Linear) else module._parameters.items():
+            if parameter is None or is_lazy(parameter) or leaf.endswith("weight"):
+                continue
+            if parameter.dim() == 2 and parameter.is_floating_point():
+                yield ".".join(filter(None, (plain_path(path), leaf))), parameter
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..torch_private import caller_that_holds
 from .attachments import refresh
 from .blocks import block_of, container_paths, module_blocks
-from .linears import adapters, linear_weights, packed_weights, plain_path
+from .linears import adapters, linear_weights, packed_weights, plain_path, raw_matrices
 from .parts import full_class_name
 
 __all__ = ["Surroundings"]
@@ -49,7 +49,8 @@ class Surroundings:
             self.containers = container_paths(module)
             modules = [(plain_path(path), inner) for path, inner in module.named_modules(remove_duplicate=False)]
             self.classes = {path: full_class_name(inner) for path, inner in modules if path not in self.containers}
-            self.linear_paths = [path for path, _ in (*linear_weights(module), *packed_weights(module))]
+            weights = (*linear_weights(module), *packed_weights(module), *raw_matrices(module))
+            self.linear_paths = [path for path, _ in weights]
             self.add(module)
 
     @classmethod

@@ -276,6 +276,12 @@ class HiF4Linear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> HiF4Linear:
         """Move the parameters; what casts floating-point tensors leaves the multiplier in float32."""
+        for dtype in (torch.uint8, torch.int32):
+            if fn(torch.empty(0, dtype=dtype, device="cpu")).dtype != dtype:
+                raise PackedError(
+                    f"a cast would change the {dtype} of codes or scales, and with it the weight. Cast what is not "
+                    "packed with model.to(dtype), which leaves integers as they are."
+                )
         multiplier = self._parameters.pop("multiplier")
         try:
             super()._apply(fn, recurse)

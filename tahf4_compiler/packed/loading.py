@@ -323,7 +323,10 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
         except AttributeError:
             linear = nn.Identity()
         if type(linear) is not nn.Linear:
-            raise PackedError(f"the checkpoint has a packed linear {path}; {type(model).__name__} has none there")
+            raise PackedError(
+                f"the checkpoint has a packed linear {path}; {type(model).__name__} has none there. Load it with the "
+                "class that was packed, or load a part of the original with its own class, and pack that."
+            )
         if (linear.in_features, linear.out_features) != (values["k"], values["n"]):
             raise PackedError(
                 f"the checkpoint has {path} with {values['k']} -> {values['n']} features; the model has "

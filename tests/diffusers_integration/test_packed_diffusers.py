@@ -223,7 +223,10 @@ def test_what_was_kept_stays_kept_when_a_loaded_model_is_compiled(tmp_path):
     ("change", "message"),
     [
         (lambda c: c.update(format_version=3), "format version 3"),
-        (lambda c: c["linears"].update({"blocks.7.attn1.to_q": c["linears"]["blocks.0.attn1.to_q"]}), "has none there"),
+        (
+            lambda c: c["linears"].update({"blocks.7.attn1.to_q": c["linears"]["blocks.0.attn1.to_q"]}),
+            "none there. Load it with the class that was packed",
+        ),
         (lambda c: c["linears"]["blocks.0.attn1.to_q"].update(k=64), "64 -> 128 features"),
         (lambda c: c["linears"]["blocks.0.attn1.to_q"].update(hadamard_block=48), "a power of two"),
         (lambda c: c["linears"]["blocks.0.attn1.to_q"].pop("n"), "expected k, n"),

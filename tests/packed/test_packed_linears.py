@@ -365,7 +365,7 @@ def test_gradients_and_the_values_of_the_weight_are_refused():
         linear(torch.randn(2, 64, requires_grad=True))
     weight = linear[0].weight
     assert (weight.shape, weight.dtype, weight.device.type) == ((64, 64), torch.float32, "cpu")
-    for use in (lambda: weight.data, lambda: weight + 1, lambda: torch.cat([weight]), weight.abs, weight.clone):
+    for use in (lambda: weight.data + 1, lambda: weight + 1, lambda: torch.cat([weight]), weight.abs, weight.clone):
         with pytest.raises(tahf4.PackedError, match="unfused"):
             use()
 
@@ -524,3 +524,10 @@ def test_the_first_parameter_is_a_floating_point_one(bias, rank):
         for module in (made, packed[0]):
             first = next(module.parameters())
             assert first.dtype == (dtype if bias or (rank and module is made) else torch.float32)
+
+
+def test_a_cast_of_codes_is_refused():
+    model = Stack(depth=1).requires_grad_(False)
+    tahf4.quantize_(model)
+    with pytest.raises(tahf4.PackedError, match="codes or scales"):
+        model.type(torch.float16)

@@ -259,3 +259,51 @@ def test_transformers_of_diffusers(network):
     graph, modules = plans(model, (), inputs)
     assert {path: graph[path] for path in modules if path in graph} == {p: d for p, d in modules.items() if p in graph}
     assert sum(decision == "hif4" for decision, _ in modules.values()) > 10
+
+
+class Raw(nn.Module):
+    """A block that has the weights of its linears as parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(n, k) / 8) for n, k in ((128, 64), (64, 128)))
+
+    def forward(self, x):
+        return x + nn.functional.linear(nn.functional.linear(x, self.w1).relu(), self.w2)
+
+
+def raw():
+    model = Stack(2).eval()
+    model.blocks = nn.ModuleList(Raw() for _ in range(2))
+    return model.requires_grad_(False)
+
+
+def test_weights_that_blocks_hold_themselves():
+    model = raw()
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph["blocks.1.w2"] == ("hif4", Cause.BODY)
+    assert modules == dict.fromkeys(("first", "last"), ("high_precision", Cause.BOUNDARY))
+    assert modules.items() <= graph.items()
+
+
+@pytest.mark.parametrize("how", ["option", "call"])
+def test_weights_that_blocks_hold_themselves_are_kept_by_name(how):
+    model, pattern = raw(), r"blocks\.0\.w1"
+    if how == "call":
+        assert tahf4.keep(model, [pattern]) == ["blocks.0.w1"]
+    options = {"keep": [pattern]} if how == "option" else {}
+    with torch.no_grad():
+        plan = tahf4.lower(tahf4.capture(model, (torch.randn(4, 64),)), options={"inductor": False, **options}).plan
+    assert {d.module for d in plan if d.decision == "hif4"} == {"blocks.0.w2", "blocks.1.w1", "blocks.1.w2"}
+
+
+def test_a_linear_without_its_weight_yet_is_none():
+    model = Stack(2).requires_grad_(False)
+    model.extra = nn.LazyLinear(64)
+    x = torch.randn(4, 64)
+    compiled = torch.compile(model, backend="tahf4", options={"inductor": False})
+    with torch.no_grad():
+        want = compiled(x)
+        plan = tahf4.quantize_(model)
+        torch.testing.assert_close(model(x), want)
+    assert "extra" not in {d.module for d in plan} and sum(d.decision == "hif4" for d in plan) == 4
