@@ -98,7 +98,9 @@ def quantize_(
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
         work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part, span=span)))
         _check_ready(module, work[-1][-1])
-        steps[name] = (given if mine is not None else _steps_to_come(module)) or steps_of(module)
+        # What is attached to the linears that stay is not for those that were packed before.
+        coming = given if mine is not None else _steps_to_come(module) if work[-1][-1] else None
+        steps[name] = coming or steps_of(module)
     todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
     with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
         flaws = {name: Flaws() for name in models}

@@ -139,6 +139,16 @@ def test_what_was_applied_to_the_original_goes_over_to_the_packed_model():
     assert relative(pipe.transformer(X), wanted[16]) < 1e-5
 
 
+def test_steps_that_were_taken_off_do_not_come_back_when_nothing_is_left_to_pack():
+    pipe = Pipe()
+    tahf4.apply_recipe(pipe, recipe(pipe, high_precision_steps=(0,)))
+    tahf4.quantize_(pipe, keep=["0.up"])  # to which the recipe stays attached
+    assert steps_of(pipe.transformer).steps == (0,)
+    tahf4.set_high_precision_steps(pipe, [])
+    tahf4.quantize_(pipe)
+    assert steps_of(pipe.transformer) is None
+
+
 def test_copies_count_for_themselves_and_what_nobody_counts_says_what_to_do():
     pipe = Pipe()
     tahf4.quantize_(pipe)
