@@ -220,7 +220,7 @@ class _Known:
     steps: list[StepPrecision]
     high: list[bool]
     changes: int
-    planned: frozenset[int]
+    planned: frozenset[int] = frozenset()
     read: dict[int, weakref.ref[Any]] = field(init=False)
 
     def __post_init__(self) -> None:

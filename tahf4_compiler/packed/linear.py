@@ -282,7 +282,8 @@ class HiF4Linear(nn.Linear):
                     f"a cast would change the {dtype} of codes or scales, and with it the weight. Cast what is not "
                     "packed with model.to(dtype), which leaves integers as they are."
                 )
-        multiplier = self._parameters.pop("multiplier")
+        multiplier = self._parameters["multiplier"]
+        self._parameters["multiplier"] = None  # and keeps its place
         try:
             super()._apply(fn, recurse)
         finally:

@@ -521,7 +521,7 @@ def test_the_first_parameter_is_a_floating_point_one(bias, rank):
         made = tahf4.HiF4Linear(64, 64, bias, multiplies=True, rank=rank, dtype=dtype)
         packed = nn.Sequential(nn.Linear(64, 64, bias, dtype=dtype)).requires_grad_(False)
         tahf4.quantize_(packed)
-        for module in (made, packed[0]):
+        for module in (made, packed[0].to("cpu", dtype)):
             first = next(module.parameters())
             assert first.dtype == (dtype if bias or (rank and module is made) else torch.float32)
 
