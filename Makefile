@@ -13,7 +13,7 @@ ROUNDS ?= 67
 FAST := tests/passes
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test test-latest test-oldest mutants kernels lint types docs fuzz walk sanitize wheel tiny-wan clean
+.PHONY: help env demo check test test-latest test-oldest slow mutants kernels lint types docs fuzz walk sanitize wheel tiny-wan clean
 
 help: ## Explain the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,7 +32,7 @@ check: $(STAMP) ## Run the fast tests: every pass on small graphs, in less than 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(FAST)
 
 test: $(STAMP) ## Run the tests (no GPU, no network)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests --ignore tests/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m 'not slow' tests --ignore tests/interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/interpreter
 
 # build/latest, build/oldest: an environment each. A pip configuration that caps versions must be out of the way
@@ -46,8 +46,11 @@ test-oldest: ## Run the tests on the oldest releases that are supported, constra
 mutants: $(STAMP) ## Put faults into the source one at a time (tests/mutants.toml): the tests must notice each
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --workers $(WORKERS)
 
-kernels: $(STAMP) ## Compile every generated kernel for six architectures: none may spill (about half an hour on 2 cores)
-	OMP_NUM_THREADS=1 TAHF4_ALL_KERNELS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/backends/test_triton.py
+slow: $(STAMP) ## Run the tests that `make test` leaves out for their time (NNN minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m slow tests --ignore tests/interpreter
+
+kernels: $(STAMP) ## Compile every generated kernel for six architectures: none may spill
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/backends/test_triton.py
 
 lint: $(STAMP) ## Check style with ruff
 	$(BIN)/ruff check .

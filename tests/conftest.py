@@ -18,6 +18,11 @@ from tahf4_compiler.pipeline import base as pass_base
 from tahf4_compiler.weights import formats as weight_formats
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The walks first: they take longest, and at the end one worker would wait for the other's."""
+    items.sort(key=lambda item: "/walk/" not in str(item.path))
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """Every test starts with its own seed and without compiled code."""

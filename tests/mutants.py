@@ -221,12 +221,16 @@ def main() -> int:
             return wrong
 
         # Tests that fail anyway would kill everything.
-        files = tuple(sorted({test.partition("::")[0] for mutant in mutants for test in mutant.tests}))
-        whole = tuple(test for file in files for test in _named(file, mutants))
-        code, shown = with_tree(Tree.run, whole)
-        if code:
-            print(f"the tests fail without a fault:\n{shown}")
-            return 1
+        files = sorted({test.partition("::")[0] for mutant in mutants for test in mutant.tests})
+
+        def fails(file: str) -> str:
+            code, shown = with_tree(Tree.run, tuple(_named(file, mutants)))
+            return shown if code else ""
+
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            for shown in filter(None, pool.map(fails, files)):
+                print(f"tests fail without a fault:\n{shown}")
+                return 1
         with ThreadPoolExecutor(arguments.workers) as pool:
             wrong = [text for text in pool.map(check, mutants) if text]
     print(f"{len(mutants) - len(wrong)} killed, {len(wrong)} not, {len(every) - len(mutants)} equivalent")

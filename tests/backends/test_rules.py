@@ -253,6 +253,7 @@ SECOND_PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_with_another_configuration_and_a_warm_cache_is_right(tmp_path):
     from torch._inductor.codecache import cache_dir
 

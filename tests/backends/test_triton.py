@@ -24,9 +24,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
-CARDS = (86, 89, 120)
 MOST = ("ffn 1, GELU -> quantize: product", "attn1 q, k, v: product")
-"""Kernels with the most registers: cards whose products are those of sm_80 compile these, and ``make kernels`` all."""
+"""Kernels with the most registers, which are compiled for every architecture."""
 
 
 def listed():
@@ -38,13 +37,12 @@ def listed():
     found, texts = [], {}
     for capability in (90, 80, 100, 86, 89, 120):
         for i, entry in enumerate(entries(capability)):
-            if capability in CARDS and entry.name not in MOST and not os.environ.get("TAHF4_ALL_KERNELS"):
-                continue
             if entry.name.split(" (")[0].endswith("-> quantize"):
                 assert texts.setdefault(entry.name, entry.call.text) == entry.call.text
                 if "few rows" in entry.name or (capability != 90 and entry.name != "norm1, modulation -> quantize"):
                     continue
-            found.append((capability, i))
+            quick = capability == 90 or entry.name in MOST
+            found.append(pytest.param(capability, i, marks=() if quick else pytest.mark.slow))
     return found
 
 
@@ -84,14 +82,14 @@ def test_kernels_that_quantize_have_no_fused_multiply_add():
     assert "fma.rn.f32" not in ptx(call)
 
 
-def test_kernels_of_a_span_compile_and_have_no_fused_multiply_add():
+@pytest.mark.parametrize("span", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_kernels_of_a_span_compile_and_have_no_fused_multiply_add(span):
     from tahf4_compiler.backends.triton import quantize
 
     x = torch.empty(1, 64, 5120, dtype=torch.bfloat16, device="meta")
-    for span in (2, 0):
-        _, calls = quantize.call([x], "", torch.empty(5120, device="meta"), 64, 4, span)
-        assert len(calls) == 2
-        assert all("fma.rn.f32" not in ptx(call) for call in calls)
+    _, calls = quantize.call([x], "", torch.empty(5120, device="meta"), 64, 4, span)
+    assert len(calls) == 2
+    assert all("fma.rn.f32" not in ptx(call) for call in calls)
 
 
 def test_roundings_to_bfloat16_inside_programs_stay():
@@ -153,7 +151,9 @@ def test_a_cpu_without_the_interpreter_is_not_served():
     assert backend.why_not(torch.device("meta")) is not None
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "capability", [90, 120, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
+)
 @pytest.mark.parametrize("rows", [8, 32760])
 def test_products_of_activations_in_8_bits_fit_the_chip(capability, rows):
     from tahf4_compiler.backends.triton import linear
@@ -179,7 +179,8 @@ def test_products_of_activations_in_8_bits_fit_the_chip(capability, rows):
 
 @pytest.mark.parametrize(
     ("capability", "channels", "causal"),
-    [(86, 128, False), (89, 128, False), (120, 128, False), (120, 128, True), (86, 64, True), (120, 96, False)],
+    [(86, 128, False), (120, 128, True), (120, 96, False)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((89, 128, False), (120, 128, False), (86, 64, True))],
 )
 def test_attention_in_8_bits_fits_the_chip(capability, channels, causal):
     from tahf4_compiler.backends.triton import attention

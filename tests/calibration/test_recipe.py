@@ -480,6 +480,7 @@ def test_statistics_merge_and_are_saved(tmp_path):
         tahf4.calibrate(model, checkpoint=tmp_path / "part")
 
 
+@pytest.mark.slow
 def test_wan_with_a_recipe_compiled_by_blocks():
     model, arguments = wan(num_layers=3)
     with tahf4.calibrate(model, options=QUICK) as calibration:

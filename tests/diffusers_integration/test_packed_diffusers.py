@@ -297,7 +297,11 @@ def test_adapters_run_beside_packed_products_and_are_not_fused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "offload", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+    "offload",
+    [
+        {"offload_type": "block_level", "num_blocks_per_group": 1},
+        pytest.param({"offload_type": "leaf_level"}, marks=pytest.mark.slow),
+    ],
 )
 def test_group_offload_and_compiled_blocks(offload):
     model, inputs = wan()
@@ -374,6 +378,7 @@ FIRST = [
 ]
 
 
+@pytest.mark.slow
 def test_diffusers_knows_the_quantizer_whatever_is_imported_first():
     script = """
         import os, sys, torch, torch._dynamo

@@ -179,6 +179,7 @@ def everything(rank, size, tmp):
         work(rank, size, tmp)
 
 
+@pytest.mark.slow
 def test_ranks_calibrate_what_one_process_does(tmp_path):
     run(2, everything, tmp_path)
 

@@ -60,5 +60,6 @@ def work(rank, size, tmp):
         ulysses(rank, size, tmp, monkeypatch)
 
 
+@pytest.mark.slow
 def test_ulysses_gives_the_results_and_the_recipe_of_one_rank(tmp_path):
     run(2, work, tmp_path)

@@ -132,6 +132,7 @@ def everything(rank, size, tmp):
         work(rank, mesh, tmp, x)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="FSDP2 of PyTorch 2.11 asks codes for gradients")
 def test_sharded_parameters_give_what_whole_ones_do(tmp_path):
     run(2, everything, tmp_path)

@@ -110,6 +110,7 @@ def test_compiled_quantization_of_rows_that_end_inside_a_unit_gives_the_bits_of_
     assert_same(compiled(quantize)(x), quantize(x))
 
 
+@pytest.mark.slow
 def test_two_dynamic_compilations_serve_any_number_of_rows_with_and_without_an_unfilled_unit() -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     function = torch.compile(quantize, backend=counter, fullgraph=True, dynamic=True)

@@ -37,7 +37,10 @@ class Scaled(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind, inductor", [(kind, True) for kind in KINDS] + [("product", False), ("clamp", False)])
+THROUGH_INDUCTOR = [pytest.param(kind, True, marks=() if kind == "alpha" else pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind, inductor", [*THROUGH_INDUCTOR, ("product", False), ("clamp", False)])
 def test_each_call_computes_with_its_own_float(kind, inductor):
     torch.manual_seed(0)
     torch._dynamo.reset()

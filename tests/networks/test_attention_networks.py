@@ -54,7 +54,7 @@ def attentions(low):
 
 
 @needs_cpp
-@pytest.mark.parametrize("make", [wan, sd3, pixart])
+@pytest.mark.parametrize("make", [wan, *(pytest.param(other, marks=pytest.mark.slow) for other in (sd3, pixart))])
 def test_real_networks_run_their_attention_in_8_bits(make):
     torch.manual_seed(0)
     made = make()
@@ -104,6 +104,7 @@ def test_compiled_whole_by_blocks_and_packed_it_is_the_same(calls):
     assert count == 4 and relative(blocks, wanted) < 1e-5
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_inductor_compiles_the_rest():
     torch.manual_seed(0)

@@ -71,6 +71,7 @@ def test_wan_in_bfloat16():
     assert relative(found, wanted) < 0.01
 
 
+@pytest.mark.slow
 def test_through_inductor():
     model, x = stack(torch.bfloat16)
     options = {name: value for name, value in ON.items() if name != "inductor"}

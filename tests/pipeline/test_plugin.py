@@ -40,6 +40,7 @@ def _no_counting():
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_package_installed_into_a_fresh_environment_is_seen(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")

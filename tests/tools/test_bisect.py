@@ -51,7 +51,10 @@ def stack():
     return model
 
 
-@pytest.mark.parametrize(("wrong", "module"), [(WrongScale(), "blocks.1.down"), (WrongNumbers(), "blocks.1.up")])
+@pytest.mark.parametrize(
+    ("wrong", "module"),
+    [(WrongScale(), "blocks.1.down"), pytest.param(WrongNumbers(), "blocks.1.up", marks=pytest.mark.slow)],
+)
 def test_a_broken_plug_in_is_named_with_its_linear_and_the_script_shows_it(wrong, module, tmp_path):
     found = tahf4.bisect(stack(), (torch.randn(4, 64),), options={"passes": [wrong]}, rounds=1)
     assert found.blamed == wrong.name
@@ -96,7 +99,7 @@ class Swapped(tahf4.Pass):
 @pytest.mark.parametrize(
     ("wrong", "nodes", "modules"),
     [
-        (Held(), {"mul_tensor"}, {"blocks.1"}),
+        pytest.param(Held(), {"mul_tensor"}, {"blocks.1"}, marks=pytest.mark.slow),
         (Swapped(), None, {"blocks.0.up", "blocks.2.up"}),
     ],
 )
@@ -167,6 +170,7 @@ def bisected(*arguments):
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bisect", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_transformer_alone_with_a_recipe(transformer, tmp_path):
     folder = transformer / "transformer"
     common = ("--shape", "2x8x8", "--rounds", "1", "-o", tmp_path / "out")
@@ -191,6 +195,7 @@ def test_a_recipe_decides_what_is_bisected(transformer):
         assert plan["blocks.1.ffn.net.2"].decision == "hif4"
 
 
+@pytest.mark.slow
 def test_a_recipe_decides_what_of_a_pipeline_is_bisected(tmp_path):
     model, path = load_pipeline(settings.PIPELINE_DIR).transformer_2.float(), "blocks.0.ffn.net.2"
     weight = model.get_submodule(path).weight

@@ -165,6 +165,7 @@ def test_choices_are_checked_before_anything_is_generated(tmp_path, more, messag
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_writes_tables_and_takes_up(tmp_path):
     arguments = ["evaluate", "--prompts", "2", "--seeds", "1", "--steps", "3", "-o", str(tmp_path)]
     arguments += ["--variant", "stress", "--row", "+ max mask", "--row", "HiF4 naive"]

@@ -151,6 +151,7 @@ def test_the_table_says_that_reference_kernels_are_slower(ran):
     assert f"{results['weights']['bytes_after']:,}" in output
 
 
+@pytest.mark.slow
 def test_each_expert_runs_with_its_own_weights(folder, tmp_path):
     pipe = load_pipeline(folder, torch.float32, "cpu")
     dump_dir = str(tmp_path / "dumps")

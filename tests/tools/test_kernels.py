@@ -68,6 +68,7 @@ def test_all_linears_of_the_block_run_in_4_bits(tmp_path):
     assert "linears in HiF4       10 of 10" in next(tmp_path.glob("*/report.txt")).read_text()
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_a_checkout_and_says_what_it_needs(tmp_path):
     script = Path(__file__).parents[2] / "tools" / "gpu_check.py"
     done = subprocess.run([sys.executable, script, "-o", tmp_path], capture_output=True, text=True, cwd=tmp_path)

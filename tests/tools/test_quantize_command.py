@@ -232,6 +232,7 @@ print(kills)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bytes(saved, tmp_path):
     quantize_checkpoint(saved, tmp_path / "whole", shard_size=60_000)
     wanted, out = contents(tmp_path / "whole"), tmp_path / "out"

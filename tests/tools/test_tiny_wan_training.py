@@ -86,6 +86,7 @@ def test_sigmas_follow_the_schedulers_shift():
     assert high in (8, 9)
 
 
+@pytest.mark.slow
 def test_a_quick_run_ends_in_a_pipeline_that_generates(tmp_path, short_phases):
     quick = train.QUICK
     schedule = replace(

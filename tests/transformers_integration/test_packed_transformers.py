@@ -326,6 +326,7 @@ def test_transformers_knows_the_quantizer_if_it_was_imported_first():
     assert result.stdout.strip() == "TaHF4HfQuantizer", result.stderr
 
 
+@pytest.mark.slow
 def test_packing_needs_neither_library():
     script = """
         import sys

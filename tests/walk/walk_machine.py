@@ -15,12 +15,12 @@ from walk_weights import Weights
 __all__ = ["WALKS", "Walk"]
 
 WALKS = {
-    ("module", True): 12,
-    ("diffusers", True): 14,
+    ("module", True): 7,
+    ("diffusers", True): 9,
     ("norms", True): 5,
     ("wan", True): 4,
-    ("module", False): 80,
-    ("diffusers", False): 100,
+    ("module", False): 85,
+    ("diffusers", False): 105,
     ("norms", False): 50,
     ("wan", False): 35,
 }
