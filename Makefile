@@ -46,7 +46,7 @@ test-oldest: ## Run the tests on the oldest releases that are supported, constra
 mutants: $(STAMP) ## Put faults into the source one at a time (tests/mutants.toml): the tests must notice each
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --workers $(WORKERS)
 
-slow: $(STAMP) ## Run the tests that `make test` leaves out for their time (NNN minutes on 2 cores)
+slow: $(STAMP) ## Run the tests that `make test` leaves out for their time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m slow tests --ignore tests/interpreter
 
 kernels: $(STAMP) ## Compile every generated kernel for six architectures: none may spill
