@@ -62,5 +62,6 @@ def _check_averaged(_: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -
     if found := _packed(model):
         raise PackedError(
             f"AveragedModel would average the codes and scales of {len(found)} packed linears as numbers "
-            f"({', '.join(found[:3])}), which gives other weights than the average. Average the original, and pack that."
+            f"({', '.join(found[:3])}), which gives other weights than the average. Average the original, and pack "
+            "the average."
         )
