@@ -205,8 +205,8 @@ def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
     texts = [f"{path}: {reason}" for path, reason in reasons.items() if reason][:3]
     if others:
         texts.append(
-            f"{_listed(others)}: used otherwise than in a linear, as in einsum, bmm or an operator of somebody else, or "
-            "as a part or a multiple; torch.nn.functional.linear(x, weight, bias) runs in 4 bits"
+            f"{_listed(others)}: used otherwise than in a linear, as in einsum, bmm or an operator of somebody else, "
+            "or as a part or a multiple; torch.nn.functional.linear(x, weight, bias) runs in 4 bits"
         )
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because of how graphs use their weights (%s)",

@@ -478,6 +478,6 @@ def test_a_process_whose_compiler_is_off_is_said():
         x = torch.ones(1, 64)
         assert torch.equal(call(x), model(x))
     """
-    run = [sys.executable, "-c", textwrap.dedent(script)]
-    found = subprocess.run(run, env={**os.environ, "TORCH_COMPILE_DISABLE": "1"}, capture_output=True, text=True, check=True)
+    run, environment = [sys.executable, "-c", textwrap.dedent(script)], {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
     assert found.stderr.count("compiles nothing: PyTorch's compiler is off (TORCH_COMPILE_DISABLE, ") == 1
