@@ -216,8 +216,8 @@ def left_out(model: nn.Module, matrices: bool = False) -> str:
                 others[path] = weight.numel()
     return ". ".join(
         f"{len(found)} weights of its repeated blocks are {what} and stay in high precision: "
-        f"{', '.join([*found][:3])}{', ...' if len(found) > 3 else ''}. They hold {sum(found.values()) / values:.0%} of "
-        "the values there, and no plan or share counts them"
+        f"{', '.join([*found][:3])}{', ...' if len(found) > 3 else ''}. They hold {sum(found.values()) / values:.0%} "
+        "of the values there, and no plan or share counts them"
         for what, found in kinds.items()
         if found
     )
