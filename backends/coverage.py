@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ..model.linears import matching
 from ..model.reasons import Cause
 from ..packed.plan import left_out, plan_modules, why_nothing
-from ..torch_private import around_calls, graph_breaks
+from ..torch_private import around_calls, compiler_is_off, graph_breaks
 
-__all__ = ["ran", "say_transformed", "watch"]
+__all__ = ["ran", "say_off", "say_transformed", "watch"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that gr
 USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
 
-_Read = dict[int, weakref.ref[Any]]
+_Read = dict[int, tuple[weakref.ref[Any], str]]
 
 
 class _Ran(threading.local):
@@ -52,12 +52,12 @@ class _Ran(threading.local):
 _ran = _Ran()
 
 
-def ran(planned: Set[int], read: Mapping[int, weakref.ref[Any]], quantized: int) -> None:
+def ran(planned: Set[int], read: Mapping[int, tuple[weakref.ref[Any], str]], quantized: int) -> None:
     """Note a graph that runs now.
 
     Args:
         planned: identities of the weights of its linears that run as planned.
-        read: all its weights, by identity.
+        read: all its weights, by identity, each with the reason of its linear if it is not in ``planned``, or "".
         quantized: how many of its linears run in 4 bits.
     """
     _ran.planned.update(planned)
@@ -108,7 +108,8 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
                 found = [path for path, module in linears.items() if module in outside]
             elif not look:
                 look = _LOOKS if missing not in explained else 2
-            _say_used(model, [path for path, weight in _weights(linears) if path in missing and _is(weight, read)])
+            used = {path: _why(weight, read) for path, weight in _weights(linears) if path in missing}
+            _say_used(model, {path: why for path, why in used.items() if why is not None})
         look -= looks
         if looks and not look:
             explained.update(met)
@@ -140,9 +141,10 @@ def _weights(linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
             yield path, weight
 
 
-def _is(weight: Tensor, read: _Read) -> bool:
-    found = read.get(id(weight))
-    return found is not None and found() is weight
+def _why(weight: Tensor, read: _Read) -> str | None:
+    """Return the reason of a weight that graphs read, or None if they did not."""
+    found, reason = read.get(id(weight), (None, ""))
+    return reason if found is not None and found() is weight else None
 
 
 class _Copied:
@@ -193,22 +195,38 @@ def _say_nothing(model: nn.Module) -> None:
         log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
 
 
-def _say_used(model: nn.Module, paths: Sequence[str]) -> None:
-    if not paths or model in _used:
+def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
+    if not reasons or model in _used:
         return
     _used.add(model)
+    now = {d.module: str(d.reason) for d in plan_modules(model) if d.decision != "hif4"}  # weights were cast since
+    reasons = {path: reason or now.get(path, "") for path, reason in reasons.items()}
+    others = [path for path, reason in reasons.items() if not reason]
+    texts = [f"{path}: {reason}" for path, reason in reasons.items() if reason][:3]
+    if others:
+        texts.append(
+            f"{_listed(others)}: used otherwise than in a linear, as in einsum, bmm or an operator of somebody else, "
+            "or as a part or a multiple; torch.nn.functional.linear(x, weight, bias) runs in 4 bits"
+        )
     log.warning(
-        "%s: %d linears of its repeated blocks run in high precision, because graphs use their weights otherwise than "
-        "in a linear (%s): in einsum, bmm or an operator of somebody else, as a part or a multiple, or in torch.cond. "
-        "torch.nn.functional.linear(x, weight, bias) runs in 4 bits.",
+        "%s: %d linears of its repeated blocks run in high precision, because of how graphs use their weights (%s)",
         type(model).__name__,
-        len(paths),
-        _listed(paths),
+        len(reasons),
+        "; ".join(texts),
     )
 
 
 def _listed(paths: Sequence[str]) -> str:
     return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+
+
+def say_off() -> None:
+    """Warn if PyTorch compiles nothing in this process."""
+    if compiler_is_off():
+        log.warning(
+            'torch.compile(backend="tahf4") compiles nothing: PyTorch\'s compiler is off (TORCH_COMPILE_DISABLE, '
+            "TORCHDYNAMO_DISABLE or torch._dynamo.config.disable). Models run in the original precision."
+        )
 
 
 def say_transformed(model: nn.Module) -> None:

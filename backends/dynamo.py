@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from ..reporting.report import Totals
 from ..torch_private import before_frames, caller_that_holds, has_tangent
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import USED_OTHERWISE, ran, say_transformed, watch
+from .coverage import USED_OTHERWISE, ran, say_off, say_transformed, watch
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -82,6 +82,7 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
 
 
 before_frames(tahf4, _begin)
+say_off()  # PyTorch imports this module where a model is compiled, also when it compiles nothing
 
 
 class CompiledGraph:
@@ -121,6 +122,7 @@ class CompiledGraph:
         self._factors = multiplier_groups(graph)  # of packed linears: equal ones let quantizations be shared
         first = lower_graph(captured, options)
         self._planned = {d.weight_index for d in first.plan if d.cause not in USED_OTHERWISE}
+        self._reasons = {d.weight_index: str(d.reason) for d in first.plan if d.cause in USED_OTHERWISE}
         self._quantized = Totals.of(first.plan).quantized
         self._known: dict[tuple[int, ...], _Known] = {}
         first_key, _ = self._decisions(captured.example_inputs)
@@ -194,7 +196,11 @@ class CompiledGraph:
                 for decision, path in zip(decisions, paths, strict=True)
             ]
         planned = frozenset(id(weight) for i, weight in zip(self._weights, weights, strict=True) if i in self._planned)
-        return _Known([weakref.ref(weight) for weight in weights], tuple(decisions), owners, steps, high, now, planned)
+        reasons = [self._reasons.get(i, "") for i in self._weights]
+        read = {id(w): (weakref.ref(w), why) for w, why in zip(weights, reasons, strict=True)}
+        return _Known(
+            [weakref.ref(weight) for weight in weights], tuple(decisions), owners, steps, high, now, planned, read
+        )
 
     def _called_with(self, graph: fx.Graph) -> int:
         return sum(n.op == "placeholder" and not n.meta.get("tahf4_lifted", False) for n in graph.nodes)
@@ -220,11 +226,8 @@ class _Known:
     steps: list[StepPrecision]
     high: list[bool]
     changes: int
-    planned: frozenset[int] = frozenset()
-    read: dict[int, weakref.ref[Any]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.read = {id(ref()): ref for ref in self.weights}
+    planned: frozenset[int]
+    read: dict[int, tuple[weakref.ref[Any], str]]
 
     def holds(self, weights: Sequence[Any]) -> bool:
         same = all(map(operator.is_, [ref() for ref in self.weights], weights)) and self.changes == changes()

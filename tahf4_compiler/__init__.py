@@ -32,6 +32,7 @@ from .ops.registry import Kernel, register_kernel
 from .options import Options
 from .packed.config import TaHF4Config
 from .packed.convert import dequantize_, quantize_, set_activation_bits
+from .packed.guards import guard
 from .packed.linear import HiF4Linear
 from .packed.plan import plan_modules
 from .packed.steps import set_high_precision_steps
@@ -108,5 +109,6 @@ def _join_transformers() -> None:
     register()
 
 
+guard()
 when_imported("diffusers.quantizers.auto", _join_diffusers)
 when_imported("transformers.quantizers.auto", _join_transformers)

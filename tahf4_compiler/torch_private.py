@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "changing_floats",
     "compile_for_values",
     "compiled_whole",
+    "compiler_is_off",
     "derivative_asked",
     "dynamo_scope",
     "dynamo_source",
@@ -114,6 +116,11 @@ def compile_for_values(symbols: Iterable[str]) -> NoReturn:
     for symbol in symbols:
         TensorifyState.specialize(symbol)
     raise TensorifyScalarRestartAnalysis
+
+
+def compiler_is_off() -> bool:
+    """Whether ``torch.compile`` compiles nothing, with any backend, as the environment or Dynamo's settings are now."""
+    return bool(torch._dynamo.config.disable) or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 
 
 def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:

@@ -373,3 +373,14 @@ def test_dynamo_begins_again_with_floats_as_constants():
         assert torch.equal(compiled(x, scale), x * scale)
     assert found[:3] == [(0, 0), (1, 1), (0, 0)]
     assert torch_private.changing_floats(3) == torch_private.changing_floats(None) == set()
+
+
+@pytest.mark.parametrize("by", ["environment", "settings", "nothing"])
+def test_the_compiler_is_off_where_a_backend_gets_nothing(by, monkeypatch):
+    graphs = []
+    if by == "environment":
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with torch._dynamo.config.patch(disable=by == "settings"):
+        assert torch_private.compiler_is_off() == (by != "nothing")
+        torch.compile(Block(), backend=lambda graph, inputs: graphs.append(graph) or graph)(torch.randn(2, 64))
+    assert bool(graphs) == (by == "nothing")

@@ -117,9 +117,10 @@ def quantize_(
         if steps[name] is not None:
             attach_steps(module, steps[name])
         leave_as_they_are(module, {d.module: d.reason for d in plan if d.decision != "hif4"})
-        if not any(d.decision == "hif4" for d in plan):
+        some = any(d.decision == "hif4" for d in plan)
+        if not some:
             log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, why_nothing(module, plan))
-        if text := left_out(module):
+        if text := left_out(module, matrices=some):
             log.warning("%s: %s", name or type(module).__name__, text)
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions

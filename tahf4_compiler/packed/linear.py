@@ -203,7 +203,7 @@ class HiF4Linear(nn.Linear):
         """
         weight, bits, waits = (self.weight_codes, self.weight_scales, bias), self.activation_bits, False
         if by_step(self):
-            waits = torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy)
+            waits = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
         out = packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, self.span)
         a, b = (self._parameters.get(name) for name in BRANCH)
@@ -270,6 +270,17 @@ class HiF4Linear(nn.Linear):
                 "this linear is packed and takes no weight. Unpack it with tahf4.dequantize_, set its weight, and pack "
                 "it again."
             )
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, which asks each module for what to compile in its place.
+
+        Raises:
+            PackedError: always.
+        """
+        raise PackedError(
+            "torch.jit.script does not take packed linears: they choose their operator by what they are called with. "
+            "Use torch.compile, torch.export.export, or torch.jit.trace(model.requires_grad_(False), inputs)."
+        )
 
     def reset_parameters(self) -> None:
         """Do nothing: codes are not drawn at random."""

@@ -39,6 +39,7 @@ from .transform import Transform
 
 __all__ = ["left_out", "plan_modules", "plan_transforms", "why_nothing"]
 
+_NO_LINEARS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 _READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 
 
@@ -184,12 +185,19 @@ def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
     return f"it holds no nn.Linear ({found}), and no other module is packed"
 
 
-def left_out(model: nn.Module) -> str:
-    """Return what to say about batches of matrices in a model's repeated blocks, as of experts; "" if there are none.
+def left_out(model: nn.Module, matrices: bool = False) -> str:
+    """Return what to say about weights in a model's repeated blocks that no plan has; "" if there are none.
 
-    No linear reads them whole, so that no plan has them and its shares do not count them.
+    These are batches of matrices, as of experts, which no linear reads whole. Shares of a plan do not count them.
+
+    Args:
+        model: any module.
+        matrices: whether single matrices that are no weight of an ``nn.Linear`` are such weights, too: a graph finds
+            the linears that read them, a tree of modules does not.
     """
-    blocks, batches, values = module_blocks(model), dict[str, int](), 0
+    blocks, beside, values = module_blocks(model), adapters(model), 0
+    kinds: dict[str, dict[str, int]] = {"batches of matrices, as of experts,": {}, "matrices of no nn.Linear": {}}
+    batches, others = kinds.values()
     for name, module in model.named_modules():
         if isinstance(module, HiF4Linear):
             values += module.in_features * module.out_features if block_of(plain_path(name), blocks) else 0
@@ -199,16 +207,19 @@ def left_out(model: nn.Module) -> str:
             if block_of(path, blocks) is None:
                 continue
             values += weight.numel()
-            batch = weight.dim() == 3 and weight.is_floating_point() and min(weight.shape[1:]) >= MIN_FEATURES
-            if batch and not isinstance(module, nn.modules.conv._ConvNd):
+            wide = weight.dim() in (2, 3) and weight.is_floating_point() and min(weight.shape[-2:]) >= MIN_FEATURES
+            if not wide or isinstance(module, _NO_LINEARS):
+                continue
+            if weight.dim() == 3:
                 batches[path] = weight.numel()
-    if not batches:
-        return ""
-    shown = ", ".join([*batches][:3]) + (", ..." if len(batches) > 3 else "")
-    return (
-        f"{len(batches)} weights of its repeated blocks are batches of matrices, as of experts, and stay in high "
-        f"precision: {shown}. They hold {sum(batches.values()) / values:.0%} of the values there, and no plan or share "
-        "counts them"
+            elif matrices and not isinstance(module, nn.Linear) and plain_path(name) not in beside:
+                others[path] = weight.numel()
+    return ". ".join(
+        f"{len(found)} weights of its repeated blocks are {what} and stay in high precision: "
+        f"{', '.join([*found][:3])}{', ...' if len(found) > 3 else ''}. They hold {sum(found.values()) / values:.0%} "
+        "of the values there, and no plan or share counts them"
+        for what, found in kinds.items()
+        if found
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import os
 import pickle
+import subprocess
 import sys
+import textwrap
 
 import peft
 import pytest
@@ -330,8 +333,33 @@ def test_weights_that_graphs_use_otherwise_are_said_by_name(product, whole, capl
     for _ in range(4):
         call(x)
     (message,) = said(caplog)
-    assert "Products: 3 linears of its repeated blocks run in high precision, because graphs use their w" in message
-    assert "(blocks.0.down, blocks.1.down, blocks.2.down)" in message
+    assert "Products: 3 linears of its repeated blocks run in high precision, because of how graphs use" in message
+    assert "(blocks.0.down, blocks.1.down, blocks.2.down: used otherwise than in a linear" in message
+
+
+def test_weights_in_a_branch_or_of_a_type_that_is_not_held_are_said_with_this_cause(caplog):
+    def either(x, m):
+        return torch.cond(x.sum() > 0, lambda x: nn.functional.linear(x, m.weight), lambda x: x @ m.weight.t(), (x,))
+
+    model, x = Products(either, ["down"]).eval(), torch.randn(4, 64)
+    call = compiled(model, True)
+    for _ in range(3):
+        call(x)
+    (message,) = said(caplog)
+    assert "3 linears" in message and "(blocks.0.down: region: inside of cond, which stays as it is; " in message
+    assert "otherwise than in a linear" not in message
+    caplog.clear()
+    model = Products(lambda x, m: nn.functional.linear(x, m.weight.to(x.dtype), m.bias)).eval()
+    call = compiled(model, True)
+    for _ in range(2):
+        call(x)
+    for block in model.blocks:
+        block.up.weight.data = block.up.weight.data.to(torch.float8_e4m3fn)
+    for _ in range(3):
+        call(x)
+    (message,) = said(caplog)
+    assert "Products: 3 linears" in message and "(blocks.0.up: dtype: weight is float8_e4m3fn; blocks.1.up: " in message
+    assert "otherwise than in a linear" not in message
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -440,3 +468,16 @@ def test_batches_of_matrices_are_said_once_in_compile_and_quantize(caplog):
     caplog.clear()
     tahf4.quantize_(model)
     assert caplog.text.count("They hold 49% of the values there, and no plan or share counts them") == 1
+
+
+def test_a_process_whose_compiler_is_off_is_said():
+    script = """
+        import torch
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+        call = torch.compile(model, backend="tahf4")
+        x = torch.ones(1, 64)
+        assert torch.equal(call(x), model(x))
+    """
+    run, environment = [sys.executable, "-c", textwrap.dedent(script)], {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    found = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert found.stderr.count("compiles nothing: PyTorch's compiler is off (TORCH_COMPILE_DISABLE, ") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from helpers import relative
@@ -263,3 +264,28 @@ def test_what_a_module_around_it_offloads_is_not_packed(outer):
     assert not any(isinstance(module, tahf4.HiF4Linear) for module in model.modules())
     model.get_submodule(outer)._hf_hook = Hook(False)
     assert [d.decision for d in tahf4.quantize_(model)] == ["hif4"] * 3
+
+
+class HalfRaw(nn.Module):
+    """A block with one linear that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.places = nn.Linear(64, 64), nn.Linear(64, 64), nn.Embedding(64, 64)
+        self.w1 = nn.Parameter(torch.randn(128, 64) * 0.1)
+        self.table = nn.Parameter(torch.zeros(6, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x)) + nn.functional.linear(x, self.w1)[..., :64]
+
+
+def test_matrices_in_blocks_that_are_no_linears_are_said_by_name(caplog):
+    model = nn.Sequential(HalfRaw(), HalfRaw(), nn.Linear(64, 64)).eval()
+    peft.inject_adapter_in_model(peft.LoHaConfig(target_modules=["0.up"], r=64), model)
+    tahf4.quantize_(model)
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert "2 weights of its repeated blocks are matrices of no nn.Linear and stay in high precision: 0.w1, " in message
+    assert "1.w1. They hold " in message
+    caplog.clear()
+    tahf4.quantize_(Stack())
+    assert not caplog.records

@@ -187,6 +187,20 @@ def test_a_packed_folder_loads_with_its_head_or_without(tmp_path):
     assert equal(type(model).from_pretrained(tmp_path / "body"), model)
 
 
+def test_a_part_of_a_packed_model_of_two_is_not_loaded_with_random_weights(tmp_path):
+    vision = {**_CLIP, "image_size": 16, "patch_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=_CLIP, vision_config=vision)).eval()
+    model.save_pretrained(tmp_path / "plain")
+    tahf4.quantize_(model)
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # the part's own settings know no packing
+        transformers.CLIPTextModel.from_pretrained(tmp_path / "packed")
+    with pytest.raises(tahf4.PackedError, match=r"Load the folder with its config.json"):
+        transformers.CLIPTextModel.from_pretrained(tmp_path / "packed", quantization_config=tahf4.TaHF4Config())
+    part = transformers.CLIPTextModel.from_pretrained(tmp_path / "plain", quantization_config=tahf4.TaHF4Config())
+    assert len(packed_linears(part)) == 12 and equal(part, model.text_model)
+
+
 def test_a_head_that_is_the_embedding_stays_plain_whatever_a_recipe_says(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)

@@ -1,0 +1,67 @@
+"""What PyTorch does to any parameters and would do wrong to codes and scales: refused before anything has changed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..errors import GradientError, PackedError
+from .linear import HiF4Linear
+
+__all__ = ["guard"]
+
+
+def guard() -> None:
+    """Ask the checks below before PyTorch's own methods run, from now on until the process ends."""
+    _ask_before(nn.Module, "requires_grad_", _check_frozen)
+    _ask_before(nn.Module, "load_state_dict", _check_state)
+    _ask_before(AveragedModel, "__init__", _check_averaged)
+
+
+def _ask_before(cls: type[Any], name: str, check: Callable[..., None]) -> None:
+    own = getattr(cls, name)
+
+    @functools.wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self, *args, **kwargs)
+        return own(self, *args, **kwargs)
+
+    setattr(cls, name, method)
+
+
+def _packed(model: nn.Module) -> list[str]:
+    return [path or "the linear" for path, module in model.named_modules() if isinstance(module, HiF4Linear)]
+
+
+def _check_frozen(model: nn.Module, requires_grad: bool = True) -> None:
+    if requires_grad and (found := _packed(model)):
+        raise GradientError(
+            f"{type(model).__name__}.requires_grad_(True) would let {len(found)} packed linears require gradients "
+            f"({', '.join(found[:3])}), but 4-bit codes have none. Name the parts that are to require them, or go back "
+            "to plain weights with tahf4.dequantize_(model) first."
+        )
+
+
+def _check_state(model: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    packed = [key.removesuffix(".weight_codes") for key in state_dict if key.endswith(".weight_codes")]
+    modules = dict(model.named_modules(remove_duplicate=False)) if packed else {}
+    if others := [path for path in packed if path in modules and not isinstance(modules[path], HiF4Linear)]:
+        raise PackedError(
+            f"the state dict holds {len(others)} packed linears that are not packed in {type(model).__name__} "
+            f"({', '.join(others[:3])}: {type(modules[others[0]]).__name__}), and its weights would stay what they "
+            "are. Pack the model in the same way first (tahf4.quantize_), or unpack the one that the state dict is of "
+            "(tahf4.dequantize_)."
+        )
+
+
+def _check_averaged(_: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    if found := _packed(model):
+        raise PackedError(
+            f"AveragedModel would average the codes and scales of {len(found)} packed linears as numbers "
+            f"({', '.join(found[:3])}), which gives other weights than the average. Average the original, and pack "
+            "the average."
+        )

@@ -1,0 +1,113 @@
+"""What would treat codes as numbers, or leave them out, is refused before anything has changed."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import EMAModel
+from helpers import relative
+from models import Stack
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.packed.convert import packed_linears
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def packed(**keywords) -> nn.Module:
+    model = Stack().eval()
+    tahf4.quantize_(model, **keywords)
+    return model
+
+
+def test_gradients_of_a_packed_model_are_refused_before_any_parameter_requires_them():
+    model = packed(keep=[r"blocks\.0\."]).requires_grad_(False)
+    for module, count in ((model, 4), (model.blocks[1], 2), (model.blocks[1].up, 1)):
+        with pytest.raises(tahf4.GradientError, match=rf"{count} packed linears .*dequantize_"):
+            module.requires_grad_(True)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.blocks[0].requires_grad_()
+    model.last.requires_grad_(requires_grad=True)
+    assert {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        "blocks.0.norm",
+        "blocks.0.up",
+        "blocks.0.down",
+        "last",
+    }
+    tahf4.dequantize_(model)
+    assert all(p.requires_grad for p in model.requires_grad_(True).parameters())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_state_of_a_packed_model_is_refused_by_a_plain_one(strict):
+    state, plain = packed().state_dict(), Stack()
+    before = copy.deepcopy(plain.state_dict())
+    for module, part in ((plain, state), (plain.blocks[0], {"up.weight_codes": state["blocks.0.up.weight_codes"]})):
+        with pytest.raises(tahf4.PackedError, match=r"linears that are not packed in .*up.*Linear.* Pack the model"):
+            module.load_state_dict(part, strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+
+
+def test_a_state_without_the_adapters_of_the_model_is_refused():
+    state, model = packed().state_dict(), packed()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["blocks.1.up"]), model)
+    with pytest.raises(tahf4.PackedError, match=r"1 packed linears .* \(blocks.1.up: Linear\)"):
+        model.load_state_dict(state, strict=False)
+
+
+def test_states_that_lose_nothing_load():
+    model, other, x = packed(), packed(), torch.randn(4, 64)
+    part = {key: value for key, value in model.state_dict().items() if not key.startswith("blocks.2")}
+    other.load_state_dict(part, strict=False)
+    other.blocks[2].load_state_dict(model.blocks[2].state_dict())
+    assert torch.equal(other(x), model(x))
+    assert nn.ModuleDict({"last": nn.Linear(64, 64)}).load_state_dict(model.state_dict(), strict=False).unexpected_keys
+
+
+def test_averages_of_codes_are_refused():
+    with pytest.raises(tahf4.PackedError, match="codes and scales of 6 packed linears as numbers"):
+        AveragedModel(packed())
+    AveragedModel(Stack()).update_parameters(Stack())
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_emamodel_of_diffusers_takes_codes_as_they_are_and_averages_the_rest(foreach):
+    """If this fails, diffusers averages parameters that require no gradients: refuse it as ``AveragedModel``."""
+    first, second = packed(), packed()
+    averaged = EMAModel(first.parameters(), decay=0.5, foreach=foreach)
+    for model in (first, first, second):
+        averaged.step(model.parameters())
+    target = copy.deepcopy(first)
+    averaged.copy_to(target.parameters())
+    for path, linear in packed_linears(target).items():
+        for name, value in linear.named_parameters():
+            same = torch.equal(value, second.get_submodule(path).get_parameter(name))
+            assert same == (name != "bias"), f"{path}.{name}"
+    assert not torch.equal(target.first.weight, second.first.weight)
+
+
+def test_scripting_is_refused_and_a_trace_runs_in_4_bits():
+    model, x = packed().requires_grad_(False), torch.randn(4, 64)
+    with pytest.raises(tahf4.PackedError, match=r"torch.jit.script does not take packed linears.*torch.jit.trace"):
+        torch.jit.script(model)
+    rows = torch.randn(7, 64)
+    assert relative(torch.jit.trace(model, (x,))(rows), model(rows)) < 1e-6
+
+
+def test_a_trace_cannot_know_the_step():
+    model, x = packed(), torch.randn(4, 64)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    tahf4.set_high_precision_steps(model, [0], scheduler=scheduler)
+    with pytest.raises(tahf4.PackedError, match="cannot know the step"):
+        torch.jit.trace(model, (x,))
