@@ -62,6 +62,12 @@ def test_what_a_block_holds_belongs_to_it():
     assert_pass(plain(inner), Classify(), found(inner))
 
 
+def test_a_weight_has_one_place_also_where_it_is_read_outside_of_its_block():
+    outside = "g = linear(h1, u0){block0}\n    out = linear(g, z){boundary}"
+    text = BLOCKS.replace("out = linear(h1, z){boundary}", outside)
+    assert_pass(plain(text), Classify(), found(text))
+
+
 def test_inside_a_block_nothing_is_a_block_of_its_own():
     inner = BLOCKS.replace("@ blocks.0 net.Block", "@ outer.0 net.Outer, outer.0.blocks.0 net.Block").replace(
         "@ blocks.1 net.Block", "@ outer.1 net.Outer, outer.1.blocks.0 net.Block"
