@@ -16,7 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import PassError
-from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput
+from ..graph.inputs import INPUT, GraphInput, PackedInput, PackedWeight
 from ..graph.nodes import LINEAR, mutates, node_words, tensor_meta
 from ..weights.binding import packed_fake
 from .context import Context
@@ -108,8 +108,8 @@ def _same_argument(old: Any, new: Any) -> bool:
 def _packed(source: PackedInput, weights: list[Any], results: dict[Any, Any]) -> torch.Tensor:
     """Return the value of a packed input, whose shape depends on those of its weights, and not on which they are."""
     how, sizes = source.weight, tuple(map(_Size.of, weights))
-    kind = ("held",) if isinstance(how, HeldWeight) else (how.format, how.hadamard_block, how.rank)
-    key = (source.part, *kind, sizes)
+    assert isinstance(how, PackedWeight), "what a model holds packed is an input of its graph already"
+    key = (source.part, how.format, how.hadamard_block, how.rank, sizes)
     if key in results:
         size: _Size = results[key]
         return size.empty()

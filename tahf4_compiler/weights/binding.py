@@ -71,10 +71,8 @@ def _beside(source: PackedInput, weights: tuple[torch.Tensor, ...], store: Packe
 
 def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return an empty tensor of the shape and dtype of a packed input, for its weights' fake tensors."""
-    rows = sum(weight.shape[0] for weight in weights)
-    if isinstance(source.weight, HeldWeight):
-        return weights[0].new_empty((rows, weights[0].shape[1]))
-    k = weights[0].shape[1]
+    assert isinstance(source.weight, PackedWeight)
+    rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     count = hif4.units(k)
     if source.part == "observer":
         return weights[0].new_empty((2,), dtype=torch.int64, device="cpu")
