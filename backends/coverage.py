@@ -25,7 +25,7 @@ from ..model.reasons import Cause
 from ..packed.plan import left_out, plan_modules, why_nothing
 from ..torch_private import around_calls, compiler_is_off, graph_breaks
 
-__all__ = ["ran", "say_off", "say_transformed", "watch"]
+__all__ = ["ran", "say_off", "say_overruled", "say_transformed", "watch"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ _LOOKS = 16
 _AGAIN = 61  # calls, an odd number: what was left out for so long may be called outside of graphs now
 _COPIED = "_tahf4_copied"
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
 
 USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
@@ -218,6 +219,21 @@ def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
 
 def _listed(paths: Sequence[str]) -> str:
     return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+
+
+def say_overruled(model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    """Warn once that another backend compiles a model, parts of which were compiled in place with tahf4."""
+    if model in _overruled or not any(_linears(part, ()) for part in parts):
+        return
+    _overruled.add(model)
+    log.warning(
+        "%s: is compiled with another backend than tahf4, and PyTorch hands it the code of what is inside, also of %d "
+        "modules that were compiled with tahf4 (the first is a %s). They run in the original precision there. Compile "
+        'the whole with backend="tahf4", or not at all.',
+        type(model).__name__,
+        len(parts),
+        type(parts[0]).__name__,
+    )
 
 
 def say_off() -> None:

@@ -30,7 +30,7 @@ from ..reporting.report import Totals
 from ..torch_private import before_frames, caller_that_holds, has_tangent
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import USED_OTHERWISE, ran, say_off, say_transformed, watch
+from .coverage import USED_OTHERWISE, ran, say_off, say_overruled, say_transformed, watch
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -63,7 +63,7 @@ def tahf4(
             ``BackendCompilerFailed``, with their message.
     """
     parsed = Options.parse(options, mode)
-    before_frames(tahf4, _begin)  # again, since torch._dynamo.reset() forgets it
+    before_frames(tahf4, _begin, say_overruled)  # again, since torch._dynamo.reset() forgets it
     start = time.perf_counter()
     captured = capture_dynamo(graph_module, example_inputs)
     captured.seconds = time.perf_counter() - start
@@ -81,7 +81,7 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
         watch(model, options.keep)
 
 
-before_frames(tahf4, _begin)
+before_frames(tahf4, _begin, say_overruled)
 say_off()  # PyTorch imports this module where a model is compiled, also when it compiles nothing
 
 

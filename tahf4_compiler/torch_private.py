@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 from collections import Counter
@@ -229,6 +230,8 @@ def around_calls(
         model: as it was before ``torch.compile``.
         around: takes the compiled call with its arguments; returns the result, and whether this was the last one.
     """
+    from torch._dynamo.eval_frame import skip_code
+
     frame = sys._getframe(1)
     while frame is not None:
         host = frame.f_locals.get("self")
@@ -253,12 +256,16 @@ def around_calls(
             setattr(held, name, original)
         return result
 
+    around = torch.compiler.disable(around)  # another compilation around this one gets nothing more than before
+    skip_code(call.__code__)  # type: ignore[attr-defined]
     call._tahf4_around = True  # type: ignore[attr-defined]
     setattr(held, name, call)
 
 
 def before_frames(
-    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any], bool], None]
+    backend: Callable[..., Any],
+    function: Callable[[nn.Module, Mapping[str, Any], bool], None],
+    overruled: Callable[[nn.Module, Sequence[nn.Module]], None],
 ) -> None:
     """Call a function where Dynamo begins to compile code of a module, whether a graph comes of it or not.
 
@@ -266,21 +273,29 @@ def before_frames(
 
     Args:
         backend: that the code would be compiled with.
-        function: takes the module that was compiled, or one that a compiled function calls; the keywords that the
-            backend gets (``options``, ``mode``); and whether ``torch.vmap`` or ``torch.func`` is around the call, where
-            Dynamo gives up.
+        function: takes the module that was compiled, or one that a compiled function calls; the keywords of the backend
+            (``options``, ``mode``); and whether ``torch.vmap`` or ``torch.func``, where Dynamo gives up, is around.
+        overruled: takes a module that Dynamo compiles with another backend, which gets its parts, too, and those of
+            them that ``module.compile`` compiled with this one.
     """
-    handler, notice = torch._dynamo.callback_handler, _notice(backend, function)
+    handler, notice = torch._dynamo.callback_handler, _notice(backend, function, overruled)
     if notice not in handler.start_callbacks:
         handler.register_start_callback(notice)
 
 
 @functools.cache
-def _notice(
-    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any], bool], None]
-) -> Callable[[Any], None]:
+def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[..., Any]) -> Callable[[Any], None]:
     from torch._dynamo.convert_frame import _compile
     from torch._dynamo.eval_frame import innermost_backend
+
+    def ours(compiler: Any) -> bool:
+        return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
+
+    def in_place(module: nn.Module) -> bool:
+        call: Any = module._compiled_call_impl
+        call = call.__wrapped__ if hasattr(call, "_tahf4_around") else call
+        held = inspect.getclosurevars(call).nonlocals if inspect.isfunction(call) else {}
+        return "self" in held and ours(innermost_backend(held["self"].callback))
 
     def notice(_: Any) -> None:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
@@ -290,11 +305,14 @@ def _notice(
         if frame is None:
             return
         compiler = innermost_backend(frame.f_locals["compiler_fn"])
-        if getattr(compiler, "compiler_fn", compiler) is backend:  # torch.compile wraps one that has options
-            values = frame.f_locals["locals"]  # a hook's own function has the module under another name than self
-            found = (v for v in (values.get("self"), *values.values()) if isinstance(v, nn.Module))
-            if (module := next(found, None)) is not None:
-                function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
+        values = frame.f_locals["locals"]  # a hook's own function has the module under another name than self
+        module = next((v for v in (values.get("self"), *values.values()) if isinstance(v, nn.Module)), None)
+        if module is not None and ours(compiler):
+            function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
+            return
+        inside = module.modules() if module is not None else ()
+        if parts := [m for m in inside if m._compiled_call_impl is not None and in_place(m)]:
+            overruled(module, parts)
 
     return notice
 

@@ -210,9 +210,13 @@ def test_modules_are_told_before_dynamo_compiles_them_also_where_it_gives_up():
         def hidden(self, block, x):
             return block(x)
 
-    told, x = [], torch.randn(3, 64)
+    told, overruled, x = [], [], torch.randn(3, 64)
+
+    def tell_overruled(*what):
+        overruled.append(what)
+
     for _ in range(2):
-        torch_private.before_frames(mine, tell)
+        torch_private.before_frames(mine, tell, tell_overruled)
     models = [Stack(depth=1), Hidden(depth=1)]
     torch.compile(Stack(depth=1), backend="eager")(x)
     assert told == []
@@ -226,8 +230,14 @@ def test_modules_are_told_before_dynamo_compiles_them_also_where_it_gives_up():
     for model, options in zip(models, ({}, {"some": 1}), strict=True):
         torch.vmap(torch.compile(model, backend=mine, options=options))(x)
         torch._dynamo.reset()
-        torch_private.before_frames(mine, tell)
+        torch_private.before_frames(mine, tell, tell_overruled)
     assert {model for model, _, transformed in told if transformed} == set(models)
+    assert overruled == []
+    model = Stack(depth=2)
+    model.blocks[0].compile(backend=mine, options={"some": 1})
+    model.blocks[1].compile(backend="eager")
+    torch.compile(model, backend="eager")(x)
+    assert overruled == [(model, [model.blocks[0]])]
     torch._dynamo.utils.counters.clear()
     torch.vmap(torch.compile(Stack(depth=1), backend=mine))(x)
     (why,) = torch_private.graph_breaks()

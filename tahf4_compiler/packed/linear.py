@@ -185,7 +185,7 @@ class HiF4Linear(nn.Linear):
 
         Raises:
             GradientError: a gradient or a forward-mode derivative is asked for.
-            FormatError: the input is a nested tensor.
+            FormatError: the input is a nested tensor or no floating-point one, or the multiplier was cast.
             RecipeError: the bits of the activation depend on the step, and nothing counts steps.
         """
         return self.product(input, self.bias)
@@ -380,6 +380,11 @@ def packed_product(
     if input.dtype not in _FLOATS:
         raise FormatError(
             f"a packed linear got a tensor of {input.dtype}, expected float32, bfloat16, float16 or float64"
+        )
+    if multiplier is not None and multiplier.dtype != torch.float32:
+        raise FormatError(
+            f"the multiplier of a packed linear is of {multiplier.dtype}, expected float32: something cast parameters "
+            "one by one, which rounds it. Load the model again, and cast it with model.to(dtype), which leaves it."
         )
     if input.is_nested:
         raise FormatError(

@@ -144,7 +144,8 @@ def test_a_model_of_which_dynamo_hands_over_nothing_is_said(whole, caplog):
     model, x = Nothing().eval(), torch.randn(4, 64)
     for options in ({"keep": ["up", "down"]}, {}):
         torch._dynamo.reset()
-        before_frames(dynamo.tahf4, dynamo._begin)  # as torch.compile(backend="tahf4") does first
+        # As torch.compile(backend="tahf4") does first
+        before_frames(dynamo.tahf4, dynamo._begin, coverage.say_overruled)
         call = compiled(copy.deepcopy(model), whole, **options)
         for _ in range(3):
             assert torch.equal(call(x), model(x))
@@ -268,7 +269,7 @@ def test_what_dynamo_gives_up_later_is_said_once(give_up, whole, caplog):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("how", ["vmap", "jvp", "grad"])
 def test_a_first_call_under_a_transform_is_said_once(how, whole, caplog):
-    before_frames(dynamo.tahf4, dynamo._begin)  # as torch.compile(backend="tahf4") does first
+    before_frames(dynamo.tahf4, dynamo._begin, coverage.say_overruled)  # as torch.compile(backend="tahf4") does first
     call, x = compiled(Stack().eval().requires_grad_(False), whole), torch.randn(4, 64)
     calls = {
         "vmap": lambda: torch.vmap(call)(x),
@@ -481,3 +482,43 @@ def test_a_process_whose_compiler_is_off_is_said():
     run, environment = [sys.executable, "-c", textwrap.dedent(script)], {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
     found = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
     assert found.stderr.count("compiles nothing: PyTorch's compiler is off (TORCH_COMPILE_DISABLE, ") == 1
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_another_backend_around_blocks_that_are_compiled_with_tahf4_is_said_once(called, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    before_frames(dynamo.tahf4, dynamo._begin, coverage.say_overruled)  # as torch.compile(backend="tahf4") does first
+    for block in model.blocks:
+        compiled(block, False)
+    if called:
+        model(x)
+    outer = torch.compile(model, backend="eager")
+    for _ in range(2):
+        got = outer(x)
+    (message,) = said(caplog)
+    assert "Stack: is compiled with another backend than tahf4, and PyTorch hands it the code" in message
+    assert "also of 3 modules that were compiled with tahf4 (the first is a Block)" in message
+    with without_compiled_calls(model):
+        assert torch.allclose(got, model(x), atol=1e-6), "it runs in the original precision"
+
+
+def test_another_backend_around_a_model_that_is_compiled_in_place_gets_nothing_of_it(caplog):
+    """If this fails, PyTorch hands it over, and it has to be said."""
+    model, x = Stack().eval(), torch.randn(4, 64)
+    outer = torch.compile(compiled(model, False), backend="eager")
+    want = outer(x)
+    for _ in range(2):
+        assert torch.equal(model(x), want) and torch.equal(outer(x), want)
+    with without_compiled_calls(model):
+        assert not torch.allclose(want, model(x), atol=1e-4)
+    assert not said(caplog)
+
+
+def test_another_backend_around_a_packed_model_is_not_said(caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    tahf4.quantize_(model)
+    for block in model.blocks:
+        compiled(block, False)
+    torch.compile(model, backend="eager")(x)
+    torch.compile(Stack().eval(), backend="eager")(x)
+    assert not said(caplog)

@@ -10,10 +10,12 @@ import textwrap
 from collections import Counter
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from helpers import relative
 from models import Stack, flux, masked_recipe, output, pixart, sd3, wan
+from safetensors.torch import save_file
 from tahf4_compiler.passes import classify, normalize, plan
 from torch import nn
 
@@ -407,8 +409,6 @@ def test_what_was_attached_to_a_model_holds_for_its_copies_and_for_replaced_para
 
 
 def test_a_hooked_model_is_not_dequantized():
-    import accelerate
-
     model, x = Stack().eval(), torch.randn(3, 64)
     tahf4.quantize_(model)
     want = model(x)
@@ -531,3 +531,22 @@ def test_a_cast_of_codes_is_refused():
     tahf4.quantize_(model)
     with pytest.raises(tahf4.PackedError, match="codes or scales"):
         model.type(torch.float16)
+
+
+@pytest.mark.parametrize("by", ["data", "accelerate"])
+def test_a_multiplier_that_something_cast_is_refused(by, tmp_path):
+    model, x = Stack().eval(), torch.randn(3, 64)
+    tahf4.quantize_(model)
+    compiled = torch.compile(model, backend="tahf4", options=GRAPH)
+    compiled(x)
+    if by == "data":
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+    else:
+        file, place = str(tmp_path / "model.safetensors"), {"": "cpu"}
+        save_file(model.state_dict(), file, {"format": "pt"})
+        accelerate.load_checkpoint_in_model(model, file, place, dtype=torch.bfloat16)
+    for call in (model, compiled):
+        with pytest.raises(tahf4.FormatError, match=r"multiplier of a packed linear is of torch.bfloat16"):
+            call(x.to(torch.bfloat16))
