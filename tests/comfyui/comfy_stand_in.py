@@ -229,9 +229,13 @@ class ModelPatcher:
             self.detach()
             raise
 
-    def detach(self) -> None:
-        self.unpatch_model()
-        self._call_back("on_detach_after", True)
+    def detach(self, unpatch_all: bool = True) -> None:
+        if unpatch_all:
+            self.unpatch_model()
+        self._call_back("on_detach_after", unpatch_all)
+
+    def __del__(self) -> None:
+        self.detach(unpatch_all=False)  # whatever other clone is loaded stays loaded
 
 
 class BaseModel(nn.Module):

@@ -128,7 +128,7 @@ def test_other_patches_of_packed_weights_are_refused_by_name(comfy, patch, words
     assert all(torch.equal(before[name], value) for name, value in base.model.named_parameters())
 
 
-def test_merging_models_and_wrappers_of_weights_are_refused(comfy):
+def test_merging_saving_and_wrappers_of_weights_are_refused(comfy):
     base, other = comfy.load(), comfy.load()
     before = {name: value.clone() for name, value in base.model.named_parameters()}
     merged = base.clone()
@@ -140,9 +140,11 @@ def test_merging_models_and_wrappers_of_weights_are_refused(comfy):
     linear.weight_function = [lambda weight: weight * 2]
     with pytest.raises(PackedError, match="change the weight of a packed linear"):
         linear(torch.randn(2, 128))
-    lowvram, _ = comfy.stand_in.load_lora_for_models(base, None, lora("diffusion_model.blocks.0.ffn.0"), 1.0, 0)
-    with pytest.raises(PackedError):  # what saving a checkpoint does
-        lowvram.partially_load(torch.device("cpu"), 1, force_patch_weights=True)
+    patched, _ = comfy.stand_in.load_lora_for_models(base, None, lora("diffusion_model.blocks.0.ffn.0"), 1.0, 0)
+    with pytest.raises(PackedError, match="to save one or to extract a LoRA"):
+        patched.partially_load(torch.device("cpu"), 10**9, force_patch_weights=True)
+    with pytest.raises(PackedError):
+        patched.partially_load(torch.device("cpu"), 1, force_patch_weights=True)
 
 
 def spoil(folder: Path, change) -> None:

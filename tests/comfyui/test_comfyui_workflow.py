@@ -128,6 +128,18 @@ def test_strengths_several_loras_and_back(comfy):
     assert all(m.adapter is None for m in base.model.modules() if isinstance(m, HiF4Linear)), "factors are freed"
 
 
+def test_a_clone_that_goes_takes_nothing_from_the_one_that_is_loaded(comfy):
+    base = comfy.load()
+    patched, _ = comfy.stand_in.load_lora_for_models(
+        base, None, lora("blocks.0.ffn.net.0.proj", "diffusion_model.blocks.0.ffn.0"), 0.7, 0
+    )
+    noise, context = inputs()
+    out = comfy.stand_in.sample(patched, noise, context, SIGMAS)
+    clone = base.clone()
+    del clone  # nothing holds it: it is gone at once
+    assert torch.equal(comfy.stand_in.sample(patched, noise, context, SIGMAS), out)
+
+
 @pytest.mark.parametrize("memory", [1, 300_000], ids=["nothing fits", "half fits"])
 def test_low_memory_gives_the_same(comfy, memory):
     noise, context = inputs()

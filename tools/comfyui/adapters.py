@@ -38,8 +38,13 @@ def original_names(lora: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _loaded(patcher: Any, device: Any = None, *others: Any) -> None:
+def _loaded(patcher: Any, device: Any, memory: int, force_patch_weights: bool, *others: Any) -> None:
     linears = _packed(patcher.model)
+    if force_patch_weights and linears:
+        raise PackedError(
+            "ComfyUI asks for the patched weights of a packed model, as it does to save one or to extract a LoRA, and "
+            "packed linears have none. The packed file is the model; use the plain model for this."
+        )
     adapters = {}
     for path, linear in linears.items():
         for leaf in (*PARTS, *BRANCH):
@@ -51,7 +56,9 @@ def _loaded(patcher: Any, device: Any = None, *others: Any) -> None:
         linear.adapter = adapters[path]
 
 
-def _detached(patcher: Any, *others: Any) -> None:
+def _detached(patcher: Any, unpatch_all: bool, *others: Any) -> None:
+    if not unpatch_all:  # a clone is deleted, and another may be loaded
+        return
     for linear in _packed(patcher.model).values():
         linear.adapter = None
 
