@@ -12,8 +12,8 @@ if find_spec("folder_paths") is None or find_spec("comfy") is None:  # no ComfyU
     NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 elif find_spec("tahf4_compiler") is None:
     raise ImportError(
-        "the nodes of tahf4 need the package tahf4-compiler, which this Python does not have: install it with the "
-        "Python that runs ComfyUI (python -m pip install tahf4-compiler) and start ComfyUI again"
+        "the nodes of tahf4 need the package tahf4-compiler, which this Python does not have: install a checkout or a "
+        "wheel with the Python that runs ComfyUI (python -m pip install PATH_TO_TAHF4) and start ComfyUI again"
     )
 else:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS

@@ -70,20 +70,19 @@ def read(path: Path, load: Any) -> tuple[dict[str, Tensor], TaHF4Config]:
     return state, config
 
 
-def write_single_file(folder: Path, file: Path, load: Any) -> None:
+def write_single_file(folder: Path, file: Path) -> None:
     """Write a packed folder as one safetensors file with the original names, as ComfyUI's users exchange models.
 
     Args:
         folder: packed, with diffusers' names or the original ones.
         file: to be written.
-        load: as for :func:`read`.
 
     Raises:
         PackedError, CheckpointError: as :func:`read`.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
-    state, config = read(folder, load)
+    state, config = read(folder, load_file)
     for name in config.linears:
         state[f"{name}.weight"] = torch.zeros(1, dtype=torch.uint8)  # as in a folder: no plain model
     text = json.dumps(config.to_dict(), sort_keys=True)
