@@ -32,7 +32,8 @@ class LoRAAdapter:
     def change(self, weight: Tensor, strength: float) -> Tensor:
         up, down, alpha = self.weights[:3]
         scale = alpha / down.shape[0] if alpha is not None else 1.0
-        return weight + strength * scale * (up.float() @ down.float()).to(weight.dtype)
+        weight += strength * scale * (up.float() @ down.float()).to(weight.dtype)
+        return weight
 
 
 class LoKrAdapter:
@@ -75,17 +76,17 @@ def model_lora_keys_unet(model: nn.Module) -> dict[str, str]:
 
 
 def calculate_weight(patches: list[Any], weight: Tensor) -> Tensor:
-    """``comfy.lora.calculate_weight``."""
+    """``comfy.lora.calculate_weight``, which writes to the weight that it is given."""
     for strength, patch, strength_model, _, _ in patches:
-        weight = weight * strength_model
+        weight *= strength_model
         if isinstance(patch, LoRAAdapter):
             weight = patch.change(weight, strength)
         elif isinstance(patch, list):  # another model's weight, as merging puts it
-            weight = weight + strength * patch[0][0].to(weight.dtype)
+            weight += strength * patch[0][0].to(weight.dtype)
         elif patch[0] == "diff":
-            weight = weight + strength * patch[1][0].to(weight.dtype)
+            weight += strength * patch[1][0].to(weight.dtype)
         else:
-            weight = patch[1][0].to(weight.dtype)
+            weight.copy_(patch[1][0])
     return weight
 
 

@@ -94,6 +94,16 @@ def test_models_of_16_bits(comfy, dtype):
     assert relative(moved(x.float()), linear(x)) < 1e-1
 
 
+def test_a_folder_with_steps_in_high_precision_says_which_node_applies_them(comfy, caplog):
+    def steps(tensors, config):
+        config["quantization_config"] |= {"high_precision_steps": [0, -1], "step_activation_bits": 16}
+
+    spoil(place(comfy) / "wan" / "high", steps)
+    comfy.load()
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "more bits in the steps 0, -1" in record.getMessage() and "TAHF4 Activation Bits" in record.getMessage()
+
+
 def test_a_deep_copy_stands_alone(comfy):
     model = comfy.load()
     other = copy.deepcopy(model.model)
@@ -168,6 +178,13 @@ def other_sizes(tensors, config):
     config["quantization_config"]["linears"]["blocks.0.attn1.to_q"]["n"] = 64
 
 
+def more_linears(tensors, config):
+    linears = config["quantization_config"]["linears"]
+    linears["blocks.0.attn2.add_k_proj"] = linears["blocks.0.attn2.to_q"]
+    for name in [name for name in tensors if name.startswith("blocks.0.attn2.to_q.")]:
+        tensors[name.replace("to_q", "add_k_proj")] = tensors[name].clone()
+
+
 def of_vace(tensors, config):
     tensors["vace_blocks.0.proj_in.weight"] = torch.ones(1)
 
@@ -183,6 +200,7 @@ def not_wan(tensors, config):
         (drop_codes, r"lacks blocks\.0\.self_attn\.q\.weight_codes"),
         (forget_linear, r"holds blocks\.0\.self_attn\.q\.weight_codes.* damaged"),
         (other_sizes, r"blocks\.0\.self_attn\.q is packed with 128 -> 64 features"),
+        (more_linears, r"packs blocks\.0\.cross_attn\.k_img, which ComfyUI's model has not"),
         (of_vace, r"holds vace_blocks\.0\.proj_in\.weight, which a Wan model"),
         (not_wan, r"holds .*, which a Wan model"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from tahf4_compiler.errors import PackedError
 from tahf4_compiler.format.spans import check_span
-from tahf4_compiler.packed.linear import HiF4Linear
+from tahf4_compiler.packed.linear import HiF4Linear, packed_product
 
 __all__ = ["PackedLinear", "operations"]
 
@@ -45,23 +44,24 @@ class PackedLinear(HiF4Linear, comfy.ops.CastWeightBiasOp):
                     f"something wants to change the weight of a packed linear by {function!r:.100}, and it has codes "
                     "and no weight. Use a plain model with this node."
                 )
-        held: HiF4Linear = self
-        if self.weight_codes.device != input.device:
-            held = copy.copy(self)
-            held.__dict__["_parameters"] = {
-                name: value.to(input.device) if value is not None else None for name, value in self._parameters.items()
-            }
-        bias: Tensor | None = held.bias
+
+        def here(value: Tensor | None) -> Tensor | None:
+            return value if value is None or value.device == input.device else value.to(input.device)
+
+        bias: Tensor | None = self.bias
         if bias is not None:
             changes = bool(self.bias_function)  # in place
             bias = bias.to(input.device, input.dtype, copy=changes)
             for function in self.bias_function:
                 bias = function(bias)
-        out = held.product(input, bias)
-        if self.adapter is None:
-            return out
-        a, b = (factor.to(input.device, input.dtype) for factor in self.adapter)
-        return out + input @ a @ b
+        codes, scales, multiplier = here(self.weight_codes), here(self.weight_scales), here(self.multiplier)
+        assert codes is not None and scales is not None
+        bits, span = self.activation_bits, self.span
+        out = packed_product(input, multiplier, self.hadamard_block, codes, scales, bias, bits, span=span)
+        for a, b in ((self.low_rank_a, self.low_rank_b), self.adapter or (None, None)):
+            if a is not None and b is not None:
+                out = out + input @ a.to(input.device, input.dtype) @ b.to(input.device, input.dtype)
+        return out
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Name a weight: ComfyUI looks for the keys of a LoRA in the state, and measures a model by it."""
