@@ -1,0 +1,142 @@
+"""ComfyUI's operations, with linears that load packed tensors and compute with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from tahf4_compiler.errors import PackedError
+from tahf4_compiler.format.spans import check_span
+from tahf4_compiler.packed.linear import HiF4Linear, packed_product
+
+__all__ = ["PackedLinear", "operations"]
+
+
+class PackedLinear(HiF4Linear, comfy.ops.CastWeightBiasOp):
+    """A packed linear that ComfyUI moves, offloads and patches as its own.
+
+    Attributes:
+        adapter: ``[K, r]`` and ``[r, N]``, of all LoRA beside the 4-bit product with their strengths, or None.
+        comfy_cast_weights: True: it may stay on the offload device, and moves what it holds in each call.
+        weight_function: what ComfyUI would apply to the weight in a call; only its own patches, which ``adapter`` is.
+        bias_function: the same for the bias.
+    """
+
+    comfy_cast_weights = True
+    weight_function: Any
+    bias_function: Any
+    adapter: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``[..., N]`` of the dtype of ``input``: the product in 4 bits, and the adapter's beside it.
+
+        Raises:
+            PackedError: another extension has put a function of the weight here.
+        """
+        for function in self.weight_function:
+            if not isinstance(function, comfy.model_patcher.LowVramPatch):
+                raise PackedError(
+                    f"something wants to change the weight of a packed linear by {function!r:.100}, and it has codes "
+                    "and no weight. Use a plain model with this node."
+                )
+
+        def here(value: Tensor | None) -> Tensor | None:
+            return value if value is None or value.device == input.device else value.to(input.device)
+
+        bias: Tensor | None = self.bias
+        if bias is not None:
+            changes = bool(self.bias_function)  # in place
+            bias = bias.to(input.device, input.dtype, copy=changes)
+            for function in self.bias_function:
+                bias = function(bias)
+        codes, scales, multiplier = here(self.weight_codes), here(self.weight_scales), here(self.multiplier)
+        assert codes is not None and scales is not None
+        bits, span = self.activation_bits, self.span
+        out = packed_product(input, multiplier, self.hadamard_block, codes, scales, bias, bits, span=span)
+        for a, b in ((self.low_rank_a, self.low_rank_b), self.adapter or (None, None)):
+            if a is not None and b is not None:
+                out = out + input @ a.to(input.device, input.dtype) @ b.to(input.device, input.dtype)
+        return out
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Name a weight: ComfyUI looks for the keys of a LoRA in the state, and measures a model by it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = torch.zeros(1, dtype=torch.uint8)
+
+
+class _Linear(comfy.ops.manual_cast.Linear):
+    """A linear of ComfyUI, or a packed one: which, is known when its tensors arrive.
+
+    Attributes:
+        linears: how the packed ones are packed, by path.
+    """
+
+    linears: Mapping[str, Mapping[str, Any]] = {}
+    weight: Any
+    bias: Any
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        # No weight before it is loaded: that of a packed linear would take the memory which packing saves.
+        super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
+        self.place = {"device": device, "dtype": dtype if dtype is not None else torch.get_default_dtype()}
+        self.has_bias = self.bias is not None
+        self.weight = self.bias = None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        k, n, place = self.in_features, self.out_features, self.place
+        values = self.linears.get(prefix[:-1])
+        if values is None:
+            if self.weight is None:
+                self.weight = nn.Parameter(torch.empty(n, k, **place), requires_grad=False)
+                if self.has_bias:
+                    self.bias = nn.Parameter(torch.empty(n, **place), requires_grad=False)
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            return
+        if (values["k"], values["n"]) != (k, n):
+            raise PackedError(
+                f"{prefix[:-1]} is packed with {values['k']} -> {values['n']} features, and ComfyUI's model has "
+                f"{k} -> {n} there; the checkpoint is damaged or of another model"
+            )
+        bias, training = self.has_bias, self.training
+        self.__class__ = PackedLinear  # in its place: modules above hold this very object
+        self.__dict__.clear()
+        PackedLinear.__init__(
+            self,
+            k,
+            n,
+            bias,
+            hadamard_block=values["hadamard_block"],
+            multiplies=values["multiplier"],
+            activation=values["activation"],
+            activation_bits=values.get("activation_bits", 4),
+            rank=values.get("rank", 0),
+            span=check_span(values.get("scale_span", 1)),
+            **place,
+        )
+        self.train(training)
+        self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def operations(packed: Mapping[str, Mapping[str, Any]]) -> type[Any]:
+    """Return ComfyUI's operations with linears that load packed tensors, for ``custom_operations``.
+
+    Args:
+        packed: how linears are packed, by their paths in ComfyUI's diffusion model.
+    """
+
+    class Operations(comfy.ops.manual_cast):
+        """The operations of one model."""
+
+        class Linear(_Linear):
+            """The linears of one model."""
+
+            linears = packed
+
+    return Operations
