@@ -39,6 +39,9 @@ def quantize(
         bool, typer.Option("--hard-link", help="Link files that do not change instead of copying them.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="That read and pack; one a core, four at most.")] = None,
+    rounding: Annotated[
+        str, typer.Option(help="Of elements: half_away, or bfloat16_half_away as hardware for HiF4 does.")
+    ] = "half_away",
 ) -> None:
     """Quantize a model on disk, tensor by tensor: the whole model is never in memory.
 
@@ -61,6 +64,7 @@ def quantize(
         shard_size=shard_mb * 1_000_000,
         hard_link=hard_link,
         threads=threads,
+        rounding=rounding,
     )
     for name, plan in done.plans.items():
         packed = [d for d in plan if d.decision == "hif4"]

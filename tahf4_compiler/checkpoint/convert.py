@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, RecipeError, Tahf4Error
 from ..files.reading import read_header
-from ..format.spans import span_name
+from ..format.spans import joined, span_name
+from ..options import rounding as check_rounding
 from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
@@ -72,6 +73,7 @@ def quantize_checkpoint(
     shard_size: int = 2 << 30,
     hard_link: bool = False,
     threads: int | None = None,
+    rounding: str = "half_away",
 ) -> Converted:
     """Quantize a model on disk: what :func:`tahf4_compiler.quantize_` makes of it, bit for bit, in bounded memory.
 
@@ -90,17 +92,20 @@ def quantize_checkpoint(
         shard_size: bytes of a file of weights.
         hard_link: link files that do not change instead of copying them.
         threads: that read and pack; None for one a core, four at most.
+        rounding: as for :func:`tahf4_compiler.quantize_`.
 
     Raises:
         CheckpointError: something cannot be read or written; ``out_dir`` is as it was.
         RecipeError: the recipe belongs to another model; ``out_dir`` is as it was.
         PatternError: a pattern of ``keep`` matches nothing.
+        OptionError: the rounding is unknown.
     """
+    form = joined(1, check_rounding("rounding", rounding))
     folder, out = Path(model_dir), Path(os.path.abspath(out_dir))
     if out.is_symlink() and out.exists():
         out = out.resolve()  # the folder is renamed, and a link cannot be replaced by one
     source = open_source(folder, dtype)
-    parts = _parts(source, recipe, expert, keep, check_weights, shard_size)
+    parts = _parts(source, recipe, expert, keep, check_weights, shard_size, form)
     job = _job(source, parts)
     result = Converted({part.component.name: part.plan for part in parts})
     if _stands(out, job):
@@ -134,7 +139,13 @@ def quantize_checkpoint(
 
 
 def _parts(
-    source: Source, recipe: Recipe | None, expert: str | None, keep: Sequence[str], check_weights: bool, limit: int
+    source: Source,
+    recipe: Recipe | None,
+    expert: str | None,
+    keep: Sequence[str],
+    check_weights: bool,
+    limit: int,
+    form: int,
 ) -> list[_Part]:
     names = [component.name for component in source.components]
     if recipe is not None and names != [""] and (missing := sorted(set(recipe.experts) - set(names))):
@@ -145,7 +156,7 @@ def _parts(
         if component.name:
             mine, name = (recipe, component.name) if recipe and component.name in recipe.experts else (None, None)
         plan = plan_modules(component.model, mine, keep, expert=name)
-        transforms = plan_transforms(component.model, plan, mine, expert=name)
+        transforms = plan_transforms(component.model, plan, mine, expert=name, span=form)
         shards, index = shards_of(component, plan, transforms, limit)
         chosen = {d.module: d for d in plan if d.module in transforms}
         linears = {
@@ -159,6 +170,7 @@ def _parts(
                 **({} if d.activation_bits == 4 else {"activation_bits": d.activation_bits}),
                 **({"rank": d.rank} if d.rank else {}),
                 **({"scale_span": span_name(d.span)} if d.span != 1 else {}),
+                **({"rounding": d.rounding} if d.rounding != "half_away" else {}),
             }
             for path, d in chosen.items()
         }
