@@ -20,7 +20,7 @@ from ..weights.checksum import checksum
 from ..weights.flaws import Flaws
 from .layout import Item, Shard
 
-__all__ = ["Workers", "write_shard"]
+__all__ = ["Workers", "opened", "write_shard"]
 
 _ROWS = 1 << 21  # values of a weight that are read and packed at a time: they stay in the cache
 _COPY = 4 << 20  # bytes of a tensor that is copied
@@ -75,7 +75,7 @@ class Workers:
         whole = wanted is not None or transform.reconstruction is not None or transform.low_rank is not None
         rows = n if whole else max(1, _ROWS // max(1, k))
         codes, scales = (torch.empty(shape, dtype=DTYPES[dtype], device="cpu") for _, dtype, shape in item.outputs)
-        with _opened(info.path) as file, torch.no_grad():
+        with opened(info.path) as file, torch.no_grad():
             for first in range(0, n, rows):
                 count = min(rows, n - first)
                 part = self._buffer(count * k, DTYPES[info.dtype]).view(count, k)
@@ -139,6 +139,9 @@ def write_shard(shard: Shard, path: Path, workers: Workers, progress: Progress) 
                         write(_bytes(part))
                 elif item.value is not None:
                     write(_bytes(item.value))
+                elif item.make is not None:
+                    for part in item.make():
+                        write(_bytes(part))
                 else:
                     for chunk in _chunks(item):
                         write(_bytes(chunk))
@@ -155,7 +158,7 @@ def _chunks(item: Item) -> Iterator[Tensor]:
     info = item.source
     assert info is not None
     width = DTYPES[info.dtype].itemsize
-    with _opened(info.path) as file:
+    with opened(info.path) as file:
         for start in range(0, info.size, _COPY):
             part = torch.empty(min(_COPY, info.size - start) // width, dtype=DTYPES[info.dtype], device="cpu")
             read_into(file, info.offset + start, part)
@@ -167,7 +170,12 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def opened(path: Path) -> Iterator[int]:
+    """Open a file to read from, as a number.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError as cause:
