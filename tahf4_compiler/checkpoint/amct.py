@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FormatError
-from ..files.reading import DTYPES, TensorInfo, read_header, read_index, read_into, read_json
+from ..files.reading import DTYPES, TensorInfo, opened, read_header, read_index, read_into, read_json
 from ..format import hif4
 from ..format.spans import FORM_ROUNDINGS
 from ..packed.config import TaHF4Config, stand_ins
 from .layout import Item, shard
 from .manifest import NAME, manifest_text
 from .stage import Stage
-from .stream import Workers, opened, write_shard
+from .stream import Workers, write_shard
 
 __all__ = ["from_amct", "from_amct_tensors", "to_amct", "to_amct_tensors"]
 

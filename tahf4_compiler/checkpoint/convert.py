@@ -22,6 +22,7 @@ from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
 from ..recipe.recipe import Recipe
+from .fp4 import paths_of
 from .layout import Shard, shards_of
 from .manifest import NAME, file_sha256, manifest_text, read_manifest, verify
 from .source import Component, Source, open_source
@@ -42,6 +43,9 @@ class Converted:
         bytes_read: of weights and copied files, in this run.
         bytes_written: in this run.
         resumed: files that an earlier run had finished.
+        held: the format in which another tool held weights, such as ``"NVFP4"``, by component.
+        losses: of these weights, the relative error of HiF4 against the values that they stood for, by module path
+            and component; of those that were packed in this run.
         complete: the folder was there already, made of the same files in the same way; nothing was written.
     """
 
@@ -50,6 +54,8 @@ class Converted:
     bytes_written: int = 0
     resumed: int = 0
     complete: bool = False
+    held: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +87,8 @@ def quantize_checkpoint(
     is taken up after the last finished file when it is called again with the same arguments.
 
     Args:
-        model_dir: a diffusers pipeline or model in safetensors, or a model with the original Wan names.
+        model_dir: a diffusers pipeline or model in safetensors, or a model with the original Wan names. Weights may be
+            in NVFP4 or MXFP4 (:mod:`tahf4_compiler.checkpoint.fp4`): HiF4 is made of the values that they stand for.
         out_dir: new or empty, or a link to an empty folder. One that this call made before is read and compared with
             its manifest.
         recipe: see :class:`tahf4_compiler.Recipe`, or None for a rotation that needs no data.
@@ -108,6 +115,7 @@ def quantize_checkpoint(
     parts = _parts(source, recipe, expert, keep, check_weights, shard_size, form)
     job = _job(source, parts)
     result = Converted({part.component.name: part.plan for part in parts})
+    result.held = {part.component.name: part.component.held for part in parts if part.component.held}
     if _stands(out, job):
         result.complete = True
         return result
@@ -191,7 +199,7 @@ def _parts(
 def _job(source: Source, parts: list[_Part]) -> str:
     """Return a hash of what is converted and how: files by name, size and time, headers, settings and transforms."""
     found = hashlib.sha256()
-    files = {info.path for part in parts for info in part.component.tensors.values()}
+    files = {path for part in parts for info in part.component.tensors.values() for path in paths_of(info)}
     for path in sorted([*files, *source.others.values()]):
         state = path.stat()
         found.update(f"{path.relative_to(source.folder)}|{state.st_size}|{state.st_mtime_ns}\n".encode())
@@ -280,6 +288,8 @@ def _write_all(
             finally:
                 workers.close()
             workers.flaws.warn(part.component.name)
+            if found_losses := workers.losses.relative():
+                result.losses[part.component.name] = found_losses
             for name, text in part.texts.items():
                 _write_text(stage, name, text)
         for name, path in others.items():

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError
-from ..files.reading import DTYPES, read_into
+from ..files.reading import DTYPES, opened, read_into
 from ..weights.checksum import checksum
 from ..weights.flaws import Flaws
+from .fp4 import Fp4Weight
 from .layout import Item, Shard
+from .losses import Losses
 
-__all__ = ["Workers", "opened", "write_shard"]
+__all__ = ["Workers", "write_shard"]
 
 _ROWS = 1 << 21  # values of a weight that are read and packed at a time: they stay in the cache
 _COPY = 4 << 20  # bytes of a tensor that is copied
@@ -37,12 +37,13 @@ class Workers:
 
     Attributes:
         flaws: of the linears' weights.
+        losses: of those that another tool held in 4 bits.
     """
 
     def __init__(self, count: int, sums: Mapping[str, int]) -> None:
         """Start no thread yet."""
         self.count, self.sums = count, sums
-        self.flaws = Flaws()
+        self.flaws, self.losses = Flaws(), Losses()
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
         self._local = threading.local()
 
@@ -78,8 +79,11 @@ class Workers:
         with opened(info.path) as file, torch.no_grad():
             for first in range(0, n, rows):
                 count = min(rows, n - first)
-                part = self._buffer(count * k, DTYPES[info.dtype]).view(count, k)
-                read_into(file, info.offset + first * k * part.element_size(), part)
+                if isinstance(info, Fp4Weight):
+                    part = info.read(first, count)
+                else:
+                    part = self._buffer(count * k, DTYPES[info.dtype]).view(count, k)
+                    read_into(file, info.offset + first * k * part.element_size(), part)
                 part = part.to(DTYPES[item.dtype])
                 if wanted is not None and int(checksum(part)) != wanted:
                     raise RecipeError(
@@ -89,6 +93,8 @@ class Workers:
                 packed = transform.pack(part)
                 rest = transform.remainder(part)
                 self.flaws.look(item.path, rest, packed, transform.mask, transform.seed, transform.hadamard_block)
+                if isinstance(info, Fp4Weight):
+                    self.losses.look(item.path, rest, packed, transform)
                 codes[first : first + count] = packed.codes
                 scales[first : first + count] = packed.scales
         return [codes, scales]
@@ -157,6 +163,12 @@ def write_shard(shard: Shard, path: Path, workers: Workers, progress: Progress) 
 def _chunks(item: Item) -> Iterator[Tensor]:
     info = item.source
     assert info is not None
+    if isinstance(info, Fp4Weight):
+        n, k = info.shape
+        rows = max(1, _COPY // (4 * k))
+        for first in range(0, n, rows):
+            yield info.read(first, min(rows, n - first)).to(DTYPES[item.dtype])
+        return
     width = DTYPES[info.dtype].itemsize
     with opened(info.path) as file:
         for start in range(0, info.size, _COPY):
@@ -167,20 +179,3 @@ def _chunks(item: Item) -> Iterator[Tensor]:
 
 def _bytes(values: Tensor) -> memoryview:
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """Open a file to read from, as a number.
-
-    Raises:
-        CheckpointError: it cannot be opened.
-    """
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as cause:
-        raise CheckpointError(f"cannot read {path}: {cause.strerror}") from cause
-    try:
-        yield file
-    finally:
-        os.close(file)
