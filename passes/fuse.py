@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..format.spans import ROUNDED, units_of
 from ..graph.inputs import DECISION
 from ..graph.nodes import mutates, size_hint
 from ..ops.registry import dispatch
-from ..pipeline.activations import bits_of, call, span_of
+from ..pipeline.activations import bits_of, call, form_of, span_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
 from .regions import MAX_INPUTS, Places, Region, erase, readers
@@ -84,10 +85,11 @@ class Fuse(Pass):
         # First what is most: the quantization of the result in the same kernel.
         alone = len(users) == 1 and _quantizes(users[0]) and users[0].args[0] is end and region.reaches(users[0])
         # A span of the result may be longer than what is known of a row at a time.
-        if alone and span_of(users[0]) == 1:
+        if alone and units_of(form_of(users[0])) == 1:
             quantization = users[0]
-            result, span = quantization.args[1:4], product.args[6:]
-            result = (*result[:2], bits_of(quantization), *span) if span else result
+            form = form_of(quantization) & ROUNDED | span_of(product)
+            result = quantization.args[1:4]
+            result = (*result[:2], bits_of(quantization), form) if form != 1 else result
             args = (*product.args[:6], region.leaves, str(program), *result)
             fused = self._replace(region, product, quantization, torch.ops.tahf4.linear_quantize.default, args)
             if fused is not None:

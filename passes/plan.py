@@ -9,6 +9,7 @@ from torch import fx
 
 from ..errors import PackedError
 from ..format import hif4
+from ..format.spans import parted, units_of
 from ..graph.inputs import DECISION, INPUT, ROLE, GraphInput
 from ..graph.nodes import is_written, module_classes, node_arg, size_hint, weight_input
 from ..graph_capture.regions import linears_in_regions
@@ -16,7 +17,7 @@ from ..model.attachments import Attachment, attached, attached_recipe
 from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason, cause_of
 from ..options import bits_for
-from ..pipeline.activations import bits_of, quantization_of, span_of
+from ..pipeline.activations import bits_of, form_of, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision, branch_bytes
 from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
@@ -164,10 +165,10 @@ def _held(node: fx.Node, context: Context) -> Decision:
     beside = f"{context.paths.get(source.positions[0])}.low_rank_b"
     branches = [context.inputs[index] for index, path in context.paths.items() if path == beside]
     rank, size = (len(branches[0]), branches[0].element_size()) if branches else (0, 0)
-    bits, span = 4, 1
+    bits, form = 4, 1
     if (quantization := quantization_of(node)) is not None:
         k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), bits_of(quantization)
-        span = span_of(quantization)
+        form = form_of(quantization)
     bits = _bits(module, context, said, bits)
     return Decision(
         module=module,
@@ -182,7 +183,8 @@ def _held(node: fx.Node, context: Context) -> Decision:
         weight_index=source.positions[0],
         activation_bits=bits,
         rank=rank,
-        span=span if bits == 4 else 1,
+        span=units_of(form) if bits == 4 else 1,
+        rounding=parted(form)[1],
     )
 
 

@@ -1,4 +1,4 @@
-"""Let units of an activation and its weights share their level-1 scales."""
+"""Let units of an activation and its weights share their level-1 scales, or round their elements in another way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..format.spans import span_name
+from ..format.spans import alone, joined, parted, span_name, units_of
 from ..model.parts import part_of
 from ..pipeline.activations import Activation, activations, bits_of
 from ..pipeline.base import Pass, PassResult
@@ -30,7 +30,8 @@ class Span(Pass):
         codes, scales = tahf4.quantize(x, multiplier, 64, 4, 0)
         y = tahf4.linear(codes, scales, w_codes, w_scales, bias, dtype, 0)
 
-    A kernel may then add the products of a row as integers, and scale them once. What a recipe says about an activation
+    A kernel may then add the products of a row as integers, and scale them once. The option
+    ``rounding="bfloat16_half_away"`` is written with the span, as 8 more. What a recipe says about an activation
     comes before the option. A span is refused, with a reason in the plan, where there is neither mask nor rotation,
     where the activation has other than 4 bits, and where a rank holds a part of K.
     """
@@ -40,24 +41,33 @@ class Span(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
         spans: Counter[int | str] = Counter()
+        roundings: Counter[str] = Counter()
+        changed = False
         for activation in activations(graph_module.graph):
             recipe = activation.attached(context)
-            wanted = recipe.span if recipe is not None else context.options.scale_span
-            if wanted == 1:
-                continue
-            obstacle = _obstacle(activation, context)
+            options = context.options
+            form = recipe.span if recipe is not None else joined(options.scale_span, options.rounding)
+            wanted, rounding = parted(form)
+            obstacle = _obstacle(activation, context) if wanted != 1 else None
+            form = form if obstacle is None else alone(form)
             for product in activation.products:
                 for decision in decisions_of(product):
-                    decision.span = wanted if obstacle is None else 1
+                    decision.span, decision.rounding = parted(form)
                     decision.reason = with_span(decision.reason, wanted, obstacle)
-            if obstacle is None:
-                _share(activation, wanted)
-                context.matched(activation.node)
+            if form == 1:
+                continue
+            _share(activation, form)
+            context.matched(activation.node)
+            changed = True
+            if units_of(form) != 1:
                 spans[span_name(wanted)] += 1
+            roundings[rounding] += rounding != "half_away"
         for span, count in spans.items():
             units = "row" if span == "row" else f"{span} units"
             context.note(f"{count} activations with a level-1 scale for each {units}")
-        return PassResult(graph_module, bool(spans))
+        for rounding, count in (+roundings).items():
+            context.note(f"{count} activations with the rounding {rounding!r}")
+        return PassResult(graph_module, changed)
 
 
 def _obstacle(activation: Activation, context: Context) -> str | None:
@@ -68,9 +78,11 @@ def _obstacle(activation: Activation, context: Context) -> str | None:
     return span_obstacle(bits_of(activation.node), how.masked, how.hadamard_block)
 
 
-def _share(activation: Activation, span: int) -> None:
-    activation.change(span=span)
+def _share(activation: Activation, form: int) -> None:
+    activation.change(span=form)
     node = activation.node
-    node.args = (*node.args[:3], bits_of(node), span)
-    for product in activation.products:
-        product.args = (*product.args[:6], span)
+    if bits_of(node) == 4:
+        node.args = (*node.args[:3], 4, form)
+    if (span := units_of(form)) != 1:
+        for product in activation.products:
+            product.args = (*product.args[:6], span)

@@ -21,12 +21,14 @@ __all__ = [
     "check_protecting_bits",
     "patterns",
     "reference_forced",
+    "rounding",
     "scale_span",
 ]
 
 WEIGHT_CHECKS = ("auto", "content", "version")
 KERNELS = ("best", "reference")
 ATTENTION = ("high_precision", "int8")
+ROUNDINGS = ("half_away", "bfloat16_half_away")
 ACTIVATION_BITS = (4, 8, 16)
 """What an activation may have: HiF4; int8 with a float32 scale for each unit of 64 values; 16 bits, not quantized."""
 PROTECTING_BITS = (None, 8, 16)
@@ -49,6 +51,9 @@ class Options:
             or ``"row"`` for all; kept as a number, 0 for a row. Kernels for the CPU multiply such operands faster
             (:class:`tahf4_compiler.passes.span.Span`). A recipe's own span comes first, and packed linears keep
             theirs.
+        rounding: of elements, in activations and weights: ``"half_away"``, or ``"bfloat16_half_away"``, as in the
+            specification for hardware (:func:`tahf4_compiler.hif4.quantize`). A recipe's own comes first, and packed
+            linears keep theirs.
         attention: ``"high_precision"``, or ``"int8"`` to run ``scaled_dot_product_attention`` with operands of 8 bits
             where it can (see :class:`tahf4_compiler.passes.attention.Attention`).
         passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
@@ -72,6 +77,7 @@ class Options:
     keep: tuple[str, ...] = ()
     activation_bits: tuple[tuple[str, int], ...] = ()
     scale_span: int = 1
+    rounding: str = "half_away"
     attention: str = "high_precision"
     passes: tuple[Any, ...] = ()
     disable_passes: tuple[str, ...] = ()
@@ -196,6 +202,13 @@ def scale_span(name: str, value: Any) -> int:
     return value
 
 
+def rounding(name: str, value: Any) -> str:
+    """Return the rounding of elements, checked."""
+    if value not in ROUNDINGS:
+        raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, ROUNDINGS))}")
+    return str(value)
+
+
 def _passes(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise OptionError(f"option {name!r} is {value!r}; expected a list of passes")
@@ -277,6 +290,7 @@ _CONVERT = {
     "keep": patterns,
     "activation_bits": activation_bits,
     "scale_span": lambda name, value: scale_span(f"option {name!r}", value),
+    "rounding": lambda name, value: rounding(f"option {name!r}", value),
     "attention": _attention,
     "passes": _passes,
     "disable_passes": _strings,

@@ -62,6 +62,9 @@ def calibrate(
     scale_span: Annotated[
         str, typer.Option(help="Units of 64 values of a row that share a level-1 scale: 1, 2, 4 or row.")
     ] = "1",
+    rounding: Annotated[
+        str, typer.Option(help="Of elements: half_away, or bfloat16_half_away as hardware for HiF4 does.")
+    ] = "half_away",
     high_precision_step: Annotated[
         list[int] | None,
         typer.Option(help="Index of a denoising step in high precision, negative from the end; repeat it for more."),
@@ -116,6 +119,7 @@ def calibrate(
         "protect_bits": protect_bits,
         "low_rank": low_rank,
         "scale_span": int(scale_span) if scale_span.isdigit() else scale_span,
+        "rounding": rounding,
         "high_precision_steps": high_precision_step or [],
         "step_activation_bits": step_activation_bits,
     }

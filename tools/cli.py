@@ -11,6 +11,7 @@ from . import (
     bench,
     bisect_model,
     calibrate,
+    convert,
     demo,
     doctor,
     evaluate,
@@ -82,6 +83,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("reproduce")(reproduce.reproduce)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(quantize.verify)
+app.command("convert")(convert.convert)
 app.command("inspect")(inspect_model.inspect)
 app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)

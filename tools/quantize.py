@@ -39,8 +39,13 @@ def quantize(
         bool, typer.Option("--hard-link", help="Link files that do not change instead of copying them.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="That read and pack; one a core, four at most.")] = None,
+    rounding: Annotated[
+        str, typer.Option(help="Of elements: half_away, or bfloat16_half_away as hardware for HiF4 does.")
+    ] = "half_away",
 ) -> None:
     """Quantize a model on disk, tensor by tensor: the whole model is never in memory.
+
+    Weights may be in NVFP4 or MXFP4 of ModelOpt, compressed-tensors or ComfyUI; what they lose is printed.
 
     The result loads with `from_pretrained`. The new folder appears when it is whole; a run that was stopped goes on
     when the same command is given again. `tahf4 verify` compares its files with their hashes later.
@@ -61,6 +66,7 @@ def quantize(
         shard_size=shard_mb * 1_000_000,
         hard_link=hard_link,
         threads=threads,
+        rounding=rounding,
     )
     for name, plan in done.plans.items():
         packed = [d for d in plan if d.decision == "hif4"]
@@ -68,6 +74,14 @@ def quantize(
         typer.echo(
             f"{name or 'model'}: {len(packed)} of {len(plan)} linears in HiF4, "
             f"their weights {before:,} -> {after:,} bytes"
+        )
+    for name, losses in done.losses.items():
+        worst = max(losses, key=losses.__getitem__)
+        mean = sum(losses.values()) / len(losses)
+        count = sum(d.decision == "hif4" for d in done.plans[name])
+        typer.echo(
+            f"{name or 'model'}: {len(losses)} of {count} linears in HiF4 were in {done.held[name]}; relative error of "
+            f"HiF4 against that: {mean:.4f} in the mean, {losses[worst]:.4f} at most ({worst})"
         )
     if done.complete:
         typer.echo(f"{out} is complete already; nothing was written")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...format import hif4
-from ...format.spans import MOST_UNITS
+from ...format.spans import MOST_UNITS, ROUNDED, alone, units_of
 from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
@@ -32,7 +32,7 @@ class _Target(ctypes.Structure):
 
     _fields_ = [
         *(("multiplier", _pointer), ("block", _int64), ("norm", _float)),
-        *(("codes", _pointer), ("scales", _pointer), ("bits", _int32), ("span", _int64)),
+        *(("codes", _pointer), ("scales", _pointer), ("bits", _int32), ("rounded", _int32), ("span", _int64)),
     ]
 
 
@@ -89,7 +89,7 @@ class _Units:
         self._multiplier = _plain(multiplier)
         norm = 1 / math.sqrt(block) if block else 1.0
         where = _at(self._multiplier), block, norm, _at(self.codes), _at(self.scales)
-        self.target = _Target(*where, bits, _shared(span, units, bits))
+        self.target = _Target(*where, bits, span & ROUNDED, _shared(units_of(span), units, bits))
 
     @property
     def packed(self) -> Packed:
@@ -117,7 +117,7 @@ def quantize(
     x: Tensor, multiplier: Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
 ) -> Packed:
     """See ``tahf4::quantize``."""
-    if not _shared(span, hif4.units(x.shape[-1]), bits):
+    if not _shared(units_of(span), hif4.units(x.shape[-1]), bits):
         return NotImplemented
     rows, dtype = checks.as_rows("quantize", x)
     units = _Units(x.shape, multiplier, hadamard_block, bits, span)
@@ -141,7 +141,7 @@ def fused_quantize(
     shape, encoded = checks.broadcast(inputs), encode(program, "x0")
     if encoded is None or not _fits(encoded, inputs, shape) or instruction_set() == "none":
         return NotImplemented
-    if not _shared(span, hif4.units(shape[-1]), bits):
+    if not _shared(units_of(span), hif4.units(shape[-1]), bits):
         return NotImplemented
     described, units = _Described(inputs, shape), _Units(shape, multiplier, hadamard_block, bits, span)
     if units.codes.numel():
@@ -212,11 +212,12 @@ def linear_quantize(
     span: int = 1,
 ) -> Packed:
     """See ``tahf4::linear_quantize``."""
-    shape, encoded = (*scales.shape[:-1], len(weight_codes)), _followed(program, inputs, scales, weight_codes, span)
+    shape, own = (*scales.shape[:-1], len(weight_codes)), units_of(span)
+    encoded = _followed(program, inputs, scales, weight_codes, own)
     if encoded is None or out_dtype not in DTYPES:
         return NotImplemented
-    units = _Units(shape, multiplier, hadamard_block, bits)
-    product = (codes, scales, weight_codes, weight_scales, bias, span)
+    units = _Units(shape, multiplier, hadamard_block, bits, alone(span))
+    product = (codes, scales, weight_codes, weight_scales, bias, own)
     _run(product, 0, shape[-1], out_dtype, encoded if program else None, _Described(inputs, shape), units.target)
     return units.packed
 

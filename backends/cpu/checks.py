@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import ops
 from ...errors import FormatError
 from ...format import hif4, int8
+from ...format.spans import check_form
 from ...ops import fused
 from .programs import DTYPES, encode
 
@@ -51,7 +52,7 @@ def rows(what: str, x: Tensor) -> None:
 
 def _target(what: str, k: int, multiplier: Tensor | None, hadamard_block: int, bits: int, span: int = 1) -> None:
     int8.check_bits(bits)
-    hif4.check_span(span)
+    check_form(span)
     ops.check_transform(k, multiplier, hadamard_block)
     if multiplier is not None and multiplier.dtype not in DTYPES:
         raise FormatError(f"{what} got a multiplier of {multiplier.dtype}; expected float32")
@@ -133,7 +134,7 @@ def linear_quantize(
     span: int = 1,
 ) -> None:
     """See ``tahf4::linear_quantize``."""
-    hif4.check_span(span)
+    check_form(span)
     shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs)
     _program(program, "y")
     _target("linear_quantize", shape[-1], multiplier, hadamard_block, bits)

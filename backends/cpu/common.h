@@ -156,6 +156,9 @@ struct Inputs {
 
 constexpr int kMostInputs = 16, kMostAxes = 16;
 
+// What operators add to a span: ROUNDED of format/spans.py.
+constexpr int64_t kRounded = 8;
+
 // Where a quantization goes, and what happens before it.
 struct Target {
   const float* multiplier;  // or null
@@ -164,11 +167,12 @@ struct Target {
   uint8_t* codes;           // int8 with 8 bits
   int32_t* scales;          // the bits of a float32 with 8 bits
   int32_t bits;             // 4: HiF4, or 8
+  int32_t rounded;          // kRounded: in-group values are rounded to bfloat16 before they become elements; or 0
   int64_t span;             // units that share a level-1 scale: 2, 4, or all of a row; 0 or 1: each has its own
   // The same from a unit and its channel on.
   Target from(int64_t unit, int64_t column) const {
     return {multiplier ? multiplier + column : nullptr, block, norm, codes + unit * code_bytes(bits), scales + unit, bits,
-            span};
+            rounded, span};
   }
 };
 

@@ -116,7 +116,9 @@ struct Metadata {
 };
 constexpr Metadata kMetadata;
 
-// shared: bits of the largest magnitude of all units that share the level-1 scale, or -1 for its own.
+// shared: bits of the largest magnitude of all units that share the level-1 scale, or -1 for its own. Rounded: in-group
+// values are rounded to bfloat16 first.
+template <bool Rounded>
 inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale, int shared) {
   int32_t bits[kUnit], magnitude[kUnit], max4[kUnit], max8[kUnit], other[kUnit];
   std::memcpy(bits, x, sizeof(bits));
@@ -146,7 +148,9 @@ inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale, int sh
     const int32_t e16 = -int32_t(bits_as<float>(max4[i]) * factor * half8 >= 2.0f);
     metadata |= (e8 & kMetadata.e8[i]) | (e16 & kMetadata.e16[i]);
     const float quarters = bits_as<float>(kFour - (e8 & kExponent) - (e16 & kExponent));  // 4 * 2**-(e8 + e16)
-    const float rounded = bits_as<float>(magnitude[i]) * factor * quarters + 0.5f;  // >= 0: truncation is floor
+    float scaled = bits_as<float>(magnitude[i]) * factor * quarters;
+    if (Rounded) scaled = bits_as<float>(round_bits(bits_as<int32_t>(scaled), 16));
+    const float rounded = scaled + 0.5f;  // >= 0: truncation is floor
     nibbles[i] = int32_t(rounded < 7.0f ? rounded : 7.0f) | int32_t(uint32_t(bits[i]) >> 31 << 3);
   }
   for (int i = 0; i < kUnit / 2; ++i) codes[i] = uint8_t(nibbles[2 * i] | nibbles[2 * i + 1] << 4);
@@ -173,7 +177,7 @@ inline void to_units(const float* x, const Target& target, int shared = -1) {
   if (target.bits == 8) {
     quantize_unit8(x, target.codes, target.scales);
   } else {
-    quantize_unit(x, target.codes, target.scales, shared);
+    (target.rounded ? quantize_unit<true> : quantize_unit<false>)(x, target.codes, target.scales, shared);
   }
 }
 

@@ -93,7 +93,7 @@ int64_t shared_units(int64_t span, int64_t units, int64_t bits) {
 struct Units {
   static bool fit(int64_t k, const Optional& multiplier, int64_t block, int64_t bits, int64_t span = 1) {
     const int64_t padded = (k + kUnit - 1) / kUnit * kUnit;
-    return shared_units(span, padded / kUnit, bits) && (bits == 4 || bits == 8) && (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
+    return shared_units(span & ~kRounded, padded / kUnit, bits) && (bits == 4 || bits == 8) && (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
            (block == 0 || (block > 0 && !(block & (block - 1)) && padded % block == 0));
   }
   Units(IntArrayRef shape, const Optional& given, int64_t block, int64_t bits, int64_t span = 1)
@@ -106,7 +106,7 @@ struct Units {
     scales = at::empty(sizes, bits == 8 ? at::kFloat : at::kInt);
     target = {pointer(multiplier), block, block ? float(1.0 / std::sqrt(double(block))) : 1.0f,
               static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<int32_t*>(scales.mutable_data_ptr()),
-              int(bits), shared_units(span, units, bits)};
+              int(bits), int32_t(span & kRounded), shared_units(span & ~kRounded, units, bits)};
   }
   bool empty() const { return codes.numel() == 0; }
   Optional multiplier;
@@ -364,7 +364,7 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
                        const Optional& bias, ScalarType dtype, TensorList given, Text text, const Optional& multiplier,
                        int64_t block, int64_t bits, int64_t span) {
   const int isa = instructions(), rounded = number_of(dtype);
-  Product product(codes, scales, weight_codes, weight_scales, bias, span);
+  Product product(codes, scales, weight_codes, weight_scales, bias, span & ~kRounded);
   Known known;
   Broadcast described;
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || !find(text, true, &known) ||
@@ -373,7 +373,7 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
     return general(linear_quantize, "tahf4_cpu::linear_quantize", codes, scales, weight_codes, weight_scales, bias,
                    dtype, given, text, multiplier, block, bits, span);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Units units(product.shape(), multiplier, block, bits);
+  const Units units(product.shape(), multiplier, block, bits, (span & kRounded) | 1);
   product.run(0, weight_codes.size(0), rounded, {known.program, &described.inputs, nullptr, 0, units.target}, isa);
   return {units.codes, units.scales};
 }

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from ... import ops
 from ...errors import FormatError
 from ...format import hif4, int8
+from ...format.spans import ROUNDED, check_form
 from ...ops import fused
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
@@ -89,7 +90,7 @@ def _quantize(
 
     int8.check_bits(bits, quantized=True)
     ops.check_transform(x.shape[-1], multiplier, hadamard_block)
-    return quantize.call([x], "", _dense(multiplier), hadamard_block, bits, hif4.check_span(span))
+    return quantize.call([x], "", _dense(multiplier), hadamard_block, bits, check_form(span))
 
 
 def _fused_quantize(
@@ -104,7 +105,7 @@ def _fused_quantize(
 
     int8.check_bits(bits, quantized=True)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
-    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, hif4.check_span(span))
+    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span))
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
@@ -167,13 +168,13 @@ def _linear_quantize(
     bits: int = 4,
     span: int = 1,
 ) -> tuple[Any, list[Call]]:
-    hif4.check_span(span)
+    rounded = bits == 4 and bool(check_form(span) & ROUNDED)
     int8.check_bits(bits, quantized=True)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
     operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
-    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block, bits)
+    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block, bits, rounded)
     return tuple(results), calls
 
 

@@ -83,13 +83,21 @@ def level1_reciprocal(code):
 
 
 @triton.jit
-def elements(part, maximum, reciprocal, e8, finite):
+def in_group(quotient, ROUNDED: tl.constexpr):
+    """Round what becomes an element to bfloat16 first, if ROUNDED."""
+    if ROUNDED:
+        quotient = round_bits(quotient.to(tl.int32, bitcast=True), 16).to(tl.float32, bitcast=True)
+    return quotient
+
+
+@triton.jit
+def elements(part, maximum, reciprocal, e8, finite, ROUNDED: tl.constexpr):
     """Return the level-3 bits [T] and the four elements [T], in 16 bits, of a group of 4 with its maximum (bits)."""
     half = tl.where(e8 == 1, 0.5, 1.0)
     e16 = (maximum.to(tl.float32, bitcast=True) * reciprocal * half >= 2.0).to(tl.int32)
     factor = reciprocal * (tl.where(e8 == 1, 2.0, 4.0) * tl.where(e16 == 1, 0.5, 1.0))  # times a power of two
     bits = part.to(tl.int32, bitcast=True)
-    quotient = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True) * factor[:, None]
+    quotient = in_group((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True) * factor[:, None], ROUNDED)
     element = tl.minimum(quotient + 0.5, 7.5).to(tl.int32)  # not negative: towards zero is down
     element = tl.where(finite[:, None], element | ((bits >> 28) & 8), 0)
     return e16, tl.sum(element << (4 * tl.arange(0, 4)[None, :]), axis=1)
@@ -109,18 +117,18 @@ def group_maxima(parts, T: tl.constexpr):
 
 
 @triton.jit
-def to_hif4(parts, T: tl.constexpr):
+def to_hif4(parts, T: tl.constexpr, ROUNDED: tl.constexpr):
     """Convert units to a tuple of 8 words int32 [T], eight elements each, and the metadata int32 [T]."""
     maxima, most = group_maxima(parts, T)
-    words, metadata = encoded(parts, maxima, most, T)
+    words, metadata = encoded(parts, maxima, most, T, ROUNDED)
     return words, metadata
 
 
 @triton.jit
-def to_hif4_shared(parts, most, T: tl.constexpr):
+def to_hif4_shared(parts, most, T: tl.constexpr, ROUNDED: tl.constexpr):
     """As to_hif4, of units that share their level-1 scales: most (bits) is the largest magnitude of all that do."""
     maxima, _ = group_maxima(parts, T)
-    words, metadata = encoded(parts, maxima, most, T)
+    words, metadata = encoded(parts, maxima, most, T, ROUNDED)
     return words, metadata
 
 
@@ -137,7 +145,7 @@ def span_maximum(maxima, unit, row, U, SPAN, mask, T: tl.constexpr):
 
 
 @triton.jit
-def encoded(parts, maxima, most, T: tl.constexpr):
+def encoded(parts, maxima, most, T: tl.constexpr, ROUNDED: tl.constexpr):
     """Return words and metadata of units by the largest magnitudes of their groups, and that of the level-1 scale."""
     finite = most < 0x7F800000
     code = level1_code(tl.where(finite, most, 0).to(tl.float32, bitcast=True))
@@ -147,8 +155,8 @@ def encoded(parts, maxima, most, T: tl.constexpr):
     for i in tl.static_range(8):
         max8 = tl.maximum(maxima[2 * i], maxima[2 * i + 1]).to(tl.float32, bitcast=True)
         e8 = (max8 * reciprocal >= 4.0).to(tl.int32)
-        e16_low, low = elements(parts[2 * i], maxima[2 * i], reciprocal, e8, finite)
-        e16_high, high = elements(parts[2 * i + 1], maxima[2 * i + 1], reciprocal, e8, finite)
+        e16_low, low = elements(parts[2 * i], maxima[2 * i], reciprocal, e8, finite, ROUNDED)
+        e16_high, high = elements(parts[2 * i + 1], maxima[2 * i + 1], reciprocal, e8, finite, ROUNDED)
         words = words + (low | (high << 16),)
         metadata += (e8 << (8 + i)) + (e16_low << (16 + 2 * i)) + (e16_high << (17 + 2 * i))
     return words, tl.where(finite, metadata, 0xFF)
@@ -233,7 +241,7 @@ def hadamard_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.const
 
 
 @triton.jit
-def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDED: tl.constexpr):
     """As to_hif4, for a tile: words int32 [ROWS, COLUMNS / 8] and metadata int32 [ROWS, COLUMNS / 64]."""
     UNITS: tl.constexpr = COLUMNS // 64
     bits = tl.reshape(x.to(tl.int32, bitcast=True), (ROWS, UNITS, 8, 2, 4))
@@ -249,7 +257,8 @@ def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     e16 = max4.to(tl.float32, bitcast=True) * reciprocal[:, :, None, None] * half >= 2.0
     quarters = tl.where(e8, 2.0, 4.0)[:, :, :, None] * tl.where(e16, 0.5, 1.0)
     factor = reciprocal[:, :, None, None] * quarters
-    element = tl.minimum(absolute.to(tl.float32, bitcast=True) * factor[:, :, :, :, None] + 0.5, 7.5).to(tl.int32)
+    quotient = in_group(absolute.to(tl.float32, bitcast=True) * factor[:, :, :, :, None], ROUNDED)
+    element = tl.minimum(quotient + 0.5, 7.5).to(tl.int32)
     element = tl.where(finite[:, :, None, None, None], element | ((bits >> 28) & 8), 0)
     place = 4 * tl.arange(0, 4)[None, None, None, None, :] + 16 * tl.arange(0, 2)[None, None, None, :, None]
     words = tl.sum(tl.sum(element << place, axis=4), axis=3)

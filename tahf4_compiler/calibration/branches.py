@@ -37,7 +37,7 @@ def with_branches(
         mask: of the activation.
         search: how weights are rounded.
         packed: weights without branches, for ``search="reconstruct"``.
-        span: units that share a level-1 scale; 0 for a row.
+        span: a form (:mod:`tahf4_compiler.format.spans`): units that share a level-1 scale, and the rounding.
     """
     activation, percent = layer.cells.activation, layer.choices.low_rank
     assert percent is not None

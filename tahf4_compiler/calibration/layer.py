@@ -73,7 +73,7 @@ class Layer:
     ) -> QuantizedWeight:
         """Return the product with all weights joined, quantized now or packed before, and their branches, by path.
 
-        ``span``: units that share a level-1 scale; 0 for a row.
+        ``span``: a form (:mod:`tahf4_compiler.format.spans`): units that share a level-1 scale, and the rounding.
         """
         importance = moment_as_quantized(self.moment, mask, self.block) if search == "weighted" else None
         whole, device = None, self.moment.device

@@ -18,7 +18,7 @@ from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
 from ..format.low_rank import LowRank
-from ..format.spans import check_span
+from ..format.spans import check_span, joined
 from ..model.parts import class_name
 from ..pipeline.order import provenance
 from ..pipeline.rules import effective_span
@@ -60,6 +60,7 @@ def make_recipe(
     protect_bits: int | None = None,
     low_rank: float | None = None,
     scale_span: int | str = 1,
+    rounding: str = "half_away",
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -89,6 +90,8 @@ def make_recipe(
         scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
             for all. An activation without mask and rotation, or of other than 4 bits, has a scale for each unit; the
             report of a compilation says so.
+        rounding: of elements, in activations and weights: ``"half_away"`` or ``"bfloat16_half_away"``
+            (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in either.
         low_rank: a branch of low rank beside each 4-bit product, in 16 bits: its rank in percent of the smaller side of
             the weight, in multiples of 8 and at least 8. A linear whose output error on sample rows it does not lower
             by a twentieth gets none, and its reason says so. None: no branches.
@@ -104,13 +107,14 @@ def make_recipe(
     check_choices(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
         scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
-        activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, scale_span=scale_span, **budget,
+        activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, scale_span=scale_span,
+        rounding=rounding, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
     column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
-    form = (scale_search, activation_bits, column, low_rank, check_span(scale_span))
+    form = (scale_search, activation_bits, column, low_rank, check_span(scale_span), rounding)
     choices = Choices(mask, percent, weight_exponent, combine, width, *form)
     measured = calibration.measured()
     network = functools.cache(functools.partial(_network, calibration))
@@ -180,6 +184,7 @@ def _entry(
                 percentile, exponent = percent, alpha
     search, packed = choices.scale_search, dict[str, hif4.Packed]()
     span = effective_span(choices.scale_span, choices.activation_bits, mask is not None, block)
+    span = joined(span, choices.rounding)
     if search == "reconstruct":
         packed = reconstructed(calibration, cells, weights, mask, seed, block, span)
         search = search if packed else "squared"
@@ -211,6 +216,7 @@ def _entry(
         packed,
         branches,
         choices.scale_span,
+        choices.rounding,
     )
 
 
@@ -340,7 +346,7 @@ def _products(
             packed = hif4.Packed(packed.codes.to(weight.device), packed.scales.to(weight.device), packed.k)
         bits = entry.linears[path].activation_bits
         form = (mask, entry.seed, entry.hadamard_block, entry.search, importance, packed, bits)
-        span = effective_span(entry.span, bits, mask is not None, entry.hadamard_block)
+        span = joined(effective_span(entry.span, bits, mask is not None, entry.hadamard_block), entry.rounding)
         return QuantizedWeight(weight, *form, entry.low_rank.get(path), span)
 
     for path in entry.linears:

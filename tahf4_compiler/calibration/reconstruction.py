@@ -11,6 +11,7 @@ from torch import Tensor
 from ..format import hif4
 from ..format.reconstruct import damped_factor, reconstruct
 from ..format.scale_search import search_scales
+from ..format.spans import parted
 from ..format.transforms import multipliers, transform
 from ..weights.packing import moments_as_quantized
 from .seen import Seen
@@ -55,9 +56,10 @@ def reconstructed(
     forward, inverse = (None if m is None else m.to(weights[0].device) for m in multipliers(k, mask, seed))
     parts: dict[str, list[hif4.Packed]] = {path: [] for path in activation.members}
     searched: dict[str, hif4.Packed] = {}
+    units, rounding = parted(span)
     if span != 1:  # may be longer than a block of moments
         searched = {
-            path: search_scales(transform(weight.detach(), inverse, block), span=span)
+            path: search_scales(transform(weight.detach(), inverse, block), span=units or "row", rounding=rounding)
             for path, weight in zip(activation.members, weights, strict=True)
         }
     for i, (first, size) in enumerate(zip(itertools.accumulate(sizes, initial=0), sizes)):
@@ -71,7 +73,7 @@ def reconstructed(
                 known[key] = moments, damped_factor(moments)
             moved = transform(weight.detach()[:, at], None if inverse is None else inverse[at], block)
             whole = _columns(searched[path], first, size) if path in searched else None
-            parts[path].append(reconstruct(moved, *known[key], span, whole))
+            parts[path].append(reconstruct(moved, *known[key], units or "row", whole))
     return {
         path: hif4.Packed(
             torch.cat([p.codes for p in found], 1).cpu(), torch.cat([p.scales for p in found], 1).cpu(), k

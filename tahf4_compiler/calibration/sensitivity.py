@@ -18,6 +18,7 @@ from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
 from ..format.low_rank import LowRank, remainder
+from ..format.spans import alone, units_of
 from ..format.transforms import multipliers
 from ..model.parts import Part, part_of, running_weights
 from ..ops import registry
@@ -75,7 +76,7 @@ class QuantizedWeight:
                     "input features; choose a narrower block, or make the recipe on fewer ranks"
                 )
             k //= part.size
-            mine.span = 1
+            mine.span = alone(self.span)
             mine.multiplier = part.of(self.multiplier, 0) if self.multiplier is not None else None
         if self.low_rank is not None:
             a, b = self.low_rank
@@ -88,7 +89,7 @@ class QuantizedWeight:
         rows = slice(first, None if count is None else first + count)
         codes, scales = (part[rows].contiguous() for part in self.packed[:2])
         left = registry.quantize(x, self.multiplier, self.block, self.activation_bits, self.span)
-        out = registry.linear(*left, codes, scales, self.span)
+        out = registry.linear(*left, codes, scales, units_of(self.span))
         if self.low_rank is None:
             return out
         return out + x.to(torch.float32) @ self.low_rank.a @ self.low_rank.b[:, rows]

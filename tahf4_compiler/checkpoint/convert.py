@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 
 from ..errors import CheckpointError, RecipeError, Tahf4Error
 from ..files.reading import read_header
-from ..format.spans import span_name
+from ..format.spans import joined, span_name
+from ..options import rounding as check_rounding
 from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
 from ..recipe.recipe import Recipe
+from .fp4 import paths_of
 from .layout import Shard, shards_of
 from .manifest import NAME, file_sha256, manifest_text, read_manifest, verify
 from .source import Component, Source, open_source
@@ -41,6 +43,9 @@ class Converted:
         bytes_read: of weights and copied files, in this run.
         bytes_written: in this run.
         resumed: files that an earlier run had finished.
+        held: the format in which another tool held weights, such as ``"NVFP4"``, by component.
+        losses: of these weights, the relative error of HiF4 against the values that they stood for, by module path
+            and component; of those that were packed in this run.
         complete: the folder was there already, made of the same files in the same way; nothing was written.
     """
 
@@ -49,6 +54,8 @@ class Converted:
     bytes_written: int = 0
     resumed: int = 0
     complete: bool = False
+    held: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +79,7 @@ def quantize_checkpoint(
     shard_size: int = 2 << 30,
     hard_link: bool = False,
     threads: int | None = None,
+    rounding: str = "half_away",
 ) -> Converted:
     """Quantize a model on disk: what :func:`tahf4_compiler.quantize_` makes of it, bit for bit, in bounded memory.
 
@@ -79,7 +87,8 @@ def quantize_checkpoint(
     is taken up after the last finished file when it is called again with the same arguments.
 
     Args:
-        model_dir: a diffusers pipeline or model in safetensors, or a model with the original Wan names.
+        model_dir: a diffusers pipeline or model in safetensors, or a model with the original Wan names. Weights may be
+            in NVFP4 or MXFP4 (:mod:`tahf4_compiler.checkpoint.fp4`): HiF4 is made of the values that they stand for.
         out_dir: new or empty, or a link to an empty folder. One that this call made before is read and compared with
             its manifest.
         recipe: see :class:`tahf4_compiler.Recipe`, or None for a rotation that needs no data.
@@ -90,19 +99,23 @@ def quantize_checkpoint(
         shard_size: bytes of a file of weights.
         hard_link: link files that do not change instead of copying them.
         threads: that read and pack; None for one a core, four at most.
+        rounding: as for :func:`tahf4_compiler.quantize_`.
 
     Raises:
         CheckpointError: something cannot be read or written; ``out_dir`` is as it was.
         RecipeError: the recipe belongs to another model; ``out_dir`` is as it was.
         PatternError: a pattern of ``keep`` matches nothing.
+        OptionError: the rounding is unknown.
     """
+    form = joined(1, check_rounding("rounding", rounding))
     folder, out = Path(model_dir), Path(os.path.abspath(out_dir))
     if out.is_symlink() and out.exists():
         out = out.resolve()  # the folder is renamed, and a link cannot be replaced by one
     source = open_source(folder, dtype)
-    parts = _parts(source, recipe, expert, keep, check_weights, shard_size)
+    parts = _parts(source, recipe, expert, keep, check_weights, shard_size, form)
     job = _job(source, parts)
     result = Converted({part.component.name: part.plan for part in parts})
+    result.held = {part.component.name: part.component.held for part in parts if part.component.held}
     if _stands(out, job):
         result.complete = True
         return result
@@ -134,7 +147,13 @@ def quantize_checkpoint(
 
 
 def _parts(
-    source: Source, recipe: Recipe | None, expert: str | None, keep: Sequence[str], check_weights: bool, limit: int
+    source: Source,
+    recipe: Recipe | None,
+    expert: str | None,
+    keep: Sequence[str],
+    check_weights: bool,
+    limit: int,
+    form: int,
 ) -> list[_Part]:
     names = [component.name for component in source.components]
     if recipe is not None and names != [""] and (missing := sorted(set(recipe.experts) - set(names))):
@@ -145,7 +164,7 @@ def _parts(
         if component.name:
             mine, name = (recipe, component.name) if recipe and component.name in recipe.experts else (None, None)
         plan = plan_modules(component.model, mine, keep, expert=name)
-        transforms = plan_transforms(component.model, plan, mine, expert=name)
+        transforms = plan_transforms(component.model, plan, mine, expert=name, span=form)
         shards, index = shards_of(component, plan, transforms, limit)
         chosen = {d.module: d for d in plan if d.module in transforms}
         linears = {
@@ -159,6 +178,7 @@ def _parts(
                 **({} if d.activation_bits == 4 else {"activation_bits": d.activation_bits}),
                 **({"rank": d.rank} if d.rank else {}),
                 **({"scale_span": span_name(d.span)} if d.span != 1 else {}),
+                **({"rounding": d.rounding} if d.rounding != "half_away" else {}),
             }
             for path, d in chosen.items()
         }
@@ -179,7 +199,7 @@ def _parts(
 def _job(source: Source, parts: list[_Part]) -> str:
     """Return a hash of what is converted and how: files by name, size and time, headers, settings and transforms."""
     found = hashlib.sha256()
-    files = {info.path for part in parts for info in part.component.tensors.values()}
+    files = {path for part in parts for info in part.component.tensors.values() for path in paths_of(info)}
     for path in sorted([*files, *source.others.values()]):
         state = path.stat()
         found.update(f"{path.relative_to(source.folder)}|{state.st_size}|{state.st_mtime_ns}\n".encode())
@@ -268,6 +288,8 @@ def _write_all(
             finally:
                 workers.close()
             workers.flaws.warn(part.component.name)
+            if found_losses := workers.losses.relative():
+                result.losses[part.component.name] = found_losses
             for name, text in part.texts.items():
                 _write_text(stage, name, text)
         for name, path in others.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..packed.transform import Transform
 from ..pipeline.context import Decision
 from .source import Component
 
-__all__ = ["Item", "Shard", "shards_of"]
+__all__ = ["Item", "Shard", "shard", "shards_of"]
 
 _ALIGNMENT = 8
 
@@ -34,6 +34,7 @@ class Item:
         transform: how a weight is packed, None for a tensor that stays as it is.
         path: of the linear.
         value: what is written if there is no source.
+        make: gives what is written, in pieces, in the place of the source's own bytes.
     """
 
     outputs: tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -42,6 +43,7 @@ class Item:
     transform: Transform | None = None
     path: str = ""
     value: Tensor | None = field(default=None, repr=False, compare=False)
+    make: Callable[[], Iterable[Tensor]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -102,7 +104,7 @@ def shards_of(
     count = len(groups)
     names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else [f"{stem}.safetensors"]
-    shards = [_shard(prefix + name, items) for name, items in zip(names, groups, strict=True)]
+    shards = [shard(prefix + name, items) for name, items in zip(names, groups, strict=True)]
     if count == 1:
         return shards, None
     placed = zip(names, groups, strict=True)
@@ -133,8 +135,8 @@ def _items(component: Component, transforms: Mapping[str, Transform]) -> Iterato
         yield items
 
 
-def _shard(name: str, items: list[Item]) -> Shard:
-    """Order a file so that everything stands at a multiple of its element's size, as readers expect.
+def shard(name: str, items: list[Item]) -> Shard:
+    """Return a file of items, ordered so that everything stands at a multiple of its element's size.
 
     Codes are whole multiples of 32 bytes and scales of 4, so they can follow each other and are written as they come.
     """

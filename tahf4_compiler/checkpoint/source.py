@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..files.reading import DTYPES, PICKLES, TensorInfo, plain_name, read_header, read_index, read_json
+from .fp4 import with_fp4
 
 __all__ = ["Component", "Source", "open_source"]
 
@@ -37,6 +38,7 @@ class Component:
         tensors: where each tensor of ``model.state_dict()`` lies, by diffusers' name.
         dtypes: in which each is written, a key of :data:`~.reading.DTYPES`.
         model: on the meta device, parameters in those dtypes.
+        held: the format that weights are held in, such as ``"NVFP4"``; ``""`` for a model that is not quantized.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Component:
     tensors: Mapping[str, TensorInfo]
     dtypes: Mapping[str, str]
     model: nn.Module
+    held: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _others(folder: Path, quantized: set[str]) -> Iterator[tuple[str, Path]]:
             weights = name.endswith((".safetensors", ".safetensors.index.json")) or name == "config.json"
             if name.startswith(".") or name.endswith(PICKLES) or (inside in quantized and weights):
                 continue
-            if inside == "" and name == "tahf4_manifest.json":
+            if inside == "" and name in ("tahf4_manifest.json", "hf_quant_config.json"):
                 continue
             if not (path := Path(base) / name).is_file():
                 raise CheckpointError(f"{path} is no regular file or a broken link")
@@ -120,9 +123,14 @@ def _others(folder: Path, quantized: set[str]) -> Iterator[tuple[str, Path]]:
 
 def _component(folder: Path, name: str, dtype: torch.dtype | None) -> Component:
     config = read_json(folder / "config.json")
-    if config.get("quantization_config") is not None:
-        raise CheckpointError(f"{folder} is quantized already; give the folder of the original")
-    tensors = _tensors(folder)
+    tensors, held = with_fp4(_tensors(folder), folder)
+    settings = config.get("quantization_config")
+    ours = isinstance(settings, Mapping) and settings.get("quant_method") == "tahf4"
+    if settings is not None and (ours or not held):
+        raise CheckpointError(
+            f"{folder} is quantized already, and holds no weight in NVFP4 or MXFP4; give the folder of the original"
+        )
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     if config.get("_class_name") == _ORIGINAL or "blocks.0.self_attn.q.weight" in tensors:
         config, tensors = _from_original(config, tensors, folder)
     model = _meta_model(config, len(tensors), folder)
@@ -139,7 +147,7 @@ def _component(folder: Path, name: str, dtype: torch.dtype | None) -> Component:
                 kind = DTYPES[dtypes[f"{path}.{leaf}" if path else leaf]]
                 empty = torch.empty(parameter.shape, dtype=kind, device="meta")
                 module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-    return Component(name, folder, config, tensors, dtypes, model)
+    return Component(name, folder, config, tensors, dtypes, model, held)
 
 
 def _tensors(folder: Path) -> dict[str, TensorInfo]:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, RecipeError
-from ..files.reading import DTYPES, read_into
+from ..files.reading import DTYPES, opened, read_into
 from ..weights.checksum import checksum
 from ..weights.flaws import Flaws
+from .fp4 import Fp4Weight
 from .layout import Item, Shard
+from .losses import Losses
 
 __all__ = ["Workers", "write_shard"]
 
@@ -37,12 +37,13 @@ class Workers:
 
     Attributes:
         flaws: of the linears' weights.
+        losses: of those that another tool held in 4 bits.
     """
 
     def __init__(self, count: int, sums: Mapping[str, int]) -> None:
         """Start no thread yet."""
         self.count, self.sums = count, sums
-        self.flaws = Flaws()
+        self.flaws, self.losses = Flaws(), Losses()
         self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
         self._local = threading.local()
 
@@ -75,11 +76,14 @@ class Workers:
         whole = wanted is not None or transform.reconstruction is not None or transform.low_rank is not None
         rows = n if whole else max(1, _ROWS // max(1, k))
         codes, scales = (torch.empty(shape, dtype=DTYPES[dtype], device="cpu") for _, dtype, shape in item.outputs)
-        with _opened(info.path) as file, torch.no_grad():
+        with opened(info.path) as file, torch.no_grad():
             for first in range(0, n, rows):
                 count = min(rows, n - first)
-                part = self._buffer(count * k, DTYPES[info.dtype]).view(count, k)
-                read_into(file, info.offset + first * k * part.element_size(), part)
+                if isinstance(info, Fp4Weight):
+                    part = info.read(first, count)
+                else:
+                    part = self._buffer(count * k, DTYPES[info.dtype]).view(count, k)
+                    read_into(file, info.offset + first * k * part.element_size(), part)
                 part = part.to(DTYPES[item.dtype])
                 if wanted is not None and int(checksum(part)) != wanted:
                     raise RecipeError(
@@ -89,6 +93,8 @@ class Workers:
                 packed = transform.pack(part)
                 rest = transform.remainder(part)
                 self.flaws.look(item.path, rest, packed, transform.mask, transform.seed, transform.hadamard_block)
+                if isinstance(info, Fp4Weight):
+                    self.losses.look(item.path, rest, packed, transform)
                 codes[first : first + count] = packed.codes
                 scales[first : first + count] = packed.scales
         return [codes, scales]
@@ -139,6 +145,9 @@ def write_shard(shard: Shard, path: Path, workers: Workers, progress: Progress) 
                         write(_bytes(part))
                 elif item.value is not None:
                     write(_bytes(item.value))
+                elif item.make is not None:
+                    for part in item.make():
+                        write(_bytes(part))
                 else:
                     for chunk in _chunks(item):
                         write(_bytes(chunk))
@@ -154,8 +163,14 @@ def write_shard(shard: Shard, path: Path, workers: Workers, progress: Progress) 
 def _chunks(item: Item) -> Iterator[Tensor]:
     info = item.source
     assert info is not None
+    if isinstance(info, Fp4Weight):
+        n, k = info.shape
+        rows = max(1, _COPY // (4 * k))
+        for first in range(0, n, rows):
+            yield info.read(first, min(rows, n - first)).to(DTYPES[item.dtype])
+        return
     width = DTYPES[info.dtype].itemsize
-    with _opened(info.path) as file:
+    with opened(info.path) as file:
         for start in range(0, info.size, _COPY):
             part = torch.empty(min(_COPY, info.size - start) // width, dtype=DTYPES[info.dtype], device="cpu")
             read_into(file, info.offset + start, part)
@@ -164,15 +179,3 @@ def _chunks(item: Item) -> Iterator[Tensor]:
 
 def _bytes(values: Tensor) -> memoryview:
     return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as cause:
-        raise CheckpointError(f"cannot read {path}: {cause.strerror}") from cause
-    try:
-        yield file
-    finally:
-        os.close(file)

@@ -26,6 +26,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..format import hif4
+from ..format.spans import units_of
 from ..ops import registry
 
 __all__ = ["register"]
@@ -48,7 +49,8 @@ def _parts(spec: Any) -> int:
 
 def _whole(k: int, parts: int, block: int, span: Sequence[int] = ()) -> bool:
     """Tell whether K falls into equal parts of whole units, rotation blocks and spans (none, or one number)."""
-    return 0 not in span and k % (parts * max(hif4.UNIT, block, *(hif4.UNIT * units for units in span))) == 0
+    spans = [units_of(form) for form in span]
+    return 0 not in spans and k % (parts * max(hif4.UNIT, block, *(hif4.UNIT * units for units in spans))) == 0
 
 
 def _quantize(x: Any, multiplier: Any = None, hadamard_block: int = 0, bits: int = 4, *span: int) -> list[Rule]:

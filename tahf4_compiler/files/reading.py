@@ -10,7 +10,8 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "PICKLES",
     "Header",
     "TensorInfo",
+    "opened",
     "parse_json",
     "plain_name",
     "read_header",
@@ -270,3 +272,20 @@ def read_into(file: int, offset: int, buffer: Tensor, error: type[Tahf4Error] = 
         if not count:
             raise error("a file of the checkpoint became shorter while it was read")
         done += count
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Open a file to read from, as a number.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as cause:
+        raise CheckpointError(f"cannot read {path}: {cause.strerror}") from cause
+    try:
+        yield file
+    finally:
+        os.close(file)

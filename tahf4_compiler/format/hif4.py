@@ -17,7 +17,7 @@ Everything that rounds does so with integer operations on the bits of a float32,
 removes ``x.to(bfloat16).to(float32)`` round trips; the last factor before ``+ 0.5`` is a power of two,
 so that a fused multiply-add gives the same bits. Eager and compiled code therefore agree exactly.
 
-Nothing here imports anything else of this project except its errors and what a span is.
+Nothing here imports anything else of this project except its errors, roundings and what a span is.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .rounding import ROUNDINGS, check_rounding, codes_of, round_bits
 from .spans import SPANS, check_span, over_spans
 
 __all__ = [
     "BYTES_PER_UNIT",
     "LARGEST",
+    "ROUNDINGS",
     "SPANS",
     "UNIT",
     "Packed",
     "check_span",
+    "codes_for",
     "dequantize",
     "extremes",
     "fake_quantize",
@@ -59,8 +62,6 @@ BYTES_PER_UNIT = 36
 
 LARGEST = 344064.0
 """The largest magnitude: the largest scale (1.5 * 2**15) times both exponents (4) times 7 quarters."""
-
-ROUNDINGS = ("half_away", "half_even")
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAN_SCALE = 0xFF
@@ -117,8 +118,10 @@ def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> 
     Args:
         x: ``[..., K]``, float32, bfloat16, float16 or float64 (float64 is rounded to float32 first).
             Any leading dimensions, any strides. Values beyond the range saturate.
-        rounding: of an element to its magnitude: ``"half_away"`` (from zero; the public reference) or
-            ``"half_even"`` (the paper allows both).
+        rounding: of an in-group value to a magnitude: ``"half_away"`` (from zero; the public reference),
+            ``"half_even"`` (the paper allows both), or ``"bfloat16_half_away"``: to bfloat16, half to even, and then
+            half away from zero. Huawei's tool AMCT and the PTO specification do the last, so hardware that runs HiF4
+            natively may; the name says what is computed. It changes 0.8 % of random float32 values, by one step.
         span: one of :data:`SPANS`: how many units of a row share the level-1 scale of their largest magnitude. The
             last ones of a row may be fewer.
 
@@ -130,8 +133,7 @@ def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> 
         FormatError: ``x`` has no axis or is not of a floating-point type, or ``rounding`` or ``span`` is unknown.
     """
     step = check_span(span)
-    if rounding not in ROUNDINGS:
-        raise FormatError(f"rounding is {rounding!r}; expected one of {', '.join(map(repr, ROUNDINGS))}")
+    check_rounding(rounding)
     if not isinstance(x, Tensor):
         raise FormatError(f"quantize got a {type(x).__name__}; expected a torch.Tensor")
     if x.dtype not in _FLOAT_DTYPES:
@@ -156,18 +158,28 @@ def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> 
     scale_code = level1_scale(over_spans(max8.amax(-1), step))
     reciprocal = _reciprocal(scale_code)[..., None]
     e8, e16 = subgroup_exponents(max4, max8, reciprocal)
-    # 4 / 2**(e8 + e16) for each group of four; the product with it is exact.
-    quarters = torch.where(e8, 2.0, 4.0).repeat_interleave(2, -1) * torch.where(e16, 0.5, 1.0)
-    scaled = (magnitude * reciprocal).unflatten(-1, (16, 4)) * quarters[..., None]
-    rounded = torch.floor(scaled + 0.5) if rounding == "half_away" else torch.round(scaled)
-    nibbles = rounded.clamp(max=7.0).to(torch.int32).flatten(-2)
     negative = (values.view(torch.int32) < 0) & finite[..., None]
-    nibbles = nibbles + torch.where(negative, 8, 0)
-    pairs = nibbles.unflatten(-1, (UNIT // 2, 2))
-    codes = (pairs[..., 0] + pairs[..., 1] * 16).to(torch.uint8).flatten(-2)
+    codes = codes_of(magnitude, negative, reciprocal, e8, e16, rounding)
     metadata = scale_code + bits_of(e8, 8) + bits_of(e16, 16)
     scales = torch.where(finite, metadata, _NAN_SCALE)
     return Packed(codes, scales, k)
+
+
+def codes_for(x: Tensor, scales: Tensor, rounding: str) -> Tensor:
+    """Return the codes of values under scales that are given, with the arithmetic of :func:`quantize`.
+
+    Args:
+        x: as for :func:`quantize`.
+        scales: int32 ``[..., ceil(K / 64)]``; codes of a unit of NaN are zeros.
+        rounding: as for :func:`quantize`.
+    """
+    values = as_units(to_float32(x))
+    valid = (scales & 0xFF != _NAN_SCALE)[..., None]
+    at = torch.arange(16, device=scales.device, dtype=torch.int32)
+    e8, e16 = (scales[..., None] >> (8 + at[:8])) & 1 == 1, (scales[..., None] >> (16 + at)) & 1 == 1
+    magnitude = torch.where(valid, values.abs(), 0.0)
+    negative = (values.view(torch.int32) < 0) & valid
+    return codes_of(magnitude, negative, _reciprocal(scales & 0xFF)[..., None], e8, e16, rounding)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -233,7 +245,7 @@ def fake_quantize(x: Tensor, *, rounding: str = "half_away") -> Tensor:
 
 
 def to_bytes(packed: Packed) -> Tensor:
-    """Interleave a packed tensor into units of 36 bytes (the vendor's layout).
+    """Interleave a packed tensor into units of 36 bytes. The layout is this project's own.
 
     Args:
         packed: as :func:`quantize` returns it.
@@ -307,8 +319,8 @@ def level1_scale(unit_max: Tensor) -> Tensor:
         int32 of the same shape: the E6M2 byte, 0 to 254.
     """
     # A literal, not a module constant: Dynamo would make an input of that. It is 1/7 rounded to bfloat16.
-    scale = _round_bits((unit_max * 0.142578125).view(torch.int32), 16).view(torch.float32)
-    bits = _round_bits(scale.clamp(_MIN_SCALE, _MAX_SCALE).view(torch.int32), 21)
+    scale = round_bits((unit_max * 0.142578125).view(torch.int32), 16).view(torch.float32)
+    bits = round_bits(scale.clamp(_MIN_SCALE, _MAX_SCALE).view(torch.int32), 21)
     return (bits >> 21) - ((127 - 48) << 2)
 
 
@@ -349,12 +361,6 @@ def as_units(x: Tensor) -> Tensor:
     k = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, units(k) * UNIT - k)) if k % UNIT else x
     return padded.contiguous().unflatten(-1, (units(k), UNIT))
-
-
-def _round_bits(bits: Tensor, drop: int) -> Tensor:
-    """Round positive float32 bit patterns half to even, clearing the lowest ``drop`` bits."""
-    bits = bits + ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1)
-    return (bits >> drop) << drop
 
 
 def _reciprocal(scale_code: Tensor) -> Tensor:

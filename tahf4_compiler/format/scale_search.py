@@ -57,7 +57,12 @@ _BETTER = 1.0 - 2.0**-40
 
 
 def search_scales(
-    x: Tensor, importance: Tensor | None = None, *, candidates: int = CANDIDATES, span: int | str = 1
+    x: Tensor,
+    importance: Tensor | None = None,
+    *,
+    candidates: int = CANDIDATES,
+    span: int | str = 1,
+    rounding: str = "half_away",
 ) -> hif4.Packed:
     """Convert to HiF4 with the scales of least squared error.
 
@@ -71,6 +76,8 @@ def search_scales(
         candidates: level-1 scales (E6M2 codes) tried below and above the default one, 0 to ``MAX_CANDIDATES``;
             with 0 only the exponent bits are searched.
         span: as for ``hif4.quantize``. What follows about units then counts for spans.
+        rounding: as for ``hif4.quantize``. With another than ``"half_away"`` the scales are those of ``"half_away"``,
+            and elements are rounded as ``hif4.quantize`` rounds them.
 
     Returns:
         A packed tensor on the device of ``x``. In no unit is the (weighted) squared error larger than that of
@@ -88,6 +95,7 @@ def search_scales(
             "on either side of the default one"
         )
     step = hif4.check_span(span)
+    hif4.check_rounding(rounding)
     if not isinstance(x, Tensor) or x.dim() == 0 or x.numel() == 0 or not x.dtype.is_floating_point:
         if isinstance(x, Tensor) and x.dim() > 0:
             _unit_weights(importance, x)
@@ -96,17 +104,36 @@ def search_scales(
         weights = _unit_weights(importance, x)
         if (fast := host.find("search", x)) is not None:
             found: hif4.Packed = fast(x, None if weights is None else weights.t().flatten(), candidates, step)
-            return found
-        count = hif4.units(x.shape[-1])
-        codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8, device=x.device)
-        scales = torch.empty((*x.shape[:-1], count), dtype=torch.int32, device=x.device)
-        steps = _steps(x.device)
-        for (values, to_codes, to_scales), first in _blocks(x.detach(), codes, scales, span=step):
-            mine = _block_weights(weights, first, to_scales)
-            part = _search(values, mine, candidates, steps, step)
-            to_codes.copy_(part.codes)
-            to_scales.copy_(part.scales)
+        else:
+            found = _searched(x, weights, candidates, step)
+        return found if rounding == "half_away" else _rounded(x, found, importance, rounding, step)
+
+
+def _searched(x: Tensor, weights: Tensor | None, candidates: int, step: int) -> hif4.Packed:
+    count = hif4.units(x.shape[-1])
+    codes = torch.empty((*x.shape[:-1], count * (hif4.UNIT // 2)), dtype=torch.uint8, device=x.device)
+    scales = torch.empty((*x.shape[:-1], count), dtype=torch.int32, device=x.device)
+    steps = _steps(x.device)
+    for (values, to_codes, to_scales), first in _blocks(x.detach(), codes, scales, span=step):
+        mine = _block_weights(weights, first, to_scales)
+        part = _search(values, mine, candidates, steps, step)
+        to_codes.copy_(part.codes)
+        to_scales.copy_(part.scales)
     return hif4.Packed(codes, scales, x.shape[-1])
+
+
+def _rounded(
+    x: Tensor, found: hif4.Packed, importance: Tensor | None, rounding: str, span: int
+) -> hif4.Packed:
+    """Round the elements of what was searched in another way, where that is better than ``hif4.quantize`` still."""
+    x = x.detach()
+    default = hif4.quantize(x, rounding=rounding, span=span or "row")
+    found = hif4.Packed(hif4.codes_for(x, found.scales, rounding), found.scales, found.k)
+    count = found.scales.shape[-1]
+    mine, other = (_joint(search_error(x, p, importance).flatten(), count, span) for p in (found, default))
+    better = (mine < other).view(found.scales.shape)
+    codes = torch.where(better.repeat_interleave(hif4.UNIT // 2, -1), found.codes, default.codes)
+    return hif4.Packed(codes, torch.where(better, found.scales, default.scales), found.k)
 
 
 def search_exponents(x: Tensor, codes: Tensor, importance: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""Units that share a level-1 scale: a *span* of 1, 2 or 4 that follow each other in a row, or the whole row."""
+"""Units that share a level-1 scale: a *span* of 1, 2 or 4 that follow each other in a row, or the whole row.
+
+Operators and plans take the span and the rounding of elements as one number, a *form*: the span, 0 for a row, plus
+:data:`ROUNDED` where in-group values are rounded to bfloat16 first. So one field says how an activation and the weights
+that read it are converted.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,29 @@ from torch import Tensor
 
 from ..errors import FormatError
 
-__all__ = ["MOST_UNITS", "SPANS", "check_span", "over_spans", "span_name"]
+__all__ = [
+    "FORM_ROUNDINGS",
+    "MOST_UNITS",
+    "ROUNDED",
+    "SPANS",
+    "alone",
+    "check_form",
+    "check_span",
+    "joined",
+    "over_spans",
+    "parted",
+    "span_name",
+    "units_of",
+]
 
 SPANS = (1, 2, 4, "row")
 """How many units of a row may share a level-1 scale. Where a number is wanted, as in operators, 0 stands for a row."""
+
+ROUNDED = 8
+"""Added to a span, it makes the form whose rounding is ``"bfloat16_half_away"``."""
+
+FORM_ROUNDINGS = ("half_away", "bfloat16_half_away")
+"""The roundings of a form; see :func:`tahf4_compiler.format.hif4.quantize`."""
 
 MOST_UNITS = (2**31 - 1) // (64 * 28 * 28)
 """Dots of so many units fit into an int32: 42,799, a K of 2.7 million."""
@@ -35,6 +59,42 @@ def check_span(span: int | str) -> int:
 def span_name(span: int) -> int | str:
     """Return a span as people write it: one of :data:`SPANS`."""
     return span or "row"
+
+
+def check_form(form: int) -> int:
+    """Return a form, checked.
+
+    Raises:
+        FormatError: it is no span, and none plus :data:`ROUNDED`.
+    """
+    check_span(form & ~ROUNDED if type(form) is int and form >= 0 else form)
+    return form
+
+
+def joined(span: int, rounding: str) -> int:
+    """Return the form of a span, 0 for a row, and one of :data:`FORM_ROUNDINGS`.
+
+    Raises:
+        FormatError: the rounding is another.
+    """
+    if rounding not in FORM_ROUNDINGS:
+        raise FormatError(f"rounding is {rounding!r}; expected one of {', '.join(map(repr, FORM_ROUNDINGS))}")
+    return span + ROUNDED * FORM_ROUNDINGS.index(rounding)
+
+
+def parted(form: int) -> tuple[int, str]:
+    """Return span and rounding of a form."""
+    return units_of(form), FORM_ROUNDINGS[form // ROUNDED]
+
+
+def units_of(form: int) -> int:
+    """Return the span of a form, 0 for a row."""
+    return form & ~ROUNDED
+
+
+def alone(form: int) -> int:
+    """Return a form with a level-1 scale for each unit."""
+    return form & ROUNDED | 1
 
 
 def over_spans(values: Tensor, span: int) -> Tensor:

@@ -58,7 +58,7 @@ class PackedWeight:
             is HiF4.
         rank: the largest of the branches that a recipe attached to the weights; each is subtracted from its weight. 0
             for none.
-        span: units of a row that share a level-1 scale; 0 for all.
+        span: a form (:mod:`tahf4_compiler.format.spans`): units of a row that share a level-1 scale, and the rounding.
     """
 
     weights: tuple[int, ...]

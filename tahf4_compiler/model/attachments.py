@@ -57,7 +57,8 @@ class Attachment:
         second_moment: float32 ``[K]``, of the activation's channels.
         reconstruction: the weight as the recipe rounded it, for ``search="reconstruct"``.
         activation_bits: of the activation, 4, 8 or 16.
-        span: units of a row that share a level-1 scale, in the activation and the weight; 0 for all.
+        span: a form (:mod:`tahf4_compiler.format.spans`): units of a row that share a level-1 scale, and the rounding,
+            in the activation and the weight.
         rank: of the branch, 0 for none.
         low_rank: the branch beside the 4-bit product.
         steps: says whether the step at hand runs in high precision, or None.

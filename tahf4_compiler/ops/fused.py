@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..format import int8
+from ..format.spans import alone, check_form, units_of
 from .define import operator
 from .program import Program
 from .reference import check_memory, empty_units, linear, quantize
@@ -186,6 +187,7 @@ def linear_quantize(
         hadamard_block: as for ``tahf4::quantize``.
         bits: of the result, 4 or 8, as for ``tahf4::quantize``.
         span: of the operands, as for ``tahf4::linear``. The result has none: a row of it would have to be known whole.
+            8 more for the rounding of the result, as for ``tahf4::quantize``.
 
     Returns:
         Codes and scales of ``[..., N]``, as ``tahf4::quantize``.
@@ -195,9 +197,9 @@ def linear_quantize(
             of the product's shape.
     """
     int8.check_bits(bits, quantized=True)
-    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, span)
+    y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, units_of(span))
     y = _after(y, program, inputs)
-    found, metadata = quantize(y, multiplier, hadamard_block, bits)
+    found, metadata = quantize(y, multiplier, hadamard_block, bits, alone(check_form(span)))
     return found, metadata
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..format import hif4, int8
+from ..format.spans import check_form, parted
 from ..format.transforms import transform
 from ..plugins import host
 from .define import operator
@@ -44,7 +45,8 @@ def quantize(
         multiplier: float32 ``[K]``, or None.
         hadamard_block: a power of two, or 0.
         bits: 4, 8 or 16.
-        span: units that share a level-1 scale, see :func:`tahf4_compiler.format.hif4.quantize`; 0 for a row.
+        span: units that share a level-1 scale, see :func:`tahf4_compiler.format.hif4.quantize`; 0 for a row. 8 more
+            (:data:`tahf4_compiler.format.spans.ROUNDED`) for the rounding ``"bfloat16_half_away"``.
 
     Returns:
         ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]`` (see
@@ -64,7 +66,8 @@ def quantize(
         codes[..., : transformed.shape[-1]] = hif4.to_float32(transformed)
         codes[..., transformed.shape[-1] :] = 0
         return codes, scales.fill_(1)
-    packed = hif4.quantize(transformed, span=span)
+    units, rounding = parted(check_form(span))
+    packed = hif4.quantize(transformed, span=units or "row", rounding=rounding)
     return packed.codes, packed.scales
 
 

@@ -233,7 +233,7 @@ def quantize(
         multiplier: float32 ``[K]`` or None.
         hadamard_block: a power of two, or 0.
         bits: 4, 8 or 16.
-        span: units that share a level-1 scale; 0 for a row.
+        span: units that share a level-1 scale, and the rounding, as for ``tahf4::quantize``.
 
     Returns:
         Codes and scales, as ``tahf4::quantize``.

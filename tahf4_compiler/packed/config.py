@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import PackedError, RecipeError
 from ..format import hif4
-from ..format.spans import SPANS, span_name
+from ..format.spans import FORM_ROUNDINGS, SPANS, span_name
 from ..options import ACTIVATION_BITS, patterns
 from ..recipe.checks import check_steps
 from ..recipe.recipe import Recipe
@@ -49,7 +49,7 @@ class TaHF4Config:
         linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
             ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4,
             ``rank`` for one that has a low-rank branch, ``scale_span`` for one whose units share level-1 scales: 2, 4
-            or ``"row"``.
+            or ``"row"``, ``rounding`` for one whose elements are rounded in another way than ``"half_away"``.
         provenance: of the recipe of a packed model.
         high_precision_steps: of the recipe, or of the packed model (:func:`tahf4_compiler.set_high_precision_steps`).
         step_activation_bits: in these steps.
@@ -172,6 +172,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             **({} if linear.activation_bits == 4 else {"activation_bits": linear.activation_bits}),
             **({"rank": linear.rank} if linear.rank else {}),
             **({"scale_span": span_name(linear.span)} if linear.span != 1 else {}),
+            **({"rounding": linear.rounding} if linear.rounding != FORM_ROUNDINGS[0] else {}),
         }
         for path, linear in packed_linears(model).items()
     }
@@ -203,6 +204,9 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
             raise PackedError(f"{where}: the rank of its branch is {rank!r}; the file is damaged")
         if type(span := values.get("scale_span", 1)) not in (int, str) or span not in SPANS:
             raise PackedError(f"{where}: scale_span is {span!r}, expected 1, 2, 4 or 'row'; the file is damaged")
+        if (rounding := values.get("rounding", FORM_ROUNDINGS[0])) not in FORM_ROUNDINGS:
+            known = ", ".join(map(repr, FORM_ROUNDINGS))
+            raise PackedError(f"{where}: rounding is {rounding!r}, expected one of {known}; is the file newer?")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

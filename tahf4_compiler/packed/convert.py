@@ -14,11 +14,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import PackedError
+from ..format.spans import joined
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import unwrapped_experts
 from ..model.linears import linear_weights, require_matches
 from ..model.steps import StepPrecision
 from ..options import activation_bits, bits_for
+from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
 from ..pipeline.context import Decision
 from ..recipe.apply import recipe_experts
@@ -54,6 +56,7 @@ def quantize_(
     expert: str | None = None,
     check_weights: bool = True,
     scale_span: int | str = 1,
+    rounding: str = "half_away",
 ) -> list[Decision]:
     """Replace every linear that the plan puts in HiF4 by a :class:`HiF4Linear`, and free its weight.
 
@@ -72,6 +75,8 @@ def quantize_(
         check_weights: as for :func:`tahf4_compiler.apply_recipe`.
         scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
             for all. A recipe's own span comes first.
+        rounding: of elements, in activations and weights, see :class:`tahf4_compiler.Options`. A recipe's own comes
+            first.
 
     Returns:
         The plan, one decision for each linear; paths in a pipeline begin with the component's name.
@@ -81,9 +86,9 @@ def quantize_(
         RecipeError: the recipe does not fit the model.
         PackedError: the model is offloaded, or ``keep`` names a linear that is packed already, or an adapter is fused
             into a weight.
-        OptionError: the model is neither module nor pipeline, or the span is unknown.
+        OptionError: the model is neither module nor pipeline, or span or rounding is unknown.
     """
-    span = check_scale_span("scale_span", scale_span)
+    span = joined(check_scale_span("scale_span", scale_span), check_rounding("rounding", rounding))
     models = unwrapped_experts(model)
     named = set(models)
     given = None

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..errors import FormatError, GradientError, PackedError
 from ..format import hif4, int8
 from ..format.low_rank import LowRank
-from ..format.spans import span_name
+from ..format.spans import joined, parted, span_name, units_of
 from ..format.transforms import hadamard
 from ..model.attachments import by_step, step_bits
 from ..ops import registry
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver, compares_shapes
+from .spans import require_span
 
 __all__ = ["BRANCH", "PARTS", "HiF4Linear", "packed_product"]
 
@@ -57,6 +58,7 @@ class HiF4Linear(nn.Linear):
             :func:`tahf4_compiler.set_activation_bits`.
         span: units of a row of the weight that share a level-1 scale, as those of an activation of 4 bits then do: 1, 2
             or 4, or 0 for all.
+        rounding: of the activation's elements, see :func:`tahf4_compiler.hif4.quantize`.
     """
 
     weight_codes: nn.Parameter
@@ -66,7 +68,7 @@ class HiF4Linear(nn.Linear):
     low_rank_b: nn.Parameter | None
     weight_requires_grad = False
     activation_bits = 4  # of one that was pickled by an earlier version, too
-    span = 1
+    span, rounding = 1, "half_away"
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class HiF4Linear(nn.Linear):
         activation_bits: int = 4,
         rank: int = 0,
         span: int = 1,
+        rounding: str = "half_away",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -95,13 +98,15 @@ class HiF4Linear(nn.Linear):
             activation_bits: 4, 8 or 16.
             rank: of the branch, 0 for none.
             span: units that share a level-1 scale; 0 for a row.
+            rounding: ``"half_away"`` or ``"bfloat16_half_away"``.
             device: of the parameters; ``"meta"`` for none.
             dtype: of the bias, of the branch, and of the dequantized weight.
         """
         nn.Module.__init__(self)
         units = hif4.units(in_features)
         dtype = dtype if dtype is not None else torch.get_default_dtype()
-        self._set(in_features, out_features, hadamard_block, activation, dtype, activation_bits, hif4.check_span(span))
+        form = joined(hif4.check_span(span), rounding)
+        self._set(in_features, out_features, hadamard_block, activation, dtype, activation_bits, form)
         codes = torch.zeros(out_features, units * hif4.UNIT // 2, dtype=torch.uint8, device=device)
         scales = torch.zeros(out_features, units, dtype=torch.int32, device=device)
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
@@ -127,7 +132,7 @@ class HiF4Linear(nn.Linear):
         self, k: int, n: int, block: int, activation: str, dtype: torch.dtype, bits: int = 4, span: int = 1
     ) -> None:
         int8.check_bits(bits)
-        self.span = span
+        self.span, self.rounding = parted(span)
         self.in_features, self.out_features, self.activation_bits = k, n, bits
         self.hadamard_block, self.activation, self.weight_dtype = block, activation, dtype
 
@@ -151,7 +156,7 @@ class HiF4Linear(nn.Linear):
             hadamard_block: as for the constructor.
             activation: name of the activation.
             low_rank: the branch beside the product, or None.
-            span: units that share a level-1 scale; 0 for a row.
+            span: a form (:mod:`tahf4_compiler.format.spans`): units that share a level-1 scale, and the rounding.
 
         Raises:
             FormatError: the packed weight is not of the linear's shape.
@@ -163,7 +168,7 @@ class HiF4Linear(nn.Linear):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.__dict__.update(_carried(linear))
-        _check_span(packed.scales, span)
+        require_span(packed.scales, units_of(span))
         self._set(k, n, hadamard_block, activation, linear.weight.dtype, span=span)
         self.weight_requires_grad = linear.weight.requires_grad
         place = multiplier.to(packed.codes.device, torch.float32) if multiplier is not None else None
@@ -202,10 +207,11 @@ class HiF4Linear(nn.Linear):
             GradientError, FormatError, RecipeError: as :meth:`forward`.
         """
         weight, bits, waits = (self.weight_codes, self.weight_scales, bias), self.activation_bits, False
+        form = joined(self.span, self.rounding)
         if by_step(self):
             waits = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        out = packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, self.span)
+        out = packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, form)
         a, b = (self._parameters.get(name) for name in BRANCH)
         if a is None or b is None:
             return out
@@ -237,7 +243,8 @@ class HiF4Linear(nn.Linear):
         """
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
-        own = ("hadamard_block", "activation", "weight_dtype", "weight_requires_grad", "activation_bits", "span")
+        own = {"hadamard_block", "activation", "weight_dtype", "weight_requires_grad", "activation_bits"}
+        own |= {"span", "rounding"}
         linear.__dict__.update({key: value for key, value in _carried(self).items() if key not in own})
         gradients = self.weight_requires_grad and (self.bias is None or self.bias.requires_grad)
         linear.weight = nn.Parameter(self.dequantized(), requires_grad=gradients)
@@ -249,7 +256,8 @@ class HiF4Linear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"hadamard_block={self.hadamard_block}, multiplier={self.multiplier is not None}, "
-            f"activation_bits={self.activation_bits}, rank={self.rank}, span={span_name(self.span)}"
+            f"activation_bits={self.activation_bits}, rank={self.rank}, span={span_name(self.span)}, "
+            f"rounding={self.rounding}"
         )
 
     @property
@@ -339,7 +347,7 @@ class HiF4Linear(nn.Linear):
                 )
         scales = state_dict.get(f"{prefix}weight_scales")
         if scales is not None:
-            _check_span(scales, self.span, f" ({prefix[:-1]})")
+            require_span(scales, self.span, f" ({prefix[:-1]})")
         own = self._transform()
         found = {key: local_metadata[key] for key in own if key in local_metadata}
         if any(found[key] != own[key] for key in found):
@@ -394,8 +402,8 @@ def packed_product(
     quantize, linear = registry.operators(input, activation_bits)
     if by_step:
         quantize = torch.ops.tahf4.quantize_by_step.default
-    shared = (span,) if span != 1 else ()
-    codes, scales = quantize(input, multiplier, hadamard_block, activation_bits, *shared)
+    how, shared = ((form,) if form != 1 else () for form in (span, units_of(span)))
+    codes, scales = quantize(input, multiplier, hadamard_block, activation_bits, *how)
     result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype or input.dtype, *shared)
     return result
 
@@ -404,15 +412,6 @@ def _carried(module: nn.Module) -> dict[str, Any]:
     """Return what goes over to the linear that takes a place: hooks, mode, sizes; no parameters, no ``forward``."""
     own = ("_parameters", "forward")
     return {k: v for k, v in module.__dict__.items() if k not in own and not k.startswith("_tahf4_")}
-
-
-def _check_span(scales: Tensor, span: int, where: str = "") -> None:
-    """Raise :class:`PackedError` if the units of a weight do not share their level-1 scales as they should."""
-    if span != 1 and not scales.is_meta and not hif4.scales_hold_span(scales, span):
-        raise PackedError(
-            f"a packed weight{where} has the span {span_name(span)!r}, and the level-1 scales of its units differ. It "
-            "was packed otherwise, or is damaged: load it into a model that was packed as it was."
-        )
 
 
 def _listed(values: dict[str, int]) -> str:

@@ -343,6 +343,7 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
             activation_bits=values.get("activation_bits", 4),
             rank=values.get("rank", 0),
             span=hif4.check_span(values.get("scale_span", 1)),
+            rounding=values.get("rounding", "half_away"),
             device="meta",
             dtype=getattr(torch, values["dtype"]) if wide.intersection(path.split(".")) else linear.weight.dtype,
         )

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import PackedError
 from ..format import hif4
+from ..format.spans import joined, parted
 from ..format.transforms import SEED, hadamard_block
 from ..model.attachments import Attachment, attached_keep, attached_recipe, refresh
 from ..model.blocks import block_of, module_blocks
@@ -138,7 +139,8 @@ def plan_transforms(
         recipe: that the plan was made with.
         expert: as for :func:`plan_modules`.
         rotate_block: widest Hadamard block where no recipe says another; 0 for no rotation.
-        span: units that share a level-1 scale where no recipe says another; 0 for a row.
+        span: where no recipe says another: a form (:mod:`tahf4_compiler.format.spans`), units that share a level-1
+            scale and the rounding.
 
     Raises:
         RecipeError: the recipe does not fit the model.
@@ -154,7 +156,7 @@ def plan_transforms(
         block = said.hadamard_block if said is not None else hadamard_block(decision.k, rotate_block)
         seed = said.seed if said is not None and said.seed is not None else SEED
         mask = said.mask if said is not None and said.masked else None
-        wanted = said.span if said is not None else span
+        wanted, decision.rounding = parted(said.span if said is not None else span)
         obstacle = span_obstacle(decision.activation_bits, mask is not None, block) if wanted != 1 else None
         decision.span = wanted if obstacle is None else 1
         decision.reason = with_span(decision.reason, wanted, obstacle)
@@ -169,7 +171,7 @@ def plan_transforms(
             decision.activation_bits,
             said.low_rank if said is not None else None,
             decision.rank,
-            decision.span,
+            joined(decision.span, decision.rounding),
         )
     return found
 
@@ -246,7 +248,7 @@ def _decide(
         bits, rank = module.activation_bits, module.rank
         after += branch_bytes(n, k, rank, size)
         found = Decision(path, k, n, "hif4", packed, n * k * size, after, 2 * k * n, activation_bits=bits, rank=rank)
-        found.span = module.span if bits == 4 else 1
+        found.span, found.rounding = module.span if bits == 4 else 1, module.rounding
         return found
     chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
     # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.

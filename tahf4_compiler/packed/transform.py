@@ -31,7 +31,8 @@ class Transform:
         activation_bits: 4, 8 or 16.
         low_rank: the branch beside the product, or None.
         rank: of the branch, 0 for none.
-        span: units of a row that share a level-1 scale, in activation and weight; 0 for all.
+        span: a form (:mod:`tahf4_compiler.format.spans`): units of a row that share a level-1 scale, and the rounding,
+            in activation and weight.
     """
 
     activation: str

@@ -129,9 +129,16 @@ def bits_of(quantization: fx.Node) -> int:
     return bits
 
 
-def span_of(quantization: fx.Node) -> int:
-    """Return how many units of a ``tahf4.quantize`` node's activation share a level-1 scale; 0 for a row."""
+def form_of(quantization: fx.Node) -> int:
+    """Return span and rounding of a ``tahf4.quantize`` node's activation, as a form: see ``format.spans``."""
     span = quantization.args[4] if len(quantization.args) > 4 else quantization.kwargs.get("span", 1)
+    assert isinstance(span, int)
+    return span
+
+
+def span_of(product: fx.Node) -> int:
+    """Return how many units of a ``tahf4.linear`` node's operands share a level-1 scale; 0 for a row."""
+    span = product.args[6] if len(product.args) > 6 else product.kwargs.get("span", 1)
     assert isinstance(span, int)
     return span
 

@@ -42,6 +42,7 @@ class Decision:
         rank: of the branch beside the 4-bit product, 0 for none. ``bytes_after`` has its bytes, ``flops`` lack its
             FLOPs.
         span: units of a row that share a level-1 scale, in the activation and the weight; 0 for all.
+        rounding: of their elements, see :func:`tahf4_compiler.format.hif4.quantize`.
     """
 
     module: str
@@ -59,6 +60,7 @@ class Decision:
     activation_bits: int = 4
     rank: int = 0
     span: int = 1
+    rounding: str = "half_away"
 
     @property
     def cause(self) -> Cause:

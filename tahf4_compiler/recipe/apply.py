@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import RecipeError
 from ..format.reconstruct import Reconstruction
+from ..format.spans import joined
 from ..model.attachments import Attachment, attach
 from ..model.components import experts
 from ..model.linears import linear_weights, place_of
@@ -183,7 +184,7 @@ def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
                         Reconstruction(entry.packed[path], linear.weight_sum) if path in entry.packed else None
                     ),
                     activation_bits=linear.activation_bits,
-                    span=entry.span,
+                    span=joined(entry.span, entry.rounding),
                     low_rank=branch,
                     rank=branch.rank if branch is not None else 0,
                     steps=steps,

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import RecipeError
 from ..format import hif4
+from ..format.spans import FORM_ROUNDINGS
 from ..options import ACTIVATION_BITS, PROTECTING_BITS
 from .entries import CallError, LinearEntry, RecipeEntry
 
@@ -69,6 +70,9 @@ def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damage
         raise RecipeError(damaged.format(f"the search is {entry.search!r}"))
     if type(entry.span) is not int or entry.span not in (0, 1, 2, 4):
         raise RecipeError(damaged.format(f"the span is {entry.span!r}, expected 1, 2 or 4 units, or 0 for a row"))
+    if entry.rounding not in FORM_ROUNDINGS:
+        known = ", ".join(map(repr, FORM_ROUNDINGS))
+        raise RecipeError(damaged.format(f"the rounding is {entry.rounding!r}, expected one of {known}"))
     for path, linear in entry.linears.items():
         if (path in entry.packed) != (entry.search == "reconstruct"):
             raise RecipeError(damaged.format(f"the search is {entry.search!r}, and the packed weight of {path} is not"))

@@ -80,6 +80,7 @@ class RecipeEntry:
         span: units of 64 values of a row that share a level-1 scale, in the activation and its weights: 1, 2 or 4, or 0
             for all of a row. Where there is neither mask nor rotation, or the activation has other than 4 bits, it is
             refused.
+        rounding: of their elements, see :func:`tahf4_compiler.hif4.quantize`.
     """
 
     linears: Mapping[str, LinearEntry]
@@ -93,3 +94,4 @@ class RecipeEntry:
     packed: Mapping[str, Packed] = field(default_factory=dict, repr=False)
     low_rank: Mapping[str, LowRank] = field(default_factory=dict, repr=False)
     span: int = 1
+    rounding: str = "half_away"

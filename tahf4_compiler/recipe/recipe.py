@@ -133,6 +133,8 @@ class Recipe:
                 # Left out where there is none: earlier versions read such a file, and refuse any other.
                 if entry.span == 1:
                     del values["span"]
+                if entry.rounding == "half_away":
+                    del values["rounding"]
                 if not values["low_rank"]:
                     del values["low_rank"]
                 else:

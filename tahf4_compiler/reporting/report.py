@@ -90,6 +90,7 @@ def plan_json(plan: Sequence[Decision]) -> str:
             "activation_bits": d.activation_bits if d.decision == "hif4" else None,
             "rank": d.rank,
             "scale_span": span_name(d.span) if d.decision == "hif4" else None,
+            "rounding": d.rounding if d.decision == "hif4" else None,
             "cause": d.cause.value,
             "numbers": _plain(d.numbers),
         }
@@ -157,6 +158,7 @@ def _decision(decision: Decision) -> str:
     other = ACTIVATIONS.get(decision.activation_bits)
     words = [decision.decision, *([f"{other} activation"] if other else [])]
     words += [f"span {span_name(decision.span)}"] if decision.span != 1 else []
+    words += [f"rounding {decision.rounding}"] if decision.rounding != "half_away" else []
     return ", ".join([*words, *([f"rank {decision.rank}"] if decision.rank else [])])
 
 

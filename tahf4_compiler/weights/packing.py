@@ -12,6 +12,7 @@ from ..format import hif4
 from ..format.low_rank import LowRank, remainder
 from ..format.reconstruct import Reconstruction
 from ..format.scale_search import search_scales
+from ..format.spans import parted, units_of
 from ..format.transforms import multipliers, transform
 from ..ops import registry
 from ..plugins import host
@@ -43,7 +44,7 @@ def pack_weight(
         search: ``""``, ``"squared"`` or ``"weighted"``, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
         importance: float32 ``[K]``, the second moment of the activation's channels as they are quantized, for
             ``"weighted"``.
-        span: units of a row that share a level-1 scale; 0 for all.
+        span: a form (:mod:`tahf4_compiler.format.spans`): units of a row that share a level-1 scale, and the rounding.
 
     Returns:
         Codes uint8 ``[N, ceil(K / 64) * 32]`` and scales int32 ``[N, ceil(K / 64)]`` on the weight's device.
@@ -53,11 +54,13 @@ def pack_weight(
     """
     rows = max(1, _ROW_CHUNK // max(1, weight.shape[1]))
     codes, scales = [], []
+    units, rounding = parted(span)
     for chunk in weight.detach().split(rows):
         if search:
             fast = host.find("transform", chunk, multiplier, hadamard_block)
             moved = (fast or transform)(chunk, multiplier, hadamard_block)
-            packed = search_scales(moved, importance if search == "weighted" else None, span=span)
+            weights = importance if search == "weighted" else None
+            packed = search_scales(moved, weights, span=units or "row", rounding=rounding)
             parts = packed.codes, packed.scales
         else:
             parts = registry.quantize(chunk, multiplier, hadamard_block, 4, span)
@@ -89,7 +92,8 @@ def pack_transformed(
         reconstruction: what ``"reconstruct"`` gives where the weight is the one that it was made of, under this
             transform. Where it is not, scales are searched by squared error, and a warning says so.
         low_rank: the branch beside the product: what it leaves of the weight is packed. A reconstruction is of that.
-        span: units of a row that share a level-1 scale; 0 for all. A reconstruction with others is not taken.
+        span: a form, as for :func:`pack_weight`. A reconstruction with another span is not taken. It has chosen each
+            element by the errors of others, so the rounding says nothing about it.
 
     Returns:
         As :func:`pack_weight`, on the weight's device.
@@ -100,7 +104,7 @@ def pack_transformed(
     device = weight.device
     if search == "reconstruct":
         # The checksum of what has no storage is that of nothing.
-        fits = reconstruction is not None and hif4.holds_span(reconstruction.packed, span)
+        fits = reconstruction is not None and hif4.holds_span(reconstruction.packed, units_of(span) or "row")
         if reconstruction is not None and fits and int(checksum(weight)) == reconstruction.weight_sum:
             codes, scales, k = reconstruction.packed
             # A copy: what becomes a parameter may be written.

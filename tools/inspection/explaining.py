@@ -44,6 +44,8 @@ def overview(report: Report) -> str:
             numbers.append(f"rank {row['rank']}")
         if row.get("scale_span") not in (None, 1):
             numbers.append(f"span {row['scale_span']}")
+        if row.get("rounding") not in (None, "half_away"):
+            numbers.append(f"rounding {row['rounding']}")
         lines.append(f"{row['module']:{width}}  {row['decision']:14}  {', '.join(numbers)}  {row['reason']}")
     lines.append("")
     for entry in report.passes:
@@ -81,6 +83,8 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
         yield f"  branch      rank {row['rank']}, in the precision of the original; its bytes are among those above"
     if row.get("scale_span") not in (None, 1):
         yield f"  span        {row['scale_span']}: so many units of 64 values share a level-1 scale"
+    if row.get("rounding") not in (None, "half_away"):
+        yield f"  rounding    {row['rounding']}: in-group values become bfloat16 before they become elements"
     yield f"  reason      {row['reason']}"
     yield f"  FLOPs       {row['flops']:,} a call"
     yield from (f"  {text}" for text in _statistics(report, row))

@@ -1,0 +1,183 @@
+"""The rounding of in-group values to bfloat16: an option of compilations, packed models, recipes and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from models import wan
+from torch import nn
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.checkpoint.convert import quantize_checkpoint
+from tahf4_compiler.errors import OptionError, PackedError, RecipeError
+from tahf4_compiler.format import hif4
+from tahf4_compiler.packed.convert import packed_linears
+from tahf4_compiler.packed.linear import HiF4Linear
+
+GRAPH = {"inductor": False}
+VENDOR = "bfloat16_half_away"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+class Net(nn.Module):
+    def __init__(self, dim: int = 256) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def make(**how):
+    torch.manual_seed(0)
+    model = Net().eval().requires_grad_(False)
+    if how:
+        tahf4.quantize_(model, **how)
+    return model
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 24, 256, generator=torch.Generator().manual_seed(1))
+
+
+def codes(model):
+    return {path: linear.weight_codes for path, linear in packed_linears(model).items()}
+
+
+def quantizations(graph_module):
+    names = ("quantize", "fused_quantize", "linear_quantize")
+    return [n for n in graph_module.graph.nodes if getattr(n.target, "_opname", "") in names]
+
+
+@pytest.mark.parametrize("span", [1, "row"])
+def test_packed_models_and_compiled_ones_have_it(x, span):
+    packed, ours, plain = make(rounding=VENDOR, scale_span=span), make(scale_span=span), make()
+    assert any(not torch.equal(a, b) for a, b in zip(codes(packed).values(), codes(ours).values(), strict=True))
+    linear = packed.up
+    activation = hif4.quantize(torch.ops.aten.mul(x, linear.multiplier), span=span, rounding=VENDOR)
+    assert activation.k == 256 and linear.rounding == VENDOR and f"rounding={VENDOR}" in repr(linear)
+    compiled = tahf4.lower(tahf4.capture(plain, (x,)), options={**GRAPH, "rounding": VENDOR, "scale_span": span})
+    lowered = tahf4.lower(tahf4.capture(packed, (x,)), options=GRAPH)
+    for found in (compiled, lowered):
+        assert {d.rounding for d in found.plan} == {VENDOR}
+        assert f"rounding {VENDOR}" in found.report()
+        assert all(n.args[-1] >= 8 for n in quantizations(found.graph_module))
+    close = (compiled(x) - packed(x)).norm(), (lowered(x) - packed(x)).norm()
+    assert max(close) < 1e-3 * packed(x).norm()
+    default = tahf4.lower(tahf4.capture(plain, (x,)), options={**GRAPH, "scale_span": span})
+    assert {d.rounding for d in default.plan} == {"half_away"}
+    assert not torch.equal(default(x), compiled(x))
+
+
+def test_the_product_is_that_of_the_definition(x):
+    """An activation rounded so, times the weight's codes."""
+    linear = make(rounding=VENDOR).up
+    left = torch.ops.tahf4.quantize(x, linear.multiplier, linear.hadamard_block, 4, 9)
+    product = torch.ops.tahf4.linear(*left, linear.weight_codes, linear.weight_scales, linear.bias, torch.float32)
+    torch.testing.assert_close(linear(x), product, rtol=1e-5, atol=1e-5)
+    other = torch.ops.tahf4.quantize(x, linear.multiplier, linear.hadamard_block, 4, 1)
+    assert not torch.equal(other[0], left[0])
+
+
+def test_the_reference_kernels_and_fused_ones_agree(x):
+    plain = make()
+    options = {"rounding": VENDOR, **GRAPH}
+    found = tahf4.lower(tahf4.capture(plain, (x,)), options=options)
+    wanted = tahf4.lower(tahf4.capture(plain, (x,)), options={**options, "kernels": "reference"})
+    assert (found(x) - wanted(x)).norm() < 5e-3 * wanted(x).norm()
+    assert (found(x) - wanted(x)).norm() < 0.5 * (found(x) - plain(x)).norm()
+
+
+def test_other_numbers_of_bits_keep_it_for_weights(x):
+    packed = make(rounding=VENDOR)
+    tahf4.set_activation_bits(packed, 8)
+    lowered = tahf4.lower(tahf4.capture(packed, (x,)), options=GRAPH)
+    torch.testing.assert_close(lowered(x), packed(x), rtol=1e-3, atol=1e-3)
+    plain = tahf4.lower(tahf4.capture(make(), (x,)), options={**GRAPH, "rounding": VENDOR, "activation_bits": 8})
+    torch.testing.assert_close(plain(x), packed(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_and_its_copy_keep_it(tmp_path):
+    torch.manual_seed(0)
+    model = wan(ffn_dim=192)[0]
+    model.save_pretrained(tmp_path / "plain")
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "disk", rounding=VENDOR)
+    tahf4.quantize_(model, rounding=VENDOR)
+    model.save_pretrained(tmp_path / "memory")
+    texts = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("disk", "memory")]
+    for text in texts:
+        assert {linear["rounding"] for linear in text["quantization_config"]["linears"].values()} == {VENDOR}
+    for name in ("disk", "memory"):
+        again = WanTransformer3DModel.from_pretrained(tmp_path / name)
+        assert {linear.rounding for linear in packed_linears(again).values()} == {VENDOR}
+        assert all(torch.equal(a, b) for a, b in zip(codes(again).values(), codes(model).values(), strict=True))
+    next(iter(texts[1]["quantization_config"]["linears"].values()))["rounding"] = "stochastic"
+    (tmp_path / "memory" / "config.json").write_text(json.dumps(texts[1]))
+    with pytest.raises(PackedError, match="rounding is 'stochastic', expected one of"):
+        WanTransformer3DModel.from_pretrained(tmp_path / "memory")
+
+
+def test_the_default_writes_nothing_new(tmp_path):
+    model = wan(ffn_dim=192)[0]
+    tahf4.quantize_(model)
+    model.save_pretrained(tmp_path)
+    assert "rounding" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("search", ["", "squared", "reconstruct"])
+def test_a_recipe_has_it(x, tmp_path, search):
+    plain = make()
+    with tahf4.calibrate(plain, step_groups=1) as calibration:
+        plain(x)
+    choices = {"mask": None, "scale_search": search, "sensitivity": False}
+    recipe = calibration.recipe(rounding=VENDOR, **choices)
+    recipe.save(tmp_path / "recipe.safetensors")
+    loaded = tahf4.Recipe.load(tmp_path / "recipe.safetensors")
+    assert {e.rounding for entries in loaded.experts.values() for e in entries.values()} == {VENDOR}
+    packed = make()
+    tahf4.quantize_(packed, loaded, rounding="half_away")  # the recipe comes first
+    assert {linear.rounding for linear in packed_linears(packed).values()} == {VENDOR}
+    ours = make()
+    tahf4.quantize_(ours, calibration.recipe(**choices))
+    same = [torch.equal(a, b) for a, b in zip(codes(packed).values(), codes(ours).values(), strict=True)]
+    assert all(same) if search == "reconstruct" else not any(same)
+    tahf4.apply_recipe(plain, loaded)
+    compiled = tahf4.lower(tahf4.capture(plain, (x,)), options=GRAPH)
+    assert {d.rounding for d in compiled.plan} == {VENDOR}
+    torch.testing.assert_close(compiled(x), packed(x), rtol=1e-3, atol=1e-3)
+    broken = {
+        expert: {name: dataclasses.replace(entry, rounding="up") for name, entry in entries.items()}
+        for expert, entries in loaded.experts.items()
+    }
+    dataclasses.replace(loaded, experts=broken).save(tmp_path / "broken.safetensors")
+    with pytest.raises(RecipeError, match="the rounding is 'up'"):
+        tahf4.Recipe.load(tmp_path / "broken.safetensors")
+
+
+def test_unknown_roundings_are_refused():
+    model = make()
+    calls = [
+        lambda: tahf4.quantize_(model, rounding="half_even"),
+        lambda: tahf4.lower(tahf4.capture(model, (torch.zeros(1, 256),)), options={"rounding": "vendor"}),
+        lambda: quantize_checkpoint("nowhere", "elsewhere", rounding="vendor"),
+    ]
+    for call in calls:
+        with pytest.raises(OptionError, match="rounding.* is '.*'; expected one of 'half_away', 'bfloat16_half_away'"):
+            call()
+    assert not packed_linears(model)
+
+
+def test_a_linear_comes_back_without_it():
+    model = make(rounding=VENDOR)
+    assert isinstance(model.up, HiF4Linear)
+    assert not hasattr(model.up.to_linear(), "rounding")
