@@ -49,13 +49,18 @@ def _check_frozen(model: nn.Module, requires_grad: bool = True) -> None:
 def _check_state(model: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
     packed = [key.removesuffix(".weight_codes") for key in state_dict if key.endswith(".weight_codes")]
     modules = dict(model.named_modules(remove_duplicate=False)) if packed else {}
-    if others := [path for path in packed if path in modules and not isinstance(modules[path], HiF4Linear)]:
+    if others := [path for path in packed if path in modules and not _takes_codes(modules[path])]:
         raise PackedError(
             f"the state dict holds {len(others)} packed linears that are not packed in {type(model).__name__} "
             f"({', '.join(others[:3])}: {type(modules[others[0]]).__name__}), and its weights would stay what they "
             "are. Pack the model in the same way first (tahf4.quantize_), or unpack the one that the state dict is of "
             "(tahf4.dequantize_)."
         )
+
+
+def _takes_codes(module: nn.Module) -> bool:
+    """Tell whether a module is packed, or reads a state dict in its own way."""
+    return isinstance(module, HiF4Linear) or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
 
 
 def _check_averaged(_: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -> None:
