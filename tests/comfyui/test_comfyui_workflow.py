@@ -161,7 +161,7 @@ def test_an_offloaded_linear_moves_what_it_holds(comfy):
     model = comfy.load()
     linear = model.model.diffusion_model.blocks[0].ffn[0]
     linear.adapter = torch.randn(K, 2), torch.randn(2, N)
-    for call in (linear, torch.compile(linear, backend="eager", fullgraph=True)):
+    for call in (linear, torch.compile(linear, backend="tahf4", options={"inductor": False})):
         with torch.inference_mode():
             out = call(torch.empty(3, K, device="meta"))
         assert out.device.type == "meta" and out.shape == (3, N)

@@ -44,18 +44,23 @@ class PackedLinear(HiF4Linear, comfy.ops.CastWeightBiasOp):
                     f"something wants to change the weight of a packed linear by {function!r:.100}, and it has codes "
                     "and no weight. Use a plain model with this node."
                 )
+        if self.weight_codes.device != input.device:
+            return self._offloaded(input)
+        return self._product(input, self.weight_codes, self.weight_scales, self.multiplier)
 
-        def here(value: Tensor | None) -> Tensor | None:
-            return value if value is None or value.device == input.device else value.to(input.device)
+    @torch.compiler.disable  # the compiler knows packed weights by the parameters that hold them
+    def _offloaded(self, input: Tensor) -> Tensor:
+        codes, scales = self.weight_codes.to(input.device), self.weight_scales.to(input.device)
+        multiplier = self.multiplier.to(input.device) if self.multiplier is not None else None
+        return self._product(input, codes, scales, multiplier)
 
+    def _product(self, input: Tensor, codes: Tensor, scales: Tensor, multiplier: Tensor | None) -> Tensor:
         bias: Tensor | None = self.bias
         if bias is not None:
             changes = bool(self.bias_function)  # in place
             bias = bias.to(input.device, input.dtype, copy=changes)
             for function in self.bias_function:
                 bias = function(bias)
-        codes, scales, multiplier = here(self.weight_codes), here(self.weight_scales), here(self.multiplier)
-        assert codes is not None and scales is not None
         bits, span = self.activation_bits, self.span
         out = packed_product(input, multiplier, self.hadamard_block, codes, scales, bias, bits, span=span)
         for a, b in ((self.low_rank_a, self.low_rank_b), self.adapter or (None, None)):
