@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,9 @@ class TaHF4HfQuantizer(HfQuantizer):
         """Return what is written into a folder, or None for what an adapter alone writes."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        return {**model.state_dict(), **stand_ins(self.quantization_config.linears)}, {}
+        given = sys._getframe(1).f_locals.get("state_dict")  # of save_pretrained, which does not pass it on
+        state = given if given is not None else model.state_dict()
+        return {**state, **stand_ins(self.quantization_config.linears)}, {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a weight of the checkpoint is packed as it arrives."""

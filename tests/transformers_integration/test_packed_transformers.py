@@ -187,6 +187,18 @@ def test_a_packed_folder_loads_with_its_head_or_without(tmp_path):
     assert equal(type(model).from_pretrained(tmp_path / "body"), model)
 
 
+def test_a_state_dict_that_is_given_to_save_pretrained_is_what_is_written(tmp_path):
+    model = clip().eval()
+    tahf4.quantize_(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state["text_projection.weight"].fill_(3)
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert len(packed_linears(loaded)) == 12
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    assert not torch.equal(loaded.text_projection.weight, model.text_projection.weight)
+
+
 def test_a_part_of_a_packed_model_of_two_is_not_loaded_with_random_weights(tmp_path):
     vision = {**_CLIP, "image_size": 16, "patch_size": 8}
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=_CLIP, vision_config=vision)).eval()
