@@ -99,9 +99,7 @@ def test_other_architectures_quantize_their_blocks_and_nothing_else(build, conta
     assert {d["reason"] for d in plan if d["module"] in kept(plan)} <= {"boundary: outside the repeated blocks"}
 
 
-@pytest.mark.parametrize(
-    "build", [wan, encoder, *(pytest.param(other, marks=pytest.mark.slow) for other in (flux, sd3, pixart))]
-)
+@pytest.mark.parametrize("build", [wan, flux, sd3, pixart, encoder])
 def test_both_captures_give_the_same_plan_and_numbers(build, folder):
     model, inputs, plan, result = compiled_network(build, folder)
     # Every pass that claims to keep results is held to it on the way.
