@@ -7,7 +7,6 @@ import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -130,8 +129,9 @@ def checksums(values: Sequence[Tensor], check: str = "auto") -> list[int]:
             gone = functools.partial(_forget_id, id(values[i]))
             _known[id(values[i])] = found[i] = _Known(weakref.ref(values[i], gone), states[i])
         for i, total in zip(stale, contents([values[i] for i in stale]), strict=True):
-            cast(_Known, found[i]).total = total
-    return [cast(int, cast(_Known, known).total) for known in found]
+            if (known := found[i]) is not None:
+                known.total = total
+    return [known.total for known in found if known is not None and known.total is not None]
 
 
 def _reads_always(value: Tensor, check: str) -> bool:

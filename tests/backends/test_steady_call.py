@@ -50,8 +50,8 @@ def test_blocks_that_are_known_are_not_looked_up_again(calls):
     for given in (args, others):
         found = python_calls(lambda given=given: run(first, *given))
         assert found["_find"] == found["CompiledGraph._look_up"] == 0
-        # Of ten weights in seven packed inputs.
-        assert found.total() < 500, found.most_common(20)
+        # Of ten weights in seven packed inputs; 78 are calls of the graph's operators. It was 1,001 once.
+        assert found.total() < 430, found.most_common(20)
 
 
 @torch.no_grad()
