@@ -307,11 +307,10 @@ def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[...,
         compiler = innermost_backend(frame.f_locals["compiler_fn"])
         values = frame.f_locals["locals"]  # a hook's own function has the module under another name than self
         module = next((v for v in (values.get("self"), *values.values()) if isinstance(v, nn.Module)), None)
+        inside = module.modules() if module is not None else ()
         if module is not None and ours(compiler):
             function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
-            return
-        inside = module.modules() if module is not None else ()
-        if parts := [m for m in inside if m._compiled_call_impl is not None and in_place(m)]:
+        elif parts := [m for m in inside if m._compiled_call_impl is not None and in_place(m)]:
             overruled(module, parts)
 
     return notice
