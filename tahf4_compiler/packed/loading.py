@@ -14,6 +14,7 @@ from ..errors import PackedError, RecipeError
 from ..format import hif4
 from ..format.spans import span_name
 from ..model.attachments import leave_as_they_are
+from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
@@ -40,7 +41,7 @@ class Loading:
         """Keep the settings."""
         self.config = copy.copy(config)
         self.transforms: dict[str, Transform] = {}
-        self._reasons: dict[str, str] = {}
+        self._reasons: dict[str, Reason] = {}
         self._sums: dict[str, int] = {}
         self._flaws = Flaws()
 
@@ -145,7 +146,9 @@ class Loading:
         self._flaws.warn(self.config.expert or "")
         if packed:
             plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, HiF4Linear)]
-            self._reasons = dict.fromkeys(plain, "not packed in the checkpoint")
+            boundary = {d.module: d.reason for d in plan_modules(model) if d.cause is Cause.BOUNDARY}
+            missing = Reason(Cause.NOT_PACKED, "not packed in the checkpoint")
+            self._reasons = {path: boundary.get(path, missing) for path in plain}
         leave_as_they_are(model, self._reasons)
         if self.config.high_precision_steps:  # nobody counts them yet: see set_high_precision_steps
             bits = self.config.step_activation_bits

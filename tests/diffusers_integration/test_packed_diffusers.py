@@ -219,6 +219,21 @@ def test_what_was_kept_stays_kept_when_a_loaded_model_is_compiled(tmp_path):
     assert relative(output(again(**inputs)), want) < 1e-6
 
 
+@torch.no_grad()
+def test_a_loaded_model_knows_its_boundary_from_what_was_not_packed(tmp_path, caplog):
+    from diffusers import WanTransformer3DModel
+
+    model, _ = wan()
+    tahf4.quantize_(model, keep=["ffn"])
+    model.save_pretrained(tmp_path)
+    again = WanTransformer3DModel.from_pretrained(tmp_path)
+    causes = {d.module: d.cause.name for d in tahf4.plan_modules(again)}
+    assert causes["condition_embedder.time_proj"] == "BOUNDARY"
+    assert causes["blocks.0.ffn.net.2"] == "NOT_PACKED"
+    torch.compile(again.condition_embedder.time_proj, backend="tahf4", options=GRAPH)(torch.randn(1, 128))
+    assert not [r for r in caplog.records if r.name.startswith("tahf4_compiler") and r.levelname == "WARNING"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
