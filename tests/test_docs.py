@@ -64,6 +64,16 @@ def test_every_table_has_a_head():
             assert len(rows) > 2 and re.fullmatch(r"[|: -]+", rows[1]), f"{page.name}: {rows[0]}"
 
 
+def test_pass_authors_read_of_every_field_of_a_packed_weight():
+    from tahf4_compiler.graph.inputs import PackedWeight
+
+    table = (DOCS / "writing_passes.md").read_text().partition("It says which parameters")[2].partition("`part` is")[0]
+    named = re.findall(r"^\| `(\w+)` \|.*\| `?(.*?)`? ?\|$", table, re.MULTILINE)
+    fields = {f.name: f.default for f in dataclasses.fields(PackedWeight)}
+    shown = {dataclasses.MISSING: "", "": '""'}
+    assert dict(named) == {name: shown.get(default, str(default)) for name, default in fields.items()}
+
+
 def test_the_reference_has_every_public_name():
     text = (DOCS / "api.md").read_text()
     errors = {name for name in tahf4.__all__ if name.endswith("Error")}  # one automodule

@@ -50,7 +50,7 @@ class PackedWeight:
         weights: the parameters' positions among the arguments of the captured graph. More than
             one means that their rows stand one after the other (one merged product).
         masked: whether channels are divided by the mask that a recipe attached to the weights.
-        seed: of the rotation's signs, unless a recipe attached another; None for no rotation.
+        seed: of the rotation's signs, unless a recipe attached another; None for no signs.
         hadamard_block: width of the rotation along K, 0 for none.
         search: how scales are chosen: ``""`` (by the maximum), ``"squared"`` or ``"weighted"`` (by squared error), or
             ``"reconstruct"`` (as a recipe holds it).

@@ -215,7 +215,7 @@ def step_bits(module: nn.Module, name: str, bits: int) -> int:
     return max(bits, said.activation_bits) if said is not None else bits
 
 
-def leave_as_they_are(model: nn.Module, reasons: Mapping[str, Reason]) -> None:
+def leave_as_they_are(model: nn.Module, reasons: Mapping[str, str]) -> None:
     """Let linears of a packed model stay in high precision wherever it is compiled.
 
     Args:

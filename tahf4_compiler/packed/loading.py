@@ -41,7 +41,7 @@ class Loading:
         """Keep the settings."""
         self.config = copy.copy(config)
         self.transforms: dict[str, Transform] = {}
-        self._reasons: dict[str, Reason] = {}
+        self._reasons: dict[str, str] = {}
         self._sums: dict[str, int] = {}
         self._flaws = Flaws()
 
