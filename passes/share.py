@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from ..graph.inputs import DECISION, INPUT, GraphInput, PackedWeight
+from ..graph.inputs import DECISION, INPUT, GraphInput
 from ..graph.nodes import is_written, may_share, mutates, node_arg, size_hint
-from ..pipeline.activations import activation_of, call, drop_unused_weights, packed_input
+from ..pipeline.activations import activation_of, call, drop_unused_weights, packed_input, packed_weight
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
 
@@ -87,7 +87,7 @@ class Share(Pass):
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             codes, scales, _, _, bias, dtype = node.args[:6]
-            if isinstance(node_arg(node, 2).meta[INPUT].weight, PackedWeight):
+            if packed_weight(node) is not None:
                 groups[(codes, scales, dtype, bias is None)].append(node)
         merged = 0
         for nodes in groups.values():

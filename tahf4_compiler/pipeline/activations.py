@@ -107,13 +107,22 @@ def activation_of(node: fx.Node) -> Activation | None:
         if part.target is operator.getitem and part.args[1] == 0
         for user in part.users
         if user.target is torch.ops.tahf4.linear.default and user.args[0] is part
-        # What the model holds in HiF4 was transformed when it was packed.
-        and not isinstance(node_arg(user, 2).meta[INPUT].weight, HeldWeight)
+        and packed_weight(user) is not None
     ]
     if not products:
         return None
     weights = dict.fromkeys(i for product in products for i in node_arg(product, 2).meta[INPUT].weights)
     return Activation(node, products, tuple(weights))
+
+
+def packed_weight(product: fx.Node) -> PackedWeight | None:
+    """Return the weight that the graph packs for a ``tahf4.linear`` node.
+
+    None for codes that the model holds, which were transformed when they were packed, and for those that a graph
+    computes.
+    """
+    source = node_arg(product, 2).meta.get(INPUT)
+    return source.weight if isinstance(source, PackedInput) and isinstance(source.weight, PackedWeight) else None
 
 
 def quantization_of(product: fx.Node) -> fx.Node | None:

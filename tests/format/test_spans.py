@@ -189,3 +189,17 @@ def test_a_reconstruction_holds_its_span_and_is_no_worse_than_the_search(span):
     assert (after <= before).all()
     assert after.sum() < 0.7 * before.sum()
     assert_same_packed(reconstruct(weight, moments, span=1), reconstruct(weight, moments))
+
+
+def test_the_reference_adds_more_than_a_float32_holds():
+    """The integers of 4,096 units of positive values add up to more than 2**24, where float32 loses odd numbers."""
+    k, generator = 4096 * hif4.UNIT, torch.Generator().manual_seed(0)
+    both = torch.rand(2, k, generator=generator) * 7
+    both[:, 0] = 7  # a level-1 scale of 1
+    packed = hif4.quantize(both, span="row")
+    left, right = hif4.dequantize(packed, torch.float64)
+    (first, second), (of_first, of_second) = packed.codes.split(1), packed.scales.split(1)
+    got = torch.ops.tahf4.linear(first, of_first, second, of_second, None, torch.float32, 0)
+    dot = int((16 * left * right).sum())
+    assert dot > 1 << 25
+    assert float(got) == float(torch.tensor(dot, dtype=torch.int64).to(torch.float32)) / 16

@@ -47,6 +47,23 @@ def test_linears_of_one_activation_are_one_product():
     assert ran.notes == ["1 quantizations saved, 1 products merged into others"]
 
 
+def test_codes_that_the_graph_computes_stay_as_they_are():
+    text = """
+        x: f32[4, 64]
+        a: u8[64, 32]
+        b: i32[64, 1]
+        codes = clone(a)
+        scales = clone(b)
+        c, s = tahf4.quantize(x, None, 0)
+        y = tahf4.linear(c, s, codes, scales, None, f32)
+        z = tahf4.linear(c, s, codes, scales, None, f32)
+        f = neg(y)
+        g = neg(z)
+        return f, g
+    """
+    assert_pass(text, Share(), text, run=False)
+
+
 def test_their_biases_stand_one_after_the_other():
     head = QK + "b: param[64]\n e: param[32]\n"
     assert_pass(

@@ -48,6 +48,20 @@ def spoiled(**values: float) -> Stack:
     return model
 
 
+def test_what_several_looks_find_is_added(caplog, monkeypatch):
+    """A weight is looked at in chunks of rows, and where it is merged, in parts."""
+    monkeypatch.setattr(flaws, "_ROW_CHUNK", 64)
+    found = flaws.Flaws()
+    for first in (1e7, float("nan"), 1e7):
+        weight = torch.ones(2, 64)
+        weight[0, :4] = first
+        found.look("up", weight, pack_transformed(weight, None, None, 0), None, None, 0)
+    found.warn()
+    nan, large = said(caplog)
+    assert nan.startswith("the weights of 1 linear hold NaN or infinities: up. ")
+    assert f"up ({100 * 8 / 384:.3g}% of its values)" in large
+
+
 @pytest.mark.parametrize("use", [pack, compiled, lowered])
 def test_what_is_out_of_range_is_told_once(use, caplog):
     use(spoiled(b0_row=1e7, b1=1e-20, b2_row=float("nan")), torch.randn(4, 64))
