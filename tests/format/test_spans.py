@@ -194,12 +194,12 @@ def test_a_reconstruction_holds_its_span_and_is_no_worse_than_the_search(span):
 def test_the_reference_adds_more_than_a_float32_holds():
     """The integers of 4,096 units of positive values add up to more than 2**24, where float32 loses odd numbers."""
     k, generator = 4096 * hif4.UNIT, torch.Generator().manual_seed(0)
-    both = torch.rand(2, k, generator=generator) * 7
+    both = torch.rand(16, k, generator=generator) * 7
     both[:, 0] = 7  # a level-1 scale of 1
     packed = hif4.quantize(both, span="row")
-    left, right = hif4.dequantize(packed, torch.float64)
-    (first, second), (of_first, of_second) = packed.codes.split(1), packed.scales.split(1)
+    left, right = hif4.dequantize(packed, torch.float64).mul(4).to(torch.int64).split(8)
+    (first, second), (of_first, of_second) = packed.codes.split(8), packed.scales.split(8)
     got = torch.ops.tahf4.linear(first, of_first, second, of_second, None, torch.float32, 0)
-    dot = int((16 * left * right).sum())
-    assert dot > 1 << 25
-    assert float(got) == float(torch.tensor(dot, dtype=torch.int64).to(torch.float32)) / 16
+    dots = torch.stack([(row * right).sum(1) for row in left])
+    assert dots.min() > 1 << 25
+    assert torch.equal(got, dots.to(torch.float32) / 16)
