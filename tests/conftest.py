@@ -25,10 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """Every test starts with its own seed and without compiled code."""
+    """Every test starts with its own seed, without compiled code, and without Dynamo's reasons of another test."""
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture(autouse=True)

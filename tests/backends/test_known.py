@@ -30,7 +30,8 @@ def weights():
 
 def known(weights, *clocks: Clock) -> _Known:
     high = [clock.high() for clock in clocks]
-    return _Known([weakref.ref(weight) for weight in weights], (), [], list(clocks), high, changes())  # type: ignore[arg-type]
+    refs = [weakref.ref(weight) for weight in weights]
+    return _Known(refs, (), [], list(clocks), high, changes(), frozenset(), {})  # type: ignore[arg-type]
 
 
 def test_it_holds_for_these_parameters(weights):
