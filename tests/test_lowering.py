@@ -172,6 +172,7 @@ def test_a_dump_holds_every_graph_the_plan_and_the_report(tmp_path, monkeypatch)
     assert len(plan) == 8
 
 
+@pytest.mark.slow
 def test_structured_trace_gets_an_artifact_for_each_pass(tmp_path):
     import os
     import subprocess

@@ -105,6 +105,7 @@ def test_a_setting_of_the_process_changes_no_bit(setting, given, wanted, tmp_pat
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 def test_inductor_without_its_cpp_wrapper(given, caplog):
     model, x = given
     want = torch.compile(model, backend="tahf4")(x)

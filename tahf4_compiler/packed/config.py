@@ -21,7 +21,7 @@ from ..recipe.checks import check_steps
 from ..recipe.recipe import Recipe
 from .convert import packed_linears
 
-__all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "describe", "stand_ins"]
+__all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "arguments", "describe", "stand_ins"]
 
 FORMAT_VERSION = 1
 _WITH_BRANCHES = 2  # of a model that has low-rank branches, which version 1 does not know
@@ -175,6 +175,22 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             **({"rounding": linear.rounding} if linear.rounding != FORM_ROUNDINGS[0] else {}),
         }
         for path, linear in packed_linears(model).items()
+    }
+
+
+def arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo :func:`describe` for one linear.
+
+    Returns:
+        The arguments of :class:`tahf4_compiler.HiF4Linear`, but for features, bias, multiplier, dtype and device.
+    """
+    return {
+        "hadamard_block": values["hadamard_block"],
+        "activation": values["activation"],
+        "activation_bits": values.get("activation_bits", 4),
+        "rank": values.get("rank", 0),
+        "span": values.get("scale_span", 1),
+        "rounding": values.get("rounding", FORM_ROUNDINGS[0]),
     }
 
 

@@ -19,7 +19,7 @@ from ..model.steps import StepPrecision
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.flaws import Flaws
-from .config import Method, TaHF4Config, describe
+from .config import Method, TaHF4Config, arguments, describe
 from .convert import observers, pack_modules, packed_linears
 from .linear import PARTS, HiF4Linear
 from .plan import plan_modules, plan_transforms
@@ -340,13 +340,8 @@ def _put_empty(model: nn.Module, config: TaHF4Config, keys: Set[str]) -> None:
             values["k"],
             values["n"],
             linear.bias is not None,
-            hadamard_block=values["hadamard_block"],
+            **arguments(values),
             multiplies=values.get("multiplier", not keys or f"{path}.multiplier" in keys),
-            activation=values["activation"],
-            activation_bits=values.get("activation_bits", 4),
-            rank=values.get("rank", 0),
-            span=hif4.check_span(values.get("scale_span", 1)),
-            rounding=values.get("rounding", "half_away"),
             device="meta",
             dtype=getattr(torch, values["dtype"]) if wide.intersection(path.split(".")) else linear.weight.dtype,
         )

@@ -51,6 +51,7 @@ def test_a_lora_runs_beside_the_four_bit_product_and_is_packed_when_fused(tmp_pa
     assert relative(fused, output(expected(merged, block_linears(merged))(**inputs))) < 1e-5
 
 
+@pytest.mark.slow
 def test_group_offload_breaks_the_graph_but_not_the_plan(tmp_path):
     from diffusers.hooks import apply_group_offloading
 

@@ -58,6 +58,7 @@ def test_graphs_that_linears_share_and_that_are_compiled_again():
     assert store.conversions - before == 4
 
 
+@pytest.mark.slow
 def test_group_offload_of_leaves_with_compiled_blocks():
     model, inputs = wan()
     cpu = torch.device("cpu")

@@ -61,6 +61,17 @@ def test_other_forms_of_the_same_model_load_alike(comfy, kind):
     assert all(m.extra_repr() == second.model.get_submodule(p).extra_repr() for p, m in packed(first).items())
 
 
+@torch.no_grad()
+def test_linears_compute_as_the_file_says(comfy):
+    model, x = copy.deepcopy(comfy.plain), torch.randn(3, 128)
+    tahf4.quantize_(model, scale_span="row", rounding="bfloat16_half_away")
+    model.save_pretrained(place(comfy) / "row")
+    ours = packed(comfy.load("row"))["diffusion_model.blocks.0.ffn.0"]
+    theirs = model.get_submodule("blocks.0.ffn.net.0.proj")
+    assert (ours.span, ours.rounding) == (theirs.span, theirs.rounding) == (0, "bfloat16_half_away")
+    assert torch.equal(ours(x), theirs(x))
+
+
 def packed(patcher) -> dict:
     return {path: module for path, module in patcher.model.named_modules() if isinstance(module, HiF4Linear)}
 

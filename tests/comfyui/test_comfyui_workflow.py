@@ -186,6 +186,7 @@ def test_more_bits_in_some_steps(comfy):
     assert used == [{8}] * 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_lora_of_the_patcher_that_is_loaded(comfy):
     noise, context = inputs()
     base = comfy.load()

@@ -58,6 +58,7 @@ def test_only_inputs_weights_and_outputs_stay_narrow():
     assert kept and all(n.args[1].args[0] in narrow for n in kept)
 
 
+@pytest.mark.slow
 def test_wan_in_bfloat16():
     model, inputs = wan()
     model = model.to(torch.bfloat16)

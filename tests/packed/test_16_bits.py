@@ -90,7 +90,7 @@ def test_a_packed_model_computes_what_its_codes_stand_for(stack, x):
     assert error(program.module()(x), plain) < 1e-5
 
 
-@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_option_of_a_compilation(stack, x, inductor):
     packed = copy.deepcopy(stack)
     tahf4.quantize_(packed)

@@ -470,6 +470,7 @@ def test_a_pipeline_packs_its_experts():
     assert len(tahf4.dequantize_(pipe)) == 12
 
 
+@pytest.mark.slow
 def test_packing_needs_no_more_memory_than_the_model_and_its_packed_weights():
     script = """
         import gc, torch, tahf4_compiler as tahf4

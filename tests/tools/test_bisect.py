@@ -187,6 +187,7 @@ def test_the_command_takes_a_transformer_alone_with_a_recipe(transformer, tmp_pa
     assert again.stdout == plain.stdout  # the noise is seeded
 
 
+@pytest.mark.slow
 def test_a_recipe_decides_what_is_bisected(transformer):
     for recipe, expert in (("recipe.safetensors", None), ("two.safetensors", None), ("two.safetensors", "other")):
         found = captures(transformer / "transformer", "", 0, {}, transformer / recipe, expert, "2x8x8")

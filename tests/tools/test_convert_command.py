@@ -110,7 +110,7 @@ def test_a_packed_model_goes_there_and_back(tmp_path):
     torch.manual_seed(0)
     model = wan(ffn_dim=192)[0]
     plain = {"mask": None, "rotate": False, "scale_search": "squared", "sensitivity": False}
-    with tahf4.calibrate(model, step_groups=1) as calibration:
+    with tahf4.calibrate(model, step_groups=1, options={"inductor": False}) as calibration:
         model(**wan_inputs())
     tahf4.quantize_(model, calibration.recipe(rounding="bfloat16_half_away", **plain))
     model.save_pretrained(tmp_path / "ours")

@@ -235,6 +235,7 @@ def test_the_collector_is_left_as_it_was(folder, monkeypatch):
     assert gc.get_threshold() == before
 
 
+@pytest.mark.slow
 def test_the_difference_of_two_passes_is_a_unified_diff(folder):
     result = runner.invoke(app, ["inspect", str(folder), "--diff", "plan", "quantize"])
     assert result.exit_code == 0, result.output
@@ -345,7 +346,7 @@ def test_what_cannot_be_inspected_is_said(folder, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("make", ["flux", "pixart"])
+@pytest.mark.parametrize("make", [pytest.param("flux", marks=pytest.mark.slow), "pixart"])
 def test_examples_are_known_for_image_transformers(make, tmp_path):
     import models
 
@@ -378,6 +379,7 @@ def test_the_structure_of_a_wide_model_has_no_memory_and_a_small_page(tmp_path):
     assert len(report.html()) < 700_000
 
 
+@pytest.mark.slow
 def test_each_expert_gets_its_own_part_of_a_recipe(tmp_path):
     from tahf4_compiler.recipe.entries import LinearEntry, RecipeEntry
 

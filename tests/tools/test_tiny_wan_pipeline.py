@@ -70,6 +70,7 @@ def test_reconstructions_show_what_was_rendered(pipeline):
     assert table["all words"] >= 0.9
 
 
+@pytest.mark.slow
 def test_generated_clips_show_what_was_asked_for(pipeline):
     captions = data.all_captions()[5::24]
     table = evaluate.rates(evaluate.generate(pipeline, captions, seed=0), captions)

@@ -16,10 +16,10 @@ __all__ = ["WALKS", "Walk"]
 
 WALKS = {
     ("module", True): 7,
-    ("diffusers", True): 9,
-    ("norms", True): 5,
+    ("diffusers", True): 8,
+    ("norms", True): 4,
     ("wan", True): 4,
-    ("module", False): 85,
+    ("module", False): 87,
     ("diffusers", False): 105,
     ("norms", False): 50,
     ("wan", False): 35,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,12 @@ def write_single_file(folder: Path, file: Path) -> None:
     for name in config.linears:
         state[f"{name}.weight"] = torch.zeros(1, dtype=torch.uint8)  # as in a folder: no plain model
     text = json.dumps(config.to_dict(), sort_keys=True)
-    save_file({name: value.contiguous() for name, value in state.items()}, file, metadata={CONFIG: text})
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({name: value.contiguous() for name, value in state.items()}, beside, metadata={CONFIG: text})
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _of_folder(folder: Path) -> tuple[list[Path], Any]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tahf4_compiler.errors import PackedError
-from tahf4_compiler.format.spans import check_span
+from tahf4_compiler.format.spans import joined
+from tahf4_compiler.packed.config import arguments
 from tahf4_compiler.packed.linear import HiF4Linear, packed_product
 
 __all__ = ["PackedLinear", "operations"]
@@ -61,8 +62,8 @@ class PackedLinear(HiF4Linear, comfy.ops.CastWeightBiasOp):
             bias = bias.to(input.device, input.dtype, copy=changes)
             for function in self.bias_function:
                 bias = function(bias)
-        bits, span = self.activation_bits, self.span
-        out = packed_product(input, multiplier, self.hadamard_block, codes, scales, bias, bits, span=span)
+        bits, form = self.activation_bits, joined(self.span, self.rounding)
+        out = packed_product(input, multiplier, self.hadamard_block, codes, scales, bias, bits, span=form)
         for a, b in ((self.low_rank_a, self.low_rank_b), self.adapter or (None, None)):
             if a is not None and b is not None:
                 out = out + input @ a.to(input.device, input.dtype) @ b.to(input.device, input.dtype)
@@ -117,12 +118,8 @@ class _Linear(comfy.ops.manual_cast.Linear):
             k,
             n,
             bias,
-            hadamard_block=values["hadamard_block"],
+            **arguments(values),
             multiplies=values["multiplier"],
-            activation=values["activation"],
-            activation_bits=values.get("activation_bits", 4),
-            rank=values.get("rank", 0),
-            span=check_span(values.get("scale_span", 1)),
             **place,
         )
         self.train(training)

@@ -81,6 +81,7 @@ def test_the_clips_stay(original, stressed):
     assert abs(one - other).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_activations_have_outliers_and_spikes(original, stressed):
     pipe, reports = stressed
     captions = data.all_captions()[30::50]

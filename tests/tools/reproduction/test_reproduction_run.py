@@ -177,6 +177,7 @@ def lora(path: Path, expert: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_student_of_4_steps_is_calibrated_as_it_runs(pipeline, tmp_path, monkeypatch):
     parts = [{"path": str(lora(tmp_path / f"{e}.safetensors", e)), "expert": e} for e in EXPERTS]
     protocol = load_protocol(
@@ -229,6 +230,7 @@ def test_a_lora_or_a_setting_of_something_else_is_refused(pipeline, tmp_path):
     assert result.exit_code == 2 and "cannot write" in result.output
 
 
+@pytest.mark.slow
 def test_image_to_video_starts_from_the_image_of_each_prompt(pipeline, tmp_path):
     pipe = load_pipeline(pipeline, torch.float32, "cpu")
     models = {}
