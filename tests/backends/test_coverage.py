@@ -514,6 +514,13 @@ def test_another_backend_around_a_model_that_is_compiled_in_place_gets_nothing_o
     assert not said(caplog)
 
 
+def test_another_backend_around_parts_without_linears_is_not_said(caplog):
+    coverage.say_overruled(nn.Sequential(), [nn.ReLU()])
+    assert not said(caplog)
+    coverage.say_overruled(nn.Sequential(), [nn.ReLU(), Stack()])
+    assert "2 modules that were compiled with tahf4 (the first is a ReLU)" in said(caplog)[0]
+
+
 def test_another_backend_around_a_packed_model_is_not_said(caplog):
     model, x = Stack().eval(), torch.randn(4, 64)
     tahf4.quantize_(model)
