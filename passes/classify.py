@@ -27,10 +27,11 @@ class Classify(Pass):
     """Mark each linear as body (inside a repeated block) or boundary. The graph stays as it is.
 
     Members of one container (``blocks.0``, ``blocks.1``, ...) of one class are repeated blocks if each holds at
-    least ``min_linears`` linears and reads what the one before it wrote. So do modules that are attributes
-    of one parent, if their graphs are the same (Weisfeiler-Lehman hash) and they hold nearly all weights.
-    The only member of a container is a block if it holds ``min_linears_alone`` linears.
-    Embedders that only stand side by side are no blocks. A graph without repetition, inside a module
+    least ``min_linears`` linears and reads what the one before it wrote. Modules that hold nearly all weights are
+    blocks in whatever order they run: members of a container, or attributes of one parent whose graphs are the same
+    (Weisfeiler-Lehman hash). The only member of a container is a block if it holds ``min_linears_alone`` linears.
+    Embedders that only stand side by side are no blocks. A tree of modules cannot tell them from blocks if they have
+    the width of blocks (:func:`tahf4_compiler.plan_modules`). A graph without repetition, inside a module
     without any, is one block by itself: so ``compile_repeated_blocks`` sees it.
 
     A linear belongs to the modules around its weight's name, however the forward came to it. Where no module is known,

@@ -20,7 +20,7 @@ from ..options import bits_for
 from ..pipeline.activations import bits_of, form_of, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision, branch_bytes
-from ..pipeline.rules import MIN_FEATURES, Facts, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
+from ..pipeline.rules import MIN_FEATURES, Facts, Role, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
 from ..weights.held import packed_products
 from .classify import all_linears
 
@@ -175,7 +175,7 @@ def _held(node: fx.Node, context: Context) -> Decision:
         k=k,
         n=n,
         decision="hif4",
-        reason=said.reason if said is not None else Reason(Cause.PACKED, "packed"),
+        reason=said.reason if said is not None else _packed(node.meta.get(ROLE)),
         bytes_before=n * k * node.meta["val"].element_size(),
         bytes_after=n * units * hif4.BYTES_PER_UNIT + branch_bytes(n, k, rank, size),
         flops=2 * _rows(node) * k * n,
@@ -186,6 +186,12 @@ def _held(node: fx.Node, context: Context) -> Decision:
         span=units_of(form) if bits == 4 else 1,
         rounding=parted(form)[1],
     )
+
+
+def _packed(role: Role | None) -> Reason:
+    """Return the reason of a packed linear; who packs a model without its graph may take an embedder for a block."""
+    beyond = role is not None and not role.body
+    return Reason(Cause.PACKED, "packed, and the graph shows it outside of the repeated blocks" if beyond else "packed")
 
 
 def _bits(module: str, context: Context, said: Attachment | None, default: int) -> int:

@@ -66,7 +66,9 @@ def repeated_blocks(
     """Return ``module path -> class name`` of the outermost repeated blocks.
 
     Members of one container (``blocks.0``, ``blocks.1``, ...) of one class are blocks if each follows the one before or
-    is followed by the next. So are attributes of one parent that are of one structure, if they hold nearly all weights.
+    is followed by the next. So are members of one container or attributes of one parent that are of one structure and
+    hold nearly all weights, in whatever order they run: they are no boundary of anything. Modules with such blocks
+    inside, as the towers of a model of two, are none themselves.
     The only member of its class in a container is a block if it holds ``min_linears_alone`` linears, and either there
     are other blocks or it holds half of the weights.
 
@@ -82,13 +84,18 @@ def repeated_blocks(
         if member.linears >= min_linears:
             groups[path.rpartition(".")[0], member.cls, member.structure].append(path)
     found: dict[str, str] = {}
-    for (_, _, structure), paths in groups.items():
-        chain: dict[str, None] = {}
+    for (_, cls, structure), paths in groups.items():
         for first, second in zip(paths, paths[1:], strict=False):
-            if follows(first, second):
-                chain |= {first: None, second: None}
-        if structure is None or 4 * sum(members[path].size for path in chain) >= 3 * total:
-            found.update((path, _short(members[path].cls)) for path in chain)
+            if structure is None and follows(first, second):
+                found |= {first: _short(cls), second: _short(cls)}
+
+
+    def is_tower(path: str) -> bool:
+        return 2 * sum(members[p].size for p in _outermost(found, f"{path}.")) >= members[path].size
+
+    for paths in groups.values():
+        if len(paths) > 1 and 4 * sum(members[p].size for p in paths) >= 3 * total and not any(map(is_tower, paths)):
+            found |= {path: _short(members[path].cls) for path in paths}
     for path, member in members.items():
         # A model of one layer, or of one layer of a kind, has a container for it all the same.
         parent = path.rpartition(".")[0]
@@ -97,8 +104,7 @@ def repeated_blocks(
         beside = (o for p, o in members.items() if p != path and p.rpartition(".")[0] == parent)
         if (found or 2 * member.size >= total) and not any(other.cls == member.cls for other in beside):
             found[path] = _short(member.cls)
-    # Only the outermost: a block's own attention layers may repeat as well.
-    return {path: cls for path, cls in found.items() if not any(path.startswith(f"{p}.") for p in found)}
+    return {path: found[path] for path in _outermost(found)}
 
 
 def module_blocks(model: nn.Module) -> dict[str, str]:
@@ -166,6 +172,12 @@ def in_container(path: str, containers: Set[str]) -> bool:
 def block_of(path: str, blocks: Mapping[str, str]) -> tuple[str, str] | None:
     """Return path and class name of the block around a module path, or None."""
     return next(((block, cls) for block, cls in blocks.items() if path.startswith(f"{block}.")), None)
+
+
+def _outermost(blocks: Mapping[str, str], inside: str = "") -> list[str]:
+    """Return the blocks that are inside no other, of those inside a module: a block's attention layers may repeat."""
+    paths = [path for path in blocks if path.startswith(inside)]
+    return [path for path in paths if not any(path.startswith(f"{p}.") for p in paths)]
 
 
 def _short(cls: str) -> str:

@@ -1,7 +1,8 @@
 """The plan of a model without a graph: which linears run in 4 bits, and what transforms their activations.
 
-Works on module structure alone, so that a model on the meta device is enough. For models whose blocks stand in a
-container the decisions are those that the passes ``classify`` and ``plan`` make on the captured graph.
+Works on module structure alone, so that a model on the meta device is enough. The decisions are those that the passes
+``classify`` and ``plan`` make on the captured graph, with one exception: a container of embedders that stand side by
+side, and that read as many features as they write, looks like blocks here. The graph leaves them in high precision.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def plan_modules(
     """Decide for every ``nn.Linear`` of a model whether it runs in 4 bits, and say why.
 
     In order: what cannot be packed, what the user keeps, what a recipe decided, what stands on the boundary; all else
-    runs in HiF4. Linears that are packed already count as ``"hif4"`` with the reason ``"packed"``.
+    runs in HiF4. Linears that are packed already count as ``"hif4"`` with the reason ``"packed"``. Name embedders in
+    ``keep`` that stand side by side and have the width of the blocks: sizes alone do not tell them from blocks.
 
     Args:
         model: any module, on any device; the meta device will do.

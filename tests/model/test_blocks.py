@@ -35,12 +35,28 @@ def test_members_that_read_other_sizes_than_those_before_write_are_none():
     def embedder() -> nn.Module:
         return nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 64))
 
-    assert module_blocks(tree(embedders=nn.ModuleList([embedder(), embedder()]))) == {}
+    last = nn.Linear(64, 1024)
+    assert module_blocks(tree(embedders=nn.ModuleList([embedder(), embedder()]), last=last)) == {}
     # The last linear writes what the first one reads, whatever stands between them.
     wide = [nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)) for _ in range(2)]
     assert len(module_blocks(tree(blocks=nn.ModuleList(wide)))) == 2
     apart = [nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48)) for _ in range(2)]
-    assert module_blocks(tree(blocks=nn.ModuleList(apart))) == {}
+    assert module_blocks(tree(blocks=nn.ModuleList(apart), last=last)) == {}
+
+
+def test_members_that_hold_nearly_all_are_blocks_in_whatever_order_they_run():
+    apart = [nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 48)) for _ in range(2)]
+    assert len(module_blocks(tree(blocks=nn.ModuleList(apart), last=nn.Linear(64, 53)))) == 2
+    assert module_blocks(tree(blocks=nn.ModuleList(apart), last=nn.Linear(64, 54))) == {}
+
+
+def test_towers_with_blocks_inside_are_none():
+    inside = {f"{tower}.blocks.{i}" for tower in ("text", "image") for i in range(2)}
+    assert module_blocks(tree(text=Stack(2), image=Stack(2))).keys() == inside
+    for features, found in ((384, inside), (385, {"text", "image"})):  # then the blocks inside hold less than half
+        text, image = Stack(2), Stack(2)
+        text.rest, image.rest = nn.Linear(64, features), nn.Linear(64, features)
+        assert module_blocks(tree(text=text, image=image)).keys() == found
 
 
 def test_members_of_several_linears_may_declare_them_in_any_order():
@@ -58,7 +74,7 @@ def test_members_of_several_linears_may_declare_them_in_any_order():
             self.last_modulation = nn.Linear(32, 2 * 64)
 
     for kind in (Llama, Conditioned):
-        found = module_blocks(tree(layers=nn.ModuleList(kind() for _ in range(2)), final=nn.Linear(64, 8)))
+        found = module_blocks(tree(layers=nn.ModuleList(kind() for _ in range(2)), final=nn.Linear(64, 512)))
         assert found.keys() == {"layers.0", "layers.1"}
 
 
@@ -68,13 +84,15 @@ def test_members_of_other_classes_are_none():
 
 def test_attributes_of_one_structure_are_blocks_if_they_hold_nearly_all():
     assert module_blocks(tree(early=Four(), late=Four())) == {"early": "Four", "late": "Four"}
-    assert module_blocks(tree(early=Four(), late=Four(n=128))) == {}
+    assert module_blocks(tree(early=Four(), late=Four(n=128))) == module_blocks(tree(only=Four())) == {}
     assert module_blocks(tree(early=Four(), late=Four(), last=nn.Linear(64, 1024))) == {}
 
 
 def test_a_container_is_no_block_itself():
     down, up = (nn.ModuleList([Block(), Block()]) for _ in range(2))
     assert set(module_blocks(tree(down=down, up=up))) == {"down.0", "down.1", "up.0", "up.1"}
+    down, up = (nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]) for _ in range(2))
+    assert module_blocks(tree(down=down, up=up)) == {}
 
 
 def test_the_only_member_of_a_container_is_a_block_if_it_holds_half_of_the_weights():

@@ -158,6 +158,15 @@ def test_embedders_side_by_side_are_no_repeated_blocks(tmp_path):
     assert quantized(plan) == {f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("up", "down")}
 
 
+def test_embedders_side_by_side_that_were_packed_without_a_graph_are_named():
+    model = Parallel().eval().requires_grad_(False)
+    tahf4.quantize_(model)
+    with torch.no_grad():
+        plan = tahf4.lower(tahf4.capture(model, (torch.randn(4, 64),)), options={"inductor": False}).plan
+    beyond = {d.module.split(".")[0] for d in plan if "outside of the repeated blocks" in d.reason}
+    assert beyond == {"embedders"} and all(d.decision == "hif4" for d in plan)
+
+
 def test_a_block_compiled_alone_is_all_body(tmp_path):
     model, inputs = wan()
     with torch.no_grad():
@@ -300,15 +309,15 @@ def test_a_piece_with_one_linear_of_each_block_is_judged_by_the_model(tmp_path):
 def test_blocks_that_the_tree_has_and_the_graph_does_not_are_said(caplog):
     model = Parallel().eval()
     model.blocks = nn.ModuleList()
-    model.experts = nn.ModuleList(Block() for _ in range(2))
+    model.last = nn.Linear(64, 1024)
 
     def side_by_side(x):
-        return model.experts[0](x) + model.experts[1](x)
+        return model.last(model.embedders[0](x) + model.embedders[1](x))
 
     model.forward = side_by_side
     with torch.no_grad():
         torch.compile(model, backend="tahf4", options=GRAPH)(torch.randn(4, 64))
-    assert "none of 4 linears runs in 4 bits (experts.0.down: boundary" in caplog.text
+    assert "none of 5 linears runs in 4 bits (embedders.0.down: boundary" in caplog.text
 
 
 class Listed(nn.Module):
