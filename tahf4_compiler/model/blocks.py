@@ -84,10 +84,10 @@ def repeated_blocks(
         if member.linears >= min_linears:
             groups[path.rpartition(".")[0], member.cls, member.structure].append(path)
     found: dict[str, str] = {}
-    for (_, cls, structure), paths in groups.items():
+    for (_, _, structure), paths in groups.items():
         for first, second in zip(paths, paths[1:], strict=False):
             if structure is None and follows(first, second):
-                found |= {first: _short(cls), second: _short(cls)}
+                found |= {path: _short(members[path].cls) for path in (first, second)}
 
 
     def is_tower(path: str) -> bool:
