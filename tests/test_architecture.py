@@ -18,7 +18,7 @@ PACKAGE = "tahf4_compiler"
 FOLDERS = {"tahf4_compiler": PACKAGE, **{name: f"{PACKAGE}.{name}" for name in ("passes", "backends", "tools")}}
 
 FLOORS = (
-    ("errors", "graph", "import_hook", "torch_private", "torch_writes"),
+    ("errors", "graph", "import_hook", "torch_private"),
     ("files", "options", "plugins"),
     ("format",),
     ("model", "ops"),

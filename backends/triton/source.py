@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+from ...torch_private.inductor import cache_folder
+
 __all__ = ["functions_text", "kernel_folder", "load", "module_text"]
 
 _lock = threading.Lock()
@@ -28,9 +30,7 @@ def kernel_folder() -> Path:
     chosen = os.environ.get("TAHF4_KERNEL_DIR")
     if chosen:
         return Path(chosen)
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "tahf4_kernels"
+    return cache_folder() / "tahf4_kernels"
 
 
 @functools.cache

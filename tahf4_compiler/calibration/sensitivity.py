@@ -22,7 +22,7 @@ from ..format.spans import alone, units_of
 from ..format.transforms import multipliers
 from ..model.parts import Part, part_of, running_weights
 from ..ops import registry
-from ..torch_private import replaced_linear, without_compiled_calls
+from ..torch_private.calls import replaced_linear, without_compiled_calls
 from ..weights.packing import pack_weight
 
 __all__ = ["ENTRIES", "Network", "QuantizedWeight", "output_error", "sqnr_db", "squares"]

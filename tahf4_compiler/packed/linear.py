@@ -16,6 +16,7 @@ from ..format.transforms import hadamard
 from ..model.attachments import by_step, step_bits
 from ..ops import registry
 from ..ops.packed_linear import product
+from ..torch_private.tensors import takes_data
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver, compares_shapes
 from .spans import require_span
@@ -312,7 +313,7 @@ class HiF4Linear(nn.Linear):
             with torch.no_grad():
                 # As integers, since a cast of a module passes those by.
                 moved = fn(multiplier.detach().view(torch.int32)).view(torch.float32)
-                if torch._has_compatible_shallow_copy_type(multiplier, moved):
+                if takes_data(multiplier, moved):
                     multiplier.data = moved
                 else:
                     self._parameters["multiplier"] = _parameter(moved)

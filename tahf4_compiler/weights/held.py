@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput
+from ..torch_private.tensors import real_tensors
 from .checksum import checksums
 
 __all__ = ["multiplier_groups", "packed_products", "ties"]
@@ -55,7 +56,7 @@ def ties(groups: Sequence[Sequence[int]], values: Sequence[Any], check: str = "a
     """
     if not groups:
         return ()
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
+    with real_tensors(), torch.no_grad():
         plain = {i: values[i] for group in groups for i in group if type(values[i]) in (Tensor, nn.Parameter)}
         real = [i for i, value in plain.items() if value.device.type != "meta"]
         sums = dict(zip(real, checksums([plain[i] for i in real], check), strict=True))

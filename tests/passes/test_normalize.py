@@ -99,6 +99,27 @@ def test_a_packed_linear_is_written_in_our_operators(written):
     )
 
 
+def test_a_packed_linear_hands_its_span_and_rounding_to_what_reads_them():
+    assert_pass(
+        """
+        x: f32[4, 64]
+        wc: param.u8[64, 32] = "blocks.0.weight_codes"
+        ws: param.i32[64, 1] = "blocks.0.weight_scales"
+        y = tahf4.packed_linear(x, None, 64, wc, ws, None, f32, 4, 10)
+        return y
+        """,
+        Normalize(),
+        """
+        x: f32[4, 64]
+        wc: held codes of wc
+        ws: held scales of ws
+        c, s = tahf4.quantize(x, None, 64, 4, 10)
+        y = tahf4.linear(c, s, wc, ws, None, f32, 2)
+        return y
+        """,
+    )
+
+
 # Products that are no linears.
 
 SQUARE = """
