@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+from ..files.replacing import replacing
 from ..pipeline.records import PassRecord
 from ..torch_private.dynamo import debug_folder, log_artifact
 
@@ -28,11 +29,9 @@ class GraphDump:
         self.folder = folder
 
     def write(self, name: str, text: str) -> None:
-        """Write a file beside its place and rename it, so that no reader sees half of it."""
-        path = self.folder / name
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        """Write a file; no reader sees half of it."""
+        with replacing(self.folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
 
     def write_graphs(self, history: Sequence[PassRecord]) -> None:
         """Write the readable graph after each pass."""
