@@ -25,7 +25,7 @@ FLOORS = (
     ("graph_capture", "weights"),
     ("pipeline", "recipe"),
     ("packed", "reporting"),
-    ("diffusers_integration", "distributed", "lowering", "transformers_integration"),
+    ("diffusers_integration", "distributed", "lowering", "rewriting", "transformers_integration"),
     ("calibration", "checkpoint", "debugging"),
     ("",),  # the public face, tahf4_compiler/__init__.py
     ("backends", "passes"),  # they join through entry points: nothing above imports them
