@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from ..model.linears import matching
 from ..model.reasons import Cause
 from ..packed.plan import left_out, plan_modules, why_nothing
-from ..torch_private import around_calls, compiler_is_off, graph_breaks
+from ..torch_private.calls import around_calls
+from ..torch_private.dynamo import compiler_is_off, graph_breaks
+from ..torch_private.frames import python_linears
 
 __all__ = ["ran", "say_off", "say_overruled", "say_transformed", "watch"]
 
@@ -93,7 +95,7 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
                 log.warning("%s: %s", type(model).__name__, text)
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
-        with _collected() as (planned, read), _python_calls(outside) if looks else contextlib.nullcontext():
+        with _collected() as (planned, read), python_linears(outside) if looks else contextlib.nullcontext():
             result = call(*args, **kwargs)
         if first and not linears and _ran.quantized == quantized:
             _say_nothing(model)
@@ -171,23 +173,6 @@ def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
     """Return the linears that the model's tree puts in 4 bits, by path."""
     planned = (d.module for d in plan_modules(model) if d.decision == "hif4" and d.cause is not Cause.PACKED)
     return {path: model.get_submodule(path) for path in planned if matching(keep, path) is None}
-
-
-@contextlib.contextmanager
-def _python_calls(modules: set[nn.Module]) -> Iterator[None]:
-    """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread."""
-    code = nn.Linear.forward.__code__
-
-    def called(frame: Any, event: Any, argument: Any) -> None:
-        if event == "call" and frame.f_code is code:
-            modules.add(frame.f_locals["self"])
-
-    sys.setprofile(called)
-    try:
-        yield
-    finally:
-        if sys.getprofile() is called:  # else the model's own code began to profile
-            sys.setprofile(None)
 
 
 def _say_nothing(model: nn.Module) -> None:

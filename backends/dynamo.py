@@ -27,7 +27,9 @@ from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
-from ..torch_private import before_frames, caller_that_holds, has_tangent
+from ..torch_private.dynamo import before_frames
+from ..torch_private.frames import caller_that_holds
+from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
 from .coverage import USED_OTHERWISE, ran, say_off, say_overruled, say_transformed, watch
@@ -129,7 +131,7 @@ class CompiledGraph:
         self._variants: dict[Any, tuple[LoweredGraph, Callable[..., Any]]] = {
             first_key: (first, _finish(first, options, None))
         }
-        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        with real_tensors():
             first.binding(captured.example_inputs, store, options.weight_check)  # convert now, not in the first step
         # The example's tensors must not live as long as the compiled code.
         self._captured = replace(captured, example_inputs=())

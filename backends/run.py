@@ -6,7 +6,7 @@ import functools
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,18 +15,12 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..graph.inputs import INPUT, GraphInput, PackedInput
 from ..options import Options
+from ..torch_private.dynamo import tracing
+from ..torch_private.inductor import FAKE_ERRORS, compile_graph, cpp_compiler, is_gcc, vector_bits
 
 __all__ = ["make_runner"]
 
 log = logging.getLogger(__name__)
-
-_FALLBACKS = (
-    torch._subclasses.fake_tensor.DataDependentOutputException,
-    torch._subclasses.fake_tensor.DynamicOutputShapeException,
-    torch._subclasses.fake_tensor.UnsupportedFakeTensorException,
-    torch._subclasses.fake_tensor.UnsupportedOperatorException,
-)
-
 
 def make_runner(
     graph_module: fx.GraphModule, options: Options, example: Sequence[Any] | None = None
@@ -51,7 +45,7 @@ def make_runner(
         inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
         try:
             return _compile(graph_module, inputs, config)
-        except _FALLBACKS as error:
+        except FAKE_ERRORS as error:
             # Dynamo would take these for a graph break and run the original linears without a word.
             raise CaptureError(
                 f"Inductor cannot compile the lowered graph: {type(error).__name__}: {error}. "
@@ -62,7 +56,7 @@ def make_runner(
         fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
         for value in example
     ]
-    with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+    with tracing(fake_mode):
         return _compile(graph_module, inputs, config)
 
 
@@ -72,40 +66,25 @@ def _compile(graph_module: fx.GraphModule, inputs: Sequence[Any], config: Mappin
     A CUDA graph (``mode="reduce-overhead"``) reads its inputs where they were, so that Inductor copies at each call
     what is not marked as staying there. Marks of Dynamo are gone from a lowered graph; its weights are marked here.
     """
-    import torch._functorch.config as functorch
     import torch._inductor.config as inductor
-    from torch._inductor import compile_fx
 
-    patches = dict(config) or None
     with inductor.patch(dict(config)):
         if not inductor.triton.cudagraphs:
-            return cast(Callable[..., Any], compile_fx.compile_fx(graph_module, inputs, config_patches=patches))
+            return compile_graph(graph_module, inputs, config)
     sources = [node.meta.get(INPUT) for node in graph_module.graph.find_nodes(op="placeholder")]
     stay = [
         i
         for i, source in enumerate(sources)
         if isinstance(source, PackedInput) or (isinstance(source, GraphInput) and source.kind != "user")
     ]
-
-    def inner(lowered: fx.GraphModule, given: Sequence[Any], **settings: Any) -> Any:
-        if len(given) == len(inputs):  # none was added or dropped on the way
-            settings["static_input_idxs"] = stay
-        return compile_fx.compile_fx_inner(lowered, given, **settings)
-
-    with functorch.patch(enable_autograd_cache=False):  # whose keys do not know the marks
-        found = compile_fx.compile_fx(graph_module, inputs, inner_compile=inner, config_patches=patches)
-    return cast(Callable[..., Any], found)
+    return compile_graph(graph_module, inputs, config, stay)
 
 
 def _lacks_compiler(graph_module: fx.GraphModule) -> bool:
     """Whether Inductor could compile nothing here: a graph of the CPU, on a machine without a C++ compiler."""
     if {value.device.type for value in _values(graph_module)} - {"cpu"}:
         return False
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
+    if cpp_compiler() is None:
         _say_without_compiler()
         return True
     return False
@@ -160,11 +139,10 @@ def _around_gcc(graph_module: fx.GraphModule, config: Mapping[str, Any]) -> dict
     ):
         return {}
     import torch._inductor.config as inductor
-    from torch._inductor import cpp_builder, cpu_vec_isa
 
     with inductor.patch(dict(config)):
         try:
-            affected = cpp_builder.is_gcc() and cpu_vec_isa.pick_vec_isa().bit_width() == 512
+            affected = is_gcc() and vector_bits() == 512
         except Exception:  # no compiler, which Inductor itself says if it needs one
             return {}
         if not affected:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from ..format.spans import units_of
+from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput
 from ..graph.nodes import LINEAR, node_arg, weight_input
+from ..ops.registry import arguments
+from ..pipeline.activations import call
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
-from ..weights.held import adopt
 
-aten = torch.ops.aten
+aten, tahf4 = torch.ops.aten, torch.ops.tahf4
+_PARTS = (("codes", 2, "weight_codes"), ("scales", 3, "weight_scales"))
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default)
 
 
@@ -31,8 +36,13 @@ class Normalize(Pass):
 
         y = aten.linear(x, p_weight, p_bias)
 
-    What a packed linear (:class:`tahf4_compiler.HiF4Linear`) computes is written in the operators of ``tahf4``, its
-    codes and scales as packed inputs.
+    What a packed linear (:class:`tahf4_compiler.HiF4Linear`) computes is written in the operators that passes know, its
+    codes and scales as packed inputs::
+
+        y = tahf4.packed_linear(x, multiplier, 64, p_weight_codes, p_weight_scales, p_bias, dtype)
+
+        codes, scales = tahf4.quantize(x, multiplier, 64, 4)
+        y = tahf4.linear(codes, scales, weight_codes, weight_scales, p_bias, dtype)
     """
 
     exact = True
@@ -41,7 +51,7 @@ class Normalize(Pass):
         """Rewrite in place."""
         graph = graph_module.graph
         before = context.matches
-        for node in adopt(graph):
+        for node in _adopt(graph):
             context.matched(node)
         for node in list(graph.nodes):
             if node.op != "call_function":
@@ -63,6 +73,59 @@ class Normalize(Pass):
                 if not node.users:
                     graph.erase_node(node)
         return PassResult(graph_module, modified)
+
+
+def _adopt(graph: fx.Graph) -> list[fx.Node]:
+    """Write packed linears as quantizations and products, and mark the codes and scales that the model holds.
+
+    Returns:
+        The products that were written or whose weights were marked.
+    """
+    for node in graph.find_nodes(op="call_function", target=tahf4.quantize.default):
+        *values, form = _given(node)
+        node.args, node.kwargs = (*values, *([form] if form != 1 else [])), {}
+    packed = graph.find_nodes(op="call_function", target=tahf4.packed_linear.default)
+    found = dict.fromkeys(_expand(graph, node) for node in packed)
+    for node in graph.find_nodes(op="call_function", target=tahf4.linear.default):
+        codes, scales = (_parameter(node.args[at], name) for _, at, name in _PARTS)
+        if codes is None or scales is None:
+            continue
+        weight = HeldWeight(codes.index, scales.index)
+        for part, at, _ in _PARTS:
+            node_arg(node, at).meta[INPUT] = PackedInput(part, weight)
+        found[node] = None
+    return list(found)
+
+
+def _given(node: fx.Node) -> list[Any]:
+    """Return all arguments of an operator; a trace leaves out what has its default, and passes read by position."""
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    return list({**defaults, **arguments(node), **node.kwargs}.values())
+
+
+def _expand(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Put ``tahf4.quantize`` and ``tahf4.linear`` in the place of ``tahf4.packed_linear``; return the latter."""
+    x, multiplier, block, *operands, dtype, bits, form, _ = _given(node)
+    forms = ((span,) if span != 1 else () for span in (form, units_of(form)))
+    with graph.inserting_before(node):
+        quantization = call(node, tahf4.quantize.default, (x, multiplier, block, bits, *next(forms)))
+        parts = [call(node, operator.getitem, (quantization, i)) for i in (0, 1)]
+        product = call(node, tahf4.linear.default, (*parts, *operands, dtype, *next(forms)))
+    product.meta.update(node.meta)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+    return product
+
+
+def _parameter(node: Any, name: str) -> GraphInput | None:
+    """Return what a placeholder stands for if it is a packed linear's parameter of some name."""
+    source = node.meta.get(INPUT) if isinstance(node, fx.Node) else None
+    if isinstance(source, PackedInput) and isinstance(source.weight, HeldWeight):  # the module is called twice
+        kind = "weight_codes" if source.part == "codes" else "weight_scales"
+        return GraphInput("parameter", kind, source.positions[0]) if kind == name else None
+    if isinstance(source, GraphInput) and source.kind == "parameter" and source.path.rpartition(".")[2] == name:
+        return source
+    return None
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..graph.nodes import mutates, node_arg
 from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of
+from ..torch_private.tensors import contiguous_strides
 
 __all__ = ["MAX_INPUTS", "Places", "Region", "erase", "readers"]
 
@@ -199,7 +200,7 @@ def _promotes(operand: fx.Node, node: fx.Node) -> bool:
 
 def _contiguous(node: fx.Node) -> bool:
     value = node.meta["val"]
-    wanted = torch._prims_common.make_contiguous_strides_for(value.shape)
+    wanted = contiguous_strides(value.shape)
     return all(str(s) == str(w) or str(n) == "1" for s, w, n in zip(value.stride(), wanted, value.shape, strict=True))
 
 

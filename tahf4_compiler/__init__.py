@@ -4,7 +4,7 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 :func:`capture` and :func:`lower`. Passes are added with :func:`register_pass`.
 """
 
-from . import ops
+from . import ops, rewriting
 from .calibration.calibration import Calibration, calibrate
 from .debugging.bisect import Bisection, bisect
 from .errors import (
@@ -91,6 +91,7 @@ __all__ = [
     "register_pass",
     "register_weight_format",
     "replace_pattern",
+    "rewriting",
     "set_activation_bits",
     "set_high_precision_steps",
     "unregister_pass",

@@ -28,6 +28,7 @@ from .reporting.compact import graph_json
 from .reporting.dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .reporting.report import plan_json, report
 from .reporting.snapshot import Recorder, Snapshot
+from .torch_private.dynamo import logs_artifacts
 from .weights.binding import Binding
 from .weights.held import multiplier_groups, ties
 from .weights.store import store
@@ -96,7 +97,7 @@ def lower_graph(
     """
     pipeline = build_pipeline(options, passes)
     folder = dump_folder(options.dump_dir)
-    tracing = bool(torch._logging._internal.trace_log.handlers)
+    tracing = logs_artifacts()
     graph_module = fx.GraphModule(captured.graph_module, copy.deepcopy(captured.graph_module.graph))
     context = context_of(captured, options)
     for node in graph_module.graph.find_nodes(op="placeholder"):

@@ -18,14 +18,14 @@ PACKAGE = "tahf4_compiler"
 FOLDERS = {"tahf4_compiler": PACKAGE, **{name: f"{PACKAGE}.{name}" for name in ("passes", "backends", "tools")}}
 
 FLOORS = (
-    ("errors", "graph", "import_hook", "torch_private", "torch_writes"),
+    ("errors", "graph", "import_hook", "torch_private"),
     ("files", "options", "plugins"),
     ("format",),
     ("model", "ops"),
     ("graph_capture", "weights"),
     ("pipeline", "recipe"),
     ("packed", "reporting"),
-    ("diffusers_integration", "distributed", "lowering", "transformers_integration"),
+    ("diffusers_integration", "distributed", "lowering", "rewriting", "transformers_integration"),
     ("calibration", "checkpoint", "debugging"),
     ("",),  # the public face, tahf4_compiler/__init__.py
     ("backends", "passes"),  # they join through entry points: nothing above imports them

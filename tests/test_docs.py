@@ -84,6 +84,14 @@ def test_the_reference_has_every_public_name():
         assert re.search(rf"^\.\. auto\w+:: {re.escape(path)}$", text, re.MULTILINE), name
 
 
+def test_pages_show_pass_authors_public_names_and_the_reference_explains_them():
+    text = (DOCS / "api.md").read_text()
+    assert all(f":: tahf4_compiler.rewriting.{name}\n" in text for name in tahf4.rewriting.__all__)
+    page = (DOCS / "writing_passes.md").read_text()
+    shown = re.findall(r"^(?:from|import) (tahf4_compiler[\w.]*)", page, re.MULTILINE)
+    assert set(shown) == {"tahf4_compiler", "tahf4_compiler.rewriting"}
+
+
 def test_the_reference_has_every_default_pass_and_option_with_its_default():
     text = (DOCS / "api.md").read_text()
     row = "| `{}` | `{}` |".format

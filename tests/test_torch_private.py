@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tahf4_compiler import torch_private
+from tahf4_compiler.torch_private import calls, dynamo, frames, graphs, inductor, tensors
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -25,14 +25,14 @@ def no_grad():
 def recording(found):
     def backend(graph_module, example_inputs):
         nodes = graph_module.graph.find_nodes(op="placeholder")
-        scope, context = torch_private.dynamo_scope(), torch._guards.TracingContext.get()
+        scope, context = dynamo.dynamo_scope(), torch._guards.TracingContext.get()
         found.append(
             {
-                "sources": [torch_private.dynamo_source(node) for node in nodes],
+                "sources": [dynamo.dynamo_source(node) for node in nodes],
                 "self": scope["L"].get("self"),
-                "fakes": [torch_private.fake_input(context, value) for value in example_inputs],
+                "fakes": [dynamo.fake_input(context, value) for value in example_inputs],
                 "fake_mode": context.fake_mode,
-                "caller": torch_private.caller_that_holds(scope["L"].get("self")),
+                "caller": frames.caller_that_holds(scope["L"].get("self")),
             }
         )
         return graph_module.forward
@@ -85,23 +85,23 @@ def test_the_module_that_was_compiled_is_found_from_a_piece_of_it():
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("own", [Stack, lambda: nn.TransformerEncoderLayer(64, 2, 64)])
 def test_a_module_runs_compiled_whole_and_then_as_before(own, wrapped):
-    graphs, calls = [], []
+    graphs, called = [], []
     model = own().eval()
     given = torch.compile(model, backend="eager") if wrapped else model
     before = given(x := torch.randn(2, 3, 64))
 
     def around(call):
-        return lambda *args, **kwargs: calls.append(1) or call(*args, **kwargs)
+        return lambda *args, **kwargs: called.append(1) or call(*args, **kwargs)
 
     def backend(graph_module, example_inputs):
         graphs.append(graph_module)
         return graph_module.forward
 
-    with torch_private.compiled_whole(given, around, backend=backend):
+    with calls.compiled_whole(given, around, backend=backend):
         assert torch.allclose(given(x), before, atol=1e-5)
-    assert len(calls) == len(graphs) == 1
+    assert len(called) == len(graphs) == 1
     given(x)
-    assert len(calls) == 1
+    assert len(called) == 1
     assert model._compiled_call_impl is None
 
 
@@ -109,7 +109,7 @@ def test_what_was_compiled_inside_runs_as_it_is():
     graphs = []
     model = Stack(depth=1)
     model.blocks[0].compile(backend=lambda graph_module, _: graphs.append(1) or graph_module.forward)
-    with torch_private.without_compiled_calls(model):
+    with calls.without_compiled_calls(model):
         model(torch.randn(3, 64))
     assert not graphs
     model(torch.randn(3, 64))
@@ -124,14 +124,14 @@ def test_every_eager_linear_can_be_another_function():
 
     model = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True).eval()
     original = nn.functional.linear
-    with torch_private.replaced_linear(around):
+    with calls.replaced_linear(around):
         model(torch.randn(1, 3, 64))
     assert sorted(weights) == [(64, 64), (64, 128), (128, 64), (192, 64)]
     assert nn.functional.linear is original
 
 
 def test_a_traced_graph_has_the_types_of_its_autocast_regions():
-    begin, end = torch_private.AUTOCAST
+    begin, end = graphs.AUTOCAST
     graph = torch.fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
     mode = graph.call_function(begin, ("cpu", torch.bfloat16, True, True))
@@ -140,7 +140,7 @@ def test_a_traced_graph_has_the_types_of_its_autocast_regions():
     graph.output((inside, graph.call_function(nn.functional.linear, (x, weight))))
     graph_module = torch.fx.GraphModule(nn.Module(), graph)
     inputs = (torch.randn(4, 8), torch.randn(8, 8))
-    traced = make_fx(torch_private.Interpreter(graph_module).run, pre_dispatch=True)(*inputs)
+    traced = make_fx(graphs.Interpreter(graph_module).run, pre_dispatch=True)(*inputs)
     nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
     assert [node.target for node in nodes] == [
         begin,
@@ -164,7 +164,7 @@ def test_the_calls_of_a_compiled_module_go_through_a_function_until_it_has_seen_
 
     def backend(graph_module, example_inputs):
         for _ in range(2):
-            torch_private.around_calls(model, around)  # the second changes nothing
+            calls.around_calls(model, around)  # the second changes nothing
         return graph_module.forward
 
     given = torch.compile(model, backend=backend) if whole else model
@@ -183,7 +183,7 @@ def test_dynamo_traces_through_what_stands_around_a_compiled_call():
         return call(*args, **kwargs), False
 
     def backend(graph_module, example_inputs):
-        torch_private.around_calls(model, around)
+        calls.around_calls(model, around)
         return graph_module.forward
 
     model.compile(backend=backend)
@@ -216,7 +216,7 @@ def test_modules_are_told_before_dynamo_compiles_them_also_where_it_gives_up():
         overruled.append(what)
 
     for _ in range(2):
-        torch_private.before_frames(mine, tell, tell_overruled)
+        dynamo.before_frames(mine, tell, tell_overruled)
     models = [Stack(depth=1), Hidden(depth=1)]
     torch.compile(Stack(depth=1), backend="eager")(x)
     assert told == []
@@ -230,7 +230,7 @@ def test_modules_are_told_before_dynamo_compiles_them_also_where_it_gives_up():
     for model, options in zip(models, ({}, {"some": 1}), strict=True):
         torch.vmap(torch.compile(model, backend=mine, options=options))(x)
         torch._dynamo.reset()
-        torch_private.before_frames(mine, tell, tell_overruled)
+        dynamo.before_frames(mine, tell, tell_overruled)
     assert {model for model, _, transformed in told if transformed} == set(models)
     assert overruled == []
     model = Stack(depth=2)
@@ -240,7 +240,7 @@ def test_modules_are_told_before_dynamo_compiles_them_also_where_it_gives_up():
     assert overruled == [(model, [model.blocks[0]])]
     torch._dynamo.utils.counters.clear()
     torch.vmap(torch.compile(Stack(depth=1), backend=mine))(x)
-    (why,) = torch_private.graph_breaks()
+    (why,) = dynamo.graph_breaks()
     assert "Calling torch.func.vmap(compiled_fn) function from eager mode is not supported" in why
 
 
@@ -252,7 +252,7 @@ def test_dynamo_says_why_it_broke_graphs():
         return x + 1
 
     torch.compile(lambda x: hidden(x) * 2, backend="eager")(torch.randn(3))
-    (why,) = torch_private.graph_breaks()
+    (why,) = dynamo.graph_breaks()
     assert "hidden" in why and "torch.compiler.disable" in why
 
 
@@ -265,7 +265,7 @@ def test_regions_under_transforms_of_functions_are_told_in_a_graph():
     found = []
 
     def backend(graph_module, example_inputs):
-        regions = torch_private.transformed_regions(graph_module.graph)
+        regions = dynamo.transformed_regions(graph_module.graph)
         found.extend({getattr(n.target, "__name__", n.target) for n in region} for region in regions)
         found.append([n.target for n in graph_module.graph.nodes if not any(n in region for region in regions)])
         return graph_module.forward
@@ -279,7 +279,7 @@ def test_regions_under_transforms_of_functions_are_told_in_a_graph():
 
 def test_tracing_can_be_left_and_nothing_is_recorded_meanwhile():
     def function(x):
-        with torch_private.outside_of_tracing():
+        with tensors.outside_of_tracing():
             real = torch.ones(2, device="cpu", dtype=torch.float32).sin()
         assert not isinstance(real, torch._subclasses.FakeTensor)
         return x.cos()
@@ -302,7 +302,7 @@ def _(x):
 
 def test_inductor_refuses_an_operator_whose_result_is_read():
     importlib.import_module("torch._inductor.lowering")
-    torch_private.refuse_in_inductor(refused._opoverload, lambda: ValueError("not to be read"))
+    inductor.refuse_in_inductor(refused._opoverload, lambda: ValueError("not to be read"))
     options = {"fx_graph_cache": False}
     asks = torch.compile(lambda x: x + refused(x).shape[0], options=options)
     assert torch.equal(asks(torch.ones(2)), torch.full((2,), 3.0))
@@ -314,7 +314,7 @@ def test_dynamo_says_when_it_makes_weights_constants():
     found = []
 
     def backend(graph_module, example_inputs):
-        found.append((torch_private.weights_are_constants(), len(list(graph_module.parameters()))))
+        found.append((dynamo.weights_are_constants(), len(list(graph_module.parameters()))))
         return graph_module.forward
 
     for freezing in (True, False):
@@ -326,7 +326,7 @@ def test_dynamo_says_when_it_makes_weights_constants():
 
 def test_a_derivative_is_asked_for_by_gradients_and_by_tangents():
     x = torch.randn(3)
-    asked = torch_private.derivative_asked
+    asked = tensors.derivative_asked
     assert not asked([x.clone().requires_grad_()]), "gradient mode is off"
     with torch.enable_grad():
         assert asked([x, x.clone().requires_grad_()])
@@ -346,7 +346,7 @@ def test_an_operator_runs_below_its_function_for_autograd():
 
         def autograd(keyset, *args):
             seen.append("autograd")
-            return torch_private.below_autograd(operator, keyset, args, {})
+            return tensors.below_autograd(operator, keyset, args, {})
 
         library.impl("below", autograd, "Autograd", with_keyset=True)
         library.impl("below", lambda x: x + 1, "CompositeExplicitAutograd")
@@ -363,17 +363,17 @@ def test_dynamo_begins_again_with_floats_as_constants():
 
     def backend(graph_module, example_inputs):
         context = torch._guards.TracingContext.get()
-        fakes = [torch_private.fake_input(context, value) for value in example_inputs]
+        fakes = [dynamo.fake_input(context, value) for value in example_inputs]
         reads = [node for node in graph_module.graph.nodes if node.target == "item"]
         numbers = [fake.item() for fake in fakes if fake.ndim == 0]
         copies = [fake.detach() for fake in fakes if fake.ndim == 0]
         for fake, copy in zip([fake for fake in fakes if fake.ndim == 0], copies, strict=True):
-            torch_private.keep_number(fake, copy)
+            dynamo.keep_number(fake, copy)
             assert str(copy.item()) == str(fake.item())
-        symbols = set().union(*map(torch_private.changing_floats, numbers))
+        symbols = set().union(*map(dynamo.changing_floats, numbers))
         found.append((len(reads), len(symbols)))
         if symbols:
-            torch_private.compile_for_values(symbols)
+            dynamo.compile_for_values(symbols)
         return graph_module.forward
 
     torch._dynamo.reset()
@@ -382,7 +382,7 @@ def test_dynamo_begins_again_with_floats_as_constants():
     for scale in (1.0, 0.5, 0.25):
         assert torch.equal(compiled(x, scale), x * scale)
     assert found[:3] == [(0, 0), (1, 1), (0, 0)]
-    assert torch_private.changing_floats(3) == torch_private.changing_floats(None) == set()
+    assert dynamo.changing_floats(3) == dynamo.changing_floats(None) == set()
 
 
 @pytest.mark.parametrize("by", ["environment", "settings", "nothing"])
@@ -391,6 +391,6 @@ def test_the_compiler_is_off_where_a_backend_gets_nothing(by, monkeypatch):
     if by == "environment":
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     with torch._dynamo.config.patch(disable=by == "settings"):
-        assert torch_private.compiler_is_off() == (by != "nothing")
+        assert dynamo.compiler_is_off() == (by != "nothing")
         torch.compile(Block(), backend=lambda graph, inputs: graphs.append(graph) or graph)(torch.randn(2, 64))
     assert bool(graphs) == (by == "nothing")

@@ -1,4 +1,4 @@
-"""What tahf4 relies on where PyTorch writes to parameters unseen: the contracts of ``torch_writes``."""
+"""What tahf4 relies on where PyTorch writes to parameters unseen: the contracts of ``torch_private.writes``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tahf4_compiler import torch_writes
+from tahf4_compiler.torch_private import writes
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def told(monkeypatch):
     if "data" in nn.Parameter.__dict__:  # an earlier test of this process watches for good
         monkeypatch.delattr(nn.Parameter, "data")
     monkeypatch.setattr(nn.Parameter, "data", None, raising=False)
-    torch_writes.watch_data(found.append)
+    writes.watch_data(found.append)
     return found
 
 
@@ -123,7 +123,7 @@ def test_threads_read_their_own_data(told):
 def test_steps_of_fused_optimizers_are_told_of_and_no_others(fused):
     """They alone leave version counters as they were."""
     found: list[Tensor] = []
-    torch_writes.watch_fused_optimizers(found.append)
+    writes.watch_fused_optimizers(found.append)
     for cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad):
         del found[:]
         parameter = nn.Parameter(torch.ones(2))
@@ -150,7 +150,7 @@ def test_what_fsdp_gathers_is_told_of(alone):
     from torch.distributed.fsdp import fully_shard
 
     found: list[Tensor] = []
-    torch_writes.watch_gathering(found.append)
+    writes.watch_gathering(found.append)
     linear = fully_shard(nn.Linear(4, 4, bias=False))
     linear.unshard()
     (first,) = found

@@ -25,6 +25,7 @@ from ..errors import OptionError
 from ..format import hif4
 from ..ops import registry
 from .kernels.block import WanBlock, rotary_of
+from .staging import write_text
 
 __all__ = [
     "ATTENTION",
@@ -289,11 +290,8 @@ def main(output: Path, rounds: int) -> None:
         found["pipeline"] = pipeline(rounds)
     text = markdown(found)
     typer.echo(text)
-    output.mkdir(parents=True, exist_ok=True)
     for name, content in (("cpu.json", json.dumps(found, indent=1) + "\n"), ("cpu.md", text)):
-        beside = output / f".{name}.partial"
-        beside.write_text(content, encoding="utf-8")
-        os.replace(beside, output / name)
+        write_text(output / name, content)
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -102,16 +102,15 @@ def _backend() -> Finding:
 def _cpp_compiler() -> Finding:
     import shutil
 
-    from torch._inductor.cpp_builder import get_cpp_compiler
+    from ..torch_private.inductor import cpp_compiler
 
     remedy = (
         "Install one (g++ or clang++) or name it in CXX: without one, graphs of the CPU run without Inductor, and only "
         "a wheel brings CPU kernels."
     )
-    try:
-        compiler = get_cpp_compiler()
-    except Exception as error:
-        return Finding(f"none that Inductor accepts ({type(error).__name__})", WARNING, remedy)
+    compiler = cpp_compiler()
+    if compiler is None:
+        return Finding("none that Inductor accepts", WARNING, remedy)
     found = shutil.which(compiler)
     return Finding(found) if found else Finding(f"{compiler} is not on the PATH", WARNING, remedy)
 
@@ -127,9 +126,9 @@ def _cpu_kernels() -> Finding:
 
 
 def _cache() -> Finding:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    from ..torch_private.inductor import cache_folder
 
-    path = os.path.abspath(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir())
+    path = os.path.abspath(cache_folder(made=False))
     nearest = path
     while not os.path.exists(nearest):
         nearest = os.path.dirname(nearest)

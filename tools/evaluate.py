@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .staging import write_text
+
 __all__ = ["Variant", "evaluate"]
 
 
@@ -59,9 +61,7 @@ def evaluate(
     text = "\n".join(f"## {name}: {prompts} prompts x {seeds} seeds\n\n{markdown(t)}" for name, t in tables.items())
     content = json.dumps({"prompts": prompts, "seeds": seeds, "steps": steps, "variants": tables}, indent=1)
     for path, data in ((out / "results.md", text), (out / "results.json", content + "\n")):
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(data, encoding="utf-8")
-        beside.replace(path)
+        write_text(path, data)
     plot(tables, out / "results.png")
     typer.echo(text)
     typer.echo(f"Written to {out}/: results.md, results.json, results.png")

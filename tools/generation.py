@@ -19,13 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import Tahf4Error
-from ..model.components import unwrapped_experts
+from ..model.components import WAN_EXPERTS, unwrapped_experts
 from ..packed.steps import set_high_precision_steps, steps_of
 from .errors import CommandError
 
 __all__ = ["WAN_PIPELINES", "Run", "StepTime", "class_of", "experts", "generate", "load_pipeline"]
 
-EXPERTS = ("transformer", "transformer_2")
 WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
@@ -47,7 +46,7 @@ def load_pipeline(path: Path, dtype: torch.dtype, device: str, classes: Sequence
     name = class_of(path, hint)
     if name not in classes:
         raise CommandError(f"{path} is a {name}; expected {expected}. {hint}")
-    parts = dict.fromkeys((*EXPERTS, "text_encoder"), dtype)
+    parts = dict.fromkeys((*WAN_EXPERTS, "text_encoder"), dtype)
     try:
         with warnings.catch_warnings():
             # The name `dtype` is newer than the oldest diffusers that is supported.
@@ -107,7 +106,7 @@ def class_of(path: Path, hint: str) -> str:
 
 def experts(pipe: WanPipeline) -> dict[str, nn.Module]:
     """Return the pipeline's transformers by name: one for Wan2.1, two for Wan2.2."""
-    found = {name: getattr(pipe, name, None) for name in EXPERTS}
+    found = {name: getattr(pipe, name, None) for name in WAN_EXPERTS}
     return {name: module for name, module in found.items() if module is not None}
 
 
@@ -232,7 +231,7 @@ def _expert(pipe: WanPipeline, timestep: float) -> str:
     """Return which transformer the pipeline calls at a timestep, by the rule of ``WanPipeline``."""
     ratio = pipe.config.boundary_ratio
     high = ratio is None or timestep >= ratio * pipe.scheduler.config.num_train_timesteps
-    return EXPERTS[0] if high else EXPERTS[1]
+    return WAN_EXPERTS[0 if high else 1]
 
 
 def _now() -> float:

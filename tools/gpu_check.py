@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from tahf4_compiler.backends import triton
     from tahf4_compiler.tools.kernels import measure
+    from tahf4_compiler.tools.staging import write_text
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if reason := triton.why_not(device):
@@ -46,12 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"WRONG {record['name']}: {record['detail']}")
             wrong.append(record)
     chip = re.sub(r"[^A-Za-z0-9]+", "_", str(found["facts"].get("chip", "cpu"))).strip("_").lower()
-    chosen.output.mkdir(parents=True, exist_ok=True)
     for suffix, text in (("json", json.dumps(found, indent=1) + "\n"), ("md", markdown(found))):
         path = chosen.output / f"gpu_{chip}.{suffix}"
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        write_text(path, text)
         print(f"wrote {path}")
     return 1 if wrong else 0
 

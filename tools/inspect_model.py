@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..model.components import WAN_EXPERTS
 from .calibrate import Dtype
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _several(wanted: Request) -> bool:
     """Whether a path holds more than one graph."""
     path = wanted.model
     if (path / "model_index.json").is_file():
-        return (path / "transformer_2" / "config.json").is_file()
+        return (path / WAN_EXPERTS[1] / "config.json").is_file()
     return len(list(path.glob("graph_*/plan.json"))) > 1
 
 

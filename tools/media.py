@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files.replacing import replacing
+
 __all__ = ["Comparison", "comparison_gif", "contact_sheet", "psnr", "shown"]
 
 GAP = 8
@@ -160,10 +162,6 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
 
 
 def _save(image: Image.Image, path: Path, kind: str, **options: object) -> None:
-    """Write a picture beside its place and rename it."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
+    """Write a picture, so that it is missing or whole."""
+    with replacing(path) as beside:
         image.save(beside, kind, **options)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

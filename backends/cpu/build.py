@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ...errors import OptionError
+from ...torch_private.inductor import cache_folder, is_gcc, library_builder
 
 __all__ = ["SETS", "SOURCES", "instruction_set", "library", "loaded", "operators", "processor", "switch"]
 
@@ -194,24 +195,19 @@ def _build() -> Path:
     OpenMP is linked by the name that Inductor's kernels link (``libgomp.so.1`` or the like), which is in the process
     already, with torch.
     """
-    from torch._inductor.codecache import cache_dir
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions, is_gcc
-
     flags = _FLAGS + (_GCC_FLAGS if is_gcc() else ()) + _machine_flags()
     if os.environ.get("TAHF4_CPP_SANITIZE", "") not in ("", "0"):  # for `make sanitize`
         flags += _SANITIZERS
-    options = CppTorchOptions(include_pytorch=True, warning_all=False, extra_flags=flags)
 
-    def builder(sources: Sequence[Path], folder: Path) -> CppBuilder:
-        paths = [str(source) for source in sources if source.suffix == ".cpp"]
-        return CppBuilder(name="tahf4_cpu", sources=paths, BuildOption=options, output_dir=str(folder))
+    def builder(sources: Sequence[Path], folder: Path) -> Any:
+        return library_builder("tahf4_cpu", [s for s in sources if s.suffix == ".cpp"], folder, flags)
 
     texts = [source.read_bytes() for source in SOURCES]
     # Code made for one processor or PyTorch may not run with another that shares the cache.
     command = builder([Path(source.name) for source in SOURCES], Path("out")).get_command_line()
     names = (command, processor(), torch.__version__)
     key = hashlib.sha256(b"\0".join((*texts, *(name.encode() for name in names)))).hexdigest()[:32]
-    folder = Path(cache_dir()) / "tahf4"
+    folder = cache_folder() / "tahf4"
     folder.mkdir(parents=True, exist_ok=True)
     suffix = Path(builder(SOURCES, folder).get_target_file_path()).suffix
     path = folder / f"cpu_{key}{suffix}"

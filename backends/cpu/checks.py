@@ -12,6 +12,7 @@ from ...errors import FormatError
 from ...format import hif4, int8
 from ...format.spans import check_form
 from ...ops import fused
+from ...torch_private.tensors import under_modes
 from .programs import DTYPES, encode
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
 
 def real() -> bool:
     """Return whether tensors have memory: not inside a mode that makes fake ones."""
-    return torch._C._len_torch_dispatch_stack() == 0
+    return not under_modes()
 
 
 def on_cpu(what: str, *tensors: Tensor | None) -> None:

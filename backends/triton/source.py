@@ -17,6 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+from ...files.replacing import replacing
+from ...torch_private.inductor import cache_folder
+
 __all__ = ["functions_text", "kernel_folder", "load", "module_text"]
 
 _lock = threading.Lock()
@@ -28,9 +31,7 @@ def kernel_folder() -> Path:
     chosen = os.environ.get("TAHF4_KERNEL_DIR")
     if chosen:
         return Path(chosen)
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "tahf4_kernels"
+    return cache_folder() / "tahf4_kernels"
 
 
 @functools.cache
@@ -80,9 +81,8 @@ def load(text: str) -> ModuleType:
     with _lock:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             folder.mkdir(parents=True, exist_ok=True)
-            beside = folder / f".k_{digest}.{os.getpid()}"
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
+            with replacing(path) as beside:
+                beside.write_text(text, encoding="utf-8")
         name = f"tahf4_kernels.k_{digest}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ...files.replacing import replacing
 from .call import Call
 from .source import kernel_folder
 from .tiling import Tile
@@ -132,8 +133,7 @@ def _write(chip: str, known: dict[str, Any]) -> None:
     path = _file(chip)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         log.warning("cannot keep what was measured in %s: %s", path, error)

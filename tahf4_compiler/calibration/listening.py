@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import CalibrationError
 from ..options import Options
 from ..packed.plan import plan_modules, why_nothing
-from ..torch_private import compiled_whole
+from ..torch_private.calls import compiled_whole
 from .calls import copied
 from .schedule import Schedule
 from .seen import Seen

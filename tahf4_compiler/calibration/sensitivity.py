@@ -22,7 +22,7 @@ from ..format.spans import alone, units_of
 from ..format.transforms import multipliers
 from ..model.parts import Part, part_of, running_weights
 from ..ops import registry
-from ..torch_private import replaced_linear, without_compiled_calls
+from ..torch_private.calls import replaced_linear, without_compiled_calls
 from ..weights.packing import pack_weight
 
 __all__ = ["ENTRIES", "Network", "QuantizedWeight", "output_error", "sqnr_db", "squares"]
@@ -89,7 +89,7 @@ class QuantizedWeight:
         rows = slice(first, None if count is None else first + count)
         codes, scales = (part[rows].contiguous() for part in self.packed[:2])
         left = registry.quantize(x, self.multiplier, self.block, self.activation_bits, self.span)
-        out = registry.linear(*left, codes, scales, units_of(self.span))
+        out = registry.linear(*left, codes, scales, span=units_of(self.span))
         if self.low_rank is None:
             return out
         return out + x.to(torch.float32) @ self.low_rank.a @ self.low_rank.b[:, rows]

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..files.reading import DTYPES, PICKLES, TensorInfo, plain_name, read_header, read_index, read_json
+from ..model.components import EXPERTS
 from .fp4 import with_fp4
 
 __all__ = ["Component", "Source", "open_source"]
 
-_EXPERTS = ("transformer", "transformer_2", "transformer_3", "unet")
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _LARGEST = 1 << 20
 _ORIGINAL = "WanModel"
@@ -85,9 +85,9 @@ def open_source(folder: Path, dtype: torch.dtype | None = None) -> Source:
             raise CheckpointError(f"{folder} has neither model_index.json nor config.json{hint}")
         return Source(folder, [_component(folder, "", dtype)], dict(_others(folder, {""})))
     index = read_json(folder / "model_index.json")
-    named = [name for name in _EXPERTS if isinstance(index.get(name), list) and index[name] != [None, None]]
+    named = [name for name in EXPERTS if isinstance(index.get(name), list) and index[name] != [None, None]]
     if not named:
-        raise CheckpointError(f"{folder / 'model_index.json'} names none of {', '.join(_EXPERTS)}")
+        raise CheckpointError(f"{folder / 'model_index.json'} names none of {', '.join(EXPERTS)}")
     components = [_component(folder / plain_name(name, "model_index.json"), name, dtype) for name in named]
     return Source(folder, components, dict(_others(folder, set(named))))
 

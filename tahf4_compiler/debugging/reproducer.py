@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import fx
-from torch.fx.graph_module import _format_import_block
-from torch.package import sys_importer
 
+from ..torch_private.graphs import import_lines
 from .mixture import Hybrid, Pair
 
 __all__ = ["write_reproducer"]
@@ -82,9 +81,7 @@ def write_reproducer(
         for node in after[0].nodes
         if isinstance(node.target, torch._ops.OpOverload)
     } - {"aten", "prim", "prims", "tahf4", "tahf4_cpu", "tahf4_triton"}  # fmt: skip
-    imports = {**old_code[1], **new_code[1]}
-    block = _format_import_block(imports, sys_importer) if imports else ""
-    lines = [*dict.fromkeys(block.splitlines()), *(f"import {m}" for m in modules if foreign)]
+    lines = [*dict.fromkeys(import_lines({**old_code[1], **new_code[1]})), *(f"import {m}" for m in modules if foreign)]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path.with_suffix(".safetensors"))
     text = _SCRIPT.format(

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from ..errors import ShardingError
 from ..packed.linear import HiF4Linear
+from ..torch_private.collectives import sum_of_ranks
 from .sizes import check_columns, check_rows, column_degrees
 from .styles import HiF4ColwiseParallel, HiF4RowwiseParallel
 
@@ -112,7 +112,7 @@ class _ShardedRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., K / ranks]`` of the dtype of ``x``."""
         wide = x.to(torch.float32)
-        total = functional.all_reduce(wide.square().sum(-1, keepdim=True), "sum", self._group)
+        total = sum_of_ranks(wide.square().sum(-1, keepdim=True), self._group)
         eps = self.eps if self.eps is not None else torch.finfo(x.dtype).eps
         out = wide * torch.rsqrt(total / self.count + eps)
         if self.weight is not None:

@@ -98,6 +98,27 @@ def _linear(
     return rules
 
 
+def _packed_linear(
+    x: Any,
+    multiplier: Any,
+    hadamard_block: int,
+    weight_codes: Any,
+    weight_scales: Any,
+    bias: Any,
+    out_dtype: torch.dtype,
+    *rest: Any,
+) -> list[Rule]:
+    last = len(_shape(x)) - 1
+
+    def rule(out: Any, source: Any, weight: Any) -> Rule:
+        factors = Replicate() if multiplier is not None else None
+        added = weight if bias is not None else None
+        return [out], [source, factors, None, weight, weight, added, None, *(None for _ in rest)]
+
+    rules = [rule(Replicate(), Replicate(), Replicate()), rule(Shard(last), Replicate(), Shard(0))]
+    return rules + [rule(Shard(i), Shard(i), Replicate()) for i in range(last)]
+
+
 def _aligned(inputs: Sequence[Any], axis: int, axes: int) -> list[Any]:
     """Return placements of operands that broadcast to ``axes`` axes, where the result shards along ``axis``."""
     found: list[Any] = []
@@ -155,6 +176,7 @@ _RULES: dict[str, Callable[..., list[Rule]]] = {
     "linear": _linear,
     "fused_quantize": _fused_quantize,
     "linear_quantize": _linear_quantize,
+    "packed_linear": _packed_linear,
 }
 """By operator. ``fused_linear`` returns a list of tensors, which DTensor's rules cannot describe: with DTensors it
 raises DTensor's own error. Lowered graphs run on plain tensors, so nothing of ours calls it with them."""
@@ -164,6 +186,7 @@ raises DTensor's own error. Lowered graphs run on plain tensors, so nothing of o
 def register() -> None:
     """Register the rules for ``tahf4::`` operators and those of the devices that run in their place, once."""
     served = {kernel.target: kernel.operator._schema.name.partition("::")[2] for kernel in registry.kernels()}
+    served[torch.ops.tahf4.packed_linear.default] = "packed_linear"
     for target, name in served.items():
         if name in _RULES:
             register_sharding(target)(_RULES[name])

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -22,6 +21,7 @@ from ..errors import ShardingError
 from ..format import hif4
 from ..model.parts import Part, remember
 from ..packed.linear import HiF4Linear
+from ..torch_private.collectives import sum_of_ranks
 from . import sharding
 from .sizes import check_columns, check_rows
 
@@ -143,7 +143,7 @@ def _row_class(base: Any) -> Any:
 
 
 def _sum(group: Any, part: Tensor) -> Tensor:
-    return functional.all_reduce(part, "sum", group)
+    return sum_of_ranks(part, group)
 
 
 def _redistribute(placements: Any, part: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .replacing import replacing
 
 __all__ = ["Measured"]
 
@@ -61,15 +61,12 @@ class Measured:
     def _save(self) -> None:
         if self.path is None:
             return
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        content = {"format": FORMAT, "key": self._key, "values": self._values}
         try:
-            content = {"format": FORMAT, "key": self._key, "values": self._values}
-            beside.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(beside, self.path)
+            with replacing(self.path) as beside:
+                beside.write_text(json.dumps(content), encoding="utf-8")
         except OSError as error:
-            log.warning("%s cannot be written (%s); a run that is stopped will measure everything again", beside, error)
+            text = "%s cannot be written (%s); a run that is stopped will measure everything again"
+            log.warning(text, self.path, error)
             self.path = None
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
 

@@ -1,11 +1,9 @@
-"""Tensors and a JSON header in one safetensors file, written beside its place and renamed."""
+"""Tensors and a JSON header in one safetensors file."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from ..errors import Tahf4Error
 from .reading import parse_json, read_header
+from .replacing import replacing
 
 __all__ = ["decode", "digest", "encode", "is_plain", "load_tensors", "save_tensors"]
 
@@ -42,17 +41,13 @@ def save_tensors(
 
     content = {"format": kind, **header}
     values = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One entry: the order of several is not the same every time.
-        save_file(values, beside, metadata={_KEY: _text({**content, _SUM: digest(content, values)})})
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            # One entry: the order of several is not the same every time.
+            save_file(values, beside, metadata={_KEY: _text({**content, _SUM: digest(content, values)})})
     except (OSError, SafetensorError) as cause:
         raise error(f"cannot write {path}: {cause}; choose another place") from cause
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def _text(header: Mapping[str, Any]) -> str:

@@ -15,8 +15,9 @@ from ..errors import CaptureError, GradientError
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import module_path, root_expression
 from ..model.tree import Surroundings
-from ..torch_private import (
+from ..torch_private.dynamo import (
     changing_floats,
+    compilation,
     compile_for_values,
     dynamo_scope,
     dynamo_source,
@@ -49,7 +50,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         CaptureError: called outside of a compilation, or tracing failed.
     """
     refuse_gradients(graph_module, example_inputs)
-    context = torch._guards.TracingContext.try_get()
+    context = compilation()
     if context is None or context.fake_mode is None:
         raise CaptureError(
             "backend 'tahf4' was called outside of a compilation. Use torch.compile(model, backend=\"tahf4\"), or "

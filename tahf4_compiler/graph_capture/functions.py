@@ -9,7 +9,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..torch_private import Interpreter, outside_of_tracing, transformed_regions
+from ..torch_private.dynamo import transformed_regions
+from ..torch_private.graphs import Interpreter
+from ..torch_private.tensors import outside_of_tracing
 from .decompositions import DECOMPOSITIONS
 
 __all__ = ["Tracing"]

@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..graph.nodes import linears, node_arg
-from ..torch_private import AUTOCAST
+from ..torch_private.graphs import AUTOCAST
 
 __all__ = ["inline_regions", "linears_in_regions"]
 

@@ -8,7 +8,13 @@ from torch import nn
 
 from ..errors import OptionError
 
-__all__ = ["experts", "unwrapped_experts"]
+__all__ = ["EXPERTS", "WAN_EXPERTS", "experts", "unwrapped_experts"]
+
+EXPERTS = ("transformer", "transformer_2", "transformer_3", "unet")
+"""What diffusers calls the denoisers of a pipeline."""
+
+WAN_EXPERTS = EXPERTS[:2]
+"""Those of Wan: for the steps of high noise, and for those of low noise (Wan2.2 A14B alone)."""
 
 
 def experts(model: Any) -> dict[str, nn.Module]:
@@ -22,8 +28,7 @@ def experts(model: Any) -> dict[str, nn.Module]:
     """
     if isinstance(model, nn.Module):
         return {"": model}
-    names = ("transformer", "transformer_2", "transformer_3", "unet")
-    found = {name: getattr(model, name, None) for name in names}
+    found = {name: getattr(model, name, None) for name in EXPERTS}
     modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     if not modules:
         raise OptionError(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..torch_private import caller_that_holds
+from ..torch_private.frames import caller_that_holds
 from .attachments import refresh
 from .blocks import block_of, container_paths, module_blocks
 from .linears import adapters, linear_weights, packed_weights, plain_path, raw_matrices

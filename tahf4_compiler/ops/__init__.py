@@ -3,6 +3,7 @@
 from ..format.transforms import check_transform, hadamard, transform
 from . import fused as fused
 from .attention import check_attention
+from .packed_linear import packed_linear
 from .reference import activation_bits, check_linear, check_memory, dequantize, linear, observe, quantize
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "hadamard",
     "linear",
     "observe",
+    "packed_linear",
     "quantize",
     "transform",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library, infer_schema
 
 from ..errors import GradientError
-from ..torch_private import below_autograd, derivative_asked
+from ..torch_private.tensors import below_autograd, derivative_asked, hidden_from_dynamo
 
 __all__ = ["define", "operator", "refuse_derivatives"]
 
@@ -47,8 +47,8 @@ def define(library: Library, name: str, schema: str, function: Callable[..., Any
         return below_autograd(found, keyset, args, kwargs)
 
     # Where Dynamo hands a frame back to Python, it would compile these.
-    library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
-    library.impl(name, torch._disable_dynamo(autograd), "Autograd", with_keyset=True)
+    library.impl(name, hidden_from_dynamo(function), "CompositeExplicitAutograd")
+    library.impl(name, hidden_from_dynamo(autograd), "Autograd", with_keyset=True)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from ..errors import OptionError
 from ..options import reference_forced
 from ..plugins import host
-from . import attention, by_step, fused  # noqa: F401  (they define torch.ops.tahf4)
+from . import attention, fused  # noqa: F401  (they define torch.ops.tahf4)
 from .reference import activation_bits
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "in_16_bits",
     "kernels",
     "linear",
-    "operators",
     "quantize",
     "register_kernel",
     "served",
@@ -79,9 +78,6 @@ def _reference(operator: torch._ops.OpOverload) -> Kernel:
 
 
 _kernels: list[Kernel] = [_reference(operator) for operator in OPERATORS]
-# In a graph it stands for the operator that it serves, as a kernel does; it runs nothing.
-_kernels.append(Kernel("by step", OPERATORS[0], torch.ops.tahf4.quantize_by_step.default, lambda node: False))
-_targets: dict[tuple[str, str], torch._ops.OpOverload] = {(str(op), "reference"): op for op in OPERATORS}
 
 
 def register_kernel(
@@ -116,7 +112,6 @@ def register_kernel(
     if not any(other.operator is operator for other in _kernels):
         _kernels.append(_reference(operator))
     _kernels.insert(0, kernel)
-    _targets[str(operator), name] = target
     _eager.cache_clear()
     return kernel
 
@@ -152,7 +147,6 @@ def served() -> frozenset[torch._ops.OpOverload]:
 def unregister_kernel(kernel: Kernel) -> None:
     """Take a kernel out again."""
     _kernels.remove(kernel)
-    del _targets[str(kernel.operator), kernel.name]
     _eager.cache_clear()
     rest = [other for other in _kernels if other.operator is kernel.operator]
     if kernel.operator not in OPERATORS and all(other.name == "reference" for other in rest):
@@ -187,11 +181,6 @@ def _eager(operator: torch._ops.OpOverload, device: torch.device, dtype: torch.d
     return next(k for k in _kernels if k.operator is operator and k.eager is not None and k.eager(device, dtype))
 
 
-@torch.compiler.assume_constant_result
-def _eager_name(operator: str, device: torch.device, dtype: torch.dtype) -> str:
-    return _eager(getattr(torch.ops.tahf4, operator).default, device, dtype).name
-
-
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the positional arguments of an operator's node by name."""
     return dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
@@ -203,24 +192,6 @@ def in_16_bits(node: fx.Node) -> bool:
     codes = found.get("codes")
     value = codes.meta.get("val") if isinstance(codes, fx.Node) else None
     return bool(found.get("bits") == 16) or (isinstance(value, torch.Tensor) and activation_bits(value) == 16)
-
-
-def operators(x: torch.Tensor, bits: int = 4) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
-    """Return the ``quantize`` and ``linear`` operators that run best on a tensor's device.
-
-    Dynamo traces this. An exported program holds the reference operators, which every process and device can run.
-
-    Args:
-        x: the activation; its device and dtype are looked at.
-        bits: of the activation.
-    """
-    if torch.compiler.is_exporting() or bits == 16:
-        return torch.ops.tahf4.quantize.default, torch.ops.tahf4.linear.default
-    device, dtype = x.device, x.dtype
-    return (
-        _targets["tahf4.quantize.default", _eager_name("quantize", device, dtype)],
-        _targets["tahf4.linear.default", _eager_name("linear", device, dtype)],
-    )
 
 
 def quantize(
@@ -247,7 +218,13 @@ def quantize(
 
 
 def linear(
-    x_codes: torch.Tensor, x_scales: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, span: int = 1
+    x_codes: torch.Tensor,
+    x_scales: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    span: int = 1,
 ) -> torch.Tensor:
     """Run the best ``tahf4::linear`` for quantized operands outside of a graph.
 
@@ -256,17 +233,19 @@ def linear(
         x_scales: int32 ``[..., units]``, or float32.
         codes: uint8 ``[N, units * 32]``, of the weight.
         scales: int32 ``[N, units]``.
+        bias: ``[N]`` or None.
+        out_dtype: of the result.
         span: as for ``tahf4::linear``.
 
     Returns:
-        float32 ``[..., N]``.
+        ``[..., N]``.
     """
     operator = torch.ops.tahf4.linear.default
     if x_codes.is_floating_point() or reference_forced():
         kernel = dispatch(operator, x_codes, reference=True)
     else:
-        kernel = _eager(operator, x_codes.device, torch.float32)
-    found: torch.Tensor = kernel.target(x_codes, x_scales, codes, scales, None, torch.float32, span)
+        kernel = _eager(operator, x_codes.device, out_dtype)
+    found: torch.Tensor = kernel.target(x_codes, x_scales, codes, scales, bias, out_dtype, span)
     return found
 
 

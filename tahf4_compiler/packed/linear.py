@@ -15,6 +15,8 @@ from ..format.spans import joined, parted, span_name, units_of
 from ..format.transforms import hadamard
 from ..model.attachments import by_step, step_bits
 from ..ops import registry
+from ..ops.packed_linear import product
+from ..torch_private.tensors import takes_data
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver, compares_shapes
 from .spans import require_span
@@ -311,7 +313,7 @@ class HiF4Linear(nn.Linear):
             with torch.no_grad():
                 # As integers, since a cast of a module passes those by.
                 moved = fn(multiplier.detach().view(torch.int32)).view(torch.float32)
-                if torch._has_compatible_shallow_copy_type(multiplier, moved):
+                if takes_data(multiplier, moved):
                     multiplier.data = moved
                 else:
                     self._parameters["multiplier"] = _parameter(moved)
@@ -399,13 +401,12 @@ def packed_product(
             "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
             "call the model with each of its parts (.unbind())."
         )
-    quantize, linear = registry.operators(input, activation_bits)
-    if by_step:
-        quantize = torch.ops.tahf4.quantize_by_step.default
-    how, shared = ((form,) if form != 1 else () for form in (span, units_of(span)))
-    codes, scales = quantize(input, multiplier, hadamard_block, activation_bits, *how)
-    result: Tensor = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype or input.dtype, *shared)
-    return result
+    values = (input, multiplier, hadamard_block, weight_codes, weight_scales, bias, out_dtype or input.dtype)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or by_step:
+        # A graph is not of one device, nor of one backend: what compiles or runs it chooses the kernels.
+        result: Tensor = torch.ops.tahf4.packed_linear(*values, activation_bits, span, by_step)
+        return result
+    return product(*values, activation_bits, span)
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:

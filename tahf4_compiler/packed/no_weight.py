@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import PackedError
 from ..import_hook import when_imported
-from ..torch_private import refuse_in_inductor
+from ..torch_private.inductor import refuse_in_inductor
 
 __all__ = ["NoWeight", "NoWeightError", "no_weight"]
 
@@ -42,8 +42,7 @@ class NoWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer questions about shape, dtype and device."""
         if func in _ANSWERED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
         if func == _DATA:
             return args[0]  # diffusers asks it in turn
         raise _refused(func)
@@ -87,7 +86,7 @@ def no_weight(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _refuse_in_inductor() -> None:
-    refuse_in_inductor(no_weight._opoverload, lambda: _refused("compiled code"))
+    refuse_in_inductor(torch.ops.tahf4.no_weight.default, lambda: _refused("compiled code"))
 
 
 # What Inductor compiles would read memory that a NoWeight does not have, past all checks.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-
 from torch import nn
 
 from ..errors import PackedError
+from ..torch_private.frames import Caller, callers
 
 __all__ = ["check_saver", "compares_shapes"]
 
@@ -27,15 +25,13 @@ def check_saver(path: str) -> None:
     Raises:
         PackedError: the configuration does not list it, or another model is made of the state.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "save_pretrained" and not _makes_another(frame):
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is not None and _makes_another(frame):
+    caller = next((c for c in callers() if c.name == "save_pretrained" or _makes_another(c)), None)
+    if caller is not None and _makes_another(caller):
         raise PackedError(
-            f"{frame.f_code.co_name} would take {path}, which is packed, into a model of plain linears, and diffusers "
+            f"{caller.name} would take {path}, which is packed, into a model of plain linears, and diffusers "
             "would leave their weights random. Make the new model of the original, and pack both."
         )
-    saver = frame.f_locals.get("self") if frame is not None else None
+    saver = caller.variable("self") if caller is not None else None
     if not isinstance(saver, nn.Module) or _saves_adapters_alone(saver):
         return
     config = getattr(getattr(saver, "hf_quantizer", None), "quantization_config", None)
@@ -52,19 +48,12 @@ def check_saver(path: str) -> None:
 
 def compares_shapes() -> bool:
     """Whether diffusers asks for a state dict to compare the weights' shapes with those of a LoRA, as Flux does."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "_maybe_expand_lora_state_dict":
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and _of_diffusers(frame)
+    return any(c.name == "_maybe_expand_lora_state_dict" and c.library == "diffusers" for c in callers())
 
 
-def _makes_another(frame: FrameType) -> bool:
+def _makes_another(caller: Caller) -> bool:
     """Whether diffusers makes a ControlNet of a model."""
-    return frame.f_code.co_name in ("from_transformer", "from_unet") and _of_diffusers(frame)
-
-
-def _of_diffusers(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("diffusers.")
+    return caller.name in ("from_transformer", "from_unet") and caller.library == "diffusers"
 
 
 def _saves_adapters_alone(saver: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 from ..errors import PassError
 from ..graph.inputs import DECISION, NUMBERS, ROLE
 from ..graph.nodes import LINEAR, is_product, mutates, product_weights
+from ..torch_private.tensors import real_tensors
 from .context import Context
 
 __all__ = ["Match", "find_pattern", "replace_pattern"]
@@ -275,7 +276,7 @@ def _trace(function: Callable[..., Any], example: Sequence[Any], word: str = "pa
     """Return the ATen graph of a function, without values."""
     _check_example(example, _name(function))
     try:
-        with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.no_grad():
+        with real_tensors(), torch.no_grad():
             # Under a fake mode of its own; the mode of a compilation around it plays no part.
             # A tensor that is given twice would be traced as one argument.
             apart = [torch.utils._pytree.tree_map(torch.Tensor.detach, value) for value in example]

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import is_written
+from ..torch_private.tensors import real_tensors
 from ..weights.binding import Binding
 from ..weights.store import store
 from .context import Context
@@ -36,9 +37,7 @@ def run_graph(graph_module: fx.GraphModule, context: Context) -> list[torch.Tens
 @contextlib.contextmanager
 def running() -> Iterator[None]:
     """Run graphs with real tensors inside, also in the middle of a compilation."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily(), torch.no_grad():
+    with real_tensors(), torch.no_grad():
         yield
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import PassError
 from ..graph.inputs import INPUT, GraphInput, PackedInput, PackedWeight
 from ..graph.nodes import LINEAR, mutates, node_words, tensor_meta
+from ..torch_private.tensors import python_kernels
 from ..weights.binding import packed_fake
 from .context import Context
 
@@ -144,7 +144,7 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
     key = _call_key(node, args, kwargs)
     try:
         # As a lowered graph runs; PyTorch 2.11 cannot compute symbolic sizes of a linear without its Python dispatcher.
-        with enable_python_dispatcher(), context.fake_mode, torch.no_grad():
+        with python_kernels(), context.fake_mode, torch.no_grad():
             if key is not None and key in results:
                 return torch.utils._pytree.tree_map(lambda size: size.empty(), results[key])
             value = node.target(*args, **kwargs)  # type: ignore[operator]

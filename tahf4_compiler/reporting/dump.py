@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+from ..files.replacing import replacing
 from ..pipeline.records import PassRecord
+from ..torch_private.dynamo import debug_folder, log_artifact
 
 __all__ = ["GraphDump", "dump_folder", "trace_artifacts"]
 
@@ -27,11 +29,9 @@ class GraphDump:
         self.folder = folder
 
     def write(self, name: str, text: str) -> None:
-        """Write a file beside its place and rename it, so that no reader sees half of it."""
-        path = self.folder / name
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        """Write a file; no reader sees half of it."""
+        with replacing(self.folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
 
     def write_graphs(self, history: Sequence[PassRecord]) -> None:
         """Write the readable graph after each pass."""
@@ -61,9 +61,7 @@ def dump_folder(dump_dir: str | None) -> Path | None:
     if dump_dir:
         return Path(dump_dir)
     if os.environ.get("TORCH_COMPILE_DEBUG", "0") == "1":
-        from torch._dynamo.utils import get_debug_dir
-
-        return Path(get_debug_dir()) / "tahf4"
+        return debug_folder() / "tahf4"
     return None
 
 
@@ -88,11 +86,4 @@ def new_graph_dump(dump_dir: Path, name: str) -> GraphDump:
 def trace_artifacts(history: Sequence[PassRecord]) -> None:
     """Hand every graph to PyTorch's structured trace, where ``tlparse`` shows it."""
     for index, record in enumerate(history):
-        torch._logging.trace_structured(
-            "artifact",
-            metadata_fn=lambda index=index, record=record: {  # type: ignore[misc]
-                "name": f"tahf4_{index:02d}_{record.name}",
-                "encoding": "string",
-            },
-            payload_fn=lambda record=record: record.readable,  # type: ignore[misc]
-        )
+        log_artifact(f"tahf4_{index:02d}_{record.name}", record.readable)

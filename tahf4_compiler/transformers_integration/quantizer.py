@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
 from ..packed.linear import BRANCH, PARTS
 from ..packed.loading import Loading, Owner, Saving
+from ..torch_private.frames import callers
 
 __all__ = ["TaHF4HfQuantizer", "register"]
 
@@ -88,7 +88,9 @@ class TaHF4HfQuantizer(HfQuantizer):
         """Return what is written into a folder, or None for what an adapter alone writes."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        given = sys._getframe(1).f_locals.get("state_dict")  # of save_pretrained, which does not pass it on
+        # save_pretrained does not pass on what it got.
+        saver = next((caller for caller in callers() if caller.name == "save_pretrained"), None)
+        given = saver.variable("state_dict") if saver is not None else None
         state = given if given is not None else model.state_dict()
         return {**state, **stand_ins(self.quantization_config.linears)}, {}
 

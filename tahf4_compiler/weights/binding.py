@@ -11,7 +11,7 @@ from torch import fx
 from ..format import hif4
 from ..graph.inputs import BESIDE, INPUT, GraphInput, HeldWeight, PackedInput, PackedWeight
 from ..ops.observers import handle_of
-from .formats import pack_rows, part_of
+from .formats import pack_rows, tensor_of
 from .store import PackedStore
 
 __all__ = ["Binding"]
@@ -53,7 +53,7 @@ class Binding:
             if isinstance(source.weight, HeldWeight):
                 out[place] = args[source.positions[0]]
             elif source.part not in BESIDE:
-                out[place] = part_of(packed[self._places[source.weight]], source.part)
+                out[place] = tensor_of(packed[self._places[source.weight]], source.part)
             else:
                 out[place] = _beside(source, tuple([args[i] for i in source.weights]), store)
         return out
@@ -84,7 +84,7 @@ def packed_fake(source: PackedInput, weights: Sequence[torch.Tensor]) -> torch.T
     if source.weight.format:
         multiplier = weights[0].new_empty((k,), dtype=torch.float32)
         parts = pack_rows(source.weight.format, tuple(weights), multiplier, source.weight.hadamard_block)
-        return part_of(parts, source.part)
+        return tensor_of(parts, source.part)
     if source.part == "codes":
         return weights[0].new_empty((rows, count * (hif4.UNIT // 2)), dtype=torch.uint8)
     return weights[0].new_empty((rows, count), dtype=torch.int32)

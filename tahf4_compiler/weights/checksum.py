@@ -15,7 +15,7 @@ from ..errors import CaptureError
 from ..import_hook import when_imported
 from ..model import parts
 from ..plugins import host
-from ..torch_writes import watch_data, watch_fused_optimizers, watch_gathering
+from ..torch_private.writes import watch_data, watch_fused_optimizers, watch_gathering
 
 __all__ = ["capturing", "checksum", "checksums", "contents", "forget", "refuse_capture"]
 

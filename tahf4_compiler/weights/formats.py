@@ -67,8 +67,8 @@ def pack_rows(name: str, weights: tuple[Tensor, ...], multiplier: Tensor | None,
     return {part: torch.cat([p[part] for p in packed]) if len(packed) > 1 else packed[0][part] for part in packed[0]}
 
 
-def part_of(packed: Any, part: str) -> Tensor:
-    """Return a part of a packed weight: of HiF4 or of a plug-in's format.
+def tensor_of(packed: Any, part: str) -> Tensor:
+    """Return the tensor of a part of a packed weight: of HiF4 or of a plug-in's format.
 
     Raises:
         FormatError: the format has no such part.

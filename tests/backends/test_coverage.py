@@ -20,7 +20,8 @@ from tahf4_compiler.backends import coverage, dynamo
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.torch_private import before_frames, without_compiled_calls
+from tahf4_compiler.torch_private.calls import without_compiled_calls
+from tahf4_compiler.torch_private.dynamo import before_frames
 
 
 @pytest.fixture(autouse=True)

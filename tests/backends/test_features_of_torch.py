@@ -12,7 +12,7 @@ from models import Stack
 from tahf4_compiler.backends import coverage, dynamo
 from torch import nn
 
-from tahf4_compiler.torch_private import before_frames
+from tahf4_compiler.torch_private.dynamo import before_frames
 
 
 @pytest.fixture(autouse=True)

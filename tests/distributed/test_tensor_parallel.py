@@ -76,6 +76,12 @@ def rules(rank, size):
         with pytest.raises(NotImplementedError, match="fused_linear.*sharding strategy"):
             ops.fused_linear(placed(codes, Shard(1)), placed(scales, Shard(1)), placed(wc, Replicate()),
                              placed(ws, Replicate()), None, torch.float32, [192], [], "", torch.float32)  # fmt: skip
+    whole = torch.ops.tahf4.packed_linear(x, multiplier, 64, wc, ws, b, torch.float32)
+    for left, right, want in ((Shard(1), Replicate(), Shard(1)), (Replicate(), Shard(0), Shard(2))):
+        given = placed(x, left), placed(multiplier, Replicate()), 64, *(placed(t, right) for t in (wc, ws, b))
+        found = torch.ops.tahf4.packed_linear(*given, torch.float32)
+        assert found.placements == (want,)
+        assert torch.equal(found.full_tensor().nan_to_num(7.0), whole.nan_to_num(7.0))
     plain = torch.ops.tahf4.dequantize(placed(codes, Shard(1)), placed(scales, Shard(1)), 256, torch.float32)
     assert plain.placements == (Shard(1),)
     want = torch.ops.tahf4.dequantize(codes, scales, 256, torch.float32)

@@ -22,6 +22,7 @@ from torch import nn
 import tahf4_compiler as tahf4
 from tahf4_compiler.graph.inputs import INPUT, PackedInput
 from tahf4_compiler.model.reasons import Cause
+from tahf4_compiler.ops import registry
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.linear import HiF4Linear
 from tahf4_compiler.packed.plan import plan_modules
@@ -45,6 +46,18 @@ def test_symbolic_tracing_takes_a_packed_product_as_a_whole():
     assert torch.equal(traced(x), model(x))
     want = torch.compile(model, backend="tahf4", options=GRAPH)(x)
     assert torch.equal(torch.compile(traced, backend="tahf4", options=GRAPH)(x), want)
+
+
+def test_a_program_holds_one_operator_a_linear_and_the_kernels_are_chosen_where_it_runs():
+    linear, x, asked = HiF4Linear(64, 64), torch.randn(2, 64), []
+    program = torch.export.export(linear, (x,))
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.tahf4.packed_linear.default]
+    for operator in (torch.ops.tahf4.quantize.default, torch.ops.tahf4.linear.default):
+        kernel = tahf4.register_kernel("mine", operator, operator, lambda node: False, eager=lambda *_: asked.append(1))
+        program.module()(x)
+        registry.unregister_kernel(kernel)
+    assert len(asked) == 2
 
 
 def packed_values(lowered, captured):

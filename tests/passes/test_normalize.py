@@ -71,14 +71,20 @@ def test_what_does_something_stays(something):
     assert_pass(f"x: f32[4, 64]\n a = {something}\n y = neg(a)\n return y", Normalize())
 
 
-def test_a_packed_linear_is_written_in_our_operators():
+@pytest.mark.parametrize(
+    "written",
+    [
+        "y = tahf4.packed_linear(x, None, 0, wc, ws, None, f32)",
+        "c, s = tahf4.quantize(x, None, 0)\n y = tahf4.linear(c, s, wc, ws, None, f32)",
+    ],
+)
+def test_a_packed_linear_is_written_in_our_operators(written):
     assert_pass(
-        """
+        f"""
         x: f32[4, 64]
         wc: param.u8[64, 32] = "blocks.0.weight_codes"
         ws: param.i32[64, 1] = "blocks.0.weight_scales"
-        c, s = tahf4.quantize(x, None, 0)
-        y = tahf4.linear(c, s, wc, ws, None, f32)
+        {written}
         return y
         """,
         Normalize(),
@@ -88,6 +94,27 @@ def test_a_packed_linear_is_written_in_our_operators():
         ws: held scales of ws
         c, s = tahf4.quantize(x, None, 0, 4)
         y = tahf4.linear(c, s, wc, ws, None, f32)
+        return y
+        """,
+    )
+
+
+def test_a_packed_linear_hands_its_span_and_rounding_to_what_reads_them():
+    assert_pass(
+        """
+        x: f32[4, 64]
+        wc: param.u8[64, 32] = "blocks.0.weight_codes"
+        ws: param.i32[64, 1] = "blocks.0.weight_scales"
+        y = tahf4.packed_linear(x, None, 64, wc, ws, None, f32, 4, 10)
+        return y
+        """,
+        Normalize(),
+        """
+        x: f32[4, 64]
+        wc: held codes of wc
+        ws: held scales of ws
+        c, s = tahf4.quantize(x, None, 64, 4, 10)
+        y = tahf4.linear(c, s, wc, ws, None, f32, 2)
         return y
         """,
     )

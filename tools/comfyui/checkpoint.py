@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from tahf4_compiler.errors import PackedError
 from tahf4_compiler.files.reading import parse_json, read_header, read_index, read_json
+from tahf4_compiler.files.replacing import replacing
 from tahf4_compiler.packed.config import Method, TaHF4Config
 
 from .names import to_diffusers, to_original
@@ -87,12 +87,8 @@ def write_single_file(folder: Path, file: Path) -> None:
     for name in config.linears:
         state[f"{name}.weight"] = torch.zeros(1, dtype=torch.uint8)  # as in a folder: no plain model
     text = json.dumps(config.to_dict(), sort_keys=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with replacing(file) as beside:
         save_file({name: value.contiguous() for name, value in state.items()}, beside, metadata={CONFIG: text})
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _of_folder(folder: Path) -> tuple[list[Path], Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...files.replacing import replacing
 from .measures import summarize
 
 __all__ = ["COLUMNS", "cells", "markdown", "markdown_table", "plot", "table"]
@@ -119,7 +120,6 @@ def plot(variants: dict[str, list[dict[str, Any]]], path: Path) -> None:
         right.set_ylabel("relative error of the latents")
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    beside = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(beside, dpi=110)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=110)
     pyplot.close(figure)
-    beside.replace(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...files.replacing import replacing
 from .rows import Row
 
 __all__ = ["file_of", "number", "row_bytes", "write_beside"]
@@ -34,7 +34,6 @@ def row_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def write_beside(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    """Write a file, so that it is missing or whole."""
+    with replacing(path) as beside:
+        beside.write_bytes(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...calibration.calibration import Calibration, calibrate
+from ...files.replacing import replacing
 from ...packed.convert import quantize_
 from ...recipe.apply import apply_recipe
 from ...recipe.recipe import Recipe
@@ -213,9 +213,8 @@ def _reference(pipe: WanPipeline, plan: Plan, home: Path) -> Clips:
         with np.load(path) as arrays:  # of plain arrays: numpy refuses objects by itself
             return Clips(arrays["videos"], arrays["latents"])
     clips = generate(pipe, plan, REFERENCE)
-    beside = path.with_name(".reference.partial.npz")
-    np.savez(beside, videos=clips.videos, latents=clips.latents)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        np.savez(beside, videos=clips.videos, latents=clips.latents)
     return clips
 
 

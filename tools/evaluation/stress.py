@@ -38,14 +38,13 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
+from ...model.components import WAN_EXPERTS
 from ..tiny_wan import data, settings
 from .sampling import channel_ratios, largest_of, maximum_and_percentile, sampled_inputs
 from .stress_report import SiteReport, StressReport
 from .stress_sites import sites, widen
 
 __all__ = ["stress_", "stress_pipeline_"]
-
-EXPERTS = ("transformer", "transformer_2")
 
 
 def stress_(
@@ -129,7 +128,7 @@ def stress_pipeline_(
     Returns:
         Expert name -> what was done.
     """
-    models = {name: model for name in EXPERTS if (model := getattr(pipe, name, None)) is not None}
+    models = {name: model for name in WAN_EXPERTS if (model := getattr(pipe, name, None)) is not None}
     for model in models.values():
         _check(model, (2,), 0)
     if arguments is None:

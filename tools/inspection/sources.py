@@ -17,6 +17,7 @@ from torch import nn
 from ...graph_capture.captured import Capture
 from ...graph_capture.export import capture, from_program
 from ...lowering import Lowered, lower
+from ...model.components import EXPERTS
 from ...packed.steps import attach_steps
 from ...recipe.apply import apply_recipe
 from ...recipe.recipe import Recipe
@@ -27,8 +28,6 @@ from .report import Report, read_dump
 from .statistics import Evidence
 
 __all__ = ["Request", "loaded", "recipe_part", "reports"]
-
-EXPERTS = ("transformer", "transformer_2", "transformer_3", "unet")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ...model.components import WAN_EXPERTS
 from ..errors import CommandError
 from ..generation import WAN_PIPELINES, class_of, load_pipeline
 from .protocol import Protocol
@@ -38,7 +39,7 @@ class Structure:
     @property
     def experts(self) -> list[str]:
         """Names of the transformers."""
-        return [name for name in ("transformer", "transformer_2") if name in self.components]
+        return [name for name in WAN_EXPERTS if name in self.components]
 
     @property
     def multiple(self) -> int:
@@ -97,7 +98,7 @@ def structure(folder: Path) -> Structure:
         raise CommandError(f"{folder} is a {name}; expected {' or '.join(WAN_PIPELINES)}. {HINT}")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     components = {}
-    for part in ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae"):
+    for part in (*WAN_EXPERTS, "text_encoder", "image_encoder", "vae"):
         if (folder / part / "config.json").is_file():
             components[part] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
     for part in ("transformer", "text_encoder", "vae"):
@@ -200,7 +201,7 @@ def open_pipeline(folder: Path, protocol: Protocol) -> Any:
     for part in protocol.lora:
         named = {"weight_name": part.weight_name} if part.weight_name else {}
         try:
-            pipe.load_lora_weights(part.path, load_into_transformer_2=part.expert == "transformer_2", **named)
+            pipe.load_lora_weights(part.path, load_into_transformer_2=part.expert == WAN_EXPERTS[1], **named)
             if not getattr(getattr(pipe, part.expert), "peft_config", None):
                 raise ValueError("none of its tensors belongs to this model")
             pipe.fuse_lora(components=[part.expert], lora_scale=part.scale)

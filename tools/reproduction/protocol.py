@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from PIL import Image
 
+from ...model.components import WAN_EXPERTS
 from ..errors import CommandError
 from ..tiny_wan import data
 
@@ -32,7 +33,6 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 
 REQUIRED = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 OURS = ("prompt", "image", "generator", "output_type", "latents", "num_videos_per_prompt", "return_dict")
-EXPERTS = ("transformer", "transformer_2")
 DTYPES = ("bfloat16", "float32")
 
 
@@ -236,7 +236,7 @@ def _lora(read: _Reader, entry: Any) -> Lora:
     found = read.mapping(entry, "lora", ("path", "weight_name", "expert", "scale"))
     if not isinstance(found.get("path"), str):
         read.fail(f"lora has the path {found.get('path')!r}; expected a file, a folder or a name on the hub")
-    expert = read.one_of(found.get("expert", "transformer"), "lora.expert", EXPERTS)
+    expert = read.one_of(found.get("expert", "transformer"), "lora.expert", WAN_EXPERTS)
     scale = found.get("scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         read.fail(f"lora.scale is {scale!r}; expected a number")

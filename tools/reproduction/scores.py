@@ -17,6 +17,7 @@ from diffusers.utils import export_to_video
 from PIL import Image
 from tqdm import tqdm
 
+from ...files.replacing import replacing
 from ..errors import CommandError
 from ..evaluation.measures import judgements, psnrs, ssims
 from ..evaluation.results import number, write_beside
@@ -161,9 +162,8 @@ def _videos(protocol: Protocol, clips: list[ClipFile], folder: Path) -> Path:
         if not _fresh(path, clip):
             video = np.nan_to_num(clip.frames())
             frames = [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video]
-            beside = path.with_name(f".partial-{path.name}")  # the writer knows its format by the suffix
-            export_to_video(frames, str(beside), fps=protocol.frames_per_second, quality=10)
-            beside.replace(path)
+            with replacing(path) as beside:
+                export_to_video(frames, str(beside), fps=protocol.frames_per_second, quality=10)
     return folder
 
 

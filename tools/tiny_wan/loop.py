@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from ...files.replacing import replacing
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -54,10 +55,9 @@ def step_generators(seed: int, stage: str, step: int) -> tuple[np.random.Generat
 
 
 def save_atomically(state: object, path: Path) -> None:
-    """Write a checkpoint beside `path` and rename it, so that a kill leaves the old one or the new one."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    """Write a checkpoint, so that a kill leaves the old one or the new one."""
+    with replacing(path) as beside:
+        torch.save(state, beside)
 
 
 def train(

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from ...model.components import WAN_EXPERTS
 from . import data, loop, model, settings
 from .train_transformers import encode_clips, set_latent_statistics, train_base, train_expert
 from .train_vae import train_vae
@@ -78,8 +79,8 @@ def train_pipeline(schedule: Schedule, out: Path, work_dir: Path, seed: int) -> 
 
     boundary = model.BOUNDARY_RATIO
     for name, sigmas, stage in (
-        ("transformer", (boundary, 1.0), schedule.high_noise),
-        ("transformer_2", (0.0, boundary), schedule.low_noise),
+        (WAN_EXPERTS[0], (boundary, 1.0), schedule.high_noise),
+        (WAN_EXPERTS[1], (0.0, boundary), schedule.low_noise),
     ):
         start = copy.deepcopy(base.transformer).requires_grad_(True).train()
         setattr(pipeline, name, train_expert(pipeline, start, sigmas, clips, stage, work_dir, seed))

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 import torch
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.graph.inputs import DECISION, INPUT, PackedWeight
-from tahf4_compiler.graph.nodes import linears, mutates, node_arg, weight_input
-from tahf4_compiler.pipeline.activations import call, drop_unused_weights, packed_input
-from tahf4_compiler.pipeline.context import decisions_of
+from tahf4_compiler.rewriting import (
+    DECISION,
+    INPUT,
+    PackedWeight,
+    call,
+    decisions_of,
+    drop_unused_weights,
+    linears,
+    mutates,
+    node_arg,
+    packed_input,
+    weight_input,
+)
 
 from . import operators
 

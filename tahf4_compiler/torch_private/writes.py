@@ -1,7 +1,6 @@
 """Where PyTorch writes to parameters and leaves their version counters as they were.
 
-As with ``torch_private``, each function has a contract, in ``tests/test_torch_writes.py``. What they put into PyTorch
-stays until the process ends.
+What these functions put into PyTorch stays until the process ends.
 """
 
 from __future__ import annotations

@@ -1,0 +1,134 @@
+"""How the calls of modules run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .frames import callers
+
+__all__ = [
+    "around_calls",
+    "compiled_whole",
+    "replaced_linear",
+    "without_compiled_calls",
+]
+
+
+def around_calls(
+    model: nn.Module, around: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
+) -> None:
+    """Let the calls of a compiled module, which runs now, go through a function until it has seen enough.
+
+    Nothing happens if the module was not compiled itself, as where a function that calls it was, or if its calls go
+    through such a function already.
+
+    Args:
+        model: as it was before ``torch.compile``.
+        around: takes the compiled call with its arguments; returns the result, and whether this was the last one.
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    for caller in callers():
+        host = caller.variable("self")
+        if isinstance(host, nn.Module) and getattr(host, "_orig_mod", None) is model:
+            name = "forward"
+            break
+        if host is model and model._compiled_call_impl is not None:
+            name = "_compiled_call_impl"
+            break
+    else:
+        return
+    held: nn.Module = host
+    original = getattr(held, name)
+    if hasattr(original, "_tahf4_around"):
+        return
+
+    @functools.wraps(original)  # Dynamo, where it traces a call, finds there what stands behind
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result, last = around(original, args, kwargs)
+        if last and held.__dict__.get(name) is call:
+            setattr(held, name, original)
+        return result
+
+    around = torch.compiler.disable(around)  # another compilation around this one gets nothing more than before
+    skip_code(call.__code__)  # type: ignore[attr-defined]
+    call._tahf4_around = True  # type: ignore[attr-defined]
+    setattr(held, name, call)
+
+
+@contextlib.contextmanager
+def without_compiled_calls(model: nn.Module) -> Iterator[None]:
+    """Run a model's modules as they are, whatever of them ``nn.Module.compile`` compiled."""
+    held = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    for module in held:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in held.items():
+            module._compiled_call_impl = call
+
+
+@contextlib.contextmanager
+def compiled_whole(
+    module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]], **settings: Any
+) -> Iterator[None]:
+    """Let the calls of a module run compiled with other settings, and then as before.
+
+    PyTorch's own modules are compiled as well, whose files Dynamo skips unless they are inlined.
+
+    Args:
+        module: as it is, or what ``torch.compile(module)`` returned.
+        around: takes the compiled call and returns what is called in its place.
+        settings: of ``torch.compile``.
+    """
+    from torch._dynamo import external_utils, trace_rules
+
+    inner = getattr(module, "_orig_mod", module)
+    with without_compiled_calls(module):
+        forward = inner.forward
+        while isinstance(forward, functools.partial):  # hooks of diffusers wrap it so
+            forward = forward.func
+        if trace_rules.check(forward):
+            call: Any = torch.compile(external_utils.wrap_inline(inner._call_impl), **settings)
+        else:
+            inner.compile(**settings)
+            call = inner._compiled_call_impl
+        inner._compiled_call_impl = around(call)
+        own_forward = module.__dict__.get("forward")
+        if inner is not module:
+            module.forward = inner.__call__
+        try:
+            yield
+        finally:
+            inner._compiled_call_impl = None
+            if inner is not module:
+                module.forward = own_forward  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def replaced_linear(around: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """Let every linear of eager modules run another function.
+
+    They read ``torch.nn.functional.linear``: ``nn.Linear``, ``nn.MultiheadAttention`` and functional calls. A
+    ``TorchFunctionMode`` would not see those inside of Python functions that it is told of itself, such as
+    ``multi_head_attention_forward``.
+
+    Args:
+        around: takes the original function and returns what runs in its place.
+    """
+    original = nn.functional.linear
+    fast = torch.backends.mha.get_fastpath_enabled()
+    nn.functional.linear = around(original)
+    torch.backends.mha.set_fastpath_enabled(False)  # one native operator, which reads no linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = original
+        torch.backends.mha.set_fastpath_enabled(fast)

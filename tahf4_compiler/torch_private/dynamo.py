@@ -1,0 +1,216 @@
+"""What Dynamo compiles, from where, and why not; and PyTorch's log of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+from .frames import caller_that_holds, callers
+
+__all__ = [
+    "before_frames",
+    "changing_floats",
+    "compilation",
+    "compile_for_values",
+    "compiler_is_off",
+    "debug_folder",
+    "dynamo_scope",
+    "dynamo_source",
+    "fake_input",
+    "graph_breaks",
+    "keep_number",
+    "log_artifact",
+    "logs_artifacts",
+    "tracing",
+    "transformed_regions",
+    "weights_are_constants",
+]
+
+
+def dynamo_source(node: fx.Node) -> str:
+    """Return the expression that Dynamo reads an input of its graph from (``L['self']._modules['up']``), or ``""``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return ""
+    name = source.name  # a property since torch 2.10, a method before
+    return str(name() if callable(name) else name)
+
+
+def dynamo_scope() -> Mapping[str, Any]:
+    """Return the variables that Dynamo's expressions begin with: ``L`` and ``G`` of the frame that is compiled."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    output = InstructionTranslator.current_tx().output
+    return {"L": output.local_scope, "G": output.global_scope}
+
+
+def fake_input(context: Any, value: Any) -> Any:
+    """Return an input of Dynamo's graph in a ``TracingContext``'s fake mode, with the symbols that Dynamo gave it."""
+    if not isinstance(value, Tensor):
+        return value
+    symbolic = context.tensor_to_context.get(value)
+    if symbolic is None:
+        return context.fake_mode.from_tensor(value, static_shapes=True)
+    return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+
+def keep_number(fake: Any, copy: Any) -> None:
+    """Let ``copy.item()`` be the symbol that ``fake.item()`` is: Dynamo's, of a Python number that changes."""
+    if getattr(fake, "item_memo", None) is not None:
+        copy.item_memo = fake.item_memo
+
+
+def changing_floats(value: Any) -> set[str]:
+    """Return the symbols, of Python floats that change between calls, that a symbolic number depends on."""
+    if not isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool):
+        return set()
+    return {str(symbol) for symbol in value.node.expr.free_symbols if symbol_is_type(symbol, SymT.FLOAT)}
+
+
+def compile_for_values(symbols: Iterable[str]) -> NoReturn:
+    """Let Dynamo begin again with the floats of these symbols as constants, with a guard on their values."""
+    for symbol in symbols:
+        TensorifyState.specialize(symbol)
+    raise TensorifyScalarRestartAnalysis
+
+
+def compiler_is_off() -> bool:
+    """Whether ``torch.compile`` compiles nothing, with any backend, as the environment or Dynamo's settings are now."""
+    return bool(torch._dynamo.config.disable) or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+
+
+def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Return the nodes of Dynamo's graph that stand under transforms of functions (``torch.vmap``, ``torch.func``).
+
+    A region goes from the begin of an outermost transform to its end, or to where a gradient of it is taken (as the
+    function that ``torch.func.vjp`` returns does).
+    """
+    found: list[list[fx.Node]] = []
+    depth, behind = 0, []
+    for node in graph.nodes:
+        own = node.op == "call_function" and "._functorch" in (getattr(node.target, "__module__", "") or "")
+        name = getattr(node.target, "__name__", "") if own else ""
+        begins = name.endswith("_increment_nesting")
+        behind.append(node)
+        if begins and depth == 0:
+            found.append([])
+            behind = [node]
+        depth += begins - name.endswith("_decrement_nesting")
+        if found and (depth or name.endswith("_decrement_nesting") or name == "_autograd_grad"):
+            found[-1] += behind
+            behind = []
+    return found
+
+
+def weights_are_constants() -> bool:
+    """Whether Dynamo, as it is set now, puts parameters into its graphs as constants."""
+    from torch._dynamo.utils import is_parameter_freezing
+
+    return bool(is_parameter_freezing())
+
+
+def graph_breaks() -> list[str]:
+    """Return in one line each why Dynamo did not put code of this process into a graph, the most frequent first."""
+    from torch._dynamo.utils import counters
+
+    found: Counter[str] = Counter()
+    for text, count in (*counters["unimplemented"].items(), *counters["graph_break"].items()):
+        title, _, rest = text.partition("\n")
+        explained = rest.strip().partition("Explanation: ")[2].splitlines()
+        found[next((line.strip(" -") for line in explained if not line.endswith(":")), title)] += count
+    return [text for text, _ in found.most_common()]
+
+
+def before_frames(
+    backend: Callable[..., Any],
+    function: Callable[[nn.Module, Mapping[str, Any], bool], None],
+    overruled: Callable[[nn.Module, Sequence[nn.Module]], None],
+) -> None:
+    """Call a function where Dynamo begins to compile code of a module, whether a graph comes of it or not.
+
+    ``torch._dynamo.reset`` forgets it. A second call with the same arguments changes nothing.
+
+    Args:
+        backend: that the code would be compiled with.
+        function: takes the module that was compiled, or one that a compiled function calls; the keywords of the backend
+            (``options``, ``mode``); and whether ``torch.vmap`` or ``torch.func``, where Dynamo gives up, is around.
+        overruled: takes a module that Dynamo compiles with another backend, which gets its parts, too, and those of
+            them that ``module.compile`` compiled with this one.
+    """
+    handler, notice = torch._dynamo.callback_handler, _notice(backend, function, overruled)
+    if notice not in handler.start_callbacks:
+        handler.register_start_callback(notice)
+
+
+@functools.cache
+def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[..., Any]) -> Callable[[Any], None]:
+    from torch._dynamo.convert_frame import _compile
+    from torch._dynamo.eval_frame import innermost_backend
+
+    def ours(compiler: Any) -> bool:
+        return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
+
+    def in_place(module: nn.Module) -> bool:
+        call: Any = module._compiled_call_impl
+        call = call.__wrapped__ if hasattr(call, "_tahf4_around") else call
+        held = inspect.getclosurevars(call).nonlocals if inspect.isfunction(call) else {}
+        return "self" in held and ours(innermost_backend(held["self"].callback))
+
+    def notice(_: Any) -> None:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        compiling = next((caller for caller in callers() if caller.code is _compile.__code__), None)
+        if compiling is None:
+            return
+        compiler = innermost_backend(compiling.variable("compiler_fn"))
+        values = compiling.variable("locals")  # a hook's own function has the module under another name than self
+        module = next((v for v in (values.get("self"), *values.values()) if isinstance(v, nn.Module)), None)
+        inside = module.modules() if module is not None else ()
+        if module is not None and ours(compiler):
+            function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
+        elif parts := [m for m in inside if m._compiled_call_impl is not None and in_place(m)]:
+            overruled(module, parts)
+
+    return notice
+
+
+def compilation() -> Any:
+    """Return the ``TracingContext`` of the compilation at hand, which has its fake mode, or None."""
+    return torch._guards.TracingContext.try_get()
+
+
+def tracing(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Be in a compilation of one's own, with a fake mode."""
+    return torch._guards.tracing(torch._guards.TracingContext(fake_mode))
+
+
+def debug_folder() -> Path:
+    """Return where ``TORCH_COMPILE_DEBUG`` puts what it writes in this process."""
+    from torch._dynamo.utils import get_debug_dir
+
+    return Path(get_debug_dir())
+
+
+def logs_artifacts() -> bool:
+    """Whether PyTorch's structured trace (``TORCH_TRACE``, for ``tlparse``) is written."""
+    return bool(torch._logging._internal.trace_log.handlers)
+
+
+def log_artifact(name: str, text: str) -> None:
+    """Write a text into PyTorch's structured trace."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
+    )
