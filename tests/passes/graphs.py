@@ -8,7 +8,8 @@ A text has inputs, operators and a result, one a line::
     b: param.bf16[128] = "blocks.0.up.bias"         # with a dtype and a path
     s: buffer[64]
     up: hif4[128, 64]                               # a packed weight: two inputs, its codes and its scales
-    q+k: hif4[64+32, 64] masked, rotated 64    # rows of two, and how they are transformed
+    q+k: hif4[64+32, 64] masked, rotated 64         # rows of two, and how they are transformed
+    v: hif4[64, 64] rotated 64, seed 7, rank 8      # a seed that is not SEED ("no signs": none); the rank of a branch
     m: multiplier of q+k masked, signs
     @ blocks.0 Block, blocks.0.attn Attention       # what follows was called in these modules
     y = linear(x, w, b)                             # aten; the overload is left out where it is Tensor or default
@@ -520,10 +521,12 @@ def _weight(weights: tuple[int, ...], how: str) -> PackedWeight:
         elif match := re.fullmatch(r"rotated (\d+)|signs", part):
             found["seed"] = SEED
             found["hadamard_block"] = int(match[1] or 0)
+        elif match := re.fullmatch(r"seed (\d+)|no signs", part):
+            found["seed"] = int(match[1]) if match[1] else None
         elif match := re.fullmatch(r"searched by (\w+)", part):
             found["search"] = match[1]
-        elif match := re.fullmatch(r"span (\d)", part):
-            found["span"] = int(match[1])
+        elif match := re.fullmatch(r"(rank|span) (\d+)", part):
+            found[match[1]] = int(match[2])
         else:
             raise AssertionError(f"what is {part!r}?")
     return PackedWeight(weights, **found)
@@ -676,8 +679,12 @@ def _how(weight: PackedWeight) -> str:
     words = ["masked"] if weight.masked else []
     if weight.seed is not None or weight.hadamard_block:
         words.append(f"rotated {weight.hadamard_block}" if weight.hadamard_block else "signs")
+        if weight.seed != SEED:
+            words.append("no signs" if weight.seed is None else f"seed {weight.seed}")
     if weight.search:
         words.append(f"searched by {weight.search}")
+    if weight.rank:
+        words.append(f"rank {weight.rank}")
     if weight.span != 1:
         words.append(f"span {weight.span}")
     return ", ".join(words)
