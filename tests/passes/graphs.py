@@ -42,6 +42,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from tahf4_compiler import ops as our_ops
 from tahf4_compiler.errors import OptionError, PackedError, PassError, PatternError
+from tahf4_compiler.format.low_rank import LowRank
 from tahf4_compiler.format.transforms import SEED, signs
 from tahf4_compiler.graph.inputs import BESIDE, DECISION, INPUT, ROLE, GraphInput, HeldWeight, PackedInput, PackedWeight
 from tahf4_compiler.model.attachments import _KEPT, _RECIPE, Attachment, attach
@@ -60,7 +61,7 @@ from tahf4_compiler.pipeline.shapes import propagate
 from tahf4_compiler.weights.store import store
 
 __all__ = [
-    "DECISION", "INPUT", "KERNEL", "SEED", "Attachment", "Cause", "OptionError", "PackedError", "PassError",
+    "DECISION", "INPUT", "KERNEL", "SEED", "Attachment", "Cause", "LowRank", "OptionError", "PackedError", "PassError",
     "PatternError", "Ran", "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear",
     "plug_in", "results", "run_passes", "signs",
 ]  # fmt: skip
