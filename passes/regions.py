@@ -19,6 +19,7 @@ aten = torch.ops.aten
 _ASSERT = aten._assert_tensor_metadata.default
 _FLOATS = tuple(DTYPES.values())
 MAX_INPUTS = 12
+"""Tensors that a program reads, at most; the C++ kernels run programs of up to 16."""
 
 
 class Places:

@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import networkx as nx
+import pytest
+from sources import PACKAGE, Source, imports, private_reads
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = "tahf4_compiler"
 FOLDERS = {"tahf4_compiler": PACKAGE, **{name: f"{PACKAGE}.{name}" for name in ("passes", "backends", "tools")}}
 
 FLOORS = (
@@ -34,83 +34,142 @@ FLOORS = (
 """From the ground up: a room imports from floors below its own, and from itself."""
 
 
-class Import(NamedTuple):
-    """One name that a module imports from another module of the package."""
-
-    source: str
-    target: str
-    name: str
-    line: int
-
-
 @cache
-def modules() -> dict[str, Path]:
+def product() -> dict[str, Source]:
     found = {}
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found[name] = Source(path.read_text(), path.name == "__init__.py")
     return found
-
-
-def imports() -> Iterator[Import]:
-    """Yield every import of the package's own modules, inside functions and for types too."""
-    known = modules()
-    for module, path in known.items():
-        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    if alias.name.partition(".")[0] == PACKAGE:
-                        yield Import(module, alias.name, "", node.lineno)
-            elif isinstance(node, ast.ImportFrom):
-                base = node.module or ""
-                if node.level:
-                    parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-                    base = ".".join([*parents, *filter(None, [node.module])])
-                if base.partition(".")[0] != PACKAGE:
-                    continue
-                for alias in node.names:
-                    inner = f"{base}.{alias.name}"
-                    yield Import(module, inner if inner in known else base, alias.name, node.lineno)
 
 
 def room(module: str) -> str:
     return f"{module}.".split(".")[1]
 
 
-def test_imports_go_down():
+def up(sources: Mapping[str, Source]) -> list[str]:
+    """Return the imports that do not go down."""
     floor = {name: i for i, names in enumerate(FLOORS) for name in names}
-    rooms = {room(module) for module in modules()}
-    assert rooms == set(floor), "every room has a floor"
-    for i, names in enumerate(FLOORS):
-        print(f"{i + 1:2}  {', '.join(name or PACKAGE for name in names)}")
-    wrong = [
+    return [
         f"{i.source}:{i.line} imports {i.target}"
-        for i in imports()
+        for i in imports(sources)
         if room(i.source) != room(i.target) and floor[room(i.target)] >= floor[room(i.source)]
     ]
-    assert not wrong, "\n".join(wrong)
+
+
+def circles(sources: Mapping[str, Source]) -> list[list[str]]:
+    graph = nx.DiGraph((i.source, i.target) for i in imports(sources) if i.source != i.target)
+    return [sorted(found) for found in nx.strongly_connected_components(graph) if len(found) > 1]
+
+
+def test_imports_go_down():
+    assert {room(module) for module in product()} == {name for names in FLOORS for name in names}, "each has a floor"
+    for i, names in enumerate(FLOORS):
+        print(f"{i + 1:2}  {', '.join(name or PACKAGE for name in names)}")
+    assert not up(product())
 
 
 def test_no_modules_import_each_other():
-    graph = nx.DiGraph((i.source, i.target) for i in imports() if i.source != i.target)
-    circles = [sorted(found) for found in nx.strongly_connected_components(graph) if len(found) > 1]
-    assert not circles
+    assert not circles(product())
 
 
 def test_no_module_reaches_a_private_name_of_another():
-    found = list(imports())
-    wrong = [
-        f"{i.source}:{i.line} imports {i.name} of {i.target}"
-        for i in found
-        if i.name.startswith("_") and not i.name.startswith("__")
+    assert not list(private_reads(product()))
+
+
+# The checks see what they are there to see.
+
+SAMPLE = {
+    "tahf4_compiler.format.hif4": Source("_UNIT = 64"),
+    "tahf4_compiler.weights": Source("", True),
+    "tahf4_compiler.weights.store": Source("_key = 1\nclass Store:\n    _entries = 2\nstore = Store()"),
+}
+
+
+def sample(name: str, text: str, package: bool = False) -> dict[str, Source]:
+    return {**SAMPLE, f"tahf4_compiler.{name}": Source(text, package)}
+
+
+IMPORTS = [
+    "import tahf4_compiler.weights.store",
+    "import tahf4_compiler.weights.store as s",
+    "from ..weights import store",
+    "from ..weights.store import store",
+    "from tahf4_compiler.weights.store import store",
+    "def late():\n    from ..weights import store",
+    "import importlib\nimportlib.import_module('tahf4_compiler.weights.store')",
+    "import importlib as i\ni.import_module('..weights.store', package=__package__)",
+    "from importlib import import_module\nimport_module('..store', 'tahf4_compiler.weights.other')",
+    "from importlib import import_module as load\nload('.weights.store', 'tahf4_compiler')",
+    "__import__('tahf4_compiler.weights.store')",
+]
+
+
+@pytest.mark.parametrize("text", IMPORTS)
+def test_an_import_is_seen_however_it_is_written(text):
+    assert [(i.source, i.target) for i in imports(sample("files.reading", text))] == [
+        ("tahf4_compiler.files.reading", "tahf4_compiler.weights.store")
     ]
-    for module, path in modules().items():
-        others = {i.name: i.target for i in found if i.source == module and i.target.endswith(f".{i.name}")}
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
-                continue
-            if node.value.id in others and node.attr.startswith("_") and not node.attr.startswith("__"):
-                wrong.append(f"{module}:{node.lineno} reads {others[node.value.id]}.{node.attr}")
-    assert not wrong, "\n".join(wrong)
+    assert up(sample("files.reading", text)) and not up(sample("recipe.recipe", text))
+
+
+def test_a_package_is_the_place_that_its_own_imports_start_at():
+    text = "from importlib import import_module\nfrom .store import store\nimport_module('.store', __name__)"
+    found = {i.target for i in imports(sample("weights", text, package=True))}
+    assert found == {"tahf4_compiler.weights.store"}
+
+
+@pytest.mark.parametrize("text", ["import_module(name)", "__import__(f'{ROOT}.weights')", "importlib.import_module()"])
+def test_an_import_of_a_computed_name_is_refused(text):
+    with pytest.raises(AssertionError, match=re.escape("tahf4_compiler.files.reading:2 imports a computed name")):
+        list(imports(sample("files.reading", f"\n{text}")))
+
+
+def test_other_packages_do_not_count():
+    text = "import torch\nimport tahf4_compilers\nfrom . import memo\nimport_module('torch')\n__import__('os')"
+    assert {i.target for i in imports(sample("files.reading", text))} == {"tahf4_compiler.files"}
+
+
+def test_a_circle_is_seen():
+    text = "def late():\n    __import__('tahf4_compiler.format.spans')"
+    both = {**sample("format.hif4", text), "tahf4_compiler.format.spans": Source("from . import hif4")}
+    assert circles(both) == [["tahf4_compiler.format.hif4", "tahf4_compiler.format.spans"]]
+
+
+READS = [
+    "from ..weights.store import _key",
+    "from ..weights.store import _key as key",
+    "from ..weights import store\nstore._key",
+    "from ..weights import store as s\ns._key",
+    "import tahf4_compiler.weights.store as s\ns._key = 2",
+    "import tahf4_compiler.weights.store\ntahf4_compiler.weights.store._key",
+    "import tahf4_compiler\ntahf4_compiler.weights.store._key",
+    "from .. import weights\nweights.store._key",
+    "import importlib\nimportlib.import_module('tahf4_compiler.weights.store')._key",
+    "import importlib\ns = importlib.import_module('tahf4_compiler.weights.store')\ns._key",
+    "from ..weights import store\ns = store\ns._key",
+    "from ..weights import store\ngetattr(store, '_key')",
+    "from ..weights.store import store\nstore._entries",
+    "from ..weights.store import Store as S\nS._entries",
+]
+
+
+@pytest.mark.parametrize("text", READS)
+def test_a_private_name_is_seen_however_it_is_reached(text):
+    assert len(list(private_reads(sample("recipe.recipe", text)))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "_key = 1\n_key + 1",
+        "from ..weights import store\nstore.key\nstore.__name__\nself._key",
+        "from ..weights.store import store\nclass A:\n    def f(self): return self._entries",
+        "from ..weights.store import Pair\nPair._make([1, 2])",
+        "import torch\ntorch._key",
+    ],
+)
+def test_what_is_public_or_ones_own_is_no_private_name(text):
+    assert not list(private_reads(sample("recipe.recipe", text)))

@@ -27,9 +27,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what needs ``torch.distributed.tensor``, and register the sharding rules."""
-    from importlib import import_module
-
-    places = {"HiF4ColwiseParallel": "styles", "HiF4RowwiseParallel": "styles", "tensor_parallel": "division"}
-    if name not in places:
+    if name not in ("HiF4ColwiseParallel", "HiF4RowwiseParallel", "tensor_parallel"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{places[name]}", __name__), name)
+    from . import division, styles
+
+    return getattr(division if name == "tensor_parallel" else styles, name)

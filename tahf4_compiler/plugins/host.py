@@ -16,7 +16,7 @@ from . import entry_points
 
 __all__ = ["find", "load_backends", "register"]
 
-_functions: dict[str, list[tuple[Callable[..., bool], Callable[..., Any]]]] = {}
+_functions: list[tuple[str, Callable[..., bool], Callable[..., Any]]] = []
 _lock = threading.RLock()
 _loaded = _loading = False
 
@@ -29,13 +29,13 @@ def register(name: str, serves: Callable[..., bool], function: Callable[..., Any
         serves: says whether it can take what :func:`find` is given.
         function: that does it.
     """
-    _functions.setdefault(name, []).insert(0, (serves, function))
+    _functions.insert(0, (name, serves, function))
 
 
 def find(name: str, *given: Any) -> Callable[..., Any] | None:
     """Return the first function of a name that serves what is given; None where the reference must do."""
     load_backends()
-    return next((function for serves, function in _functions.get(name, ()) if serves(*given)), None)
+    return next((function for known, serves, function in _functions if known == name and serves(*given)), None)
 
 
 def load_backends() -> None:

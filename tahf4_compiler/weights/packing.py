@@ -43,7 +43,7 @@ def pack_weight(
         hadamard_block: width of the rotation along K, 0 for none.
         search: ``""``, ``"squared"`` or ``"weighted"``, see :class:`tahf4_compiler.graph.inputs.PackedWeight`.
         importance: float32 ``[K]``, the second moment of the activation's channels as they are quantized, for
-            ``"weighted"``.
+            ``"weighted"``; other searches do not look at it.
         span: a form (:mod:`tahf4_compiler.format.spans`): units of a row that share a level-1 scale, and the rounding.
 
     Returns:
@@ -114,9 +114,7 @@ def pack_transformed(
         search = "squared"
     multiplier = multipliers(weight.shape[1], mask, seed)[1]
     multiplier = multiplier.to(device) if multiplier is not None else None
-    importance = None
-    if search == "weighted" and moment is not None:
-        importance = moment_as_quantized(moment, mask, block).to(device)
+    importance = moment_as_quantized(moment, mask, block).to(device) if moment is not None else None
     return pack_weight(remainder(weight, low_rank), multiplier, block, search=search, importance=importance, span=span)
 
 

@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Entry:
     state: tuple[object, ...]
-    recipe: Attachment | None
+    recipes: tuple[Attachment | None, ...]
     others: tuple[weakref.ref[Tensor], ...]
     packed: Any  # hif4.Packed, or the parts of a plug-in's format by name
-    changes: int  # of attachments, when the recipe was looked up
+    changes: int  # of attachments, when the recipes were looked up
 
 
 class PackedStore:
@@ -140,7 +140,7 @@ class PackedStore:
         if entry is None or entry.state != state:
             return None
         if entry.changes != (now := changes()):
-            if entry.recipe is not _recipe(weights[0], how):
+            if any(map(operator.is_not, entry.recipes, _recipes(weights, how))):
                 return None
             entry.changes = now
         same = all(map(operator.is_, [ref() for ref in entry.others], weights[1:]))
@@ -157,7 +157,8 @@ class PackedStore:
         name: Callable[[Tensor], str | None],
         flaws: Flaws,
     ) -> Any:
-        now, recipe = changes(), _recipe(weights[0], how)
+        now, recipes = changes(), _recipes(weights, how)
+        recipe = recipes[0]
         mask, seed = _values(recipe, how)
         branches = [_branch(weight) if how.rank else None for weight in weights]
         packed: Any
@@ -181,7 +182,7 @@ class PackedStore:
             if len(parts) > 1:
                 packed = Packed(torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts]), packed.k)
         self.conversions += len(weights)
-        entry = _Entry(state, recipe, tuple(weakref.ref(weight) for weight in weights[1:]), packed, now)
+        entry = _Entry(state, recipes, tuple(weakref.ref(weight) for weight in weights[1:]), packed, now)
         mine = self._entries.setdefault(weights[0], {})
         for key in [key for key, old in mine.items() if any(ref() is None for ref in old.others)]:
             del mine[key]
@@ -197,6 +198,10 @@ def _key(weights: tuple[Tensor, ...], how: PackedWeight) -> tuple[object, ...]:
 @functools.lru_cache(maxsize=1 << 12)
 def _transform(how: PackedWeight) -> PackedWeight:
     return replace(how, weights=())
+
+
+def _recipes(weights: tuple[Tensor, ...], how: PackedWeight) -> tuple[Attachment | None, ...]:
+    return tuple(_recipe(weight, how) for weight in weights)
 
 
 def _recipe(weight: Tensor, how: PackedWeight) -> Attachment | None:

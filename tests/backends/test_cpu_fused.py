@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import GRAPH, relative
 from tahf4_compiler.backends import cpu
-from tahf4_compiler.backends.cpu import build
 from tahf4_compiler.backends.cpu.programs import encode
 
 import tahf4_compiler as tahf4
@@ -22,14 +21,7 @@ FLOAT, HALF = "float32", "bfloat16"
 reference = torch.ops.tahf4
 
 
-def sets():
-    if not cpu.available():
-        return []
-    found = build.loaded().tahf4_instruction_sets()
-    return [name for bit, name in enumerate(build.SETS) if bit and found >> bit & 1]
-
-
-@pytest.fixture(params=sets(), autouse=True)
+@pytest.fixture(params=cpu_operators.sets()[1:], autouse=True)
 def _set(request, monkeypatch):
     monkeypatch.setenv("TAHF4_CPU_ISA", request.param)
     registry.kernels()

@@ -5,35 +5,17 @@ from __future__ import annotations
 import hif4_published as published
 import pytest
 import torch
+from cpu_operators import DTYPES, assert_same
 from tahf4_compiler.backends import cpu
-from tahf4_compiler.backends.cpu import build, calls
+from tahf4_compiler.backends.cpu import calls
 
 from tahf4_compiler import FormatError
 from tahf4_compiler.format.scale_search import search_scales
-from tahf4_compiler.ops import registry
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = (8, 9, 10, 12)
 PROGRAM = "v0: float32 = to(x0)\nv1: float32 = mul(v0, v0)"
 reference, ours = torch.ops.tahf4, torch.ops.tahf4_cpu
-
-
-def sets():
-    found = build.loaded().tahf4_instruction_sets() if cpu.available() else 0
-    return [name for bit, name in enumerate(build.SETS) if bit == 0 or found >> bit & 1]
-
-
-@pytest.fixture(params=sets())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("TAHF4_CPU_ISA", request.param)
-    registry.kernels()
-    return request.param
-
-
-def assert_same(found, wanted):
-    assert torch.equal(found[1].view(torch.int32), wanted[1].view(torch.int32))  # NaN, too
-    assert torch.equal(found[0], wanted[0])
 
 
 def values(rows, k, seed=0):
@@ -46,7 +28,7 @@ def values(rows, k, seed=0):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k", [64, 130, 5120])
-def test_conversion_is_bit_exact(isa, k, form):
+def test_conversion_is_bit_exact(instruction_set, k, form):
     for dtype in DTYPES:
         x, multiplier = values(40, k).to(dtype), torch.rand(k) + 0.5
         found = ours.quantize(x, None, 0, 4, form)
@@ -60,19 +42,19 @@ def test_conversion_is_bit_exact(isa, k, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_program_before_it(isa, form):
+def test_a_program_before_it(instruction_set, form):
     x = values(40, 1088).bfloat16()
     for function in (ours.fused_quantize, calls.fused_quantize):
         found = function([x], PROGRAM, None, 64, 4, form)
         if found is NotImplemented:
-            assert isa == "none"
+            assert instruction_set == "none"
             continue
         assert_same(found, reference.fused_quantize([x], PROGRAM, None, 64, 4, form))
         assert not torch.equal(found[0], reference.fused_quantize([x], PROGRAM, None, 64, 4, form - 8)[0])
 
 
 @pytest.mark.parametrize("span", [0, 1, 2])
-def test_the_result_of_a_product(isa, span):
+def test_the_result_of_a_product(instruction_set, span):
     """The operands' span is their own; the rounding is that of the result."""
     x, weight = (torch.randn(m, 256, generator=torch.Generator().manual_seed(m)) for m in (9, 320))
     sides = (*reference.quantize(x, None, 0, 4, span), *reference.quantize(weight, None, 0, 4, span))
@@ -85,7 +67,7 @@ def test_the_result_of_a_product(isa, span):
     assert_same(rounded, reference.quantize(y, None, 0, 4, 9))
     assert not torch.equal(plain[0], rounded[0])
     called = calls.linear_quantize(*product, 4, span + 8)
-    assert called is NotImplemented if isa == "none" else torch.equal(called[0], rounded[0])
+    assert called is NotImplemented if instruction_set == "none" else torch.equal(called[0], rounded[0])
 
 
 def test_searched_weights(monkeypatch):
@@ -98,7 +80,7 @@ def test_searched_weights(monkeypatch):
     assert_same(found[:2], wanted[:2])
 
 
-def test_numbers_that_are_no_form_are_refused(isa):
+def test_numbers_that_are_no_form_are_refused(instruction_set):
     x = torch.randn(3, 64)
     for form in (-1, -8, 3, 5, 11, 13, 16, 24):
         with pytest.raises(FormatError):

@@ -31,13 +31,35 @@ def test_a_program_that_gives_back_what_it_writes_to_buffers_is_refused() -> Non
 
 @pytest.mark.parametrize(
     "other",
-    [torch.ones(5, 64), torch.ones(4, 64, dtype=torch.float64), torch.ones(64), torch.ones(4, 64, device="meta")],
+    [torch.ones(5, 64), torch.ones(4, 64, dtype=torch.float64), torch.ones(4), torch.ones(4, 64, device="meta")],
     ids=["rows", "dtype", "axes", "device"],
 )
 def test_an_argument_of_another_kind_than_captured_is_refused(other: torch.Tensor) -> None:
     lowered = tahf4.lower(tahf4.capture(nn.Sequential(nn.Linear(64, 64)).eval(), (torch.ones(4, 64),)))
     with pytest.raises(tahf4.CaptureError, match="the graph was captured for"):
         lowered(other)
+
+
+class Sum(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("rows", "refused"),
+    [((2, 2), False), ((8, 8), False), ((2, 4), True), ((1, 1), True), ((9, 9), True)],
+)
+def test_sizes_of_one_dynamic_axis_are_equal_and_in_its_range(rows: tuple[int, int], refused: bool) -> None:
+    axis = {0: torch.export.Dim("rows", min=2, max=8)}
+    lowered = tahf4.lower(
+        tahf4.capture(Sum(), (torch.ones(4, 3), torch.ones(4, 3)), dynamic_shapes={"x": axis, "y": axis})
+    )
+    given = [torch.ones(count, 3) for count in rows]
+    if not refused:
+        torch.testing.assert_close(lowered(*given), given[0] * 2)
+        given = [value.double() for value in given]
+    with pytest.raises(tahf4.CaptureError, match="the graph was captured for"):
+        lowered(*given)
 
 
 def test_weights_without_a_version_counter_are_read_under_the_version_check() -> None:

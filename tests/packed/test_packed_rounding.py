@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from models import wan
-from torch import nn
+from packed_block import GRAPH, make
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.checkpoint.convert import quantize_checkpoint
@@ -18,7 +18,6 @@ from tahf4_compiler.format import hif4
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.linear import HiF4Linear
 
-GRAPH = {"inductor": False}
 VENDOR = "bfloat16_half_away"
 
 
@@ -26,28 +25,6 @@ VENDOR = "bfloat16_half_away"
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-class Net(nn.Module):
-    def __init__(self, dim: int = 256) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-def make(**how):
-    torch.manual_seed(0)
-    model = Net().eval().requires_grad_(False)
-    if how:
-        tahf4.quantize_(model, **how)
-    return model
-
-
-@pytest.fixture
-def x():
-    return torch.randn(2, 24, 256, generator=torch.Generator().manual_seed(1))
 
 
 def codes(model):

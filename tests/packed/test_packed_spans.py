@@ -8,7 +8,8 @@ import dataclasses
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from models import Stack, wan
+from models import Block, Stack, wan
+from packed_block import GRAPH, make
 from torch import nn
 from torch.distributed.tensor import Shard
 
@@ -21,35 +22,11 @@ from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.weights.checksum import checksum
 from tahf4_compiler.weights.packing import pack_transformed
 
-GRAPH = {"inductor": False}
-
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-class Net(nn.Module):
-    def __init__(self, dim: int = 256) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-def make(span=1):
-    torch.manual_seed(0)
-    model = Net().eval().requires_grad_(False)
-    if span != 1:
-        tahf4.quantize_(model, scale_span=span)
-    return model
-
-
-@pytest.fixture
-def x():
-    return torch.randn(2, 24, 256, generator=torch.Generator().manual_seed(1))
 
 
 def holds(linear, span):
@@ -59,9 +36,9 @@ def holds(linear, span):
 
 @pytest.mark.parametrize("span", [2, 4, "row"])
 def test_a_packed_model_holds_it_and_runs_as_the_compiled_original(x, span):
-    packed, plain = make(span), make()
+    packed, plain = make(scale_span=span), make()
     assert all(holds(linear, span) for linear in packed_linears(packed).values())
-    assert not any(holds(linear, span) for linear in packed_linears(make_units()).values())
+    assert not any(holds(linear, span) for linear in packed_linears(make(scale_span=1)).values())
     compiled = tahf4.lower(tahf4.capture(plain, (x,)), options={**GRAPH, "scale_span": span})
     torch.testing.assert_close(packed(x), compiled(x), rtol=1e-3, atol=1e-3)
     lowered = tahf4.lower(tahf4.capture(packed, (x,)), options=GRAPH)
@@ -72,28 +49,22 @@ def test_a_packed_model_holds_it_and_runs_as_the_compiled_original(x, span):
 
 
 def test_torch_compile_runs_packed_and_plain_models(x):
-    packed, plain = make("row"), make()
+    packed, plain = make(scale_span="row"), make()
     options = {**GRAPH, "scale_span": "row"}
     for model in (packed, plain):
         found = torch.compile(model, backend="tahf4", options=options)(x)
         torch.testing.assert_close(found, packed(x), rtol=1e-3, atol=1e-3)
 
 
-def make_units():
-    model = make()
-    tahf4.quantize_(model)
-    return model
-
-
 def test_the_plan_of_quantize_says_it(x):
     plan = tahf4.quantize_(make(), scale_span=4)
     assert [d.span for d in plan] == [4, 4]
-    again = tahf4.plan_modules(make(4))
+    again = tahf4.plan_modules(make(scale_span=4))
     assert [d.span for d in again] == [4, 4]
 
 
 def test_other_numbers_of_bits_ignore_it(x):
-    packed, units = make("row"), make_units()
+    packed, units = make(scale_span="row"), make(scale_span=1)
     for model in (packed, units):
         tahf4.set_activation_bits(model, 8)
     assert (packed(x) - units(x)).norm() < 0.1 * units(x).norm()
@@ -102,7 +73,7 @@ def test_other_numbers_of_bits_ignore_it(x):
     assert {d.span for d in lowered.plan} == {1}
     # The option of a compilation comes before the module's bits, and leaves its span.
     again = tahf4.lower(tahf4.capture(packed, (x,)), options={**GRAPH, "activation_bits": 4})
-    wanted = make("row")
+    wanted = make(scale_span="row")
     torch.testing.assert_close(again(x), wanted(x), rtol=1e-3, atol=1e-3)
     nodes = [n for n in again.graph_module.graph.nodes if getattr(n.target, "_opname", "").endswith("quantize")]
     assert nodes and all(0 in n.args[-3:] for n in nodes)
@@ -119,8 +90,8 @@ def test_a_reconstruction_with_another_span_is_not_taken():
 
 
 def test_state_dicts(x):
-    packed = make("row")
-    empty, units = make("row"), make_units()
+    packed = make(scale_span="row")
+    empty, units = make(scale_span="row"), make(scale_span=1)
     for linear in packed_linears(empty).values():
         linear.weight_codes.zero_()
     empty.load_state_dict(packed.state_dict())
@@ -230,7 +201,7 @@ def test_a_recipe_whose_weights_do_not_hold_it_is_refused(calibration, tmp_path)
 @pytest.mark.parametrize("span", [2, "row"])
 def test_reconstruction_over_several_blocks_of_moments_holds_one_scale_a_row(span):
     torch.manual_seed(0)
-    model = Net(320).eval()
+    model = Block(320, 640).eval()
     with tahf4.calibrate(model, options=GRAPH, moments=128) as found:
         model(torch.randn(400, 320))
     recipe = found.recipe(mask=None, block=64, sensitivity=False, scale_span=span)
@@ -267,9 +238,9 @@ def test_dtensor_shards_k_in_whole_spans_only():
 
 
 def test_a_linear_that_ranks_divide_along_k_keeps_whole_spans_or_none():
-    linear = make("row").down
+    linear = make(scale_span="row").down
     assert not styles._spans_fit(linear, 2)
-    linear = make(4).down  # 8 units
+    linear = make(scale_span=4).down  # 8 units
     assert styles._spans_fit(linear, 2)
     assert not styles._spans_fit(linear, 4)
-    assert styles._spans_fit(make_units().down, 4)
+    assert styles._spans_fit(make(scale_span=1).down, 4)

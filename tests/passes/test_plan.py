@@ -80,6 +80,15 @@ def test_a_second_plan_takes_the_place_of_the_first():
     assert len(ran.plan) == 1
 
 
+@pytest.mark.parametrize(("keep", "word"), [([], "hif4: in the budget"), (["w"], "high_precision: kept: 'w' matches")])
+def test_a_branch_counts_where_its_linear_runs_in_4_bits(keep, word):
+    recipe = {"blocks.0.w": Attachment("hif4", "in the budget", rank=8)}
+    (decision,) = assert_pass(ONE.format("body: in a block"), Plan(), ONE.format(word), recipe=recipe, keep=keep).plan
+    chosen = not keep
+    assert decision.rank == (8 if chosen else 0)
+    assert decision.bytes_after == (64 * 36 + 2 * 8 * 64 * 4 if chosen else 64 * 64 * 4)
+
+
 # What cannot be quantized.
 
 

@@ -185,6 +185,24 @@ def test_what_the_model_holds_gets_the_bits_of_the_plan():
     assert [d.activation_bits for d in ran.plan] == [8] and ran.record.matches == 1
 
 
+def test_what_the_model_holds_stays_as_it_is_without_a_plan():
+    def forget(graph_module):
+        for node in graph_module.graph.nodes:
+            node.meta.pop(DECISION, None)
+
+    text = """
+        x: f32[4, 64]
+        wc: {}
+        ws: {}
+        c, s = tahf4.quantize(x, None, 0, 8)
+        y = tahf4.linear(c, s, wc, ws, None, f32)
+        return y
+    """
+    given = 'param.u8[64, 32] = "w.weight_codes"', 'param.i32[64, 1] = "w.weight_scales"'
+    held = text.format("held codes of wc", "held scales of ws")
+    assert_pass(text.format(*given), Quantize(), held, first=[Normalize()], run=False, prepare=forget)
+
+
 def test_a_linear_with_an_activation_in_8_bits():
     head = "x: f32[4, 64]\n {}\n v: {}[64, 64]\n"
     assert_pass(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import DECISION, Attachment, assert_pass
+from graphs import DECISION, Attachment, LowRank, assert_pass
 from tahf4_compiler.passes.normalize import Normalize
 from tahf4_compiler.passes.share import Share
 
@@ -71,6 +71,30 @@ def test_their_biases_stand_one_after_the_other():
         Share(),
         merged_inputs(head) + MERGED.replace("p =", "j = cat([b, e])\n p =").format("j") + READ,
     )
+
+
+def test_the_product_has_the_span_of_its_parts():
+    def spanned(text):
+        return text.format(None, None).replace(", 0)", ", 0, 4, 2)").replace(", f32)", ", f32, 2)")
+
+    x = "x: f32[4, 64]\n"
+    assert_pass(
+        f"{x} q: hif4[64, 64] span 2\n k: hif4[32, 64] span 2\n {spanned(SHARED)} {READ}",
+        Share(),
+        f"{x} q+k: hif4[64+32, 64] span 2\n {spanned(MERGED)} {READ}",
+    )
+
+
+@pytest.mark.parametrize("ranks", [(8, 16), (16, 8), (0, 16), (16, 0)])
+def test_the_weight_has_the_largest_rank_of_its_parts(ranks):
+    head = "x: f32[4, 64]\n q: hif4[64, 64]{}\n k: hif4[32, 64]{}\n"
+    words = [f" rank {rank}" if rank else "" for rank in ranks]
+    merged = "x: f32[4, 64]\n q+k: hif4[64+32, 64] rank 16\n" + MERGED.format(None)
+    recipe = {
+        name: Attachment("hif4", "", rank=rank, low_rank=LowRank(torch.zeros(64, rank), torch.zeros(rank, rows)))
+        for name, rank, rows in zip("qk", ranks, (64, 32), strict=True)
+    }
+    assert_pass(head.format(*words) + TWICE.format(None, None) + READ, Share(), merged + READ, recipe=recipe)
 
 
 def test_quantizations_alone_are_shared_if_that_is_asked_for():
@@ -197,6 +221,22 @@ def test_a_view_of_three_axes_that_cuts_the_last_and_joins_it_with_rows_gets_a_c
     head = QK.replace("x: f32[4, 64]", "x: f32[2, 4, 64]")
     rest = "h = view(y, [2, 8, 32])\n a = neg(h)\n b = neg(z)\n return a, b"
     assert_pass(head + TWICE.format(None, None) + rest, Share(), merged_inputs(head) + COPIED.format(None) + rest)
+
+
+def test_who_reads_pairs_as_complex_numbers_gets_a_copy():
+    """A row of 64 + 33 values does not begin where a pair may."""
+    head = QK.replace("k: hif4[32, 64]", "k: hif4[33, 64]")
+    rest = """
+        h = view(y, [4, 32, 2])
+        i = view_as_complex(h)
+        j = view_as_real(i)
+        a = neg(j)
+        b = neg(z)
+        return a, b
+    """
+    after = COPIED.format(None).replace("[64, 32], -1", "[64, 33], -1")
+    inputs = "x: f32[4, 64]\n q+k: hif4[64+33, 64]\n"
+    assert_pass(head + TWICE.format(None, None) + rest, Share(), inputs + after + rest)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tahf4_compiler.plugins import entry_points, host
 @pytest.fixture
 def fresh(monkeypatch):
     monkeypatch.setattr(host, "_loaded", False)
-    monkeypatch.setattr(host, "_functions", {})
+    monkeypatch.setattr(host, "_functions", [])
 
 
 def test_a_backend_that_cannot_be_loaded_is_told_each_time(fresh, monkeypatch):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tahf4_compiler.format.hif4 import Packed
+from tahf4_compiler.format.low_rank import LowRank
 from tahf4_compiler.graph.inputs import PackedWeight
 from tahf4_compiler.model.attachments import Attachment, attach
 from tahf4_compiler.weights import checksum
@@ -97,6 +99,35 @@ def test_groups_that_begin_alike_are_made_apart_and_dropped_with_their_members(s
     model["q"].weight.mul_(2)
     get(store, weights(model, "qv"), TWO)
     assert len(store._entries[model["q"].weight]) == 1
+
+
+def branch() -> Attachment:
+    return Attachment("hif4", "", rank=8, low_rank=LowRank(torch.ones(64, 8), torch.ones(8, 32)))
+
+
+def test_a_group_is_known_by_its_members_where_another_weight_got_the_id_of_one(store, model, monkeypatch):
+    monkeypatch.setattr(module, "id", lambda weight: 0, raising=False)
+    model["v"].weight.copy_(model["k"].weight)
+    attach(model, {"k": branch()})
+    how = PackedWeight((0, 1), rank=8)
+    first, second = get(store, weights(model, "qk"), how), get(store, weights(model, "qv"), how)
+    assert torch.equal(first[:32], second[:32]) and not torch.equal(first[32:], second[32:])
+
+
+def test_what_is_attached_to_any_weight_of_a_group_is_noticed(store, model):
+    how, given = PackedWeight((0, 1), rank=8), weights(model, "qk")
+    first = get(store, given, how)
+    attach(model["k"], {"": branch()})
+    assert not torch.equal(get(store, given, how)[32:], first[32:])
+
+
+def test_a_weight_that_is_on_another_device_than_its_codes_is_made_there(store, model):
+    (weight,) = weights(model, "q")
+    first = get(store, (weight,))
+    (entry,) = store._entries[weight].values()
+    entry.packed = Packed(*(part.to("meta") for part in entry.packed[:2]), entry.packed.k)
+    again = get(store, (weight,))
+    assert again.device == weight.device and torch.equal(again, first)
 
 
 @pytest.mark.parametrize(
