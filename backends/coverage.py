@@ -20,12 +20,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.linears import matching
+from ..model.linears import matching, plain_path
 from ..model.reasons import Cause
 from ..packed.plan import left_out, plan_modules, why_nothing
-from ..torch_private import around_calls, compiler_is_off, graph_breaks
+from ..torch_private import (
+    Around,
+    around_calls,
+    compiler_is_off,
+    compiler_stance,
+    graph_breaks,
+    outermost_that_holds,
+)
 
-__all__ = ["ran", "say_off", "say_overruled", "say_transformed", "watch"]
+__all__ = ["ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +80,18 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         model: a call of it runs compiled now.
         keep: patterns of linears that stay in high precision.
     """
+    _mark_copied(model)
+    if model not in _said:
+        around_calls(model, watcher(model, keep))
+
+
+def _mark_copied(model: nn.Module) -> None:
     if model._compiled_call_impl is not None:
         model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
-    if model in _said:
-        return
+
+
+def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
+    """Return what :func:`watch` lets the calls go through."""
     linears: dict[str, nn.Module] | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
@@ -87,14 +102,15 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
     def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
         nonlocal look, linears, wanted, calls
         first, quantized = linears is None, _ran.quantized
-        if linears is None:
-            linears = _linears(model, keep)
-            if text := left_out(model):
-                log.warning("%s: %s", type(model).__name__, text)
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
         with _collected() as (planned, read), _python_calls(outside) if looks else contextlib.nullcontext():
             result = call(*args, **kwargs)
+        if linears is None:
+            _mark_copied(model)
+            linears = _linears(model, keep)
+            if text := left_out(model):
+                log.warning("%s: %s", type(model).__name__, text)
         if first and not linears and _ran.quantized == quantized:
             _say_nothing(model)
         if not wanted.keys() <= planned or not wanted:
@@ -114,12 +130,12 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         look -= looks
         if looks and not look:
             explained.update(met)
-        if found and model not in _said:
-            _said.add(model)
-            _say(type(model).__name__, found)
+        if found and (whole := outermost_that_holds(model)) not in _said:
+            _said.update((model, whole))
+            _say(whole, model, found)
         return result, bool(found)
 
-    around_calls(model, around)
+    return around
 
 
 @contextlib.contextmanager
@@ -258,14 +274,22 @@ def say_transformed(model: nn.Module) -> None:
     )
 
 
-def _say(name: str, paths: Sequence[str]) -> None:
-    causes = "; ".join(graph_breaks()[:2]) or "none"
+def _say(whole: nn.Module, model: nn.Module, paths: Sequence[str]) -> None:
+    prefix = next(f"{path}." if path else "" for path, module in whole.named_modules() if module is model)
+    alike = "" if whole is model else f"; other {type(model).__name__}s that were compiled one by one may be alike"
+    if compiler_is_off():
+        causes = "its compiler is off now (torch._dynamo.config.disable, TORCHDYNAMO_DISABLE)"
+    elif (stance := compiler_stance()) != "default":
+        causes = f"torch.compiler.set_stance({stance!r})"
+    else:
+        causes = "; ".join(graph_breaks()[:2]) or "none, as where a whole forward is under torch.compiler.disable"
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
-        "(%s). Dynamo's most frequent reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
+        "(%s%s). Dynamo's most frequent reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
         "fullgraph=True turns a graph break into an error. What Dynamo gave up stays so until torch._dynamo.reset().",
-        name,
+        type(whole).__name__,
         len(paths),
-        _listed(paths),
+        _listed([plain_path(prefix + path) for path in paths]),
+        alike,
         causes,
     )

@@ -23,6 +23,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 __all__ = [
     "AUTOCAST",
+    "Around",
     "Interpreter",
     "around_calls",
     "before_frames",
@@ -32,6 +33,7 @@ __all__ = [
     "compile_for_values",
     "compiled_whole",
     "compiler_is_off",
+    "compiler_stance",
     "derivative_asked",
     "dynamo_scope",
     "dynamo_source",
@@ -39,11 +41,13 @@ __all__ = [
     "graph_breaks",
     "has_tangent",
     "keep_number",
+    "outermost_that_holds",
     "outside_of_tracing",
     "refuse_in_inductor",
     "replaced_linear",
     "transformed_regions",
     "weights_are_constants",
+    "when_compiled",
     "without_compiled_calls",
 ]
 
@@ -124,6 +128,13 @@ def compiler_is_off() -> bool:
     return bool(torch._dynamo.config.disable) or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 
 
+def compiler_stance() -> str:
+    """Return what ``torch.compiler.set_stance`` was called with last: ``"default"`` if it was not."""
+    from torch._dynamo.eval_frame import _stance
+
+    return str(_stance.stance)
+
+
 def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:
     """Return the nodes of Dynamo's graph that stand under transforms of functions (``torch.vmap``, ``torch.func``).
 
@@ -201,26 +212,36 @@ def caller_that_holds(part: object) -> nn.Module | None:
     Dynamo compiles the frames below a graph break one by one and does not say what called them, so the modules that run
     are looked for where Python keeps them: on the stack, as ``self`` of a call.
     """
-    if part is None:
-        return None
-    frame = sys._getframe(1)
-    outermost: nn.Module | None = None
+    module = None
+    for called, module in _callers_that_hold(part):
+        if module._compiled_call_impl is not None or module is not called:
+            break
+    return module
+
+
+def outermost_that_holds(part: nn.Module) -> nn.Module:
+    """Return the outermost module that runs now and holds a module, compiled or not; else the module itself."""
+    return [part, *(module for _, module in _callers_that_hold(part))][-1]
+
+
+def _callers_that_hold(part: object) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield the modules on the stack that hold a module or parameter, the innermost first, and what they compile."""
+    frame = sys._getframe(1) if part is not None else None
     while frame is not None:
         called = frame.f_locals.get("self")
         if isinstance(called, nn.Module):
             module: nn.Module = getattr(called, "_orig_mod", called)
             parts = module.modules() if isinstance(part, nn.Module) else module.parameters()
             if any(other is part for other in parts):
-                outermost = module
-                if module._compiled_call_impl is not None or module is not called:
-                    return module
-        frame = frame.f_back  # type: ignore[assignment]
-    return outermost
+                yield called, module
+        frame = frame.f_back
 
 
-def around_calls(
-    model: nn.Module, around: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
-) -> None:
+Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
+"""Takes a compiled call with its arguments; returns the result, and whether this was the last one to go through it."""
+
+
+def around_calls(model: nn.Module, around: Around) -> None:
     """Let the calls of a compiled module, which runs now, go through a function until it has seen enough.
 
     Nothing happens if the module was not compiled itself, as where a function that calls it was, or if its calls go
@@ -228,10 +249,8 @@ def around_calls(
 
     Args:
         model: as it was before ``torch.compile``.
-        around: takes the compiled call with its arguments; returns the result, and whether this was the last one.
+        around: see :data:`Around`.
     """
-    from torch._dynamo.eval_frame import skip_code
-
     frame = sys._getframe(1)
     while frame is not None:
         host = frame.f_locals.get("self")
@@ -244,22 +263,61 @@ def around_calls(
         frame = frame.f_back  # type: ignore[assignment]
     else:
         return
-    held: nn.Module = host
-    original = getattr(held, name)
-    if hasattr(original, "_tahf4_around"):
-        return
+    if not hasattr(getattr(host, name), "_tahf4_around"):
+        setattr(host, name, _going_through(around, host, name, getattr(host, name)))
+
+
+def _going_through(around: Around, host: nn.Module, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what is to stand in an attribute of a module in the place of a compiled call."""
+    from torch._dynamo.eval_frame import skip_code
 
     @functools.wraps(original)  # Dynamo, where it traces a call, finds there what stands behind
     def call(*args: Any, **kwargs: Any) -> Any:
         result, last = around(original, args, kwargs)
-        if last and held.__dict__.get(name) is call:
-            setattr(held, name, original)
+        if last and host.__dict__.get(name) is call:
+            setattr(host, name, original)
         return result
 
     around = torch.compiler.disable(around)  # another compilation around this one gets nothing more than before
     skip_code(call.__code__)  # type: ignore[attr-defined]
     call._tahf4_around = True  # type: ignore[attr-defined]
-    setattr(held, name, call)
+    return call
+
+
+def when_compiled(
+    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any]], Around | None]
+) -> None:
+    """Call a function where a module is given to ``torch.compile``, from now on until the process ends.
+
+    A backend is told of graphs alone. Of a module whose code Dynamo never begins to compile, there is none.
+
+    Args:
+        backend: that the module is compiled with.
+        function: takes the module and the keywords of the backend (``options``, ``mode``); returns what the compiled
+            calls are to go through, or None.
+    """
+    from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
+
+    own = OptimizeContext.__call__
+
+    @functools.wraps(own)
+    def compiled(self: Any, given: Any) -> Any:
+        result, compiler = own(self, given), innermost_backend(self.callback)
+        model = given if isinstance(given, nn.Module) else getattr(given, "__self__", None)
+        called = model is given or getattr(given, "__name__", "") == "_call_impl"  # which nn.Module.compile compiles
+        if isinstance(model, nn.Module) and called and _is(compiler, backend):
+            around = function(model, getattr(compiler, "kwargs", {}))
+            if around is not None and model is given:
+                result.forward = _going_through(around, result, "forward", result.forward)
+            elif around is not None:
+                result = _going_through(around, model, "_compiled_call_impl", result)
+        return result
+
+    OptimizeContext.__call__ = compiled  # type: ignore[method-assign]
+
+
+def _is(compiler: Any, backend: Callable[..., Any]) -> bool:
+    return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
 
 
 def before_frames(
@@ -288,14 +346,11 @@ def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[...,
     from torch._dynamo.convert_frame import _compile
     from torch._dynamo.eval_frame import innermost_backend
 
-    def ours(compiler: Any) -> bool:
-        return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
-
     def in_place(module: nn.Module) -> bool:
         call: Any = module._compiled_call_impl
         call = call.__wrapped__ if hasattr(call, "_tahf4_around") else call
         held = inspect.getclosurevars(call).nonlocals if inspect.isfunction(call) else {}
-        return "self" in held and ours(innermost_backend(held["self"].callback))
+        return "self" in held and _is(innermost_backend(held["self"].callback), backend)
 
     def notice(_: Any) -> None:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
@@ -308,7 +363,7 @@ def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[...,
         values = frame.f_locals["locals"]  # a hook's own function has the module under another name than self
         module = next((v for v in (values.get("self"), *values.values()) if isinstance(v, nn.Module)), None)
         inside = module.modules() if module is not None else ()
-        if module is not None and ours(compiler):
+        if module is not None and _is(compiler, backend):
             function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
         elif parts := [m for m in inside if m._compiled_call_impl is not None and in_place(m)]:
             overruled(module, parts)
