@@ -3,15 +3,17 @@
 A backend sees graphs only. Code that Dynamo skips runs as it is, and nothing that the backend is told shows it; it can
 skip code that it compiled before, too (a hook came or went, a recompile limit, ``torch.vmap`` around the model). So
 each call collects the weights whose linears stand in its graphs. Where one is missing that the model's tree puts in 4
-bits, there are three ways. A graph read the weight for something else than a linear: that is said. Or the next calls
-are looked at from outside, and Python itself calls the linear: that is said, too. One that is not called, as in another
-expert or in a block that a cache left out, is not said.
+bits, there are these ways. A graph read the weight for something else than a linear: that is said. Or the next calls
+are looked at from outside, and Python itself calls the linear: that is said, too, and also where a function calls
+``F.linear``, whose weight cannot be seen from outside. One that is not called, as in another expert or in a block that
+a cache left out, is not said.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import weakref
@@ -43,6 +45,7 @@ _COPIED = "_tahf4_copied"
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
+_functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 
 USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
@@ -104,7 +107,8 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
         first, quantized = linears is None, _ran.quantized
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
-        with _collected() as (planned, read), _python_calls(outside) if looks else contextlib.nullcontext():
+        functional: set[str] = set()
+        with _collected() as (planned, read), _python_calls(outside, functional) if looks else contextlib.nullcontext():
             result = call(*args, **kwargs)
         if linears is None:
             _mark_copied(model)
@@ -127,6 +131,8 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
                 look = _LOOKS if missing not in explained else 2
             used = {path: _why(weight, read) for path, weight in _weights(linears) if path in missing}
             _say_used(model, {path: why for path, why in used.items() if why is not None})
+            if functional and (rest := [path for path, why in used.items() if why is None and path not in found]):
+                _say_functional(model, rest, sorted(functional))
         look -= looks
         if looks and not look:
             explained.update(met)
@@ -190,13 +196,16 @@ def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def _python_calls(modules: set[nn.Module]) -> Iterator[None]:
-    """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread."""
+def _python_calls(modules: set[nn.Module], functional: set[str]) -> Iterator[None]:
+    """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread, and who else calls ``F.linear``."""
     code = nn.Linear.forward.__code__
 
     def called(frame: Any, event: Any, argument: Any) -> None:
         if event == "call" and frame.f_code is code:
             modules.add(frame.f_locals["self"])
+        if event == "c_call" and argument is nn.functional.linear and frame.f_code is not code:
+            found = frame.f_code
+            functional.add(f"{found.co_name}, {os.path.basename(found.co_filename)}:{found.co_firstlineno}")
 
     sys.setprofile(called)
     try:
@@ -230,6 +239,21 @@ def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
         type(model).__name__,
         len(reasons),
         "; ".join(texts),
+    )
+
+
+def _say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[str]) -> None:
+    if model in _functional:
+        return
+    _functional.add(model)
+    log.warning(
+        "%s: %d linears of its repeated blocks stand in no graph (%s), and code that Dynamo did not hand to tahf4 "
+        "calls torch.nn.functional.linear (%s). With their weights, it runs in high precision. Let Dynamo see this code, or "
+        "call the modules there: what runs so is named.",
+        type(model).__name__,
+        len(paths),
+        _listed(paths),
+        "; ".join(callers[:3]),
     )
 
 

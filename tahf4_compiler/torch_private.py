@@ -298,7 +298,8 @@ def when_compiled(
     """
     from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
 
-    own = OptimizeContext.__call__
+    context: Any = OptimizeContext
+    own = context.__call__
 
     @functools.wraps(own)
     def compiled(self: Any, given: Any) -> Any:
@@ -313,7 +314,7 @@ def when_compiled(
                 result = _going_through(around, model, "_compiled_call_impl", result)
         return result
 
-    OptimizeContext.__call__ = compiled  # type: ignore[method-assign]
+    context.__call__ = compiled
 
 
 def _is(compiler: Any, backend: Callable[..., Any]) -> bool:

@@ -9,7 +9,8 @@ import torch
 from helpers import GRAPH
 from models import Stack
 from tahf4_compiler.backends import coverage
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 REASON = "because Dynamo did not hand their code to tahf4"
 
@@ -64,6 +65,44 @@ def test_one_block_that_is_disabled_is_named_and_the_others_run_in_4_bits(caplog
         assert not torch.equal(model(x), plain)
     (message,) = said(caplog)
     assert "(blocks.1.up, blocks.1.down; " in message
+
+
+class Helped(Stack):
+    """Calls the function in a helper, or a block, and leaves the fourth block out."""
+
+    weights = "blocks.1"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        x = self.helper(x)
+        return self.blocks[2](x)
+
+    @torch.compiler.disable
+    def helper(self, x: Tensor) -> Tensor:
+        if self.weights == "module":
+            return self.blocks[1](x)
+        return F.linear(F.linear(x, self.blocks[1].up.weight), self.blocks[1].down.weight)
+
+
+def test_the_function_in_a_helper_that_is_disabled_is_said_once(caplog):
+    model, x = Helped().eval(), torch.randn(4, 64)
+    call = compiled(model, "whole")
+    for _ in range(6):
+        call(x)
+    (message,) = said(caplog)
+    assert message.startswith("Helped: 2 linears of its repeated blocks stand in no graph (blocks.1.up, blocks.1.down)")
+    assert "(helper, test_never_begun.py:" in message
+
+
+def test_modules_are_not_said_to_be_functions(caplog):
+    """A block that a cache left out stands in no graph, and another that is hidden calls its linears."""
+    model, x = Helped(4).eval(), torch.randn(4, 64)
+    model.weights = "module"
+    call = compiled(model, "whole")
+    for _ in range(6):
+        call(x)
+    (message,) = said(caplog)
+    assert "2 linears" in message and "(blocks.1.up, blocks.1.down)" in message and REASON in message
 
 
 @pytest.mark.parametrize("kept", ["options", "pipeline"])
