@@ -248,8 +248,8 @@ def _say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[st
     _functional.add(model)
     log.warning(
         "%s: %d linears of its repeated blocks stand in no graph (%s), and code that Dynamo did not hand to tahf4 "
-        "calls torch.nn.functional.linear (%s). With their weights, it runs in high precision. Let Dynamo see this code, or "
-        "call the modules there: what runs so is named.",
+        "calls torch.nn.functional.linear (%s). With their weights, it runs in high precision. Let Dynamo see this "
+        "code, or call the modules there: what runs so is named.",
         type(model).__name__,
         len(paths),
         _listed(paths),
