@@ -3,9 +3,10 @@
 A backend sees graphs only. Code that Dynamo skips runs as it is, and nothing that the backend is told shows it; it can
 skip code that it compiled before, too (a hook came or went, a recompile limit, ``torch.vmap`` around the model). So
 each call collects the weights whose linears stand in its graphs. Where one is missing that the model's tree puts in 4
-bits, there are three ways. A graph read the weight for something else than a linear: that is said. Or the next calls
-are looked at from outside, and Python itself calls the linear: that is said, too. One that is not called, as in another
-expert or in a block that a cache left out, is not said.
+bits, there are these ways. A graph read the weight for something else than a linear: that is said. Or the next calls
+are looked at from outside, and Python itself calls the linear: that is said, too, and also where a function calls
+``F.linear``, whose weight cannot be seen from outside. One that is not called, as in another expert or in a block that
+a cache left out, is not said.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.linears import matching
+from ..model.linears import matching, plain_path
 from ..model.reasons import Cause
 from ..packed.plan import left_out, plan_modules, why_nothing
-from ..torch_private.calls import around_calls
-from ..torch_private.dynamo import compiler_is_off, graph_breaks
-from ..torch_private.frames import python_linears
+from ..torch_private.calls import Around, around_calls
+from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
+from ..torch_private.frames import outermost_that_holds, python_linears
 
-__all__ = ["ran", "say_off", "say_overruled", "say_transformed", "watch"]
+__all__ = ["ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _COPIED = "_tahf4_copied"
 _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
+_functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 
 USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
@@ -75,10 +77,18 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         model: a call of it runs compiled now.
         keep: patterns of linears that stay in high precision.
     """
+    _mark_copied(model)
+    if model not in _said:
+        around_calls(model, watcher(model, keep))
+
+
+def _mark_copied(model: nn.Module) -> None:
     if model._compiled_call_impl is not None:
         model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
-    if model in _said:
-        return
+
+
+def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
+    """Return what :func:`watch` lets the calls go through."""
     linears: dict[str, nn.Module] | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
@@ -89,14 +99,17 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
     def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
         nonlocal look, linears, wanted, calls
         first, quantized = linears is None, _ran.quantized
+        looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
+        outside: set[nn.Module] = set()
+        functional: set[str] = set()
+        watched = python_linears(outside, functional) if looks else contextlib.nullcontext()
+        with _collected() as (planned, read), watched:
+            result = call(*args, **kwargs)
         if linears is None:
+            _mark_copied(model)
             linears = _linears(model, keep)
             if text := left_out(model):
                 log.warning("%s: %s", type(model).__name__, text)
-        looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
-        outside: set[nn.Module] = set()
-        with _collected() as (planned, read), python_linears(outside) if looks else contextlib.nullcontext():
-            result = call(*args, **kwargs)
         if first and not linears and _ran.quantized == quantized:
             _say_nothing(model)
         if not wanted.keys() <= planned or not wanted:
@@ -113,15 +126,17 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
                 look = _LOOKS if missing not in explained else 2
             used = {path: _why(weight, read) for path, weight in _weights(linears) if path in missing}
             _say_used(model, {path: why for path, why in used.items() if why is not None})
+            if functional and (rest := [path for path, why in used.items() if why is None and path not in found]):
+                _say_functional(model, rest, sorted(functional))
         look -= looks
         if looks and not look:
             explained.update(met)
-        if found and model not in _said:
-            _said.add(model)
-            _say(type(model).__name__, found)
+        if found and (whole := outermost_that_holds(model)) not in _said:
+            _said.update((model, whole))
+            _say(whole, model, found)
         return result, bool(found)
 
-    around_calls(model, around)
+    return around
 
 
 @contextlib.contextmanager
@@ -202,6 +217,21 @@ def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
     )
 
 
+def _say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[str]) -> None:
+    if model in _functional:
+        return
+    _functional.add(model)
+    log.warning(
+        "%s: %d linears of its repeated blocks stand in no graph (%s), and code that Dynamo did not hand to tahf4 "
+        "calls torch.nn.functional.linear (%s). With their weights, it runs in high precision. Let Dynamo see this "
+        "code, or call the modules there: what runs so is named.",
+        type(model).__name__,
+        len(paths),
+        _listed(paths),
+        "; ".join(callers[:3]),
+    )
+
+
 def _listed(paths: Sequence[str]) -> str:
     return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
 
@@ -243,14 +273,22 @@ def say_transformed(model: nn.Module) -> None:
     )
 
 
-def _say(name: str, paths: Sequence[str]) -> None:
-    causes = "; ".join(graph_breaks()[:2]) or "none"
+def _say(whole: nn.Module, model: nn.Module, paths: Sequence[str]) -> None:
+    prefix = next(f"{path}." if path else "" for path, module in whole.named_modules() if module is model)
+    alike = "" if whole is model else f"; other {type(model).__name__}s that were compiled one by one may be alike"
+    if compiler_is_off():
+        causes = "its compiler is off now (torch._dynamo.config.disable, TORCHDYNAMO_DISABLE)"
+    elif (stance := compiler_stance()) != "default":
+        causes = f"torch.compiler.set_stance({stance!r})"
+    else:
+        causes = "; ".join(graph_breaks()[:2]) or "none, as where a whole forward is under torch.compiler.disable"
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
-        "(%s). Dynamo's most frequent reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
+        "(%s%s). Dynamo's most frequent reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
         "fullgraph=True turns a graph break into an error. What Dynamo gave up stays so until torch._dynamo.reset().",
-        name,
+        type(whole).__name__,
         len(paths),
-        _listed(paths),
+        _listed([plain_path(prefix + path) for path in paths]),
+        alike,
         causes,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import CaptureError, GradientError
+from ..errors import CaptureError, GradientError, Tahf4Error
 from ..graph.inputs import INPUT, GraphInput
 from ..graph.nodes import linear_path, linears
 from ..graph_capture.captured import Capture
@@ -27,12 +27,13 @@ from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
-from ..torch_private.dynamo import before_frames
+from ..torch_private.calls import Around
+from ..torch_private.dynamo import before_frames, when_compiled
 from ..torch_private.frames import caller_that_holds
 from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import USED_OTHERWISE, ran, say_off, say_overruled, say_transformed, watch
+from .coverage import USED_OTHERWISE, ran, say_off, say_overruled, say_transformed, watch, watcher
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -83,7 +84,17 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
         watch(model, options.keep)
 
 
+def _given(model: nn.Module, keywords: Mapping[str, Any]) -> Around | None:
+    """Watch a model from its first call on: it may be that Dynamo does not even begin."""
+    try:
+        options = Options.parse(keywords.get("options"), keywords.get("mode"))
+    except Tahf4Error:  # raised again where Dynamo comes to the backend
+        return None
+    return watcher(model, options.keep) if options.pipeline == "default" else None
+
+
 before_frames(tahf4, _begin, say_overruled)
+when_compiled(tahf4, _given)
 say_off()  # PyTorch imports this module where a model is compiled, also when it compiles nothing
 
 

@@ -15,7 +15,7 @@ from tahf4_compiler.plugins import host
 from tahf4_compiler.weights import formats
 
 REGISTRIES: tuple[Any, ...] = (
-    registry._kernels, registry._targets, host._functions, formats._formats, convert.observers,
+    registry._kernels, host._functions, formats._formats, convert.observers,
     pass_base._registry, pass_base._from_entry_points,
 )  # fmt: skip
 """Lists, sets and dictionaries, whose entries are pairs."""

@@ -394,3 +394,37 @@ def test_the_compiler_is_off_where_a_backend_gets_nothing(by, monkeypatch):
         assert dynamo.compiler_is_off() == (by != "nothing")
         torch.compile(Block(), backend=lambda graph, inputs: graphs.append(graph) or graph)(torch.randn(2, 64))
     assert bool(graphs) == (by == "nothing")
+
+
+def test_a_module_is_told_where_it_is_compiled_and_its_calls_go_through_a_function(monkeypatch):
+    from torch._dynamo.eval_frame import OptimizeContext
+
+    def mine(graph_module, example_inputs, options=None):
+        return graph_module.forward
+
+    def around(call, args, kwargs):
+        seen.append(frames.outermost_that_holds(model.blocks[0]))
+        return call(*args, **kwargs), False
+
+    def tell(*what):
+        told.append(what)
+        return around
+
+    told, seen, x = [], [], torch.randn(3, 64)
+    monkeypatch.setattr(OptimizeContext, "__call__", OptimizeContext.__call__)
+    dynamo.when_compiled(mine, tell)
+    torch.compile(Stack(depth=1), backend="eager")(x)
+    torch.compile(lambda x: x + 1, backend=mine)(x)
+    assert told == []
+    model = Stack(depth=1)
+    want = torch.compile(model, backend=mine, options={"some": 1})(x)
+    model.blocks[0].compile(backend=mine)
+    assert told == [(model, {"options": {"some": 1}}), (model.blocks[0], {})] and seen == [model]
+    assert torch.equal(model(x), want) and seen == [model, model]
+    assert frames.outermost_that_holds(model) is model
+
+
+def test_the_stance_of_the_compiler_is_known():
+    assert dynamo.compiler_stance() == "default"
+    with torch.compiler.set_stance("force_eager"):
+        assert dynamo.compiler_stance() == "force_eager"

@@ -12,6 +12,8 @@ from models import Stack
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from tahf4_compiler.format import hif4
+from tahf4_compiler.ops import reference
 from tahf4_compiler.torch_private import collectives, dynamo, frames, graphs, inductor, tensors
 
 
@@ -29,14 +31,21 @@ def test_the_stack_tells_functions_their_variables_and_libraries():
 
 
 def test_linears_that_python_calls_are_collected_and_compiled_ones_are_not():
-    model, x, found = Stack(depth=1), torch.randn(2, 64), set()
-    with frames.python_linears(found):
+    model, x, found, functional = Stack(depth=1), torch.randn(2, 64), set(), set()
+    with frames.python_linears(found, functional):
         model.first(x)
-    assert found == {model.first}
+    assert found == {model.first} and functional == set()
+    with frames.python_linears(set(), functional):
+        nn.functional.linear(x, model.last.weight)
+        codes = [part for tensor in (x, model.last.weight) for part in hif4.quantize(tensor)[:2]]
+        reference.linear(*codes, None, x.dtype)  # reads F.linear itself
+    assert [text.partition(":")[0] for text in functional] == [
+        "test_linears_that_python_calls_are_collected_and_compiled_ones_are_not, test_torch_private_contracts.py"
+    ]
     compiled = torch.compile(model, backend="eager")
     compiled(x)
     found.clear()
-    with frames.python_linears(found):
+    with frames.python_linears(found, functional):
         compiled(x)
     assert found == set()
     assert sys.getprofile() is None

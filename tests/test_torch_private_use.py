@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from test_architecture import ROOT, modules
+from test_architecture import product
 
 PRIVATE = "tahf4_compiler.torch_private"
 
@@ -80,12 +79,8 @@ def frame_uses(text: str) -> dict[str, int]:
     ("find", "allowed"), [(private_uses, PRIVATE), (frame_uses, f"{PRIVATE}.frames")], ids=["private names", "frames"]
 )
 def test_torch_private_alone_uses(find, allowed):
-    elsewhere = {name: path for name, path in modules().items() if not f"{name}.".startswith(f"{allowed}.")}
-    found = {
-        f"{path.relative_to(ROOT)}:{line}": use
-        for path in elsewhere.values()
-        for use, line in find(path.read_text()).items()
-    }
+    elsewhere = {name: source for name, source in product().items() if not f"{name}.".startswith(f"{allowed}.")}
+    found = {f"{name}:{line}": use for name, source in elsewhere.items() for use, line in find(source.text).items()}
     assert found == {}, "put it into tahf4_compiler/torch_private, with a test of what it promises"
 
 
@@ -106,5 +101,5 @@ def test_a_private_name_is_found(text, found):
 
 
 def test_every_listed_name_is_used():
-    used = {name for path in modules().values() for name, _ in names(ast.parse(Path(path).read_text()))}
+    used = {name for source in product().values() for name, _ in names(ast.parse(source.text))}
     assert [known for known in PUBLIC if not any(f"{name}.".startswith(f"{known}.") for name in used)] == []

@@ -151,7 +151,7 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         for kind in (_KEPT, _PACKED, _RECIPE):
             for name in module.__dict__.get(kind, {}):
-                if (parameter := module._parameters.get(name)) is None:
+                if (parameter := _parameter(module, name)) is None:
                     continue
                 known = _attachments.get(parameter)
                 if known is None or known[0]() is not module or known[1] != name:
@@ -162,6 +162,11 @@ def refresh(model: nn.Module) -> None:
 def _count() -> None:
     global _changes
     _changes += 1
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    held = module._parameters  # of TorchScript: no dictionary, and without get()
+    return held[name] if name in held else None  # noqa: SIM401
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -246,7 +251,7 @@ def _find(weight: object) -> dict[str, Attachment]:
     reference, name = entry
     owner = reference()
     held = owner is not None and any(part in owner.__dict__ for part in (_KEPT, _PACKED, _RECIPE))
-    if owner is not None and held and owner._parameters.get(name) is weight:
+    if owner is not None and held and _parameter(owner, name) is weight:
         kinds = ((kind, owner.__dict__.get(kind, {}).get(name)) for kind in (_KEPT, _PACKED, _RECIPE))
         return {kind: found for kind, found in kinds if found is not None}
     _count()

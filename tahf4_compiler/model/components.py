@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import OptionError
@@ -24,9 +25,10 @@ def experts(model: Any) -> dict[str, nn.Module]:
         model: an ``nn.Module``, or a diffusers pipeline with ``transformer``, ``transformer_2`` or ``unet``.
 
     Raises:
-        OptionError: neither.
+        OptionError: neither, or TorchScript.
     """
     if isinstance(model, nn.Module):
+        _refuse_script(type(model).__name__, model)
         return {"": model}
     found = {name: getattr(model, name, None) for name in EXPERTS}
     modules = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
@@ -34,7 +36,17 @@ def experts(model: Any) -> dict[str, nn.Module]:
         raise OptionError(
             f"got a {type(model).__name__}; expected an nn.Module, or a diffusers pipeline with a transformer or unet"
         )
+    for name, module in modules.items():
+        _refuse_script(name, module)
     return modules
+
+
+def _refuse_script(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise OptionError(
+            f"{name} is TorchScript (torch.jit.script, torch.jit.trace, torch.jit.load), of which no linear can be "
+            "observed, replaced or compiled. Give the model that it was made of."
+        )
 
 
 def unwrapped_experts(model: Any) -> dict[str, nn.Module]:

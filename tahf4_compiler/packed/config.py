@@ -25,6 +25,7 @@ __all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "arguments", "describe", "
 
 FORMAT_VERSION = 1
 _WITH_BRANCHES = 2  # of a model that has low-rank branches, which version 1 does not know
+_OTHERWISE_ROUNDED = 3  # of one whose activations are rounded as versions 1 and 2 do not, branches or not
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _KEYS = {"k": int, "n": int, "hadamard_block": int, "activation": str, "dtype": str}
 
@@ -91,11 +92,11 @@ class TaHF4Config:
         """
         if str(getattr(quant_method, "value", quant_method)) != Method.TAHF4.value:
             raise PackedError(f"quant_method is {quant_method!r}; expected 'tahf4'")
-        if format_version not in (FORMAT_VERSION, _WITH_BRANCHES) or type(format_version) is not int:
+        known = (FORMAT_VERSION, _WITH_BRANCHES, _OTHERWISE_ROUNDED)
+        if format_version not in known or type(format_version) is not int:
             raise PackedError(
-                f"the model was packed in format version {format_version!r}; this tahf4 reads {FORMAT_VERSION} and "
-                f"{_WITH_BRANCHES}. "
-                "Update tahf4, or quantize the original again."
+                f"the model was packed in format version {format_version!r}; this tahf4 reads "
+                f"{', '.join(map(str, known))}. Update tahf4, or quantize the original again."
             )
         self.quant_method = Method.TAHF4
         self.keep, self.expert, self.check_weights = patterns("keep", list(keep)), expert, check_weights
@@ -125,7 +126,7 @@ class TaHF4Config:
         return {
             **copy.deepcopy(self.others),
             "quant_method": Method.TAHF4.value,
-            "format_version": _WITH_BRANCHES if any("rank" in v for v in self.linears.values()) else FORMAT_VERSION,
+            "format_version": _version(self.linears.values()),
             "linears": copy.deepcopy(dict(self.linears)),
             "keep": list(self.keep),
             "recipe": copy.deepcopy(dict(self.provenance)) if self.provenance is not None else None,
@@ -201,6 +202,16 @@ def stand_ins(linears: Iterable[str]) -> dict[str, Tensor]:
     ``config.json`` is the original one, would leave these weights random. Libraries refuse a wrong shape.
     """
     return {f"{path}.weight": torch.zeros(1, dtype=torch.uint8, device="cpu") for path in linears}
+
+
+def _version(linears: Iterable[Mapping[str, Any]]) -> int:
+    """Return the oldest version that knows what the linears of a model are: tahf4 of an older one must refuse it."""
+    found = FORMAT_VERSION
+    for values in linears:
+        if values.get("rounding", FORM_ROUNDINGS[0]) != FORM_ROUNDINGS[0]:
+            return _OTHERWISE_ROUNDED
+        found = _WITH_BRANCHES if "rank" in values else found
+    return found
 
 
 def _checked(linears: Any) -> dict[str, dict[str, Any]]:

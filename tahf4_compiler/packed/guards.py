@@ -1,4 +1,9 @@
-"""What PyTorch does to any parameters and would do wrong to codes and scales: refused before anything has changed."""
+"""What PyTorch does to any parameters and would do wrong to codes and scales: refused before anything has changed.
+
+A packed linear cannot refuse these itself. ``requires_grad_`` goes over the parameters of the whole model, and those in
+front of the linear have changed when it comes to its codes. A plain model that is given the state of a packed one holds
+no packed linear. ``AveragedModel`` copies a model as anybody may.
+"""
 
 from __future__ import annotations
 

@@ -30,6 +30,11 @@ BRANCH = ("low_rank_a", "low_rank_b")
 """Those of a branch, which have the dtype of the bias."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CODES_DTYPE = (
+    ". Code that casts to next(module.parameters()).dtype finds the type of the codes there if a packed linear has "
+    "neither bias nor multiplier: cast to the dtype of its weight (linear.weight.dtype), or of the model in diffusers "
+    "and transformers (model.dtype)."
+)
 
 registry.kernels()  # defines the operators that forward calls, before anything traces it
 
@@ -390,6 +395,7 @@ def packed_product(
     if input.dtype not in _FLOATS:
         raise FormatError(
             f"a packed linear got a tensor of {input.dtype}, expected float32, bfloat16, float16 or float64"
+            + (_CODES_DTYPE if input.dtype == PARTS["weight_codes"] else "")
         )
     if multiplier is not None and multiplier.dtype != torch.float32:
         raise FormatError(

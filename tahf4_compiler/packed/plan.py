@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from ..errors import PackedError
@@ -184,6 +185,8 @@ def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
         reasons = Counter(str(d.reason) for d in plan).most_common(3)
         return "; ".join(f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons)
     modules = dict(model.named_modules())
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
+        return "it is TorchScript, of which PyTorch compiles nothing: give the model that it was made of"
     others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
     found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
     return f"it holds no nn.Linear ({found}), and no other module is packed"

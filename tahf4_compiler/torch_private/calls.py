@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from .frames import callers
 
 __all__ = [
+    "Around",
     "around_calls",
     "compiled_whole",
+    "going_through",
     "replaced_linear",
     "without_compiled_calls",
 ]
 
 
-def around_calls(
-    model: nn.Module, around: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
-) -> None:
+Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
+"""Takes a compiled call with its arguments; returns the result, and whether this was the last one to go through it."""
+
+
+def around_calls(model: nn.Module, around: Around) -> None:
     """Let the calls of a compiled module, which runs now, go through a function until it has seen enough.
 
     Nothing happens if the module was not compiled itself, as where a function that calls it was, or if its calls go
@@ -30,10 +34,8 @@ def around_calls(
 
     Args:
         model: as it was before ``torch.compile``.
-        around: takes the compiled call with its arguments; returns the result, and whether this was the last one.
+        around: see :data:`Around`.
     """
-    from torch._dynamo.eval_frame import skip_code
-
     for caller in callers():
         host = caller.variable("self")
         if isinstance(host, nn.Module) and getattr(host, "_orig_mod", None) is model:
@@ -44,22 +46,25 @@ def around_calls(
             break
     else:
         return
-    held: nn.Module = host
-    original = getattr(held, name)
-    if hasattr(original, "_tahf4_around"):
-        return
+    if not hasattr(getattr(host, name), "_tahf4_around"):
+        setattr(host, name, going_through(around, host, name, getattr(host, name)))
+
+
+def going_through(around: Around, host: nn.Module, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what is to stand in an attribute of a module in the place of a compiled call."""
+    from torch._dynamo.eval_frame import skip_code
 
     @functools.wraps(original)  # Dynamo, where it traces a call, finds there what stands behind
     def call(*args: Any, **kwargs: Any) -> Any:
         result, last = around(original, args, kwargs)
-        if last and held.__dict__.get(name) is call:
-            setattr(held, name, original)
+        if last and host.__dict__.get(name) is call:
+            setattr(host, name, original)
         return result
 
     around = torch.compiler.disable(around)  # another compilation around this one gets nothing more than before
     skip_code(call.__code__)  # type: ignore[attr-defined]
     call._tahf4_around = True  # type: ignore[attr-defined]
-    setattr(held, name, call)
+    return call
 
 
 @contextlib.contextmanager

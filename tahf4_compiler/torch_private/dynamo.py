@@ -17,6 +17,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from .calls import Around, going_through
 from .frames import caller_that_holds, callers
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "compilation",
     "compile_for_values",
     "compiler_is_off",
+    "compiler_stance",
     "debug_folder",
     "dynamo_scope",
     "dynamo_source",
@@ -36,6 +38,7 @@ __all__ = [
     "tracing",
     "transformed_regions",
     "weights_are_constants",
+    "when_compiled",
 ]
 
 
@@ -93,6 +96,13 @@ def compiler_is_off() -> bool:
     return bool(torch._dynamo.config.disable) or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
 
 
+def compiler_stance() -> str:
+    """Return what ``torch.compiler.set_stance`` was called with last: ``"default"`` if it was not."""
+    from torch._dynamo.eval_frame import _stance
+
+    return str(_stance.stance)
+
+
 def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:
     """Return the nodes of Dynamo's graph that stand under transforms of functions (``torch.vmap``, ``torch.func``).
 
@@ -135,6 +145,43 @@ def graph_breaks() -> list[str]:
     return [text for text, _ in found.most_common()]
 
 
+def when_compiled(
+    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any]], Around | None]
+) -> None:
+    """Call a function where a module is given to ``torch.compile``, from now on until the process ends.
+
+    A backend is told of graphs alone. Of a module whose code Dynamo never begins to compile, there is none.
+
+    Args:
+        backend: that the module is compiled with.
+        function: takes the module and the keywords of the backend (``options``, ``mode``); returns what the compiled
+            calls are to go through, or None.
+    """
+    from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
+
+    context: Any = OptimizeContext
+    own = context.__call__
+
+    @functools.wraps(own)
+    def compiled(self: Any, given: Any) -> Any:
+        result, compiler = own(self, given), innermost_backend(self.callback)
+        model = given if isinstance(given, nn.Module) else getattr(given, "__self__", None)
+        called = model is given or getattr(given, "__name__", "") == "_call_impl"  # which nn.Module.compile compiles
+        if isinstance(model, nn.Module) and called and _is(compiler, backend):
+            around = function(model, getattr(compiler, "kwargs", {}))
+            if around is not None and model is given:
+                result.forward = going_through(around, result, "forward", result.forward)
+            elif around is not None:
+                result = going_through(around, model, "_compiled_call_impl", result)
+        return result
+
+    context.__call__ = compiled
+
+
+def _is(compiler: Any, backend: Callable[..., Any]) -> bool:
+    return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
+
+
 def before_frames(
     backend: Callable[..., Any],
     function: Callable[[nn.Module, Mapping[str, Any], bool], None],
@@ -161,14 +208,11 @@ def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[...,
     from torch._dynamo.convert_frame import _compile
     from torch._dynamo.eval_frame import innermost_backend
 
-    def ours(compiler: Any) -> bool:
-        return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
-
     def in_place(module: nn.Module) -> bool:
         call: Any = module._compiled_call_impl
         call = call.__wrapped__ if hasattr(call, "_tahf4_around") else call
         held = inspect.getclosurevars(call).nonlocals if inspect.isfunction(call) else {}
-        return "self" in held and ours(innermost_backend(held["self"].callback))
+        return "self" in held and _is(innermost_backend(held["self"].callback), backend)
 
     def notice(_: Any) -> None:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
@@ -179,7 +223,7 @@ def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[...,
         values = compiling.variable("locals")  # a hook's own function has the module under another name than self
         module = next((v for v in (values.get("self"), *values.values()) if isinstance(v, nn.Module)), None)
         inside = module.modules() if module is not None else ()
-        if module is not None and ours(compiler):
+        if module is not None and _is(compiler, backend):
             function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
         elif parts := [m for m in inside if m._compiled_call_impl is not None and in_place(m)]:
             overruled(module, parts)

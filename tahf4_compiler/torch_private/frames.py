@@ -6,6 +6,7 @@ Nothing else of this project reads frames.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
@@ -17,6 +18,7 @@ __all__ = [
     "Caller",
     "caller_that_holds",
     "callers",
+    "outermost_that_holds",
     "python_linears",
 ]
 
@@ -55,24 +57,32 @@ def caller_that_holds(part: object) -> nn.Module | None:
 
     Dynamo compiles the frames below a graph break one by one and does not say what called them.
     """
-    if part is None:
-        return None
-    outermost: nn.Module | None = None
-    for caller in callers():
+    module = None
+    for called, module in _callers_that_hold(part):
+        if module._compiled_call_impl is not None or module is not called:
+            break
+    return module
+
+
+def outermost_that_holds(part: nn.Module) -> nn.Module:
+    """Return the outermost module that runs now and holds a module, compiled or not; else the module itself."""
+    return [part, *(module for _, module in _callers_that_hold(part))][-1]
+
+
+def _callers_that_hold(part: object) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield the modules on the stack that hold a module or parameter, the innermost first, and what they compile."""
+    for caller in callers() if part is not None else ():
         called = caller.variable("self")
         if isinstance(called, nn.Module):
             module: nn.Module = getattr(called, "_orig_mod", called)
             parts = module.modules() if isinstance(part, nn.Module) else module.parameters()
             if any(other is part for other in parts):
-                outermost = module
-                if module._compiled_call_impl is not None or module is not called:
-                    return module
-    return outermost
+                yield called, module
 
 
 @contextlib.contextmanager
-def python_linears(modules: set[nn.Module]) -> Iterator[None]:
-    """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread.
+def python_linears(modules: set[nn.Module], functional: set[str]) -> Iterator[None]:
+    """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread, and who else calls ``F.linear``.
 
     A hook or another ``forward`` would do, but Dynamo guards both: it would compile everything again.
     """
@@ -81,6 +91,11 @@ def python_linears(modules: set[nn.Module]) -> Iterator[None]:
     def called(frame: FrameType, event: str, argument: Any) -> None:
         if event == "call" and frame.f_code is code:
             modules.add(frame.f_locals["self"])
+        if event == "c_call" and argument is nn.functional.linear and frame.f_code is not code:
+            if Caller(frame).library == Caller(sys._getframe()).library:
+                return  # a reference operator, on a device without kernels
+            found = frame.f_code
+            functional.add(f"{found.co_name}, {os.path.basename(found.co_filename)}:{found.co_firstlineno}")
 
     sys.setprofile(called)
     try:

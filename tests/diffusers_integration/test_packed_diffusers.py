@@ -237,7 +237,7 @@ def test_a_loaded_model_knows_its_boundary_from_what_was_not_packed(tmp_path, ca
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=3), "format version 3"),
+        (lambda c: c.update(format_version=4), "format version 4; this tahf4 reads 1, 2, 3. Update"),
         (
             lambda c: c["linears"].update({"blocks.7.attn1.to_q": c["linears"]["blocks.0.attn1.to_q"]}),
             "none there. Load it with the class that was packed",

@@ -540,6 +540,13 @@ def test_the_first_parameter_is_a_floating_point_one(bias, rank):
             assert first.dtype == (dtype if bias or (rank and module is made) else torch.float32)
 
 
+def test_an_input_that_was_cast_to_the_dtype_of_codes_is_refused_with_the_cause():
+    packed = tahf4.HiF4Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(tahf4.FormatError, match=r"torch.uint8, .* next\(module.parameters\(\)\).dtype .*weight.dtype"):
+        packed(torch.ones(2, 64).to(next(packed.parameters()).dtype))
+    assert packed(torch.ones(2, 64).to(packed.weight.dtype)).dtype == torch.bfloat16
+
+
 def test_a_cast_of_codes_is_refused():
     model = Stack(depth=1).requires_grad_(False)
     tahf4.quantize_(model)

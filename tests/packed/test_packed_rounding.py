@@ -15,6 +15,7 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.checkpoint.convert import quantize_checkpoint
 from tahf4_compiler.errors import OptionError, PackedError, RecipeError
 from tahf4_compiler.format import hif4
+from tahf4_compiler.packed.config import TaHF4Config
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.linear import HiF4Linear
 
@@ -94,6 +95,9 @@ def test_a_folder_and_its_copy_keep_it(tmp_path):
     texts = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("disk", "memory")]
     for text in texts:
         assert {linear["rounding"] for linear in text["quantization_config"]["linears"].values()} == {VENDOR}
+        assert text["quantization_config"]["format_version"] == 3, "an earlier tahf4 rounds otherwise: it must refuse"
+    texts[0]["quantization_config"]["format_version"] = 1  # as tahf4 wrote it before
+    (tmp_path / "disk" / "config.json").write_text(json.dumps(texts[0]))
     for name in ("disk", "memory"):
         again = WanTransformer3DModel.from_pretrained(tmp_path / name)
         assert {linear.rounding for linear in packed_linears(again).values()} == {VENDOR}
@@ -108,7 +112,18 @@ def test_the_default_writes_nothing_new(tmp_path):
     model = wan(ffn_dim=192)[0]
     tahf4.quantize_(model)
     model.save_pretrained(tmp_path)
-    assert "rounding" not in (tmp_path / "config.json").read_text()
+    text = (tmp_path / "config.json").read_text()
+    assert "rounding" not in text and json.loads(text)["quantization_config"]["format_version"] == 1
+
+
+@pytest.mark.parametrize("others", [{}, {"rank": 8}])
+def test_one_linear_that_is_rounded_otherwise_makes_the_version(others):
+    plain = {"k": 64, "n": 64, "hadamard_block": 0, "activation": "", "dtype": "float32"}
+    usual = {**plain, "rounding": "half_away"}
+    linears = {"a": {**plain, **others}, "b": usual}
+    assert TaHF4Config(linears=linears).to_dict()["format_version"] == (2 if others else 1)
+    rounded = {**linears, "c": {**plain, "rounding": VENDOR}, "d": usual}
+    assert TaHF4Config(linears=rounded).to_dict()["format_version"] == 3
 
 
 @pytest.mark.parametrize("search", ["", "squared", "reconstruct"])

@@ -1,0 +1,162 @@
+"""Models that Dynamo does not even begin to compile are said, once, by name and with the cause."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import GRAPH
+from models import Stack
+from tahf4_compiler.backends import coverage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+REASON = "because Dynamo did not hand their code to tahf4"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def said(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == coverage.__name__]
+
+
+def compiled(model: nn.Module, how: str, **options) -> nn.Module:
+    settings = {"backend": "tahf4", "options": {**GRAPH, **options}}
+    if how == "whole":
+        return torch.compile(model, **settings)
+    for part in [model] if how == "in place" else model.blocks:
+        part.compile(**settings)
+    return model
+
+
+def hide(module: nn.Module) -> None:
+    module.forward = torch.compiler.disable(module.forward)
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "by blocks"])
+def test_a_forward_that_is_disabled_is_said_once(how, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    for module in model.blocks if how == "by blocks" else [model]:
+        hide(module)
+    call = compiled(model, how)
+    want = call(x)
+    assert not said(caplog), "what runs is looked at from the second call on"
+    for _ in range(4):
+        assert torch.equal(call(x), want)
+    (message,) = said(caplog)
+    assert REASON in message and "a whole forward is under torch.compiler.disable" in message
+    if how == "by blocks":
+        assert message.startswith("Stack: 2 linears") and "(blocks.0.up, blocks.0.down; other Blocks that" in message
+    else:
+        assert message.startswith("Stack: 6 linears") and "blocks.2.up, ...)" in message
+
+
+def test_one_block_that_is_disabled_is_named_and_the_others_run_in_4_bits(caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    hide(model.blocks[1])
+    plain = copy.deepcopy(model)(x)
+    compiled(model, "by blocks")
+    for _ in range(3):
+        assert not torch.equal(model(x), plain)
+    (message,) = said(caplog)
+    assert "(blocks.1.up, blocks.1.down; " in message
+
+
+class Helped(Stack):
+    """Calls the function in a helper, or a block, and leaves the fourth block out."""
+
+    weights = "blocks.1"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        x = self.helper(x)
+        return self.blocks[2](x)
+
+    @torch.compiler.disable
+    def helper(self, x: Tensor) -> Tensor:
+        if self.weights == "module":
+            return self.blocks[1](x)
+        return F.linear(F.linear(x, self.blocks[1].up.weight), self.blocks[1].down.weight)
+
+
+def test_the_function_in_a_helper_that_is_disabled_is_said_once(caplog):
+    model, x = Helped().eval(), torch.randn(4, 64)
+    call = compiled(model, "whole")
+    for _ in range(6):
+        call(x)
+    (message,) = said(caplog)
+    assert message.startswith("Helped: 2 linears of its repeated blocks stand in no graph (blocks.1.up, blocks.1.down)")
+    assert "(helper, test_never_begun.py:" in message
+
+
+def test_modules_are_not_said_to_be_functions(caplog):
+    """A block that a cache left out stands in no graph, and another that is hidden calls its linears."""
+    model, x = Helped(4).eval(), torch.randn(4, 64)
+    model.weights = "module"
+    call = compiled(model, "whole")
+    for _ in range(6):
+        call(x)
+    (message,) = said(caplog)
+    assert "2 linears" in message and "(blocks.1.up, blocks.1.down)" in message and REASON in message
+
+
+@pytest.mark.parametrize("kept", ["options", "pipeline"])
+def test_what_the_user_chose_is_not_said(kept, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    hide(model)
+    call = compiled(model, "whole", **({"keep": ["up", "down"]} if kept == "options" else {"pipeline": []}))
+    for _ in range(3):
+        call(x)
+    assert not said(caplog)
+
+
+def test_wrong_options_are_refused_by_the_first_call():
+    call = torch.compile(Stack().eval(), backend="tahf4", options={"kep": []})
+    with pytest.raises(Exception, match="kep"):
+        call(torch.randn(4, 64))
+
+
+@pytest.mark.parametrize("off", ["config", "stance"])
+@pytest.mark.parametrize("when", ["before it is compiled", "before it is called", "after calls"])
+def test_a_compiler_that_is_switched_off_later_is_said_once(off, when, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    want = model(x)
+    switch = torch._dynamo.config.patch(disable=True) if off == "config" else None
+    call = None if when == "before it is compiled" else compiled(model, "whole")
+    if when == "after calls":
+        assert not torch.equal(call(x), want)
+        x = torch.cat([x, x])  # what is compiled goes on to run, where only disable is set
+        want = model(x)
+    with switch or torch.compiler.set_stance("force_eager"):
+        call = compiled(model, "whole") if call is None else call
+        for _ in range(4):
+            assert torch.equal(call(x), want)
+    (message,) = said(caplog)
+    assert REASON in message
+    assert ("torch._dynamo.config.disable" if off == "config" else "set_stance('force_eager')") in message
+    if off == "config":  # Dynamo gives up what it comes to meanwhile
+        torch._dynamo.reset()
+    assert not torch.equal(call(x), want), "it is compiled as soon as the compiler is on"
+
+
+def test_a_traced_model_is_said(caplog):
+    x = torch.randn(4, 64)
+    call = compiled(torch.jit.trace(Stack().eval(), x), "whole")
+    for _ in range(3):
+        call(x)
+    (message,) = said(caplog)
+    assert "TopLevelTracedModule: nothing runs in 4 bits: it is TorchScript, of which PyTorch" in message
+
+
+def test_the_method_of_a_module_of_pytorch_itself_is_said(caplog):
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3)))
+    model.compile(backend="tahf4", options=GRAPH)
+    for _ in range(3):
+        model(torch.randn(4, 64))
+    (message,) = said(caplog)
+    assert message.startswith("Sequential: 6 linears") and REASON in message
