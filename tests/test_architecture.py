@@ -71,6 +71,14 @@ def test_imports_go_down():
     assert not up(product())
 
 
+def test_the_documentation_shows_the_floors():
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    shown: list[set[str]] = [set() for _ in FLOORS]
+    for floor, names in rows:
+        shown[int(floor) - 1] |= {name.replace("__init__", "") for name in re.findall(r"`(\w+)/?`", names)}
+    assert shown == [set(names) for names in FLOORS]
+
+
 def test_no_modules_import_each_other():
     assert not circles(product())
 

@@ -36,7 +36,9 @@ _INPUT = re.compile(
     r"(?P<name>[\w+]+): (?:(?P<kind>param|buffer|const|hif4)\.?)?(?P<dtype>[a-z]+\d+|bool)?\[(?P<shape>[^\]]*)\]"
     r"(?: strides (?P<strides>[\d, ]+))?(?P<meta> on meta)?(?: (?P<how>[a-z][^=]*?))?(?: = \"(?P<path>[^\"]*)\")?"
 )
-_PART = re.compile(r"(?P<name>\w+): (?P<part>multiplier|observer) of (?P<weights>[\w+]+)(?: (?P<how>.+))?")
+_PART = re.compile(
+    r"(?P<name>\w+): (?P<part>multiplier|observer|low_rank_[ab]) of (?P<weights>[\w+]+)(?: (?P<how>.+))?"
+)
 
 
 @dataclass

@@ -52,7 +52,7 @@ def defined_names(text: str) -> list[str]:
         statement, _ = divided(line)
         if (match := re.match(r"([\w, ]+?),? = \w", statement)) is not None:
             found += [part.strip() for part in match[1].split(",") if part.strip() not in ("", "_")]
-        elif (match := re.match(r"(\w+): (?:multiplier|observer|held) ", statement)) is not None:
+        elif (match := re.match(r"(\w+): (?:multiplier|observer|low_rank_[ab]|held) ", statement)) is not None:
             found.append(match[1])
     return found
 

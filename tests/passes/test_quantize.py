@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from graphs import DECISION, assert_pass
+import torch
+from graphs import DECISION, Attachment, LowRank, assert_pass
 from tahf4_compiler.passes.normalize import Normalize
 from tahf4_compiler.passes.plan import Plan
 from tahf4_compiler.passes.quantize import Quantize
@@ -155,6 +156,40 @@ def test_parameters_that_nothing_reads_stay_if_nothing_is_rewritten_and_others_s
         y = tahf4.linear(c, s, w, None, f32)
         return y
         """,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_a_branch_stands_beside_its_product(dtype):
+    """It has the weight's type; where the linear runs in another one, the weight is cast, and so is the branch."""
+    given = {"f32": ("w", "la", "lb"), "bf16": ("v", "ca", "cb")}[dtype]
+    casts = "ca = to.dtype(la, bf16)\n h = matmul(x, ca)\n cb = to.dtype(lb, bf16)\n" if dtype == "bf16" else ""
+    before = "v = to.dtype(w, bf16)\n" if dtype == "bf16" else ""
+    branch = LowRank(torch.randn(64, 8) / 8, torch.randn(8, 128) / 8)
+    assert_pass(
+        f"""
+        x: {dtype}[4, 64]
+        w: param[128, 64]
+        b: param.{dtype}[128]
+        {before}y = linear(x, {given[0]}, b)
+        return y
+        """,
+        Quantize(),
+        f"""
+        x: {dtype}[4, 64]
+        w: hif4[128, 64] rank 8
+        la: low_rank_a of w rank 8
+        lb: low_rank_b of w rank 8
+        b: param.{dtype}[128]
+        c, s = tahf4.quantize(x, None, 0)
+        p = tahf4.linear(c, s, w, b, {dtype})
+        {casts or "h = matmul(x, la)"}
+        i = matmul(h, {given[2]})
+        y = add(p, i)
+        return y
+        """,
+        first=[Plan()],
+        recipe={"w": Attachment("hif4", "", rank=8, low_rank=branch)},
     )
 
 
