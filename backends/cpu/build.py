@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _NAMES = (
     *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "attention.cpp", "search.cpp", "operators.cpp"),
-    *("common.h", "attention.inc", "attention_operator.inc", "units.inc", "programs.inc"),
+    *("common.h", "attention.inc", "attention_operator.inc", "operands.inc", "units.inc", "programs.inc"),
     *("units_avx2.inc", "units_avx512.inc"),
     *("expand.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
 )

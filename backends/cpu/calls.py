@@ -2,7 +2,7 @@
 
 Each function takes what :mod:`.checks` let pass, and gives what the operator of its name gives, or ``NotImplemented``
 where only the reference can. A call costs some tens of microseconds more than one of ``operators.cpp``, which does the
-same.
+same and says why both are there.
 """
 
 from __future__ import annotations

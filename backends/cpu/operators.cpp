@@ -2,6 +2,9 @@
 //
 // What these functions do not take (dtypes, shapes, devices, a program or a set of instructions that is not known here)
 // goes to the general function in operators.py, which says what is wrong or runs the reference.
+//
+// calls.py does the same in Python, and neither replaces the other. This file is compiled against one version of PyTorch,
+// so that no wheel can bring it. A call from Python costs tens of microseconds more, as long as a small product takes.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -64,150 +67,7 @@ int instructions() {
   return kRefused;
 }
 
-// As rows with a contiguous last axis.
-Tensor rows_of(const Tensor& x) {
-  if (x.is_contiguous()) return x;
-  const Tensor rows = x.reshape({-1, x.size(-1)});
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
-
-// float32 without holes, for what is read as it lies.
-Optional plain(const Optional& values) {
-  return values ? Optional(values->to(at::kFloat).contiguous()) : values;
-}
-
-const float* pointer(const Optional& values) { return values ? values->const_data_ptr<float>() : nullptr; }
-
-bool readable(const Tensor& x) { return x.is_cpu() && number_of(x.scalar_type()) >= 0 && !x.is_neg(); }
-
-// The dot of so many units fits into an int32: MOST_UNITS of format/spans.py.
-constexpr int64_t kMostUnits = INT_MAX / (kUnit * 28 * 28);
-
-// Units that share a level-1 scale, where there are so many in a row; 0 for a number that is none. Only HiF4 shares them.
-int64_t shared_units(int64_t span, int64_t units, int64_t bits) {
-  if (span < 0 || span > 4 || span == 3 || (span == 0 && units > kMostUnits)) return 0;
-  return bits != 4 ? 1 : span ? span : std::max<int64_t>(1, units);
-}
-
-// Where a quantization goes.
-struct Units {
-  static bool fit(int64_t k, const Optional& multiplier, int64_t block, int64_t bits, int64_t span = 1) {
-    const int64_t padded = (k + kUnit - 1) / kUnit * kUnit;
-    return shared_units(span & ~kRounded, padded / kUnit, bits) && (bits == 4 || bits == 8) && (!multiplier || (readable(*multiplier) && multiplier->dim() == 1 && multiplier->size(0) == k)) &&
-           (block == 0 || (block > 0 && !(block & (block - 1)) && padded % block == 0));
-  }
-  Units(IntArrayRef shape, const Optional& given, int64_t block, int64_t bits, int64_t span = 1)
-      : multiplier(plain(given)) {
-    at::DimVector sizes(shape);
-    const int64_t units = (shape.back() + kUnit - 1) / kUnit;
-    sizes.back() = units * code_bytes(int(bits));
-    codes = at::empty(sizes, bits == 8 ? at::kChar : at::kByte);
-    sizes.back() = units;
-    scales = at::empty(sizes, bits == 8 ? at::kFloat : at::kInt);
-    target = {pointer(multiplier), block, block ? float(1.0 / std::sqrt(double(block))) : 1.0f,
-              static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<int32_t*>(scales.mutable_data_ptr()),
-              int(bits), int32_t(span & kRounded), shared_units(span & ~kRounded, units, bits)};
-  }
-  bool empty() const { return codes.numel() == 0; }
-  Optional multiplier;
-  Tensor codes, scales;
-  Target target;
-};
-
-// Programs that Python has encoded; it keeps them.
-struct Known {
-  const Program* program;  // or null: there is none
-  int dtype;               // of its result, -1 if it is that of what it reads
-  int inputs;              // that it needs
-  int used;                // those whose shapes its result has, a bit each; -1 if it has the product's
-  // Whether there are as many tensors, and the result is of the whole shape.
-  bool fits(TensorList given, IntArrayRef shape) const {
-    if (int64_t(given.size()) < inputs) return false;
-    if (!program || used < 0) return true;
-    for (int64_t axis = 0; axis < int64_t(shape.size()); ++axis) {
-      bool covered = shape[axis] == 1;
-      for (size_t i = 0; i < given.size() && !covered; ++i) {
-        const int64_t mine = axis - int64_t(shape.size()) + given[i].dim();
-        covered = (used >> i & 1) && mine >= 0 && given[i].size(mine) == shape[axis];
-      }
-      if (!covered) return false;
-    }
-    return true;
-  }
-};
-
-std::shared_mutex programs_lock;
-
-std::unordered_map<std::string, Known>& programs() {
-  static std::unordered_map<std::string, Known> all;
-  return all;
-}
-
-// Their key: whether it follows a product, and the text.
-std::string key_of(Text text, bool product) { return (product ? "y" : "x") + std::string(text); }
-
-bool find(Text text, bool product, Known* found) {
-  if (product && text.empty()) {
-    *found = {nullptr, -1, 0, -1};
-    return true;
-  }
-  const std::shared_lock<std::shared_mutex> lock(programs_lock);
-  const auto place = programs().find(key_of(text, product));
-  if (place == programs().end()) return false;
-  *found = place->second;
-  return true;
-}
-
-// Tensors that broadcast to a shape, as the kernels read them. Leading axes that lie behind each other in every tensor
-// become one.
-class Broadcast {
- public:
-  // Returns whether they do, and can be described.
-  bool describe(TensorList tensors, IntArrayRef shape) {
-    if (int64_t(tensors.size()) > kMostInputs) return false;
-    const int64_t axes = int64_t(shape.size());
-    std::vector<at::DimVector> steps;
-    for (const Tensor& given : tensors) {
-      const int64_t missing = axes - given.dim();
-      if (!readable(given) || missing < 0) return false;
-      held_.push_back(given.dim() && given.size(-1) > 1 && given.stride(-1) != 1 ? given.contiguous() : given);
-      steps.emplace_back(axes, 0);
-      for (int64_t axis = 0; axis < given.dim(); ++axis) {
-        const int64_t size = given.size(axis);
-        if (size != 1 && size != shape[missing + axis]) return false;
-        steps.back()[missing + axis] = size == 1 ? 0 : held_.back().stride(axis);
-      }
-    }
-    const int count = int(tensors.size());
-    int merged = 0;
-    for (int64_t axis = 0; axis + 1 < axes; ++axis) {
-      if (shape[axis] == 1) continue;
-      bool behind = merged > 0;
-      for (int i = 0; i < count && behind; ++i) behind = strides_[i][merged - 1] == steps[i][axis] * shape[axis];
-      if (!behind && merged == kMostAxes) return false;
-      if (!behind) sizes_[merged++] = 1;
-      sizes_[merged - 1] *= shape[axis];
-      for (int i = 0; i < count; ++i) strides_[i][merged - 1] = steps[i][axis];
-    }
-    if (!merged) {
-      sizes_[merged++] = 1;
-      for (int i = 0; i < count; ++i) strides_[i][0] = 0;
-    }
-    for (int i = 0; i < count; ++i) {
-      const Tensor& x = held_[i];
-      list_[i] = {x.const_data_ptr(), number_of(x.scalar_type()), shape.back() > 1 ? int32_t(steps[i].back()) : 0,
-                  strides_[i]};
-    }
-    inputs = {list_, sizes_, count, merged};
-    return true;
-  }
-  Inputs inputs = {};
-
- private:
-  std::vector<Tensor> held_;
-  Input list_[kMostInputs];
-  int64_t sizes_[kMostAxes], strides_[kMostInputs][kMostAxes];
-};
+#include "operands.inc"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Quantization.

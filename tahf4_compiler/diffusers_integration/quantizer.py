@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..errors import PackedError
 from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
-from ..packed.linear import PARTS, HiF4Linear
+from ..packed.linear import HiF4Linear
 from ..packed.loading import Loading, Owner, Saving
+from ..packed.state import PARTS
 
 __all__ = ["TaHF4Quantizer", "register"]
 

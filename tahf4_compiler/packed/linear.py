@@ -20,11 +20,9 @@ from ..torch_private.tensors import takes_data
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver, compares_shapes
 from .spans import require_span
+from .state import check_state
 
-__all__ = ["BRANCH", "PARTS", "HiF4Linear", "packed_product"]
-
-PARTS = {"weight_codes": torch.uint8, "weight_scales": torch.int32, "multiplier": torch.float32}
-"""The tensors of a packed linear beside its bias, with their dtypes."""
+__all__ = ["BRANCH", "HiF4Linear", "packed_product"]
 
 BRANCH = ("low_rank_a", "low_rank_b")
 """Those of a branch, which have the dtype of the bias."""
@@ -337,31 +335,7 @@ class HiF4Linear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
     ) -> None:
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and f"{prefix}weight_codes" in state_dict:
-            del state_dict[f"{prefix}weight"]  # what a folder holds in its place
-        elif weight is not None:
-            raise PackedError(
-                f"the state dict holds {prefix}weight, a plain weight, but this linear is packed. Load it into the "
-                "model before quantize_, or after dequantize_."
-            )
-        for leaf, dtype in PARTS.items():
-            value = state_dict.get(f"{prefix}{leaf}")
-            if value is not None and value.dtype != dtype:
-                raise PackedError(
-                    f"the state dict holds {prefix}{leaf} in {value.dtype}, expected {dtype}: it was cast, which "
-                    "changes codes and scales. Save and load it as it is; what is not packed can be cast afterwards."
-                )
-        scales = state_dict.get(f"{prefix}weight_scales")
-        if scales is not None:
-            require_span(scales, self.span, f" ({prefix[:-1]})")
-        own = self._transform()
-        found = {key: local_metadata[key] for key in own if key in local_metadata}
-        if any(found[key] != own[key] for key in found):
-            raise PackedError(
-                f"the state dict holds {prefix[:-1]} with {_listed(found)}; this linear has {_listed(own)}, and its "
-                "codes would mean other weights. Load it into a model that was packed with the same recipe."
-            )
+        check_state(state_dict, prefix, local_metadata, self._transform(), self.span)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def _transform(self) -> dict[str, int]:
@@ -419,10 +393,6 @@ def _carried(module: nn.Module) -> dict[str, Any]:
     """Return what goes over to the linear that takes a place: hooks, mode, sizes; no parameters, no ``forward``."""
     own = ("_parameters", "forward")
     return {k: v for k, v in module.__dict__.items() if k not in own and not k.startswith("_tahf4_")}
-
-
-def _listed(values: dict[str, int]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _parameter(value: Tensor | None) -> nn.Parameter | None:

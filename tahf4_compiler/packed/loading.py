@@ -21,8 +21,9 @@ from ..weights.checksum import checksum
 from ..weights.flaws import Flaws
 from .config import Method, TaHF4Config, arguments, describe
 from .convert import observers, pack_modules, packed_linears
-from .linear import PARTS, HiF4Linear
+from .linear import HiF4Linear
 from .plan import plan_modules, plan_transforms
+from .state import PARTS
 from .steps import attach_steps, steps_of
 from .transform import Transform
 

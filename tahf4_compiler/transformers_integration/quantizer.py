@@ -17,8 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from ..errors import Tahf4Error
 from ..packed.config import Method, TaHF4Config, stand_ins
 from ..packed.convert import dequantize_
-from ..packed.linear import BRANCH, PARTS
+from ..packed.linear import BRANCH
 from ..packed.loading import Loading, Owner, Saving
+from ..packed.state import PARTS
 from ..torch_private.frames import callers
 
 __all__ = ["TaHF4HfQuantizer", "register"]

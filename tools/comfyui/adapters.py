@@ -10,7 +10,8 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from tahf4_compiler.errors import PackedError
-from tahf4_compiler.packed.linear import BRANCH, PARTS
+from tahf4_compiler.packed.linear import BRANCH
+from tahf4_compiler.packed.state import PARTS
 
 from .linear import PackedLinear
 from .names import to_original
