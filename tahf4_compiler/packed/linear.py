@@ -369,7 +369,7 @@ def packed_product(
     if input.dtype not in _FLOATS:
         raise FormatError(
             f"a packed linear got a tensor of {input.dtype}, expected float32, bfloat16, float16 or float64"
-            + (_CODES_DTYPE if input.dtype == PARTS["weight_codes"] else "")
+            + (_CODES_DTYPE if input.dtype == torch.uint8 else "")
         )
     if multiplier is not None and multiplier.dtype != torch.float32:
         raise FormatError(
