@@ -99,6 +99,7 @@ def test_the_code_of_a_graph_says_what_it_imports():
     code = traced.graph.python_code("self")
     scope: dict[str, object] = {}
     exec("\n".join([*graphs.import_lines(code.globals), code.src]), scope)
+    assert code.globals and all(scope[name] is value for name, value in code.globals.items())
     assert torch.equal(scope["forward"](None, torch.tensor([-1.0, 1.0])), torch.tensor([0.0, 1.0]))
     assert graphs.import_lines({}) == []
 
