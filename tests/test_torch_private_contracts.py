@@ -156,8 +156,8 @@ def test_inductor_says_what_it_compiles_with(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     assert inductor.cache_folder(made=False) == tmp_path / "cache" and not (tmp_path / "cache").exists()
     assert inductor.cache_folder() == tmp_path / "cache" and (tmp_path / "cache").is_dir()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    assert inductor.cpp_compiler() is None
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert inductor.cpp_compiler() is None
 
 
 def test_errors_of_fake_tensors_are_told():
