@@ -108,6 +108,7 @@ def test_the_code_of_a_graph_says_what_it_imports():
     code = traced.graph.python_code("self")
     scope: dict[str, object] = {}
     exec("\n".join([*graphs.import_lines(code.globals), code.src]), scope)
+    assert code.globals and all(scope[name] is value for name, value in code.globals.items())
     assert torch.equal(scope["forward"](None, torch.tensor([-1.0, 1.0])), torch.tensor([0.0, 1.0]))
     assert graphs.import_lines({}) == []
 
@@ -164,8 +165,8 @@ def test_inductor_says_what_it_compiles_with(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     assert inductor.cache_folder(made=False) == tmp_path / "cache" and not (tmp_path / "cache").exists()
     assert inductor.cache_folder() == tmp_path / "cache" and (tmp_path / "cache").is_dir()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    assert inductor.cpp_compiler() is None
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert inductor.cpp_compiler() is None
 
 
 def test_errors_of_fake_tensors_are_told():
