@@ -40,7 +40,7 @@ def watch_data(forget: Forget) -> None:
         own.__set__(self, value)
 
     for function in (get, put):
-        skip_code(function.__code__)  # type: ignore[attr-defined]
+        skip_code(function.__code__)
     nn.Parameter.data = property(get, put, own.__delete__, own.__doc__)  # type: ignore[assignment]
 
 
