@@ -51,7 +51,7 @@ class PackedLinear(HiF4Linear, comfy.ops.CastWeightBiasOp):
     def _offloaded(self, input: Tensor, *held: Tensor | None) -> Tensor:
         return self._beside(input, *(part.to(input.device) if part is not None else None for part in held))
 
-    def _beside(self, input: Tensor, *held: Any) -> Tensor:
+    def _beside(self, input: Tensor, codes: Any, scales: Any, multiplier: Any) -> Tensor:
         bias: Tensor | None = self.bias
         if bias is not None:
             changes = bool(self.bias_function)  # in place
@@ -60,7 +60,7 @@ class PackedLinear(HiF4Linear, comfy.ops.CastWeightBiasOp):
                 bias = function(bias)
         pairs = ((self.low_rank_a, self.low_rank_b), self.adapter or (None, None))
         branches = [(a.to(input.device), b.to(input.device)) for a, b in pairs if a is not None and b is not None]
-        return self.product_with(input, *held, bias, branches)
+        return self.product_with(input, codes, scales, multiplier, bias, branches)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Name a weight: ComfyUI looks for the keys of a LoRA in the state, and measures a model by it."""
