@@ -54,6 +54,28 @@ def test_what_data_refuses_it_still_refuses(told):
         parameter.data = 3
 
 
+def test_dynamo_compiles_nothing_of_what_watches(monkeypatch):
+    """Hooks that cast layers set ``.data`` of every parameter beside graphs: one compilation each, or a limit hit."""
+    seen = {}
+
+    def forget(parameter):
+        seen.pop(id(parameter), None)
+
+    monkeypatch.setattr(nn.Parameter, "data", None, raising=False)
+    torch_writes.watch_data(forget)
+
+    def scale(parameters):
+        for parameter in parameters:
+            torch._dynamo.graph_break()  # in a loop: this code runs as it is, and what it calls may be compiled
+            parameter.data = parameter.data * 2
+
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+    seen.update((id(parameter), True) for parameter in parameters)
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        torch.compile(scale, backend="eager")(parameters)
+    assert [parameter.tolist() for parameter in parameters] == [[2.0, 2.0]] * 4 and not seen
+
+
 def test_a_subclass_keeps_its_own_data(told):
     lowers = Lowers(torch.ones(2))
     assert lowers.data.dtype == torch.float16 and [seen is lowers for seen in told] == [True]

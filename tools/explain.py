@@ -28,7 +28,7 @@ def explain(
     For example `tahf4 explain MODEL "blocks.3.ffn"`. Weights are not needed.
     """
     from .errors import CommandError
-    from .inspection.explaining import explanations
+    from .inspection.explaining import explanations, regular
     from .inspection.sources import reports
 
     if pattern is None:
@@ -37,10 +37,11 @@ def explain(
             f"{missing} is missing: a model comes first and then a pattern, such as "
             f'tahf4 explain {path} "{example}". MODEL is a folder of diffusers, a dump or a .pt2 file.'
         )
+    wanted = regular(pattern)  # before the model is read
     found, known = 0, []
     for report, _, _ in reports(request(model, recipe, calibration, shape, keep, settings, dtype)):
         known += [str(entry["module"]) for entry in report.plan]
-        for text in explanations(report, pattern):
+        for text in explanations(report, wanted):
             typer.echo(text)
             found += 1
     if not found:

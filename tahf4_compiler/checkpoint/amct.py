@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from ..format.spans import FORM_ROUNDINGS
 from ..packed.config import TaHF4Config, stand_ins
 from .layout import Item, shard
 from .manifest import NAME, manifest_text
-from .stage import Stage
+from .stage import staged
 from .stream import Workers, write_shard
 
 __all__ = ["from_amct", "from_amct_tensors", "to_amct", "to_amct_tensors"]
+
+log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _FILES = re.compile(r"(layer_\d+|rest_\d+)\.safetensors")
@@ -186,7 +188,7 @@ def from_amct(folder: str | Path, out: str | Path) -> list[str]:
     }
     settings = TaHF4Config(linears=linears).to_dict()
     texts = {"config.json": {**config, "quantization_config": settings}}
-    _write(folder, out, groups, texts, f"{stem}.safetensors.index.json")
+    _write(folder, tensors, out, groups, texts, f"{stem}.safetensors.index.json")
     return sorted(packed)
 
 
@@ -235,7 +237,7 @@ def to_amct(folder: str | Path, out: str | Path) -> list[str]:
         item = Item(((name, info.dtype, info.shape),), info, info.dtype)
         groups.setdefault(f"rest_{count:05}.safetensors", []).append(item)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    _write(folder, out, groups, {"config.json": plain}, _INDEX)
+    _write(folder, tensors, out, groups, {"config.json": plain}, _INDEX)
     return sorted(linears)
 
 
@@ -298,9 +300,14 @@ def _made(function: Callable[[Tensor], Tensor], info: TensorInfo) -> list[Tensor
 
 
 def _write(
-    folder: Path, out: Path, groups: Mapping[str, list[Item]], texts: Mapping[str, Any], index_name: str
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    out: Path,
+    groups: Mapping[str, list[Item]],
+    texts: Mapping[str, Any],
+    index_name: str,
 ) -> None:
-    """Write a folder beside its place and rename it when it is whole."""
+    """Write a folder beside its place and rename it when it is whole; a run that stopped is taken up."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already and not empty; name another folder")
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
@@ -309,34 +316,28 @@ def _write(
     weight_map = {made[0]: part.name for part in shards for item in part.items for made in item.outputs}
     total = sum(item.size for part in shards for item in part.items)
     content = {**texts, index_name: {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}}
-    job = hashlib.sha256(b"".join(part.header for part in shards)).hexdigest()
-    stage, workers = Stage(out, job), Workers(1, {})
+    found = hashlib.sha256(json.dumps(content).encode())
+    others = list(_others(folder))
+    for path in sorted({*others, *(info.path for info in tensors.values())}):
+        state = path.stat()
+        found.update(f"{path.name}|{state.st_size}|{state.st_mtime_ns}\n".encode())
+    for part in shards:
+        found.update(part.header)
+    job, workers = found.hexdigest(), Workers(1, {})
     try:
-        for part in shards:
-            stage.finish(part.name, write_shard(part, stage.partial(part.name), workers, lambda count: None))
-        for name, text in content.items():
-            _finish_text(stage, name, json.dumps(text, indent=2, sort_keys=True) + "\n")
-        for path in _others(folder):
-            shutil.copyfile(path, stage.partial(path.name))
-            data = path.read_bytes()
-            stage.finish(path.name, (len(data), hashlib.sha256(data).hexdigest()))
-        _finish_text(stage, NAME, manifest_text(job, stage.done))
-        stage.publish()
-    except OSError as cause:
-        stage.drop()
-        raise CheckpointError(f"cannot write {out}: {cause.strerror or cause}") from cause
-    except CheckpointError:
-        stage.drop()
-        raise
+        with staged(out, job) as stage:
+            if stage.done:
+                log.warning("%s: %d files of an earlier run are there already", out, len(stage.done))
+            for part in shards:
+                if part.name not in stage.done:
+                    stage.finish(part.name, write_shard(part, stage.partial(part.name), workers, lambda count: None))
+            for name, text in content.items():
+                stage.write(name, f"{json.dumps(text, indent=2, sort_keys=True)}\n".encode())
+            for path in others:
+                stage.write(path.name, path.read_bytes())
+            stage.write(NAME, manifest_text(job, stage.done).encode())
     finally:
         workers.close()
-        stage.close()
-
-
-def _finish_text(stage: Stage, name: str, text: str) -> None:
-    data = text.encode()
-    stage.partial(name).write_bytes(data)
-    stage.finish(name, (len(data), hashlib.sha256(data).hexdigest()))
 
 
 def _others(folder: Path) -> Iterator[Path]:

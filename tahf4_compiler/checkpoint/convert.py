@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import CheckpointError, RecipeError, Tahf4Error
+from ..errors import CheckpointError, RecipeError
 from ..files.reading import read_header
 from ..format.spans import joined, span_name
 from ..options import rounding as check_rounding
@@ -26,7 +26,7 @@ from .fp4 import paths_of
 from .layout import Shard, shards_of
 from .manifest import NAME, file_sha256, manifest_text, read_manifest, verify
 from .source import Component, Source, open_source
-from .stage import Stage, drop_list
+from .stage import Stage, drop_list, staged
 from .stream import Workers, write_shard
 
 __all__ = ["Converted", "quantize_checkpoint"]
@@ -122,26 +122,12 @@ def quantize_checkpoint(
     if folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise CheckpointError(f"{out} lies in {folder}, which is read; name a folder elsewhere")
     before = torch.get_num_threads()
-    stage = Stage(out, job)
     try:
-        result.resumed = len(stage.done)
-        _write_all(stage, source, parts, result, hard_link, threads or min(4, os.cpu_count() or 1))
-        _write_text(stage, NAME, manifest_text(job, stage.done))
-    except (OSError, CheckpointError) as cause:
-        stage.drop_unfinished()
-        what, mend = str(cause).rstrip("."), "mend this"
-        if isinstance(cause, OSError):
-            what, mend = f"cannot write {out}: {cause.strerror or cause}", "make room"
-        raise CheckpointError(
-            f"{what}. What is finished waits in {stage.folder}: {mend} and run the same command again, or delete it."
-        ) from cause
-    except Tahf4Error:
-        stage.drop()
-        raise
-    else:
-        stage.publish()
+        with staged(out, job) as stage:
+            result.resumed = len(stage.done)
+            _write_all(stage, source, parts, result, hard_link, threads or min(4, os.cpu_count() or 1))
+            stage.write(NAME, manifest_text(job, stage.done).encode())
     finally:
-        stage.close()
         torch.set_num_threads(before)
     return result
 
@@ -291,18 +277,10 @@ def _write_all(
             if found_losses := workers.losses.relative():
                 result.losses[part.component.name] = found_losses
             for name, text in part.texts.items():
-                _write_text(stage, name, text)
+                stage.write(name, text.encode())
         for name, path in others.items():
             stage.finish(name, _copy(path, stage.partial(name), hard_link, progress))
             result.bytes_written += 0 if hard_link else stage.done[name][0]
-
-
-def _write_text(stage: Stage, name: str, text: str) -> None:
-    if name in stage.done:
-        return
-    data = text.encode()
-    stage.partial(name).write_bytes(data)
-    stage.finish(name, (len(data), hashlib.sha256(data).hexdigest()))
 
 
 def _copy(path: Path, place: Path, hard_link: bool, progress: Callable[[int], Any]) -> tuple[int, str]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Tahf4Error
 from ..files.reading import read_json
 from .manifest import PROGRESS, file_sha256
 
-__all__ = ["Stage", "drop_list"]
+__all__ = ["Stage", "drop_list", "staged"]
 
 
 def drop_list(folder: Path) -> None:
@@ -46,7 +48,7 @@ class Stage:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as cause:
             os.close(self._lock)
-            raise CheckpointError(f"another tahf4 quantize is writing {out}; wait, or name another folder") from cause
+            raise CheckpointError(f"another command of tahf4 is writing {out}; wait, or name another folder") from cause
         try:
             self._take_up()
         except OSError as cause:
@@ -85,6 +87,12 @@ class Stage:
         self.done[name] = found
         self._write_list()
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file, unless it is finished."""
+        if name not in self.done:
+            self.partial(name).write_bytes(data)
+            self.finish(name, (len(data), hashlib.sha256(data).hexdigest()))
+
     def _write_list(self) -> None:
         beside = self.folder / f"{PROGRESS}.part"
         beside.write_text(json.dumps({"job": self.job, "files": self.done}), encoding="utf-8")
@@ -120,3 +128,30 @@ class Stage:
     def close(self) -> None:
         """Let others write."""
         os.close(self._lock)
+
+
+@contextlib.contextmanager
+def staged(out: Path, job: str) -> Iterator[Stage]:
+    """Yield the stage of a folder, and make it that folder at the end; what a run leaves waits for the next one.
+
+    Raises:
+        CheckpointError: as :class:`Stage`; or a file could not be read or written, and what is finished waits.
+    """
+    stage = Stage(out, job)
+    try:
+        yield stage
+    except (OSError, CheckpointError) as cause:
+        stage.drop_unfinished()
+        what, mend = str(cause).rstrip("."), "mend this"
+        if isinstance(cause, OSError):
+            what, mend = f"cannot write {out}: {cause.strerror or cause}", "make room"
+        raise CheckpointError(
+            f"{what}. What is finished waits in {stage.folder}: {mend} and run the same command again, or delete it."
+        ) from cause
+    except Tahf4Error:
+        stage.drop()
+        raise
+    else:
+        stage.publish()
+    finally:
+        stage.close()

@@ -211,17 +211,46 @@ class HiF4Linear(nn.Linear):
         Raises:
             GradientError, FormatError, RecipeError: as :meth:`forward`.
         """
-        weight, bits, waits = (self.weight_codes, self.weight_scales, bias), self.activation_bits, False
+        branch = (self._parameters.get(BRANCH[0]), self._parameters.get(BRANCH[1]))
+        return self.product_with(
+            input, self.weight_codes, self.weight_scales, self.multiplier, bias, [branch], out_dtype
+        )
+
+    def product_with(
+        self,
+        input: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        multiplier: Tensor | None,
+        bias: Tensor | None,
+        branches: Sequence[tuple[Tensor | None, Tensor | None]],
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the product with what the linear holds, or with copies of it in another place.
+
+        Args:
+            input: ``[..., K]``.
+            codes: as :attr:`weight_codes`.
+            scales: as :attr:`weight_scales`.
+            multiplier: as :attr:`multiplier`.
+            bias: ``[N]`` or None.
+            branches: ``[K, r]`` and ``[r, N]`` of each that runs beside the product; None for none.
+            out_dtype: of the result; None: as :meth:`forward`.
+
+        Raises:
+            GradientError, FormatError, RecipeError: as :meth:`forward`.
+        """
+        weight, bits, waits = (codes, scales, bias), self.activation_bits, False
         form = joined(self.span, self.rounding)
         if by_step(self):
             waits = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        out = packed_product(input, self.multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, form)
-        a, b = (self._parameters.get(name) for name in BRANCH)
-        if a is None or b is None:
-            return out
-        # Plain products: with weights that are not transposed nobody takes them for linears.
-        return out + (input @ a.to(input.dtype) @ b.to(input.dtype)).to(out.dtype)
+        out = packed_product(input, multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, form)
+        for a, b in branches:
+            if a is not None and b is not None:
+                # Plain products: with weights that are not transposed nobody takes them for linears.
+                out = out + (input @ a.to(input.dtype) @ b.to(input.dtype)).to(out.dtype)
+        return out
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight that the codes stand for, with the transform undone: ``[N, K]``.

@@ -22,8 +22,11 @@ def watch_data(forget: Forget) -> None:
     """Call a function with each ``nn.Parameter`` whose ``.data`` somebody takes or sets.
 
     ``weight.data += x`` writes through what was taken, and what is set has a version counter of its own. Code that
-    Dynamo compiles, and C++, take and set it by other ways.
+    Dynamo compiles, and C++, take and set it by other ways. What runs beside that code, as hooks do that cast layers,
+    comes here, and Dynamo would compile this code for each parameter anew.
     """
+    from torch._dynamo.eval_frame import skip_code
+
     own: Any = Tensor.data
 
     def get(self: nn.Parameter) -> Tensor:
@@ -35,6 +38,8 @@ def watch_data(forget: Forget) -> None:
         forget(self)
         own.__set__(self, value)
 
+    for function in (get, put):
+        skip_code(function.__code__)
     nn.Parameter.data = property(get, put, own.__delete__, own.__doc__)  # type: ignore[assignment]
 
 

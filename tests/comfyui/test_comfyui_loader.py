@@ -71,6 +71,13 @@ def test_linears_compute_as_the_file_says(comfy):
     assert (ours.span, ours.rounding) == (theirs.span, theirs.rounding) == (0, "bfloat16_half_away")
     assert torch.equal(ours(x), theirs(x))
 
+    def unequal(tensors, config):
+        tensors["blocks.0.ffn.net.0.proj.weight_scales"][0, 0] += 1
+
+    spoil(place(comfy) / "row", unequal)
+    with pytest.raises(PackedError, match=r"ffn\.0\) has the span 'row', and the level-1 scales of its units differ"):
+        comfy.load("row")
+
 
 def packed(patcher) -> dict:
     return {path: module for path, module in patcher.model.named_modules() if isinstance(module, HiF4Linear)}

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import tahf4_compiler as tahf4
 from tahf4_compiler.checkpoint.amct import from_amct, from_amct_tensors, to_amct, to_amct_tensors
 from tahf4_compiler.checkpoint.manifest import verify
+from tahf4_compiler.checkpoint.stage import Stage
 from tahf4_compiler.errors import CheckpointError, FormatError
 from tahf4_compiler.format import hif4
 from tahf4_compiler.packed.convert import packed_linears
@@ -170,6 +171,44 @@ def test_bad_files_are_refused(deployed, tmp_path, edit, message):
     with pytest.raises(CheckpointError, match=message):
         from_amct(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_run_that_stops_after_any_file_takes_up_behind_it(deployed, tmp_path, monkeypatch, caplog, stop):
+    folder, _ = deployed
+    from_amct(folder, tmp_path / "whole")
+    wanted, finish, taken = contents(tmp_path / "whole"), Stage.finish, []
+
+    def once(self, name, found):
+        finish(self, name, found)
+        taken.append(len(self.done))
+        raise stop("stopped")
+
+    monkeypatch.setattr(Stage, "finish", once)
+    for _ in wanted:
+        with pytest.raises((KeyboardInterrupt, CheckpointError), match="stopped"):
+            from_amct(folder, tmp_path / "out")
+    assert taken == list(range(1, len(wanted) + 1)) and not (tmp_path / "out").exists()
+    caplog.clear()
+    assert from_amct(folder, tmp_path / "out") == ["model.layers.0.up"] and contents(tmp_path / "out") == wanted
+    assert f"{len(wanted)} files of an earlier run are there already" in caplog.text
+
+
+def test_what_was_begun_of_other_files_is_made_again(deployed, tmp_path, monkeypatch, caplog):
+    folder, _ = deployed
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "publish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            from_amct(folder, tmp_path / "out")
+    weight = torch.zeros(6, 96, dtype=torch.uint8)
+    change(folder, "layer_000.safetensors", lambda c: c.update({"model.layers.0.up.weight": weight}))
+    from_amct(folder, tmp_path / "out")
+    assert torch.equal(tensors(tmp_path / "out")["model.layers.0.up.weight_codes"], weight)
+    assert not caplog.text
 
 
 def test_places_and_directions(deployed, tmp_path):

@@ -404,6 +404,6 @@ def test_explain_tells_errors_along_the_steps():
     linear = LinearEntry((128, 64), 0, sqnr_db=21.0, step_sqnr_db=(20.0, None, 22.5))
     recipe = Recipe({"": {"blocks.0.up": RecipeEntry({"blocks.0.up": linear})}}, high_precision_steps=(0, -1))
     lowered = tahf4.lower(tahf4.capture(Stack(1).eval(), (torch.randn(4, 64),)))
-    (text,) = explanations(Report.of(lowered, Evidence.of(recipe)), "0.up")
+    (text,) = explanations(Report.of(lowered, Evidence.of(recipe)), re.compile("0.up"))
     assert "along steps SQNR 20.0, none seen, 22.5 dB in the 3 parts of the schedule" in text
     assert "steps       0, -1 (from the end) in high precision, by the recipe" in text

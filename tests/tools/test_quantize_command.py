@@ -481,7 +481,7 @@ def test_two_runs_at_once_are_refused(saved, tmp_path):
 
     stage = Stage(tmp_path / "out", "job")
     try:
-        with pytest.raises(tahf4.CheckpointError, match="another tahf4 quantize"):
+        with pytest.raises(tahf4.CheckpointError, match="another command of tahf4 is writing"):
             quantize_checkpoint(saved, tmp_path / "out")
     finally:
         stage.close()

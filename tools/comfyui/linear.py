@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tahf4_compiler.errors import PackedError
-from tahf4_compiler.format.spans import joined
 from tahf4_compiler.packed.config import arguments
-from tahf4_compiler.packed.linear import HiF4Linear, packed_product
+from tahf4_compiler.packed.linear import HiF4Linear
 
 __all__ = ["PackedLinear", "operations"]
 
@@ -45,29 +44,23 @@ class PackedLinear(HiF4Linear, comfy.ops.CastWeightBiasOp):
                     f"something wants to change the weight of a packed linear by {function!r:.100}, and it has codes "
                     "and no weight. Use a plain model with this node."
                 )
-        if self.weight_codes.device != input.device:
-            return self._offloaded(input)
-        return self._product(input, self.weight_codes, self.weight_scales, self.multiplier)
+        held = self.weight_codes, self.weight_scales, self.multiplier
+        return self._beside(input, *held) if self.weight_codes.device == input.device else self._offloaded(input, *held)
 
     @torch.compiler.disable  # the compiler knows packed weights by the parameters that hold them
-    def _offloaded(self, input: Tensor) -> Tensor:
-        codes, scales = self.weight_codes.to(input.device), self.weight_scales.to(input.device)
-        multiplier = self.multiplier.to(input.device) if self.multiplier is not None else None
-        return self._product(input, codes, scales, multiplier)
+    def _offloaded(self, input: Tensor, *held: Tensor | None) -> Tensor:
+        return self._beside(input, *(part.to(input.device) if part is not None else None for part in held))
 
-    def _product(self, input: Tensor, codes: Tensor, scales: Tensor, multiplier: Tensor | None) -> Tensor:
+    def _beside(self, input: Tensor, codes: Any, scales: Any, multiplier: Any) -> Tensor:
         bias: Tensor | None = self.bias
         if bias is not None:
             changes = bool(self.bias_function)  # in place
             bias = bias.to(input.device, input.dtype, copy=changes)
             for function in self.bias_function:
                 bias = function(bias)
-        bits, form = self.activation_bits, joined(self.span, self.rounding)
-        out = packed_product(input, multiplier, self.hadamard_block, codes, scales, bias, bits, span=form)
-        for a, b in ((self.low_rank_a, self.low_rank_b), self.adapter or (None, None)):
-            if a is not None and b is not None:
-                out = out + input @ a.to(input.device, input.dtype) @ b.to(input.device, input.dtype)
-        return out
+        pairs = ((self.low_rank_a, self.low_rank_b), self.adapter or (None, None))
+        branches = [(a.to(input.device), b.to(input.device)) for a, b in pairs if a is not None and b is not None]
+        return self.product_with(input, codes, scales, multiplier, bias, branches)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Name a weight: ComfyUI looks for the keys of a LoRA in the state, and measures a model by it."""

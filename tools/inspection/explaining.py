@@ -54,16 +54,20 @@ def overview(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def explanations(report: Report, pattern: str) -> Iterator[str]:
-    """Yield a text for each linear whose module path a pattern is found in.
+def regular(pattern: str) -> re.Pattern[str]:
+    """Return a regular expression.
 
     Raises:
-        CommandError: the pattern is no regular expression.
+        CommandError: it is none.
     """
     try:
-        wanted = re.compile(pattern)
+        return re.compile(pattern)
     except re.error as error:
         raise CommandError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def explanations(report: Report, wanted: re.Pattern[str]) -> Iterator[str]:
+    """Yield a text for each linear whose module path a pattern is found in."""
     views = {node.name: node for node in report.snapshots[-1].nodes} if report.snapshots else {}
     for row in report.linears():
         if wanted.search(row["module"]):
