@@ -192,7 +192,8 @@ def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
 
 def _say_nothing(model: nn.Module) -> None:
     plan = plan_modules(model)
-    if not any(d.decision == "hif4" for d in plan):  # else the user keeps them
+    # Else the user keeps them. All of a part is boundary only where the model around it said so.
+    if not any(d.decision == "hif4" for d in plan) and not (plan and all(d.cause is Cause.BOUNDARY for d in plan)):
         log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
 
 

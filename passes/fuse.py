@@ -111,6 +111,8 @@ class Fuse(Pass):
     def _split_product(self, region: Region, product: fx.Node, sizes: list[int]) -> str | None:
         graph = product.graph
         (split,) = readers(product)
+        if region.segment[split] != region.segment[product]:
+            return None  # a write between them may change the bias
         dtype = product.meta["val"].dtype
         args = (*product.args[:6], sizes, [], "", dtype, *product.args[6:])
         fused = self._replace(region, product, split, torch.ops.tahf4.fused_linear.default, args)

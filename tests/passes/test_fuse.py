@@ -119,6 +119,23 @@ def test_a_product_keeps_its_split(rest):
     assert_pass(MERGED + rest, ALWAYS)
 
 
+def test_a_product_with_a_split_does_not_cross_a_write_to_its_bias():
+    assert_pass(
+        """
+        x: f32[4, 64]
+        q+k: hif4[64+64, 64]
+        b: buffer[128]
+        c, s = tahf4.quantize(x, None, 0)
+        p = tahf4.linear(c, s, q+k, b, f32)
+        z = add_(b, 1)
+        d, e = split_with_sizes(p, [64, 64], -1)
+        f = add(d, e)
+        return f
+        """,
+        ALWAYS,
+    )
+
+
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_columns_by_either_name_of_their_axis(axis):
     assert_pass(
