@@ -62,7 +62,7 @@ def test_dynamo_compiles_nothing_of_what_watches(monkeypatch):
         seen.pop(id(parameter), None)
 
     monkeypatch.setattr(nn.Parameter, "data", None, raising=False)
-    torch_writes.watch_data(forget)
+    writes.watch_data(forget)
 
     def scale(parameters):
         for parameter in parameters:
