@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..model.linears import matching, plain_path
 from ..model.reasons import Cause
+from ..packed.linear import HiF4Linear
 from ..packed.plan import left_out, plan_modules, why_nothing
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
@@ -83,7 +84,8 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
 
 
 def _mark_copied(model: nn.Module) -> None:
-    if model._compiled_call_impl is not None:
+    packed = any(isinstance(module, HiF4Linear) for module in model.modules())  # its copy runs in 4 bits as well
+    if model._compiled_call_impl is not None and not packed:
         model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
 
 

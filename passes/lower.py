@@ -49,7 +49,7 @@ class Lower(Pass):
             forced = context.options.kernels == "reference"
             kernel = dispatch(node.target, node, reference=forced)
             if kernel.name == "reference" and not forced and node.target in OPERATORS and not in_16_bits(node):
-                _say_once(_device(node))
+                _say_once(*_place(node))
             node.meta[KERNEL] = kernel.name
             modified |= node.target is not kernel.target
             node.target = kernel.target
@@ -62,15 +62,18 @@ class Lower(Pass):
         return PassResult(graph_module, modified)
 
 
-def _device(node: fx.Node) -> str:
-    values = (n.meta.get("val") for n in node.all_input_nodes)
-    return next((v.device.type for v in values if isinstance(v, torch.Tensor)), "cpu")
+def _place(node: fx.Node) -> tuple[str, str]:
+    """Return device and dtype of what is quantized, or of what a product writes."""
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    floats = [v for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point]
+    return next(((v.device.type, str(v.dtype).removeprefix("torch.")) for v in floats), ("cpu", "float32"))
 
 
 @functools.cache
-def _say_once(device: str) -> None:
+def _say_once(device: str, dtype: str) -> None:
     log.warning(
-        "no compiled HiF4 kernel serves device %r: the plain-PyTorch reference runs (exact, but slower than the "
-        "original linears)",
+        "no compiled HiF4 kernel serves device %r with %s: the plain-PyTorch reference runs (exact, but slower than "
+        "the original linears)",
         device,
+        dtype,
     )

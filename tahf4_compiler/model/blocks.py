@@ -151,6 +151,8 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             if 2 * alike[first.rpartition(".")[0], members[first].cls] >= total:  # and heads are not most of a model
                 while len(written) > MIN_LINEARS and written[-1][0] not in {k for _, k in read}:
                     written = written[:-1]  # a gate, which is often declared last
+                while len(read) > MIN_LINEARS and read[0][1] not in {n for n, _ in written}:
+                    read = read[1:]  # what reads the condition, which is often declared first
             written, read = written[-1:], read[:1]
         return not {n for n, _ in written}.isdisjoint(k for _, k in read)
 

@@ -1,8 +1,9 @@
 """The plan of a model without a graph: which linears run in 4 bits, and what transforms their activations.
 
 Works on module structure alone, so that a model on the meta device is enough. The decisions are those that the passes
-``classify`` and ``plan`` make on the captured graph, with one exception: a container of embedders that stand side by
-side, and that read as many features as they write, looks like blocks here. The graph leaves them in high precision.
+``classify`` and ``plan`` make on the captured graph, as far as sizes tell the flow: a container of embedders that stand
+side by side, and that read as many features as they write, looks like blocks here. ``docs/concepts.md`` lists where the
+two differ.
 """
 
 from __future__ import annotations

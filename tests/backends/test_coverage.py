@@ -100,6 +100,13 @@ def test_pytorch_drops_the_compilation_of_a_model_in_place_from_its_copy(whole, 
         assert torch.equal(copied(x), model(x)) == (not whole)
 
 
+def test_the_copy_of_a_packed_model_runs_in_4_bits_and_is_not_said_to_be_another(caplog):
+    model, x = Stack().eval().requires_grad_(False), torch.randn(4, 64)
+    tahf4.quantize_(model)
+    found = compiled(model, False)(x)
+    assert torch.equal(copy.deepcopy(model)(x), found) and "deep copy" not in caplog.text
+
+
 class Cached(Stack):
     """Runs its blocks outside of every graph, and in some calls not at all, as MagCache and others do."""
 

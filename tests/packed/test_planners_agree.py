@@ -261,6 +261,38 @@ def test_a_gate_is_declared_last(out):
     assert modules["blocks.3.down"] == ("hif4", Cause.BODY)
 
 
+class Conditioned(nn.Module):
+    """A block that declares first what reads its condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.condition, self.up, self.down = nn.Linear(96, 192), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x, c):
+        shift, scale, gate = self.condition(c).chunk(3, -1)
+        return x + gate * self.down(nn.functional.silu(self.up(x * scale + shift)))
+
+
+class Conditional(nn.Module):
+    """Blocks of more than half, and less than nearly all of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(128, 64), nn.Linear(64, 800)
+        self.blocks = nn.ModuleList(Conditioned() for _ in range(3))
+
+    def forward(self, x, c):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.last(x)
+
+
+def test_a_condition_is_read_by_what_is_declared_first():
+    graph, modules = plans(Conditional(), (torch.randn(4, 128), torch.randn(4, 96)))
+    assert graph == modules and modules["first"] == modules["last"] == ("high_precision", Cause.BOUNDARY)
+
+
 def test_heads_of_three_linears_side_by_side():
     graph, modules = plans(Heads(), (torch.randn(4, 64),))
     assert graph == modules and modules["heads.0.up"] == ("high_precision", Cause.BOUNDARY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from graphs import DECISION, assert_pass, plug_in
-from tahf4_compiler.passes.lower import Lower
+from tahf4_compiler.passes.lower import Lower, _say_once
 
 GRAPH = """
     x: f32[4, 64]
@@ -24,6 +24,13 @@ def test_the_reference_serves_where_nothing_else_does():
     ran = assert_pass(BEFORE, Lower(), REFERENCE)
     assert ran.notes == ["1 x tahf4.linear -> reference", "1 x tahf4.quantize -> reference"]
     assert ran.record.matches == 2 and not ran.record.modified
+
+
+def test_what_no_kernel_serves_is_said_once(caplog):
+    _say_once.cache_clear()
+    assert_pass(BEFORE.replace("f32", "f64"), Lower(), REFERENCE.replace("f32", "f64"))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("no compiled HiF4 kernel serves device 'cpu' with float64")
 
 
 def test_a_kernel_of_a_plug_in_takes_its_place_and_the_plan_says_so():
