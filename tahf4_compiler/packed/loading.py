@@ -126,7 +126,11 @@ class Loading:
         """
         found = packed_linears(model)
         expected = self.config.linears if packed else self.transforms
-        lacking = [p for p in expected if p not in found or not all(map(arrived, found[p].parameters()))]
+
+        def whole(linear: nn.Module) -> bool:
+            return all(arrived(value) and not value.is_meta for value in linear.parameters())
+
+        lacking = [path for path in expected if path not in found or not whole(found[path])]
         if lacking:
             raise PackedError(
                 f"the checkpoint lacks tensors of {len(lacking)} packed linears ({', '.join(lacking[:3])}); it is not "

@@ -237,6 +237,19 @@ def test_linears_without_a_multiplier_load_again(tmp_path):
     assert equal(type(model).from_pretrained(tmp_path), model)
 
 
+def test_what_is_packed_while_it_loads_is_not_left_on_disk(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "plain")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+    with pytest.raises(tahf4.PackedError, match=r"\(model\.layers\.0\..*load a packed model into memory"):
+        type(model).from_pretrained(
+            tmp_path / "plain",
+            device_map={**places, "model.rotary_emb": "cpu", "lm_head": "cpu"},
+            offload_folder=tmp_path / "disk",
+            quantization_config=tahf4.TaHF4Config(),
+        )
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     model = umt5()
     tahf4.quantize_(model)
