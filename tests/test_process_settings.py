@@ -36,16 +36,13 @@ def default_dtype(dtype):
 
 @contextlib.contextmanager
 def careful():
-    """Other ways of computing, where PyTorch knows some."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    """Other ways of computing that change no product. ``set_float32_matmul_precision`` changes those of the model."""
     torch.use_deterministic_algorithms(True)
     try:
         with torch.autograd.detect_anomaly(check_nan=True):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.set_float32_matmul_precision(before)
 
 
 SETTINGS = {

@@ -11,12 +11,12 @@ from tahf4_compiler.ops import registry
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what asks for an instruction set with each; only then is the library of the kernels built."""
-    if "instruction_set" in metafunc.fixturenames:
-        metafunc.parametrize("instruction_set", cpu_operators.sets(), indirect=True)
+    if "each_set" in metafunc.fixturenames:
+        metafunc.parametrize("each_set", cpu_operators.sets(), indirect=True)
 
 
 @pytest.fixture
-def instruction_set(request, monkeypatch):
+def each_set(request, monkeypatch):
     monkeypatch.setenv("TAHF4_CPU_ISA", request.param)
     registry.kernels()
     return request.param

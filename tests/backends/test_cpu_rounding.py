@@ -28,7 +28,7 @@ def values(rows, k, seed=0):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k", [64, 130, 5120])
-def test_conversion_is_bit_exact(instruction_set, k, form):
+def test_conversion_is_bit_exact(each_set, k, form):
     for dtype in DTYPES:
         x, multiplier = values(40, k).to(dtype), torch.rand(k) + 0.5
         found = ours.quantize(x, None, 0, 4, form)
@@ -42,19 +42,19 @@ def test_conversion_is_bit_exact(instruction_set, k, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_program_before_it(instruction_set, form):
+def test_a_program_before_it(each_set, form):
     x = values(40, 1088).bfloat16()
     for function in (ours.fused_quantize, calls.fused_quantize):
         found = function([x], PROGRAM, None, 64, 4, form)
         if found is NotImplemented:
-            assert instruction_set == "none"
+            assert each_set == "none"
             continue
         assert_same(found, reference.fused_quantize([x], PROGRAM, None, 64, 4, form))
         assert not torch.equal(found[0], reference.fused_quantize([x], PROGRAM, None, 64, 4, form - 8)[0])
 
 
 @pytest.mark.parametrize("span", [0, 1, 2])
-def test_the_result_of_a_product(instruction_set, span):
+def test_the_result_of_a_product(each_set, span):
     """The operands' span is their own; the rounding is that of the result."""
     x, weight = (torch.randn(m, 256, generator=torch.Generator().manual_seed(m)) for m in (9, 320))
     sides = (*reference.quantize(x, None, 0, 4, span), *reference.quantize(weight, None, 0, 4, span))
@@ -67,7 +67,7 @@ def test_the_result_of_a_product(instruction_set, span):
     assert_same(rounded, reference.quantize(y, None, 0, 4, 9))
     assert not torch.equal(plain[0], rounded[0])
     called = calls.linear_quantize(*product, 4, span + 8)
-    assert called is NotImplemented if instruction_set == "none" else torch.equal(called[0], rounded[0])
+    assert called is NotImplemented if each_set == "none" else torch.equal(called[0], rounded[0])
 
 
 def test_searched_weights(monkeypatch):
@@ -80,7 +80,7 @@ def test_searched_weights(monkeypatch):
     assert_same(found[:2], wanted[:2])
 
 
-def test_numbers_that_are_no_form_are_refused(instruction_set):
+def test_numbers_that_are_no_form_are_refused(each_set):
     x = torch.randn(3, 64)
     for form in (-1, -8, 3, 5, 11, 13, 16, 24):
         with pytest.raises(FormatError):

@@ -28,7 +28,7 @@ def wide(rows, k, seed=0, lead=()):
 
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("k", [1, 64, 130, 256, 640, 5000])
-def test_conversion_is_bit_exact(instruction_set, k, span):
+def test_conversion_is_bit_exact(each_set, k, span):
     for dtype in DTYPES:
         x, multiplier = wide(7, k).to(dtype), torch.rand(k, generator=generator(3)) + 0.5
         for block in (0, 4, 64):
@@ -40,7 +40,7 @@ def test_conversion_is_bit_exact(instruction_set, k, span):
 
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(("k", "block"), [(128, 128), (640, 128), (1000, 512), (5120, 1024), (8192, 8192), (4224, 128)])
-def test_rotations_wider_than_a_unit(instruction_set, k, block, span):
+def test_rotations_wider_than_a_unit(each_set, k, block, span):
     x, multiplier = wide(5, k), torch.rand(k, generator=generator(3)) + 0.5
     for dtype in DTYPES:
         given = (x.to(dtype), multiplier, block, 4, span)
@@ -48,7 +48,7 @@ def test_rotations_wider_than_a_unit(instruction_set, k, block, span):
 
 
 @pytest.mark.parametrize("span", SPANS)
-def test_what_is_not_finite_and_strides(instruction_set, span):
+def test_what_is_not_finite_and_strides(each_set, span):
     x = wide(40, 700)
     x[3, 5], x[4, 699], x[5, 300], x[6] = torch.nan, torch.inf, -torch.inf, 0.0
     x[7] *= 1e-38
@@ -65,8 +65,8 @@ PROGRAMS = [
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(("k", "block"), [(64, 64), (130, 0), (640, 64), (640, 128), (1000, 512), (576, 64)])
-def test_a_program_before_the_conversion(instruction_set, k, block, program, span):
-    if instruction_set == "none":
+def test_a_program_before_the_conversion(each_set, k, block, program, span):
+    if each_set == "none":
         pytest.skip("runs the reference")
     inputs = [wide(3, k, lead=(2,)), torch.rand(k, generator=generator(5)) + 0.5]
     found = ours.fused_quantize(inputs, program, inputs[1], block, 4, span)
@@ -93,7 +93,7 @@ def operands(rows, n, k, span, seed=0):
     [(1, 64, 1), (2, 130, 15), (3, 200, 16), (4, 640, 17), (5, 320, 70), (6, 384, 32), (7, 1000, 33), (50, 192, 100)]
     + [(rows, 448, 65 + rows) for rows in (9, 11, 13, 16, 18, 31)],
 )
-def test_the_product_is_that_of_the_reference(instruction_set, rows, k, n, span):
+def test_the_product_is_that_of_the_reference(each_set, rows, k, n, span):
     given = operands(rows, n, k, span)
     bias = torch.linspace(-3, 3, n)
     plain = (*given, None, torch.float32, span)
@@ -113,7 +113,7 @@ def test_the_product_is_that_of_the_reference(instruction_set, rows, k, n, span)
 
 @pytest.mark.parametrize("signs", [(0x77, 0x77), (0x77, 0xFF), (0xFF, 0xFF), (0x7F, 0xF7)])
 @pytest.mark.parametrize("units", [3, 400])
-def test_the_largest_sums_are_exact(instruction_set, units, signs):
+def test_the_largest_sums_are_exact(each_set, units, signs):
     # 400 units: their dot is above 2**24 and does not fit into the mantissa of a float32.
     left, right = (torch.full((9, 32 * units), sign, dtype=torch.uint8) for sign in signs)
     right[:, 7] = 0x35
@@ -126,7 +126,7 @@ def test_the_largest_sums_are_exact(instruction_set, units, signs):
     assert ((ours.linear(*given).double() - exact).abs() <= 2.0**-23 * exact.abs()).all()
 
 
-def test_sums_beyond_the_mantissa_of_a_float32_are_rounded_once(instruction_set):
+def test_sums_beyond_the_mantissa_of_a_float32_are_rounded_once(each_set):
     units = 8000
     generated = torch.randint(0, 8, (5, 64 * units), generator=generator(6))
     left = torch.full((3, 32 * units), 0x77, dtype=torch.uint8)  # odd numbers, so that no bit is free
@@ -162,7 +162,7 @@ def test_the_reference_adds_spans_in_order():
 
 
 @pytest.mark.parametrize("span", (1, *SPANS))
-def test_a_row_without_a_number_is_nan(instruction_set, span):
+def test_a_row_without_a_number_is_nan(each_set, span):
     x, w = wide(12, 320), wide(20, 320, 5)
     x[3, 100], w[4, 319] = torch.nan, torch.inf
     given = (*reference.quantize(x, None, 0, 4, span), *reference.quantize(w, None, 0, 4, span))
@@ -172,20 +172,20 @@ def test_a_row_without_a_number_is_nan(instruction_set, span):
     assert torch.equal(found.isnan(), wanted)
 
 
-def test_activations_of_8_bits_have_no_span(instruction_set):
+def test_activations_of_8_bits_have_no_span(each_set):
     x, w = wide(12, 320), wide(20, 320, 5)
     given = (*reference.quantize(x, None, 0, 8), *reference.quantize(w, None, 0, 4, 0))
     assert torch.equal(ours.linear(*given, None, torch.float32, 0), ours.linear(*given, None, torch.float32, 1))
 
 
-def test_a_product_over_spans_is_that_over_units_but_for_its_order(instruction_set):
+def test_a_product_over_spans_is_that_over_units_but_for_its_order(each_set):
     for span in SPANS:
         given = operands(20, 40, 1280, span)
         whole, units = (ours.linear(*given, None, torch.float32, s) for s in (span, 1))
         assert (whole - units).abs().max() <= 2e-6 * units.abs().max()
 
 
-def test_the_span_is_a_promise_that_the_kernels_use(instruction_set):
+def test_the_span_is_a_promise_that_the_kernels_use(each_set):
     given = operands(20, 40, 1280, 1)  # every unit has its own scale: the first one counts for its span
     for span in SPANS:
         found = ours.linear(*given, None, torch.float32, span)
@@ -194,7 +194,7 @@ def test_the_span_is_a_promise_that_the_kernels_use(instruction_set):
 
 
 @pytest.mark.parametrize("span", [3, -1, 5])
-def test_another_span_is_refused(instruction_set, span):
+def test_another_span_is_refused(each_set, span):
     x = torch.randn(3, 64)
     given = (*reference.quantize(x), *reference.quantize(x))
     for call in (
@@ -207,7 +207,7 @@ def test_another_span_is_refused(instruction_set, span):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_change_nothing(instruction_set, threads, _threads):
+def test_threads_change_nothing(each_set, threads, _threads):
     x = wide(70, 5000)
     torch.set_num_threads(threads)
     for span in SPANS:
