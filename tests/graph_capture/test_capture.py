@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from helpers import GRAPH
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.graph_capture.export import capture_program
+from tahf4_compiler.graph_capture.export import _check_arguments, capture_program
 
 
 class Counts(nn.Module):
@@ -38,6 +40,18 @@ def test_an_argument_of_another_kind_than_captured_is_refused(other: torch.Tenso
     lowered = tahf4.lower(tahf4.capture(nn.Sequential(nn.Linear(64, 64)).eval(), (torch.ones(4, 64),)))
     with pytest.raises(tahf4.CaptureError, match="the graph was captured for"):
         lowered(other)
+
+
+@pytest.mark.parametrize(
+    ("captured", "given", "refused"),
+    [(0.0, 0.0, False), (0.0, -0.0, True), (0.0, 0, True), (float("nan"), float("nan"), False), ("a", "b", True)],
+)
+def test_a_number_is_a_constant_of_the_graph_with_its_sign_and_its_type(captured, given, refused) -> None:
+    node = torch.fx.Graph().placeholder("number")
+    node.meta["val"] = captured
+    raised = pytest.raises(tahf4.CaptureError, match="a constant of the graph")
+    with raised if refused else contextlib.nullcontext():
+        _check_arguments([given], [node], [captured], {})
 
 
 class Sum(nn.Module):

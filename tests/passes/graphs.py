@@ -44,20 +44,20 @@ from tahf4_compiler.format.low_rank import LowRank
 from tahf4_compiler.format.transforms import SEED, signs
 from tahf4_compiler.graph.inputs import DECISION, INPUT, ROLE, PackedInput
 from tahf4_compiler.model.attachments import Attachment
-from tahf4_compiler.model.reasons import Cause
+from tahf4_compiler.model.reasons import Cause, Reason
 from tahf4_compiler.ops import fused  # noqa: F401  (defines torch.ops.tahf4)
 from tahf4_compiler.ops.registry import KERNEL, register_kernel, unregister_kernel
 from tahf4_compiler.pipeline.base import Pass
 from tahf4_compiler.pipeline.context import Decision
 from tahf4_compiler.pipeline.manager import PassManager
 from tahf4_compiler.pipeline.records import PassRecord
-from tahf4_compiler.pipeline.running import graph_arguments, running
+from tahf4_compiler.pipeline.running import graph_arguments, relative_error, running
 from tahf4_compiler.weights.store import store
 
 __all__ = [
     "DECISION", "INPUT", "KERNEL", "SEED", "Attachment", "Cause", "LowRank", "OptionError", "PackedError", "PassError",
-    "PatternError", "Ran", "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu", "other_linear",
-    "plug_in", "results", "run_passes", "signs",
+    "PatternError", "Ran", "Reason", "Text", "arguments", "assert_pass", "assert_same", "conversions", "cpu",
+    "other_linear", "plug_in", "relative_error", "results", "run_passes", "signs",
 ]  # fmt: skip
 
 SHOWN = {"classify": ROLE, "plan": DECISION, "lower": KERNEL}

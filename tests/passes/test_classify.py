@@ -137,6 +137,20 @@ def test_a_piece_of_a_model_after_a_graph_break_knows_the_containers_of_the_whol
     )
 
 
+def test_a_piece_with_one_linear_of_each_block_is_judged_by_the_whole():
+    text = """
+        x: f32[4, 64]
+        u: param[64, 64] = "blocks.0.up.weight"
+        v: param[64, 64] = "blocks.1.up.weight"
+        y = linear(x, u){0}
+        z = linear(y, v){1}
+        return z
+    """
+    after = text.format(*(f"  # body: in repeated block blocks.{i} (Block)" for i in (0, 1)))
+    blocks = {"blocks": {"blocks.0": "Block", "blocks.1": "Block"}}
+    assert_pass(text.format("", ""), Classify(), after, blocks=blocks)
+
+
 def test_where_all_members_are_in_the_graph_the_flow_between_them_decides():
     text = BLOCKS.replace("y1 = linear(h0, u1)", "y1 = linear(h, u1)")
     for name, path in (("u0", "blocks.0.up"), ("d0", "blocks.0.down"), ("u1", "blocks.1.up"), ("d1", "blocks.1.down")):

@@ -119,6 +119,16 @@ def test_an_operand_is_one_input_however_often_it_is_read():
     )
 
 
+def test_a_product_may_be_an_operand_of_one_that_comes_before_it():
+    head = "x: f32[4, 64]\n w: hif4[64, 64]\n v: hif4[64, 64]\n c, s = tahf4.quantize(x, None, 0)\n"
+    assert_pass(
+        head + "y = tahf4.linear(c, s, w, None, f32)\n u = tahf4.linear(c, s, v, None, f32)\n z = add(y, u)\n return z",
+        ALWAYS,
+        head + "u = tahf4.linear(c, s, v, None, f32)\n"
+        'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [u], "v0: float32 = add(y, x0)", f32)\n return z',
+    )  # fmt: skip
+
+
 def test_a_narrow_operand_is_read_as_it_is_however_often_it_is_cast():
     program = '"v0: float32 = to(x0); v1: float32 = add(y, v0); v2: float32 = to(x0); v3: float32 = mul(v1, v2)"'
     head = PRODUCT.replace("r: f32", "r: bf16")
@@ -383,3 +393,19 @@ def test_a_cast_of_an_operand_does_not_cross_a_write():
         head[:cut] + before + "c, s = tahf4.quantize(x, None, 0)\n"
         'z, = tahf4.fused_linear(c, s, w, None, f32, [64], [e], "v0: float32 = add(x0, y)", f32)\n return z',
     )
+
+
+def test_codes_alone_keep_the_rounding_of_their_quantization_and_the_span_of_the_product():
+    text = """
+        x: f32[4, 256]
+        w: hif4[64, 256] rotated 64, span 4
+        v: hif4[64, 64]
+        m: multiplier of w signs
+        c, s = tahf4.quantize(x, m, 64, 4, 4)
+        {}
+        z = tahf4.linear(d, t, v, None, f32)
+        return z
+    """
+    before = "y = tahf4.linear(c, s, w, None, f32, 4)\n d, t = tahf4.quantize(y, None, 0, 4, 9)"
+    after = 'd, t = tahf4.linear_quantize(c, s, w, None, f32, [], "", None, 0, 4, 12)'
+    assert_pass(text.format(before), ALWAYS, text.format(after))

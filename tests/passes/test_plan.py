@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import Attachment, Cause, PackedError, PatternError, Text, assert_pass, run_passes
+from graphs import Attachment, Cause, PackedError, PatternError, Reason, Text, assert_pass, run_passes
 from tahf4_compiler.passes.normalize import Normalize
 from tahf4_compiler.passes.plan import Plan
 
@@ -125,6 +125,22 @@ def test_floats_are_quantized(dtype):
     assert_pass(f"{text}\n return y", Plan(), f"{text}  # hif4: not classified\n return y")
 
 
+@pytest.mark.parametrize(
+    ("line", "cast"),
+    [
+        ("w: param.f8[64, 64]", "to.dtype(w, f32)"),
+        ("w: param[64, 64]", "to.dtype(w, f8)"),
+        ("w: param.i32[64, 64]", "to.dtype(w, f32)"),
+        ("w: param[64, 64]", "to.dtype(w, i32)"),
+        ("w: param[64, 64] on meta", "to.device(w, cpu, f32)"),
+    ],
+)
+def test_a_cast_that_loses_values_or_moves_them_makes_another_weight(line, cast):
+    text = Text.parse(f"x: f32[4, 64]\n {line}\n v = {cast}\n u = to.dtype(v, f32)\n y = linear(x, u)\n return y")
+    run_passes(text, Plan())
+    assert text.context.plan[0].reason == "weight: computed in the graph (aten.to.dtype), not a parameter"
+
+
 def test_integers_are_not():
     text = "x: i64[4, 64]\n w: param.i64[64, 64]\n y = linear(x, w)"
     assert_pass(
@@ -220,6 +236,29 @@ def test_a_packed_linear_is_planned_as_such_and_the_others_of_its_model_stay():
     first = ran.plan[0]
     assert (first.module, first.k, first.n, first.weight_index) == ("blocks.0.up", 100, 64, 1)
     assert (first.bytes_before, first.bytes_after, first.flops) == (64 * 100 * 4, 64 * 2 * 36, 2 * 4 * 100 * 64)
+
+
+@pytest.mark.parametrize(("bits", "span"), [({}, 4), ({"up": 8}, 1)])
+def test_a_packed_linear_has_the_span_of_its_activation_while_that_has_4_bits(bits, span):
+    held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]").replace("None, 0, 4)", "None, 0, 4, 4)")
+    wanted = PLANNED.replace("None, 0, 4)", "None, 0, 4, 4)")
+    ran = assert_pass(held, Plan(), wanted, first=[Normalize()], run=False, activation_bits=bits)
+    assert ran.plan[0].span == span
+
+
+def test_a_packed_linear_had_the_dtype_that_its_product_has():
+    held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
+    text = Text.parse(held.replace("f32", "bf16").replace("param[128", "param.bf16[128"))
+    run_passes(text, Normalize(), Plan())
+    assert text.context.plan[0].bytes_before == 64 * 100 * 2
+
+
+@pytest.mark.parametrize(("option", "bits"), [(4, 8), (16, 16)])
+def test_a_step_has_its_bits_at_least(option, bits):
+    recipe = {"blocks.0.w": Attachment("hif4", Reason(Cause.STEP, "this step runs in 8 bits"), activation_bits=8)}
+    text = Text.parse(ONE.format("body: b"), recipe=recipe, activation_bits=option)
+    run_passes(text, Plan())
+    assert text.context.plan[0].activation_bits == bits
 
 
 def test_a_packed_linear_cannot_be_kept_any_more():

@@ -69,6 +69,20 @@ def test_a_graph_that_only_gives_its_input_back_reads_no_cast():
                 " r = to.dtype(a, bf16)\n return x, r")  # fmt: skip
 
 
+def test_the_cast_stands_before_the_reader_that_runs_first_not_the_one_that_was_added_first():
+    def change(graph_module):
+        a, b = [node for node in graph_module.graph.nodes if node.op == "call_function"][:2]
+        a.prepend(b)
+
+    assert_pass(
+        "x: bf16[4]\n a = neg(x)\n b = relu(x)\n z = to.dtype(b, f32)\n return z, a",
+        ON,
+        "x: bf16[4]\n e = to.dtype(x, f32)\n b = relu(e)\n a = neg(e)\n z = to.dtype(b, f32)\n"
+        " r = to.dtype(a, bf16)\n return z, r",
+        prepare=change,
+    )
+
+
 def test_a_tensor_of_the_graphs_own_may_be_written_to():
     assert_pass(
         """

@@ -64,6 +64,11 @@ def test_a_pass_can_replace_a_default_one_and_inherits_its_place():
     assert result == ["my_share" if name == "share" else name for name in DEFAULT]
 
 
+def test_what_replaces_a_pass_stands_there_also_where_nothing_but_the_given_order_says_it():
+    given = [make("a"), make("b"), make("c"), make("mine", replaces="b")]
+    assert names(order(given)) == ["a", "mine", "c"]
+
+
 def test_a_cycle_names_the_passes():
     with pytest.raises(tahf4.PipelineError, match=r"plan -> quantize|quantize -> .*mine|mine -> "):
         build_pipeline(Options(passes=(make("mine", after=("quantize",), before=("plan",)),)))

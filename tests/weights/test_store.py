@@ -130,6 +130,20 @@ def test_a_weight_that_is_on_another_device_than_its_codes_is_made_there(store, 
     assert again.device == weight.device and torch.equal(again, first)
 
 
+def test_a_weight_of_another_shape_is_made_again_though_its_bytes_are_the_same(store):
+    weight = nn.Parameter(torch.zeros(32, 128), requires_grad=False)
+    get(store, (weight,))
+    weight.data = torch.zeros(64, 64)
+    assert get(store, (weight,)).shape == (64, 32)
+
+
+def test_a_multiplier_lies_where_its_weight_lies(store, model):
+    given = weights(model, "q")
+    store.multiplier(given, MASKED)
+    given[0].__class__ = type("Moved", (nn.Parameter,), {"device": torch.device("meta")})
+    assert store.multiplier(given, MASKED).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("how", "attachment"),
     [
