@@ -91,12 +91,11 @@ def test_gate_and_residual(path, gate, rows):
     assert torch.allclose(got.float(), wanted.float(), rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize("block", [0, 16, 64, 128])
-@pytest.mark.parametrize("lead, n", [((2, 9), 256), ((5,), 130), ((1,), 512)])
-def test_product_gelu_quantize(path, block, lead, n):
-    operands = sides(lead, n, 320)
-    if hif4.units(n) * 64 % max(block, 1):
-        pytest.skip("the block does not divide the padded width")
+@pytest.mark.parametrize(
+    "lead, n, block", [*(((2, 9), 256, block) for block in (0, 16, 64, 128)), ((5,), 130, 64), ((1,), 512, 0)]
+)
+def test_product_gelu_quantize(path, lead, n, block):
+    operands = sides(lead, n, 192)
     multiplier = torch.rand(n) + 0.5
     args = (*operands, torch.randn(n), torch.bfloat16, [], "v0: bfloat16 = gelu_tanh(y)", multiplier, block)
     got, wanted = (hif4.Packed(*f.linear_quantize(*args), n) for f in (triton, reference))
@@ -108,9 +107,9 @@ def test_product_gelu_quantize(path, block, lead, n):
 
 
 def test_the_split_along_k_adds_in_a_fixed_order():
-    codes, scales, weight_codes, weight_scales = sides((3,), 128, 2048)
+    codes, scales, weight_codes, weight_scales = sides((3,), 128, 1024)
     results = []
-    for split in (1, 4, 7, 32):
+    for split in (1, 7, 16):
         out, calls = linear.calls(
             codes, scales, weight_codes, weight_scales, None, torch.float32, [128], [], "", torch.float32,
             capability=None, processors=4, tile=tiling.Tile(16, 64, 4, 3, split),
@@ -191,7 +190,7 @@ def test_the_measured_choice_is_what_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "_do_bench", clock)
     monkeypatch.setattr(backend, "_device_facts", lambda device: ((9, 0), 4))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
-    operands = sides((200,), 128, 256)
+    operands = sides((200,), 128, 128)
     bias = torch.randn(128)
     got = triton.linear(*operands, bias, torch.float32)
     assert len(timed) == 7

@@ -17,7 +17,7 @@ from tahf4_compiler.ops import registry
 def example():
     pipe = load_pipeline(settings.PIPELINE_DIR, torch.float32, "cpu")
     model = pipe.transformer
-    model.blocks = model.blocks[:2]
+    model.blocks = model.blocks[:1]
     generator = torch.Generator().manual_seed(0)
     args = (
         torch.randn(1, model.config.in_channels, 2, 4, 4, generator=generator),
