@@ -23,6 +23,13 @@ def each_set(request, monkeypatch):
 
 
 @pytest.fixture
+def no_grad():
+    """What modules ask for whose models are run only; others look at gradients too."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def _threads():
     before = torch.get_num_threads()
     yield

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from helpers import GRAPH
+from helpers import GRAPH, said
 from models import Stack
 from tahf4_compiler.backends import coverage, dynamo
 from torch import Tensor, nn
@@ -23,15 +23,7 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.torch_private.calls import without_compiled_calls
 from tahf4_compiler.torch_private.dynamo import before_frames
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def said(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == coverage.__name__]
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 class Hidden(Stack):

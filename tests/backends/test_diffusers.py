@@ -9,11 +9,7 @@ import torch
 from helpers import GRAPH, block_linears, expected, plans, relative
 from models import output, wan
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def test_the_two_experts_keep_their_own_weights():

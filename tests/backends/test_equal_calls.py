@@ -14,10 +14,7 @@ from tahf4_compiler.weights.store import store
 GRAPH = {"inductor": False}
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 class Hooked(nn.Module):

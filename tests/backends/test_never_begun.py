@@ -6,23 +6,15 @@ import copy
 
 import pytest
 import torch
-from helpers import GRAPH
+from helpers import GRAPH, said
 from models import Stack
-from tahf4_compiler.backends import coverage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 REASON = "because Dynamo did not hand their code to tahf4"
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
-def said(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == coverage.__name__]
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def compiled(model: nn.Module, how: str, **options) -> nn.Module:

@@ -26,10 +26,7 @@ from tahf4_compiler.weights.store import store
 CLOSE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def test_a_compiled_model_computes_what_w4a4_means():

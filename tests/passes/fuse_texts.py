@@ -6,22 +6,16 @@ from tahf4_compiler.passes.fuse import Fuse
 
 ALWAYS = Fuse(always=True)
 
-PRODUCT = """
-    x: f32[4, 64]
-    r: f32[4, 64]
-    w: hif4[64, 64]
-    c, s = tahf4.quantize(x, None, 0)
-    y = tahf4.linear(c, s, w, None, f32)
-"""
-"""A product; what follows is drawn into it or is not."""
-
 AFTER = """
     x: f32[4, 64]
     r: f32[4, 64]
     w: hif4[64, 64]
     c, s = tahf4.quantize(x, None, 0)
 """
-"""What stays of it where the product becomes a fused one."""
+"""What stays of a product where it becomes a fused one."""
+
+PRODUCT = f"{AFTER}    y = tahf4.linear(c, s, w, None, f32)\n"
+"""A product; what follows is drawn into it or is not."""
 
 QUANTIZATION = """
     x: f32[4, 64]

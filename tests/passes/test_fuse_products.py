@@ -5,17 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 from fuse_texts import AFTER, ALWAYS, PRODUCT
-from graphs import DECISION, assert_pass
+from graphs import DECISION, Ran, assert_pass
+
+
+def assert_drawn_in(head: str, before: str, after: str) -> Ran:
+    """Assert what becomes of a graph that begins with ``head``, and still does."""
+    return assert_pass(head + before, ALWAYS, head + after)
 
 
 def test_a_gate_and_a_residual_become_part_of_the_product():
-    ran = assert_pass(
+    ran = assert_drawn_in(
         """
         x: bf16[2, 4, 64]
         r: bf16[2, 4, 64]
         gate: f32[2, 1, 64]
         w: hif4[64, 64]
         c, s = tahf4.quantize(x, None, 0)
+        """,
+        """
         y = tahf4.linear(c, s, w, None, bf16)
         gated = mul(y, gate)
         wide = to.dtype(r, f32)
@@ -23,13 +30,7 @@ def test_a_gate_and_a_residual_become_part_of_the_product():
         z = to.dtype(total, bf16)
         return z
         """,
-        ALWAYS,
         """
-        x: bf16[2, 4, 64]
-        r: bf16[2, 4, 64]
-        gate: f32[2, 1, 64]
-        w: hif4[64, 64]
-        c, s = tahf4.quantize(x, None, 0)
         z, = tahf4.fused_linear(c, s, w, None, bf16, [64], [gate, r], "v0: float32 = mul(y, x0);
             v1: float32 = to(x1); v2: float32 = add(v1, v0); v3: bfloat16 = to(v2)", bf16)
         return z
@@ -41,7 +42,7 @@ def test_a_gate_and_a_residual_become_part_of_the_product():
 
 
 def test_a_product_that_is_quantized_next_writes_codes_alone():
-    ran = assert_pass(
+    ran = assert_drawn_in(
         """
         x: f32[4, 64]
         m: f32[128]
@@ -49,20 +50,15 @@ def test_a_product_that_is_quantized_next_writes_codes_alone():
         down: hif4[64, 128]
         b: param[128]
         c, s = tahf4.quantize(x, None, 0)
+        """,
+        """
         y = tahf4.linear(c, s, up, b, f32)
         h = gelu(y, approximate='tanh')
         d, t = tahf4.quantize(h, m, 64)
         z = tahf4.linear(d, t, down, None, f32)
         return z
         """,
-        ALWAYS,
         """
-        x: f32[4, 64]
-        m: f32[128]
-        up: hif4[128, 64]
-        down: hif4[64, 128]
-        b: param[128]
-        c, s = tahf4.quantize(x, None, 0)
         d, t = tahf4.linear_quantize(c, s, up, b, f32, [], "v0: float32 = gelu_tanh(y)", m, 64)
         z = tahf4.linear(d, t, down, None, f32)
         return z
@@ -72,13 +68,15 @@ def test_a_product_that_is_quantized_next_writes_codes_alone():
 
 
 def test_what_is_both_a_result_and_quantized_is_a_product_and_a_quantization():
-    ran = assert_pass(
+    ran = assert_drawn_in(
         """
         x: f32[4, 64]
         r: f32[4, 64]
         w: hif4[64, 64]
         v: hif4[64, 64]
         c, s = tahf4.quantize(x, None, 0)
+        """,
+        """
         y = tahf4.linear(c, s, w, None, f32)
         z = add(r, y)
         h = relu(z)
@@ -86,13 +84,7 @@ def test_what_is_both_a_result_and_quantized_is_a_product_and_a_quantization():
         u = tahf4.linear(d, t, v, None, f32)
         return z, u
         """,
-        ALWAYS,
         """
-        x: f32[4, 64]
-        r: f32[4, 64]
-        w: hif4[64, 64]
-        v: hif4[64, 64]
-        c, s = tahf4.quantize(x, None, 0)
         z, = tahf4.fused_linear(c, s, w, None, f32, [64], [r], "v0: float32 = add(x0, y)", f32)
         d, t = tahf4.fused_quantize([z], "v0: float32 = relu(x0)", None, 0)
         u = tahf4.linear(d, t, v, None, f32)
@@ -141,24 +133,21 @@ def test_a_narrow_operand_is_read_as_it_is_however_often_it_is_cast():
 
 
 def test_a_cast_that_others_read_is_drawn_in_and_stays():
-    assert_pass(
+    assert_drawn_in(
         """
         x: bf16[4, 64]
         w: hif4[64, 64]
         n = neg(x)
         wide = to.dtype(n, f32)
+        """,
+        """
         h = relu(wide)
         c, s = tahf4.quantize(h, None, 0)
         y = tahf4.linear(c, s, w, None, f32)
         z = add(wide, y)
         return z, wide
         """,
-        ALWAYS,
         """
-        x: bf16[4, 64]
-        w: hif4[64, 64]
-        n = neg(x)
-        wide = to.dtype(n, f32)
         c, s = tahf4.fused_quantize([n], "v0: float32 = to(x0); v1: float32 = relu(v0)", None, 0)
         z, = tahf4.fused_linear(c, s, w, None, f32, [64], [n], "v0: float32 = to(x0); v1: float32 = add(v0, y)", f32)
         return z, wide
@@ -167,21 +156,19 @@ def test_a_cast_that_others_read_is_drawn_in_and_stays():
 
 
 def test_a_widening_cast_at_the_end_is_not_written():
-    assert_pass(
+    assert_drawn_in(
         """
         x: bf16[4, 64]
         w: hif4[64, 64]
         c, s = tahf4.quantize(x, None, 0)
+        """,
+        """
         y = tahf4.linear(c, s, w, None, bf16)
         h = silu(y)
         z = to.dtype(h, f32)
         return z
         """,
-        ALWAYS,
         """
-        x: bf16[4, 64]
-        w: hif4[64, 64]
-        c, s = tahf4.quantize(x, None, 0)
         h, = tahf4.fused_linear(c, s, w, None, bf16, [64], [], "v0: bfloat16 = silu(y)", bf16)
         z = to.dtype(h, f32)
         return z

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GRAPH
+from helpers import GRAPH, said
 from models import Stack
 
 import tahf4_compiler as tahf4
@@ -16,10 +16,6 @@ from tahf4_compiler.weights.packing import pack_transformed
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def said(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == flaws.__name__]
 
 
 def pack(model, x):
@@ -57,7 +53,7 @@ def test_what_several_looks_find_is_added(caplog, monkeypatch):
         weight[0, :4] = first
         found.look("up", weight, pack_transformed(weight, None, None, 0), None, None, 0)
     found.warn()
-    nan, large = said(caplog)
+    nan, large = said(caplog, "weights.flaws")
     assert nan.startswith("the weights of 1 linear hold NaN or infinities: up. ")
     assert f"up ({100 * 8 / 384:.3g}% of its values)" in large
 
@@ -65,7 +61,7 @@ def test_what_several_looks_find_is_added(caplog, monkeypatch):
 @pytest.mark.parametrize("use", [pack, compiled, lowered])
 def test_what_is_out_of_range_is_told_once(use, caplog):
     use(spoiled(b0_row=1e7, b1=1e-20, b2_row=float("nan")), torch.randn(4, 64))
-    nan, large, small = said(caplog)
+    nan, large, small = said(caplog, "weights.flaws")
     assert nan.startswith("the weights of 1 linear hold NaN or infinities: blocks.2.up. ")
     assert large.startswith("the weights of 1 linear reach beyond 344,064,")
     assert "blocks.0.up (0." in large
@@ -79,7 +75,7 @@ def test_what_is_in_range_is_not_told(use, caplog):
     model.blocks[2].down.weight[:] = 1e-13
     model.blocks[1].down.weight[5, 7] = 344064.0 / 8
     use(model, torch.randn(4, 64))
-    assert not said(caplog)
+    assert not said(caplog, "weights.flaws")
 
 
 @pytest.mark.parametrize("block", [0, 64])
@@ -90,6 +86,6 @@ def test_parts_of_a_weight_make_one_share(block, caplog):
     for rows in (weight[:2], weight[2:]):
         found.look("up", rows, pack_transformed(rows, *how), *how)
     found.warn("high")
-    (message,) = said(caplog)
+    (message,) = said(caplog, "weights.flaws")
     assert message.startswith("high: the weights of 1 linear reach beyond 344,064")
     assert f"up ({25 if block else 12.5}% of its values)" in message, "a rotation spreads them"
