@@ -84,14 +84,22 @@ def given():
     return Stack(depth=2).eval().requires_grad_(False), torch.randn(16, 64)
 
 
-@pytest.fixture(scope="module", params=["best", "reference"])
+@pytest.fixture(scope="module")
 def wanted(request, given, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setenv("TAHF4_KERNELS", request.param)
         yield everything(*given, tmp_path_factory.mktemp("wanted") / "run")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("wanted", "setting"),
+    [
+        *(("reference", setting) for setting in SETTINGS),
+        *(("best", setting) for setting in ("device", "bfloat16")),
+        *(pytest.param("best", setting, marks=pytest.mark.slow) for setting in ("float64", "careful")),
+    ],
+    indirect=["wanted"],
+)
 def test_a_setting_of_the_process_changes_no_bit(setting, given, wanted, tmp_path):
     with SETTINGS[setting]():
         found = everything(*given, tmp_path / "run")

@@ -100,6 +100,7 @@ def test_compiled_float32_quantization_gives_the_bits_of_eager_mode_under_both_r
     assert_same(compiled(both_roundings)(x), both_roundings(x))
 
 
+@pytest.mark.slow  # what is quantized between float operations, below, is bfloat16 as well
 def test_compiled_bfloat16_quantization_gives_the_bits_of_eager_mode() -> None:
     x = rows_of(64, torch.bfloat16)
     assert_same(compiled(quantize)(x), quantize(x))

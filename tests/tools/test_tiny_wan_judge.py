@@ -18,6 +18,10 @@ def rendered(caption: data.Caption, seed: int = 0) -> torch.Tensor:
     return data.render(caption, np.random.default_rng(seed))[0]
 
 
+def clean(clip: torch.Tensor) -> torch.Tensor:
+    return clip
+
+
 def blurred(clip: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(F.pad(clip, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
 
@@ -27,10 +31,11 @@ def noisy(clip: torch.Tensor) -> torch.Tensor:
     return (clip + 0.03 * noise).clamp(0, 1)
 
 
-@pytest.mark.parametrize("damage", [lambda clip: clip, blurred, noisy], ids=["clean", "blurred", "noisy"])
+@pytest.mark.parametrize("damage", [clean, blurred, noisy])
 def test_every_caption_is_read_back_from_its_clip(damage):
     wrong = []
-    for seed, caption in enumerate(data.all_captions()):
+    step = 1 if damage is clean else 5  # each shape, colour, size and direction
+    for seed, caption in list(enumerate(data.all_captions()))[::step]:
         verdict = judge(as_video(damage(rendered(caption, seed))))
         if not all(verdict.matches(caption).values()):
             wrong.append((str(caption), verdict))
