@@ -25,7 +25,16 @@ def folder(tmp_path, monkeypatch):
 
 
 MOST = ("ffn 1, GELU -> quantize: product", "attn1 q, k, v: product")
-"""Kernels with the most registers, which are compiled for every architecture."""
+"""Kernels with the most registers, which are compiled for every architecture; for those of ``LEAST`` by each run."""
+LEAST = (90, 86, 120)
+"""One with wgmma, and those with the least shared memory that have other instructions."""
+KINDS = (
+    *MOST, *(f"{name} (few rows)" for name in MOST), "norm1, modulation -> quantize", "codes to int8",
+    "attn1 output -> quantize", "attn1 out, gate, residual: product", "attention in 8 bits: q, k -> quantize",
+    "attn1 out, gate, residual: part of a product (few rows)", "attn1 out, gate, residual: sum of the parts (few rows)",
+    "attention in 8 bits: v -> quantize", "attention in 8 bits: rows through all keys",
+)  # fmt: skip
+"""One kernel of each kind, where others differ in a program of a few statements or in a size."""
 
 
 def listed():
@@ -41,7 +50,7 @@ def listed():
                 assert texts.setdefault(entry.name, entry.call.text) == entry.call.text
                 if "few rows" in entry.name or (capability != 90 and entry.name != "norm1, modulation -> quantize"):
                     continue
-            quick = (capability == 90 and "TI2V" not in entry.name) or entry.name in MOST
+            quick = capability in LEAST and entry.name in (KINDS if capability == 90 else MOST)
             found.append(pytest.param(capability, i, marks=() if quick else pytest.mark.slow))
     return found
 
@@ -80,9 +89,13 @@ def test_kernels_that_quantize_have_no_fused_multiply_add():
     _, (call,) = quantize.call([x], "", torch.empty(5120, device="meta"), 64)
     assert call.exact and call.options()["enable_fp_fusion"] is False
     assert "fma.rn.f32" not in ptx(call)
+    for span in (0, 2):
+        _, calls = quantize.call([x], "", torch.empty(5120, device="meta"), 64, 4, span)
+        assert all(call.exact and call.options()["enable_fp_fusion"] is False for call in calls)
 
 
-@pytest.mark.parametrize("span", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("span", [0, 2])
 def test_kernels_of_a_span_compile_and_have_no_fused_multiply_add(span):
     from tahf4_compiler.backends.triton import quantize
 
@@ -152,7 +165,7 @@ def test_a_cpu_without_the_interpreter_is_not_served():
 
 
 @pytest.mark.parametrize(
-    "capability", [90, 120, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100, 120))]
 )
 @pytest.mark.parametrize("rows", [8, 32760])
 def test_products_of_activations_in_8_bits_fit_the_chip(capability, rows):
@@ -179,8 +192,11 @@ def test_products_of_activations_in_8_bits_fit_the_chip(capability, rows):
 
 @pytest.mark.parametrize(
     ("capability", "channels", "causal"),
-    [(86, 128, False), (120, 128, True), (120, 96, False)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((89, 128, False), (120, 128, False), (86, 64, True))],
+    [(86, 128, False), (120, 96, True)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in ((89, 128, False), (120, 128, False), (120, 128, True), (120, 96, False), (86, 64, True))
+    ],
 )
 def test_attention_in_8_bits_fits_the_chip(capability, channels, causal):
     from tahf4_compiler.backends.triton import attention

@@ -331,8 +331,10 @@ class Plain:
         return sample - 0.1 * output
 
 
-@pytest.mark.parametrize("inductor", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "inductor"),
+    [(False, False), (True, False), (True, True), pytest.param(False, True, marks=pytest.mark.slow)],
+)
 def test_a_compiled_loop_over_the_steps_has_them_too(packed, inductor):
     pipe, clock = Pipe(), Plain()
     if packed:
