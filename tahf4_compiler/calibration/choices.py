@@ -86,7 +86,7 @@ def check_choices(
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
     check_scale_span("scale_span", scale_span)
-    check_rounding("rounding", rounding)
+    check_rounding("rounding", rounding, scale_span)
     check_protecting_bits("step_activation_bits", step_activation_bits)
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
         raise OptionError(

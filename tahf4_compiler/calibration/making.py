@@ -90,8 +90,8 @@ def make_recipe(
         scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
             for all. An activation without mask and rotation, or of other than 4 bits, has a scale for each unit; the
             report of a compilation says so.
-        rounding: of elements, in activations and weights: ``"half_away"`` or ``"bfloat16_half_away"``
-            (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in either.
+        rounding: of activations and weights: ``"half_away"``, ``"bfloat16_half_away"`` or ``"least_error"``
+            (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in any.
         low_rank: a branch of low rank beside each 4-bit product, in 16 bits: its rank in percent of the smaller side of
             the weight, in multiples of 8 and at least 8. A linear whose output error on sample rows it does not lower
             by a twentieth gets none, and its reason says so. None: no branches.
