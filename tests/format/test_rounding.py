@@ -82,7 +82,7 @@ def test_a_rounding_that_nobody_knows_is_refused():
         with pytest.raises(FormatError, match="rounding is 'up'; expected one of"):
             function(x, rounding="up")
     for form in (7, 24, 25, 11, 19, -1, -8, True):
-        with pytest.raises(FormatError, match="expected 0 .a row., 1, 2 or 4|expected 1, 2 or 4|expected a span, plus"):
+        with pytest.raises(FormatError, match="expected 0 .a row., 1, 2 or 4|expected (1, 2 or 4|a span, plus)"):
             torch.ops.tahf4.quantize(x, None, 0, 4, form) if form is not True else spans.check_form(form)
 
 
@@ -119,7 +119,7 @@ def test_a_scale_that_units_share_is_not_chosen_for_each():
     x = torch.randn(2, 256)
     for span in (2, 4, "row"):
         for function in (hif4.quantize, search_scales):
-            with pytest.raises(FormatError, match="'least_error' chooses a level-1 scale for each unit, and the span is"):
+            with pytest.raises(FormatError, match="chooses a level-1 scale for each unit, and the span is"):
                 function(x, rounding=SEARCHED, span=span)
         with pytest.raises(FormatError, match="expected a span of 1"):
             torch.ops.tahf4.quantize(x, None, 0, 4, 16 + hif4.check_span(span))

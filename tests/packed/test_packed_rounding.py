@@ -104,7 +104,12 @@ def test_a_folder_and_its_copy_keep_it(tmp_path):
         again = WanTransformer3DModel.from_pretrained(tmp_path / name)
         assert {linear.rounding for linear in packed_linears(again).values()} == {VENDOR}
         assert all(torch.equal(a, b) for a, b in zip(codes(again).values(), codes(model).values(), strict=True))
-    next(iter(texts[1]["quantization_config"]["linears"].values()))["rounding"] = "stochastic"
+    some = next(iter(texts[1]["quantization_config"]["linears"].values()))
+    with pytest.raises(PackedError, match="rounding is 'least_error' and scale_span 2, expected 1"):
+        TaHF4Config.from_dict(
+            {**texts[1]["quantization_config"], "linears": {"a": {**some, "rounding": SEARCHED, "scale_span": 2}}}
+        )
+    some["rounding"] = "stochastic"
     (tmp_path / "memory" / "config.json").write_text(json.dumps(texts[1]))
     with pytest.raises(PackedError, match="rounding is 'stochastic', expected one of"):
         WanTransformer3DModel.from_pretrained(tmp_path / "memory")
