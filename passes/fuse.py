@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..format.spans import ROUNDED, units_of
+from ..format.spans import units_of, with_units
 from ..graph.inputs import DECISION
 from ..graph.nodes import mutates, size_hint
 from ..ops.registry import dispatch
@@ -87,7 +87,7 @@ class Fuse(Pass):
         # A span of the result may be longer than what is known of a row at a time.
         if alone and units_of(form_of(users[0])) == 1:
             quantization = users[0]
-            form = form_of(quantization) & ROUNDED | span_of(product)
+            form = with_units(form_of(quantization), span_of(product))
             result = quantization.args[1:4]
             result = (*result[:2], bits_of(quantization), form) if form != 1 else result
             args = (*product.args[:6], region.leaves, str(program), *result)

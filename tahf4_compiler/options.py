@@ -28,7 +28,7 @@ __all__ = [
 WEIGHT_CHECKS = ("auto", "content", "version")
 KERNELS = ("best", "reference")
 ATTENTION = ("high_precision", "int8")
-ROUNDINGS = ("half_away", "bfloat16_half_away")
+ROUNDINGS = ("half_away", "bfloat16_half_away", "least_error")
 ACTIVATION_BITS = (4, 8, 16)
 """What an activation may have: HiF4; int8 with a float32 scale for each unit of 64 values; 16 bits, not quantized."""
 PROTECTING_BITS = (None, 8, 16)
@@ -51,9 +51,10 @@ class Options:
             or ``"row"`` for all; kept as a number, 0 for a row. Kernels for the CPU multiply such operands faster
             (:class:`tahf4_compiler.passes.span.Span`). A recipe's own span comes first, and packed linears keep
             theirs.
-        rounding: of elements, in activations and weights: ``"half_away"``, or ``"bfloat16_half_away"``, as in the
-            specification for hardware (:func:`tahf4_compiler.hif4.quantize`). A recipe's own comes first, and packed
-            linears keep theirs.
+        rounding: of activations and weights (:func:`tahf4_compiler.hif4.quantize`): ``"half_away"``,
+            ``"bfloat16_half_away"``, as in the specification for hardware, or ``"least_error"``, which chooses the
+            level-1 scale of each unit among four by their error, and takes more time. A recipe's own comes first, and
+            packed linears keep theirs.
         attention: ``"high_precision"``, or ``"int8"`` to run ``scaled_dot_product_attention`` with operands of 8 bits
             where it can (see :class:`tahf4_compiler.passes.attention.Attention`).
         passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
@@ -126,6 +127,7 @@ class Options:
             if values.get("verify") is False:
                 raise OptionError("option 'verify_tolerance' is set and 'verify' is False; leave one of them out")
             values["verify"] = True
+        rounding("option 'rounding'", values.get("rounding", "half_away"), values.get("scale_span", 1))
         values.setdefault("dump_dir", os.environ.get("TAHF4_DUMP_DIR") or None)
         values.setdefault("kernels", "reference" if reference_forced() else "best")
         if mode is not None and mode != "default":
@@ -202,10 +204,15 @@ def scale_span(name: str, value: Any) -> int:
     return value
 
 
-def rounding(name: str, value: Any) -> str:
-    """Return the rounding of elements, checked."""
+def rounding(name: str, value: Any, scale_span: int | str = 1) -> str:
+    """Return the rounding of activations and weights, checked, also against how many units share a level-1 scale."""
     if value not in ROUNDINGS:
         raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, ROUNDINGS))}")
+    if value == "least_error" and scale_span != 1:
+        raise OptionError(
+            f"{name} is 'least_error', which chooses a level-1 scale for each unit, and scale_span is "
+            f"{scale_span or 'row'!r}, so that units share one; leave one of the two out"
+        )
     return str(value)
 
 

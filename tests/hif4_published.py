@@ -5,6 +5,9 @@ which multiples of the unit in the last place are nearest.
 
 The rules: "HiFloat4 Format for Language Model Inference" (arXiv 2602.11287), Algorithm 1, and ADR-0101 of the PTO
 specification. They differ in one line: the latter rounds an in-group value to bfloat16 before it becomes S1P2.
+
+The rounding "least_error" is this project's: of four level-1 scales the one of least squared error, errors in 1/256 of
+the power of two in the first scale.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from fractions import Fraction
 
 UNIT = 64
 ROUNDINGS = ("half_away", "bfloat16_half_away")
+SEARCHED = "least_error"
 
 
 def to_grid(value: Fraction, bits: int, least: int) -> Fraction:
@@ -53,12 +57,28 @@ def unit(values: Sequence[float], rounding: str) -> tuple[int, list[int]]:
         exponent -= 1
     while level1 >= Fraction(2) ** (exponent - 47):
         exponent += 1
-    metadata = exponent << 2 | int(level1 / Fraction(2) ** (exponent - 50)) - 4
+    code = exponent << 2 | int(level1 / Fraction(2) ** (exponent - 50)) - 4
+    metadata, nibbles, _ = _under(code, values, exact, eights, groups, rounding)
+    if rounding != SEARCHED:
+        return metadata, nibbles
+    grain = Fraction(2) ** (exponent - 48) / 256
+    wanted = [int(value / grain + Fraction(1, 2)) for value in exact]
+    tried = []
+    for candidate in range(code, min(code + 3, 254) + 1):
+        metadata, nibbles, held = _under(candidate, values, exact, eights, groups, rounding)
+        error = sum((want - value / grain) ** 2 for want, value in zip(wanted, held, strict=True))
+        tried.append((error, candidate, metadata, nibbles))
+    return min(tried)[2:]
+
+
+def _under(code, values, exact, eights, groups, rounding):
+    """Metadata, nibbles and magnitudes of a unit under a level-1 scale."""
+    metadata, level1 = code, Fraction(4 + code % 4, 4) * Fraction(2) ** (code // 4 - 48)
     reciprocal = bfloat16(1 / level1)
     e8 = [float32(largest * reciprocal) >= 4 for largest in eights]
     e16 = [float32(largest * reciprocal) / 2 ** e8[i // 2] >= 2 for i, largest in enumerate(groups)]
     metadata |= sum(bit << 8 + i for i, bit in enumerate(e8)) | sum(bit << 16 + i for i, bit in enumerate(e16))
-    nibbles = []
+    nibbles, held = [], []
     for i, value in enumerate(values):
         inside = float32(float32(exact[i] * reciprocal) / 2 ** (e8[i // 8] + e16[i // 4]))
         if rounding == "bfloat16_half_away":
@@ -66,7 +86,8 @@ def unit(values: Sequence[float], rounding: str) -> tuple[int, list[int]]:
         magnitude = min(7, int(float32(inside * 4 + Fraction(1, 2))))  # the sum is a float32, too
         negative = struct.pack(">f", value)[0] >> 7
         nibbles.append(negative << 3 | magnitude)
-    return metadata, nibbles
+        held.append(level1 * 2 ** (e8[i // 8] + e16[i // 4]) * Fraction(magnitude, 4))
+    return metadata, nibbles, held
 
 
 def row(values: Sequence[float], rounding: str) -> tuple[list[int], list[int]]:
@@ -83,6 +104,17 @@ def near(value: Fraction) -> list[float]:
     """The float32 next to a value, and those around it."""
     bits = struct.unpack("<i", struct.pack("<f", float(value)))[0]
     return [struct.unpack("<f", struct.pack("<i", max(0, bits + step)))[0] for step in (-2, -1, 0, 1, 2)]
+
+
+def spread_units(count: int = 40, seed: int = 5) -> list[list[float]]:
+    """Units that are filled to and beyond the largest magnitude of their level-1 scale: errors are largest there."""
+    chance = random.Random(seed)
+    found = []
+    for i in range(count):
+        most = Fraction(4 + i % 4, 4) * chance.choice((7, Fraction(63, 8), Fraction(13, 2), 6))
+        ends = (1, Fraction(15, 16), Fraction(chance.randint(1, 99), 100))
+        found.append([float(most * chance.choice(ends) * chance.choice((1, -1))) for _ in range(UNIT)])
+    return found
 
 
 def hard_units(seed: int = 1) -> list[list[float]]:

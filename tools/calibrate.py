@@ -63,8 +63,9 @@ def calibrate(
         str, typer.Option(help="Units of 64 values of a row that share a level-1 scale: 1, 2, 4 or row.")
     ] = "1",
     rounding: Annotated[
-        str, typer.Option(help="Of elements: half_away, or bfloat16_half_away as hardware for HiF4 does.")
-    ] = "half_away",
+        str | None,
+        typer.Option(help="half_away, bfloat16_half_away as hardware for HiF4 does, or least_error, the default."),
+    ] = None,
     high_precision_step: Annotated[
         list[int] | None,
         typer.Option(help="Index of a denoising step in high precision, negative from the end; repeat it for more."),

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ..backends import cpu
 from ..errors import OptionError
 from ..format import hif4
+from ..format.spans import SEARCHED
 from ..ops import registry
 from .kernels.block import WanBlock, rotary_of
 from .staging import write_text
@@ -119,6 +120,7 @@ def quantizing(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str,
                 "copy": lambda x=x, target=target: target.copy_(x),  # type: ignore[misc]
                 "quantize": lambda x=x: cpu.quantize(x),  # type: ignore[misc]
                 "mask, rotation": lambda x=x, f=multiplier: cpu.quantize(x, f, 64),  # type: ignore[misc]
+                "least error": lambda x=x, f=multiplier: cpu.quantize(x, f, 64, 4, SEARCHED + 1),  # type: ignore[misc]
                 "to 8 bits": lambda x=x, f=multiplier: cpu.quantize(x, f, 64, 8),  # type: ignore[misc]
                 "bfloat16": lambda x=half: cpu.quantize(x),  # type: ignore[misc]
             },
@@ -298,8 +300,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Return the tables of a measurement."""
     known = ", ".join(f"{name} {value}" for name, value in found["facts"].items())
     lines = [f"{known}; medians of {found['rounds']}.", ""]
-    lines += ["| million values/s | copy | quantize | mask, rotation | ... 8 bits | from bfloat16 | quantize / copy |"]
-    lines += ["|---" * 7 + "|"]
+    lines += ["| million values/s | copy | quantize | mask, rotation | ... least error | ... 8 bits | from bfloat16 | quantize / copy |"]
+    lines += ["|---" * 8 + "|"]
     for row in found["quantize"]:
         speed = {name: row["values"] / t["seconds"] / 1e6 for name, t in row["times"].items()}
         cells = [f"{s:,.0f}" for s in speed.values()] + [f"{speed['quantize'] / speed['copy']:.2f}"]

@@ -40,7 +40,7 @@ def quantize(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="That read and pack; one a core, four at most.")] = None,
     rounding: Annotated[
-        str, typer.Option(help="Of elements: half_away, or bfloat16_half_away as hardware for HiF4 does.")
+        str, typer.Option(help="half_away, bfloat16_half_away as hardware for HiF4 does, or least_error.")
     ] = "half_away",
 ) -> None:
     """Quantize a model on disk, tensor by tensor: the whole model is never in memory.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...format import hif4
-from ...format.spans import MOST_UNITS, ROUNDED, alone, units_of
+from ...format.spans import MOST_UNITS, alone, units_of, with_units
 from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
@@ -32,7 +32,7 @@ class _Target(ctypes.Structure):
 
     _fields_ = [
         *(("multiplier", _pointer), ("block", _int64), ("norm", _float)),
-        *(("codes", _pointer), ("scales", _pointer), ("bits", _int32), ("rounded", _int32), ("span", _int64)),
+        *(("codes", _pointer), ("scales", _pointer), ("bits", _int32), ("rounding", _int32), ("span", _int64)),
     ]
 
 
@@ -89,7 +89,7 @@ class _Units:
         self._multiplier = _plain(multiplier)
         norm = 1 / math.sqrt(block) if block else 1.0
         where = _at(self._multiplier), block, norm, _at(self.codes), _at(self.scales)
-        self.target = _Target(*where, bits, span & ROUNDED, _shared(units_of(span), units, bits))
+        self.target = _Target(*where, bits, with_units(span, 0), _shared(units_of(span), units, bits))
 
     @property
     def packed(self) -> Packed:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import ops
 from ...errors import FormatError
 from ...format import hif4, int8
-from ...format.spans import check_form
+from ...format.spans import alone, check_form, units_of
 from ...ops import fused
 from ...torch_private.tensors import under_modes
 from .programs import DTYPES, encode
@@ -135,10 +135,10 @@ def linear_quantize(
     span: int = 1,
 ) -> None:
     """See ``tahf4::linear_quantize``."""
-    check_form(span)
+    hif4.check_span(units_of(span))
     shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs)
     _program(program, "y")
-    _target("linear_quantize", shape[-1], multiplier, hadamard_block, bits)
+    _target("linear_quantize", shape[-1], multiplier, hadamard_block, bits, alone(span))
 
 
 def attention(

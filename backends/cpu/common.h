@@ -74,6 +74,11 @@ inline float reciprocal(int code) {
   return bits_as<float>(((127 + 48 - (code >> 2) - (mantissa > 0)) << 23) | kFraction[mantissa]);
 }
 
+// The rounding "least_error" tries so many level-1 scales: see tahf4_compiler/format/levels.py. Errors are whole numbers
+// there, in 1/256 of the power of two in the first: a value times this.
+constexpr int kLeastErrorScales = 4;
+inline float grain_of(int code) { return bits_as<float>((127 + 56 - (code >> 2)) << 23); }
+
 inline float scale_of(int32_t metadata) {
   const uint32_t code = metadata & 0xFF;
   return bits_as<float>(code == kNanScale ? 0x7FC00000u : ((code >> 2) + (127 - 48)) << 23 | (code & 3) << 21);
@@ -156,8 +161,11 @@ struct Inputs {
 
 constexpr int kMostInputs = 16, kMostAxes = 16;
 
-// What operators add to a span: ROUNDED of format/spans.py.
-constexpr int64_t kRounded = 8;
+// What operators add to a span for another rounding: ROUNDED and SEARCHED of format/spans.py.
+constexpr int kRounded = 8;    // in-group values are rounded to bfloat16 before they become elements
+constexpr int kSearched = 16;  // of four level-1 scales, that of least squared error
+inline int64_t units_of(int64_t form) { return form < 0 ? -1 : form % kRounded; }
+inline int rounding_of(int64_t form) { return int(form - units_of(form)); }
 
 // Where a quantization goes, and what happens before it.
 struct Target {
@@ -167,12 +175,12 @@ struct Target {
   uint8_t* codes;           // int8 with 8 bits
   int32_t* scales;          // the bits of a float32 with 8 bits
   int32_t bits;             // 4: HiF4, or 8
-  int32_t rounded;          // kRounded: in-group values are rounded to bfloat16 before they become elements; or 0
+  int32_t rounding;         // kRounded, kSearched or 0
   int64_t span;             // units that share a level-1 scale: 2, 4, or all of a row; 0 or 1: each has its own
   // The same from a unit and its channel on.
   Target from(int64_t unit, int64_t column) const {
     return {multiplier ? multiplier + column : nullptr, block, norm, codes + unit * code_bytes(bits), scales + unit, bits,
-            rounded, span};
+            rounding, span};
   }
 };
 

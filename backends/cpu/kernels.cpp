@@ -116,9 +116,35 @@ struct Metadata {
 };
 constexpr Metadata kMetadata;
 
-// shared: bits of the largest magnitude of all units that share the level-1 scale, or -1 for its own. Rounded: in-group
-// values are rounded to bfloat16 first.
-template <bool Rounded>
+// Of four level-1 scales, the one of least squared error: see tahf4_compiler/format/levels.py.
+inline int least_error_scale(const int32_t* magnitude, const int32_t* max4, const int32_t* max8, int first) {
+  const float grain = grain_of(first);
+  int best = first, least = 0;
+  for (int more = 0; more < kLeastErrorScales; ++more) {
+    const int code = std::min(first + more, kNanScale - 1), size = bits_as<int>(scale_of(code) * grain * 0.25f);
+    const float factor = reciprocal(code);
+    int error = 0;
+    for (int i = 0; i < kUnit; ++i) {
+      const int32_t e8 = -int32_t(bits_as<float>(max8[i]) * factor >= 4.0f);
+      const float half8 = bits_as<float>(kOne - (e8 & kExponent));
+      const int32_t e16 = -int32_t(bits_as<float>(max4[i]) * factor * half8 >= 2.0f);
+      const int32_t exponents = (e8 & kExponent) + (e16 & kExponent);
+      const float value = bits_as<float>(magnitude[i]), scaled = value * factor * bits_as<float>(kFour - exponents) + 0.5f;
+      const float wanted = value * grain + 0.5f;  // large where there is no other scale
+      const int element = int(scaled < 7.0f ? scaled : 7.0f), off = int(wanted < 32767.0f ? wanted : 32767.0f) - element * int(bits_as<float>(size + exponents));
+      error += off * off;
+    }
+    if (!more || error < least) {
+      best = code;
+      least = error;
+    }
+  }
+  return best;
+}
+
+// shared: bits of the largest magnitude of all units that share the level-1 scale, or -1 for its own. Rounding: 0,
+// kRounded or kSearched.
+template <int Rounding>
 inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale, int shared) {
   int32_t bits[kUnit], magnitude[kUnit], max4[kUnit], max8[kUnit], other[kUnit];
   std::memcpy(bits, x, sizeof(bits));
@@ -137,7 +163,8 @@ inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale, int sh
     *scale = kNanScale;
     return;
   }
-  const int code = level1_scale(bits_as<float>(unit_max));
+  int code = level1_scale(bits_as<float>(unit_max));
+  if (Rounding == kSearched) code = least_error_scale(magnitude, max4, max8, code);
   const float factor = reciprocal(code);
   // Conditions are masks (0 or -1): the exponent of a float32 changes with an addition to its bits.
   int32_t nibbles[kUnit];
@@ -149,7 +176,7 @@ inline void quantize_unit(const float* x, uint8_t* codes, int32_t* scale, int sh
     metadata |= (e8 & kMetadata.e8[i]) | (e16 & kMetadata.e16[i]);
     const float quarters = bits_as<float>(kFour - (e8 & kExponent) - (e16 & kExponent));  // 4 * 2**-(e8 + e16)
     float scaled = bits_as<float>(magnitude[i]) * factor * quarters;
-    if (Rounded) scaled = bits_as<float>(round_bits(bits_as<int32_t>(scaled), 16));
+    if (Rounding == kRounded) scaled = bits_as<float>(round_bits(bits_as<int32_t>(scaled), 16));
     const float rounded = scaled + 0.5f;  // >= 0: truncation is floor
     nibbles[i] = int32_t(rounded < 7.0f ? rounded : 7.0f) | int32_t(uint32_t(bits[i]) >> 31 << 3);
   }
@@ -177,7 +204,10 @@ inline void to_units(const float* x, const Target& target, int shared = -1) {
   if (target.bits == 8) {
     quantize_unit8(x, target.codes, target.scales);
   } else {
-    (target.rounded ? quantize_unit<true> : quantize_unit<false>)(x, target.codes, target.scales, shared);
+    const auto quantize = target.rounding == kRounded    ? quantize_unit<kRounded>
+                          : target.rounding == kSearched ? quantize_unit<kSearched>
+                                                         : quantize_unit<0>;
+    quantize(x, target.codes, target.scales, shared);
   }
 }
 

@@ -224,16 +224,16 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
                        const Optional& bias, ScalarType dtype, TensorList given, Text text, const Optional& multiplier,
                        int64_t block, int64_t bits, int64_t span) {
   const int isa = instructions(), rounded = number_of(dtype);
-  Product product(codes, scales, weight_codes, weight_scales, bias, span & ~kRounded);
+  Product product(codes, scales, weight_codes, weight_scales, bias, units_of(span));
   Known known;
   Broadcast described;
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || !find(text, true, &known) ||
       !known.fits(given, product.shape()) || !described.describe(given, product.shape()) ||
-      !Units::fit(weight_codes.size(0), multiplier, block, bits))
+      !Units::fit(weight_codes.size(0), multiplier, block, bits, rounding_of(span) + 1))
     return general(linear_quantize, "tahf4_cpu::linear_quantize", codes, scales, weight_codes, weight_scales, bias,
                    dtype, given, text, multiplier, block, bits, span);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Units units(product.shape(), multiplier, block, bits, (span & kRounded) | 1);
+  const Units units(product.shape(), multiplier, block, bits, rounding_of(span) + 1);
   product.run(0, weight_codes.size(0), rounded, {known.program, &described.inputs, nullptr, 0, units.target}, isa);
   return {units.codes, units.scales};
 }

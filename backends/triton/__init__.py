@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ... import ops
 from ...errors import FormatError
 from ...format import hif4, int8
-from ...format.spans import ROUNDED, check_form
+from ...format.spans import ROUNDED, alone, check_form
 from ...ops import fused
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
@@ -168,13 +168,13 @@ def _linear_quantize(
     bits: int = 4,
     span: int = 1,
 ) -> tuple[Any, list[Call]]:
-    rounded = bits == 4 and bool(check_form(span) & ROUNDED)
+    rounding = check_form(alone(span)) // ROUNDED if bits == 4 else 0
     int8.check_bits(bits, quantized=True)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
     operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
-    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block, bits, rounded)
+    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block, bits, rounding)
     return tuple(results), calls
 
 

@@ -83,21 +83,21 @@ def level1_reciprocal(code):
 
 
 @triton.jit
-def in_group(quotient, ROUNDED: tl.constexpr):
-    """Round what becomes an element to bfloat16 first, if ROUNDED."""
-    if ROUNDED:
+def in_group(quotient, ROUNDING: tl.constexpr):
+    """Round what becomes an element to bfloat16 first, if ROUNDING says so: an index of FORM_ROUNDINGS."""
+    if ROUNDING == 1:
         quotient = round_bits(quotient.to(tl.int32, bitcast=True), 16).to(tl.float32, bitcast=True)
     return quotient
 
 
 @triton.jit
-def elements(part, maximum, reciprocal, e8, finite, ROUNDED: tl.constexpr):
+def elements(part, maximum, reciprocal, e8, finite, ROUNDING: tl.constexpr):
     """Return the level-3 bits [T] and the four elements [T], in 16 bits, of a group of 4 with its maximum (bits)."""
     half = tl.where(e8 == 1, 0.5, 1.0)
     e16 = (maximum.to(tl.float32, bitcast=True) * reciprocal * half >= 2.0).to(tl.int32)
     factor = reciprocal * (tl.where(e8 == 1, 2.0, 4.0) * tl.where(e16 == 1, 0.5, 1.0))  # times a power of two
     bits = part.to(tl.int32, bitcast=True)
-    quotient = in_group((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True) * factor[:, None], ROUNDED)
+    quotient = in_group((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True) * factor[:, None], ROUNDING)
     element = tl.minimum(quotient + 0.5, 7.5).to(tl.int32)  # not negative: towards zero is down
     element = tl.where(finite[:, None], element | ((bits >> 28) & 8), 0)
     return e16, tl.sum(element << (4 * tl.arange(0, 4)[None, :]), axis=1)
@@ -117,18 +117,18 @@ def group_maxima(parts, T: tl.constexpr):
 
 
 @triton.jit
-def to_hif4(parts, T: tl.constexpr, ROUNDED: tl.constexpr):
+def to_hif4(parts, T: tl.constexpr, ROUNDING: tl.constexpr):
     """Convert units to a tuple of 8 words int32 [T], eight elements each, and the metadata int32 [T]."""
     maxima, most = group_maxima(parts, T)
-    words, metadata = encoded(parts, maxima, most, T, ROUNDED)
+    words, metadata = encoded(parts, maxima, most, T, ROUNDING)
     return words, metadata
 
 
 @triton.jit
-def to_hif4_shared(parts, most, T: tl.constexpr, ROUNDED: tl.constexpr):
+def to_hif4_shared(parts, most, T: tl.constexpr, ROUNDING: tl.constexpr):
     """As to_hif4, of units that share their level-1 scales: most (bits) is the largest magnitude of all that do."""
     maxima, _ = group_maxima(parts, T)
-    words, metadata = encoded(parts, maxima, most, T, ROUNDED)
+    words, metadata = encoded(parts, maxima, most, T, ROUNDING)
     return words, metadata
 
 
@@ -145,18 +145,65 @@ def span_maximum(maxima, unit, row, U, SPAN, mask, T: tl.constexpr):
 
 
 @triton.jit
-def encoded(parts, maxima, most, T: tl.constexpr, ROUNDED: tl.constexpr):
+def group_errors(magnitude, maximum, max8, code, first):
+    """Return the squared errors [...] of groups of 4 under level-1 scales, see tahf4_compiler/format/levels.py.
+
+    magnitude: float32 [..., 4]; maximum, max8: [...], of the groups of 4 and of 8; code, first: int32 that broadcast to
+    [...], the scale, and the one whose power of two is 256.
+    """
+    grain = ((183 - (first >> 2)) << 23).to(tl.float32, bitcast=True)
+    reciprocal = level1_reciprocal(code)
+    e8 = max8 * reciprocal >= 4.0
+    e16 = maximum * reciprocal * tl.where(e8, 0.5, 1.0) >= 2.0
+    quarters = tl.where(e8, 2.0, 4.0) * tl.where(e16, 0.5, 1.0)
+    step = level1(code) * grain * tl.where(e8, 2.0, 1.0) * tl.where(e16, 2.0, 1.0)
+    last: tl.constexpr = len(magnitude.shape) - 1
+    # What is added to comes from a product with a power of two: fused or not, the sum is the same.
+    scaled = (magnitude * tl.expand_dims(reciprocal, last)) * tl.expand_dims(quarters, last)
+    element = tl.minimum(tl.floor(scaled + 0.5), 7.0)
+    off = tl.floor(magnitude * tl.expand_dims(grain, last) + 0.5) - element * tl.expand_dims(step, last)
+    return tl.sum(off * off, axis=last)
+
+
+@triton.jit
+def unit_errors(parts, maxima, code, first, T: tl.constexpr):
+    """Return the squared errors [T] of units under level-1 scales [T]."""
+    total = tl.zeros((T,), tl.float32)
+    for i in tl.static_range(16):
+        max8 = tl.maximum(maxima[i], maxima[i ^ 1]).to(tl.float32, bitcast=True)
+        magnitude = (parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+        total += group_errors(magnitude, maxima[i].to(tl.float32, bitcast=True), max8, code, first)
+    return total
+
+
+@triton.jit
+def least_error_code(parts, maxima, first, T: tl.constexpr):
+    """Return the level-1 scales [T] of least squared error: the given ones, or one of the next three."""
+    best = first
+    least = unit_errors(parts, maxima, first, first, T)
+    for more in range(1, 4):
+        code = tl.minimum(first + more, 0xFE)
+        error = unit_errors(parts, maxima, code, first, T)
+        best = tl.where(error < least, code, best)
+        least = tl.where(error < least, error, least)
+    return best
+
+
+@triton.jit
+def encoded(parts, maxima, most, T: tl.constexpr, ROUNDING: tl.constexpr):
     """Return words and metadata of units by the largest magnitudes of their groups, and that of the level-1 scale."""
     finite = most < 0x7F800000
     code = level1_code(tl.where(finite, most, 0).to(tl.float32, bitcast=True))
+    if ROUNDING == 2:
+        code = least_error_code(parts, maxima, code, T)
     reciprocal = level1_reciprocal(code)
     metadata = code
     words = ()
     for i in tl.static_range(8):
         max8 = tl.maximum(maxima[2 * i], maxima[2 * i + 1]).to(tl.float32, bitcast=True)
         e8 = (max8 * reciprocal >= 4.0).to(tl.int32)
-        e16_low, low = elements(parts[2 * i], maxima[2 * i], reciprocal, e8, finite, ROUNDED)
-        e16_high, high = elements(parts[2 * i + 1], maxima[2 * i + 1], reciprocal, e8, finite, ROUNDED)
+        e16_low, low = elements(parts[2 * i], maxima[2 * i], reciprocal, e8, finite, ROUNDING)
+        e16_high, high = elements(parts[2 * i + 1], maxima[2 * i + 1], reciprocal, e8, finite, ROUNDING)
         words = words + (low | (high << 16),)
         metadata += (e8 << (8 + i)) + (e16_low << (16 + 2 * i)) + (e16_high << (17 + 2 * i))
     return words, tl.where(finite, metadata, 0xFF)
@@ -241,7 +288,29 @@ def hadamard_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.const
 
 
 @triton.jit
-def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDED: tl.constexpr):
+def tile_errors(absolute, max4, max8, code, first):
+    """As unit_errors, for bits [ROWS, UNITS, 8, 2, 4]."""
+    magnitude, maximum = absolute.to(tl.float32, bitcast=True), max4.to(tl.float32, bitcast=True)
+    max8 = max8.to(tl.float32, bitcast=True)[:, :, :, None]
+    errors = group_errors(magnitude, maximum, max8, code[:, :, None, None], first[:, :, None, None])
+    return tl.sum(tl.sum(errors, axis=3), axis=2)
+
+
+@triton.jit
+def least_error_tile(absolute, max4, max8, first):
+    """As least_error_code, for bits [ROWS, UNITS, 8, 2, 4]."""
+    best = first
+    least = tile_errors(absolute, max4, max8, first, first)
+    for more in range(1, 4):
+        code = tl.minimum(first + more, 0xFE)
+        error = tile_errors(absolute, max4, max8, code, first)
+        best = tl.where(error < least, code, best)
+        least = tl.where(error < least, error, least)
+    return best
+
+
+@triton.jit
+def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDING: tl.constexpr):
     """As to_hif4, for a tile: words int32 [ROWS, COLUMNS / 8] and metadata int32 [ROWS, COLUMNS / 64]."""
     UNITS: tl.constexpr = COLUMNS // 64
     bits = tl.reshape(x.to(tl.int32, bitcast=True), (ROWS, UNITS, 8, 2, 4))
@@ -251,13 +320,15 @@ def to_hif4_tile(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDED: tl.const
     most = tl.max(max8, axis=2)
     finite = most < 0x7F800000
     code = level1_code(tl.where(finite, most, 0).to(tl.float32, bitcast=True))
+    if ROUNDING == 2:
+        code = least_error_tile(absolute, max4, max8, code)
     reciprocal = level1_reciprocal(code)
     e8 = max8.to(tl.float32, bitcast=True) * reciprocal[:, :, None] >= 4.0
     half = tl.where(e8, 0.5, 1.0)[:, :, :, None]
     e16 = max4.to(tl.float32, bitcast=True) * reciprocal[:, :, None, None] * half >= 2.0
     quarters = tl.where(e8, 2.0, 4.0)[:, :, :, None] * tl.where(e16, 0.5, 1.0)
     factor = reciprocal[:, :, None, None] * quarters
-    quotient = in_group(absolute.to(tl.float32, bitcast=True) * factor[:, :, :, :, None], ROUNDED)
+    quotient = in_group(absolute.to(tl.float32, bitcast=True) * factor[:, :, :, :, None], ROUNDING)
     element = tl.minimum(quotient + 0.5, 7.5).to(tl.int32)
     element = tl.where(finite[:, :, None, None, None], element | ((bits >> 28) & 8), 0)
     place = 4 * tl.arange(0, 4)[None, None, None, None, :] + 16 * tl.arange(0, 2)[None, None, None, :, None]

@@ -56,12 +56,12 @@ def key_of(
     multiplier: Tensor | None = None,
     block: int = 0,
     bits: int = 4,
-    rounded: bool = False,
+    rounding: int = 0,
 ) -> LinearKernel:
     """Return the kernel of a product as :func:`calls` would make it, but for the path."""
     shape = (*codes.shape[:-1], weight_codes.shape[0])
     leaves = tuple(operand(f"x{i}", value, shape).leaf for i, value in enumerate(inputs))
-    after = (program, leaves, result_dtype, multiplier is not None, block, activation_bits(codes), bits, rounded)
+    after = (program, leaves, result_dtype, multiplier is not None, block, activation_bits(codes), bits, rounding)
     return kernel_for("", len(sizes), bias is not None, out_dtype, *after)
 
 
@@ -79,7 +79,7 @@ def calls(
     multiplier: Tensor | None = None,
     block: int = 0,
     bits: int = 4,
-    rounded: bool = False,
+    rounding: int = 0,
     *,
     capability: tuple[int, int] | None,
     processors: int,
@@ -102,7 +102,7 @@ def calls(
         multiplier: of that quantization.
         block: of that quantization.
         bits: of that quantization.
-        rounded: whether that rounds in-group values to bfloat16 first.
+        rounding: of that, an index of ``FORM_ROUNDINGS``.
         capability: of the device, None for the interpreter.
         processors: of the device.
         tile: in place of the default.
@@ -120,7 +120,7 @@ def calls(
     operands = [operand(f"x{i}", value, (*lead, n)) for i, value in enumerate(inputs)]
     leaves = tuple(o.leaf for o in operands)
     activation = activation_bits(codes)
-    what = (program, leaves, result_dtype, multiplier is not None, block, activation, bits, rounded)
+    what = (program, leaves, result_dtype, multiplier is not None, block, activation, bits, rounding)
     kernel = kernel_for(path, len(sizes), bias is not None, out_dtype, *what)
     before: list[Call] = []
     sides: list[Tensor] = []

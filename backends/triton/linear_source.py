@@ -36,7 +36,7 @@ class LinearKernel:
         block: its Hadamard block.
         activation: bits of the activation: 4 for HiF4, or 8.
         bits: of the result, where that is quantized.
-        rounded: whether its in-group values are rounded to bfloat16 first.
+        rounding: of that, an index of ``FORM_ROUNDINGS``.
     """
 
     path: str
@@ -50,7 +50,7 @@ class LinearKernel:
     block: int = 0
     activation: int = 4
     bits: int = 4
-    rounded: bool = False
+    rounding: int = 0
 
     def targets(self) -> list[str]:
         """Return the parameters of what is written."""
@@ -276,10 +276,10 @@ def _epilogue(kernel: LinearKernel) -> list[str]:
         levels = kernel.block.bit_length() - 1
         lines.append(f"result = hadamard_tile(result, BM, BN, {levels}, {kernel.block**-0.5!r})")
     words = UNIT * kernel.bits // 32  # of a unit
-    rounded = f", {kernel.rounded}" if kernel.bits == 4 else ""
+    rounding = f", {kernel.rounding}" if kernel.bits == 4 else ""
     return [
         *lines,
-        f"words, metadata = to_{FORMATS[kernel.bits]}_tile(result, BM, BN{rounded})",
+        f"words, metadata = to_{FORMATS[kernel.bits]}_tile(result, BM, BN{rounding})",
         "in_row = tl.cdiv(width, 64)",
         "unit = tile_n * (BN // 64) + tl.arange(0, BN // 64)[None, :]",
         "tl.store(scales + row * in_row + unit, metadata, mask=row_mask & (unit < in_row))",

@@ -49,7 +49,7 @@ class QuantizeKernel:
         width: values that a thread reads at once, 4 or 8.
         bits: 4 for HiF4, or 8.
         span: units that share a level-1 scale; 0 for a row.
-        rounded: whether in-group values are rounded to bfloat16 first.
+        rounding: an index of ``FORM_ROUNDINGS``.
         maxima: whether it only writes the largest magnitude (bits) of each unit, for the kernel that converts.
     """
 
@@ -61,7 +61,7 @@ class QuantizeKernel:
     width: int
     bits: int = 4
     span: int = 1
-    rounded: bool = False
+    rounding: int = 0
     maxima: bool = False
 
     @property
@@ -140,9 +140,9 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
     if kernel.block:
         levels = kernel.block.bit_length() - 1
         transform = f"    parts = hadamard(parts, T, {levels}, {kernel.block**-0.5!r})\n"
-    rounded = f", {kernel.rounded}" if kernel.bits == 4 else ""
+    rounding = f", {kernel.rounding}" if kernel.bits == 4 else ""
     converted = (
-        f"    words, found = to_{kernel.format}(parts, T{rounded})\n"
+        f"    words, found = to_{kernel.format}(parts, T{rounding})\n"
         f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
     )
     if kernel.maxima:
@@ -150,7 +150,7 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
     elif kernel.span != 1:
         converted = (
             f"    most = span_maximum(maxima, unit, row, U, {kernel.span or 'U'}, mask, T)\n"
-            f"    words, found = to_hif4_shared(parts, most, T{rounded})\n"
+            f"    words, found = to_hif4_shared(parts, most, T{rounding})\n"
             "    store_hif4(codes, scales, unit, mask, words, found, T)"
         )
     results = _results(kernel)
@@ -239,11 +239,11 @@ def kernel_for(
     width: int,
     bits: int = 4,
     span: int = 1,
-    rounded: bool = False,
+    rounding: int = 0,
     maxima: bool = False,
 ) -> QuantizeKernel:
     """Return the kernel of a key; its text is made once."""
-    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, rounded, maxima)
+    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, rounding, maxima)
 
 
 def describe(
@@ -254,7 +254,7 @@ def describe(
     shape: Sequence[int],
     bits: int = 4,
     span: int = 1,
-    rounded: bool = False,
+    rounding: int = 0,
     maxima: bool = False,
 ) -> tuple[QuantizeKernel, list[Operand]]:
     """Return the kernel for some inputs, and how they are passed."""
@@ -263,7 +263,7 @@ def describe(
     # 16 bytes at once of the input that is read most; other widths follow it.
     full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
     width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
-    form = (multiplier is not None, block, width, bits, span, rounded, maxima)
+    form = (multiplier is not None, block, width, bits, span, rounding, maxima)
     return kernel_for(program, leaves, shape[-1] % UNIT == 0, *form), operands
 
 
@@ -277,12 +277,12 @@ def call(
     rows = math.prod(shape[:-1])
     if rows == 0 or k == 0:
         return (codes, scales), []
-    rounded = bits == 4 and bool(span & ROUNDED)
+    rounding = span // ROUNDED if bits == 4 else 0
     span = units_of(span) if bits == 4 and count > 1 else 1
     shared = [torch.empty_like(scales)] if span != 1 else []
 
     def launch(maxima: bool) -> Call:
-        kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounded, maxima)
+        kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding, maxima)
         constants = kernel.constants(count)
         per_block = constants.get("ROWS")
         blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])

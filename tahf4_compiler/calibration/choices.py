@@ -29,7 +29,7 @@ class Choices:
             norm (``"norm"``), which the searches take.
         low_rank: rank of the branches, in percent of each weight's smaller side; None for none.
         scale_span: units of a row that share a level-1 scale; 0 for all.
-        rounding: of elements, see :func:`tahf4_compiler.hif4.quantize`.
+        rounding: see :func:`tahf4_compiler.hif4.quantize`.
     """
 
     mask: str | None
@@ -59,7 +59,7 @@ def check_choices(
     protect_bits: Any = None,
     low_rank: Any = None,
     scale_span: Any = 1,
-    rounding: Any = "half_away",
+    rounding: Any = None,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -86,7 +86,8 @@ def check_choices(
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
     check_scale_span("scale_span", scale_span)
-    check_rounding("rounding", rounding)
+    if rounding is not None:
+        check_rounding("rounding", rounding, scale_span)
     check_protecting_bits("step_activation_bits", step_activation_bits)
     if type(activation_bits) is not int or activation_bits not in ACTIVATION_BITS:
         raise OptionError(

@@ -60,7 +60,7 @@ def make_recipe(
     protect_bits: int | None = None,
     low_rank: float | None = None,
     scale_span: int | str = 1,
-    rounding: str = "half_away",
+    rounding: str | None = None,
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -90,8 +90,9 @@ def make_recipe(
         scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
             for all. An activation without mask and rotation, or of other than 4 bits, has a scale for each unit; the
             report of a compilation says so.
-        rounding: of elements, in activations and weights: ``"half_away"`` or ``"bfloat16_half_away"``
-            (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in either.
+        rounding: of activations and weights: ``"half_away"``, ``"bfloat16_half_away"`` or ``"least_error"``
+            (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in any.
+            None: ``"least_error"``, or ``"half_away"`` where units share a level-1 scale.
         low_rank: a branch of low rank beside each 4-bit product, in 16 bits: its rank in percent of the smaller side of
             the weight, in multiples of 8 and at least 8. A linear whose output error on sample rows it does not lower
             by a twentieth gets none, and its reason says so. None: no branches.
@@ -114,6 +115,7 @@ def make_recipe(
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
     column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
+    rounding = rounding or ("least_error" if check_span(scale_span) == 1 else "half_away")
     form = (scale_search, activation_bits, column, low_rank, check_span(scale_span), rounding)
     choices = Choices(mask, percent, weight_exponent, combine, width, *form)
     measured = calibration.measured()

@@ -17,7 +17,7 @@ Everything that rounds does so with integer operations on the bits of a float32,
 removes ``x.to(bfloat16).to(float32)`` round trips; the last factor before ``+ 0.5`` is a power of two,
 so that a fused multiply-add gives the same bits. Eager and compiled code therefore agree exactly.
 
-Nothing here imports anything else of this project except its errors, roundings and what a span is.
+Nothing here imports anything else of this project except its errors, its scales, its roundings and what a span is.
 """
 
 from __future__ import annotations
@@ -28,12 +28,22 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from .rounding import ROUNDINGS, check_rounding, codes_of, round_bits
-from .spans import SPANS, check_span, over_spans
+from .levels import (
+    LEAST_ERROR_SCALES,
+    NAN_SCALE,
+    least_error_scale,
+    level1_reciprocal,
+    level1_scale,
+    level1_value,
+    subgroup_exponents,
+)
+from .rounding import ROUNDINGS, check_rounding, codes_of
+from .spans import SPANS, check_alone, check_span, over_spans
 
 __all__ = [
     "BYTES_PER_UNIT",
     "LARGEST",
+    "LEAST_ERROR_SCALES",
     "ROUNDINGS",
     "SPANS",
     "UNIT",
@@ -45,6 +55,7 @@ __all__ = [
     "fake_quantize",
     "from_bytes",
     "holds_span",
+    "least_error_scale",
     "level1_scale",
     "level1_value",
     "quantize",
@@ -64,11 +75,6 @@ LARGEST = 344064.0
 """The largest magnitude: the largest scale (1.5 * 2**15) times both exponents (4) times 7 quarters."""
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NAN_SCALE = 0xFF
-_MIN_SCALE = 2.0**-48
-_MAX_SCALE = 49152.0  # 1.5 * 2**15
-# Mantissa bits (float32) of 1/1.25, 1/1.5 and 1/1.75 rounded to bfloat16; each lies in [0.5, 1).
-_RECIPROCAL_MANTISSA = (0, 77 << 16, 43 << 16, 18 << 16)
 
 
 class Packed(NamedTuple):
@@ -120,8 +126,10 @@ def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> 
             Any leading dimensions, any strides. Values beyond the range saturate.
         rounding: of an in-group value to a magnitude: ``"half_away"`` (from zero; the public reference),
             ``"half_even"`` (the paper allows both), or ``"bfloat16_half_away"``: to bfloat16, half to even, and then
-            half away from zero. Huawei's tool AMCT and the PTO specification do the last, so hardware that runs HiF4
+            half away from zero. Huawei's tool AMCT and the PTO specification do that, so hardware that runs HiF4
             natively may; the name says what is computed. It changes 0.8 % of random float32 values, by one step.
+            ``"least_error"`` is ``"half_away"`` with the level-1 scale, of the usual one and the next three above it,
+            whose squared error in the unit is least (:func:`least_error_scale`); it needs a span of 1.
         span: one of :data:`SPANS`: how many units of a row share the level-1 scale of their largest magnitude. The
             last ones of a row may be fewer.
 
@@ -130,10 +138,12 @@ def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> 
         and zero elements, and dequantizes to NaN. So have all units of its span.
 
     Raises:
-        FormatError: ``x`` has no axis or is not of a floating-point type, or ``rounding`` or ``span`` is unknown.
+        FormatError: ``x`` has no axis or is not of a floating-point type, ``rounding`` or ``span`` is unknown, or they
+            do not go together.
     """
     step = check_span(span)
     check_rounding(rounding)
+    check_alone(step, rounding)
     if not isinstance(x, Tensor):
         raise FormatError(f"quantize got a {type(x).__name__}; expected a torch.Tensor")
     if x.dtype not in _FLOAT_DTYPES:
@@ -156,12 +166,14 @@ def quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> 
     max4 = magnitude.unflatten(-1, (16, 4)).amax(-1)
     max8 = max4.unflatten(-1, (8, 2)).amax(-1)
     scale_code = level1_scale(over_spans(max8.amax(-1), step))
-    reciprocal = _reciprocal(scale_code)[..., None]
+    if rounding == "least_error":
+        scale_code = least_error_scale(scale_code, magnitude, max4, max8)
+    reciprocal = level1_reciprocal(scale_code)[..., None]
     e8, e16 = subgroup_exponents(max4, max8, reciprocal)
     negative = (values.view(torch.int32) < 0) & finite[..., None]
     codes = codes_of(magnitude, negative, reciprocal, e8, e16, rounding)
     metadata = scale_code + bits_of(e8, 8) + bits_of(e16, 16)
-    scales = torch.where(finite, metadata, _NAN_SCALE)
+    scales = torch.where(finite, metadata, NAN_SCALE)
     return Packed(codes, scales, k)
 
 
@@ -174,12 +186,12 @@ def codes_for(x: Tensor, scales: Tensor, rounding: str) -> Tensor:
         rounding: as for :func:`quantize`.
     """
     values = as_units(to_float32(x))
-    valid = (scales & 0xFF != _NAN_SCALE)[..., None]
+    valid = (scales & 0xFF != NAN_SCALE)[..., None]
     at = torch.arange(16, device=scales.device, dtype=torch.int32)
     e8, e16 = (scales[..., None] >> (8 + at[:8])) & 1 == 1, (scales[..., None] >> (16 + at)) & 1 == 1
     magnitude = torch.where(valid, values.abs(), 0.0)
     negative = (values.view(torch.int32) < 0) & valid
-    return codes_of(magnitude, negative, _reciprocal(scales & 0xFF)[..., None], e8, e16, rounding)
+    return codes_of(magnitude, negative, level1_reciprocal(scales & 0xFF)[..., None], e8, e16, rounding)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -225,7 +237,7 @@ def extremes(scales: Tensor) -> Tensor:
         scales: int32 of any shape, see :class:`Packed`.
     """
     codes = scales & 0xFF
-    return torch.stack([(codes == code).any() for code in (_NAN_SCALE, _NAN_SCALE - 1, 0)])
+    return torch.stack([(codes == code).any() for code in (NAN_SCALE, NAN_SCALE - 1, 0)])
 
 
 def fake_quantize(x: Tensor, *, rounding: str = "half_away") -> Tensor:
@@ -309,45 +321,6 @@ def check_packed(packed: Packed) -> None:
         )
 
 
-def level1_scale(unit_max: Tensor) -> Tensor:
-    """Return the level-1 scale for the largest magnitude of each unit (steps 2 and 3 of the conversion).
-
-    Args:
-        unit_max: float32, finite, >= 0.
-
-    Returns:
-        int32 of the same shape: the E6M2 byte, 0 to 254.
-    """
-    # A literal, not a module constant: Dynamo would make an input of that. It is 1/7 rounded to bfloat16.
-    scale = round_bits((unit_max * 0.142578125).view(torch.int32), 16).view(torch.float32)
-    bits = round_bits(scale.clamp(_MIN_SCALE, _MAX_SCALE).view(torch.int32), 21)
-    return (bits >> 21) - ((127 - 48) << 2)
-
-
-def level1_value(scales: Tensor) -> Tensor:
-    """Return the value of the level-1 scale of each unit: float32 of the shape of ``scales``, exact."""
-    scale_code = scales & 0xFF
-    # A bfloat16/float32 exponent is biased by 127, E6M2's by 48; its two mantissa bits lead.
-    scale = (((scale_code >> 2) + (127 - 48)) << 23 | (scale_code & 3) << 21).view(torch.float32)
-    return torch.where(scale_code == _NAN_SCALE, torch.nan, scale)
-
-
-def subgroup_exponents(max4: Tensor, max8: Tensor, reciprocal: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the level-2 and level-3 exponent bits (step 5 of the conversion).
-
-    Args:
-        max4: float32 ``[..., 16]``, largest magnitude of each group of 4.
-        max8: float32 ``[..., 8]``, largest magnitude of each group of 8.
-        reciprocal: float32 ``[..., 1]``, bf16(1 / level-1 scale).
-
-    Returns:
-        Two bool tensors: ``e8 [..., 8]`` and ``e16 [..., 16]``.
-    """
-    e8 = max8 * reciprocal >= 4.0
-    e16 = max4 * reciprocal * torch.where(e8, 0.5, 1.0).repeat_interleave(2, -1) >= 2.0
-    return e8, e16
-
-
 def to_float32(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         limit = torch.finfo(torch.float32).max
@@ -361,16 +334,6 @@ def as_units(x: Tensor) -> Tensor:
     k = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, units(k) * UNIT - k)) if k % UNIT else x
     return padded.contiguous().unflatten(-1, (units(k), UNIT))
-
-
-def _reciprocal(scale_code: Tensor) -> Tensor:
-    """Return bf16(1 / E6M2) as float32, built from its bits (step 4 of the conversion)."""
-    mantissa = scale_code & 3
-    fraction = torch.zeros_like(scale_code)
-    for code in (1, 2, 3):
-        fraction = torch.where(mantissa == code, _RECIPROCAL_MANTISSA[code], fraction)
-    exponent = 127 + 48 - (scale_code >> 2) - (mantissa > 0).to(torch.int32)
-    return ((exponent << 23) | fraction).view(torch.float32)
 
 
 def bits_of(flags: Tensor, shift: int) -> Tensor:

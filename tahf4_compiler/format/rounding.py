@@ -9,7 +9,7 @@ from ..errors import FormatError
 
 __all__ = ["ROUNDINGS", "check_rounding", "codes_of", "round_bits"]
 
-ROUNDINGS = ("half_away", "half_even", "bfloat16_half_away")
+ROUNDINGS = ("half_away", "half_even", "bfloat16_half_away", "least_error")
 """See :func:`tahf4_compiler.format.hif4.quantize`."""
 
 

@@ -76,8 +76,9 @@ def search_scales(
         candidates: level-1 scales (E6M2 codes) tried below and above the default one, 0 to ``MAX_CANDIDATES``;
             with 0 only the exponent bits are searched.
         span: as for ``hif4.quantize``. What follows about units then counts for spans.
-        rounding: as for ``hif4.quantize``. With another than ``"half_away"`` the scales are those of ``"half_away"``,
-            and elements are rounded as ``hif4.quantize`` rounds them.
+        rounding: as for ``hif4.quantize``. With ``"half_even"`` and ``"bfloat16_half_away"`` the scales are those of
+            ``"half_away"``, and elements are rounded as ``hif4.quantize`` rounds them. ``"least_error"`` changes
+            nothing: these scales are searched anyway.
 
     Returns:
         A packed tensor on the device of ``x``. In no unit is the (weighted) squared error larger than that of
@@ -96,6 +97,7 @@ def search_scales(
         )
     step = hif4.check_span(span)
     hif4.check_rounding(rounding)
+    hif4.check_alone(step, rounding)
     if not isinstance(x, Tensor) or x.dim() == 0 or x.numel() == 0 or not x.dtype.is_floating_point:
         if isinstance(x, Tensor) and x.dim() > 0:
             _unit_weights(importance, x)
@@ -106,7 +108,7 @@ def search_scales(
             found: hif4.Packed = fast(x, None if weights is None else weights.t().flatten(), candidates, step)
         else:
             found = _searched(x, weights, candidates, step)
-        return found if rounding == "half_away" else _rounded(x, found, importance, rounding, step)
+        return found if rounding in ("half_away", "least_error") else _rounded(x, found, importance, rounding, step)
 
 
 def _searched(x: Tensor, weights: Tensor | None, candidates: int, step: int) -> hif4.Packed:

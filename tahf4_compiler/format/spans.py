@@ -1,8 +1,8 @@
 """Units that share a level-1 scale: a *span* of 1, 2 or 4 that follow each other in a row, or the whole row.
 
 Operators and plans take the span and the rounding of elements as one number, a *form*: the span, 0 for a row, plus
-:data:`ROUNDED` where in-group values are rounded to bfloat16 first. So one field says how an activation and the weights
-that read it are converted.
+:data:`ROUNDED` or :data:`SEARCHED` for another rounding than the usual one. So one field says how an activation and the
+weights that read it are converted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ __all__ = [
     "FORM_ROUNDINGS",
     "MOST_UNITS",
     "ROUNDED",
+    "SEARCHED",
     "SPANS",
     "alone",
+    "check_alone",
     "check_form",
     "check_span",
     "joined",
@@ -25,6 +27,7 @@ __all__ = [
     "parted",
     "span_name",
     "units_of",
+    "with_units",
 ]
 
 SPANS = (1, 2, 4, "row")
@@ -33,7 +36,10 @@ SPANS = (1, 2, 4, "row")
 ROUNDED = 8
 """Added to a span, it makes the form whose rounding is ``"bfloat16_half_away"``."""
 
-FORM_ROUNDINGS = ("half_away", "bfloat16_half_away")
+SEARCHED = 16
+"""Added to a span of 1, it makes the form whose rounding is ``"least_error"``."""
+
+FORM_ROUNDINGS = ("half_away", "bfloat16_half_away", "least_error")
 """The roundings of a form; see :func:`tahf4_compiler.format.hif4.quantize`."""
 
 MOST_UNITS = (2**31 - 1) // (64 * 28 * 28)
@@ -65,9 +71,14 @@ def check_form(form: int) -> int:
     """Return a form, checked.
 
     Raises:
-        FormatError: it is no span, and none plus :data:`ROUNDED`.
+        FormatError: it is no span, and none plus :data:`ROUNDED` or :data:`SEARCHED`; the two do not go together.
     """
-    check_span(form & ~ROUNDED if type(form) is int and form >= 0 else form)
+    if type(form) is not int or form < 0:
+        check_span(form)
+    elif form // ROUNDED >= len(FORM_ROUNDINGS):
+        raise FormatError(f"the form is {form}; expected a span, plus {ROUNDED} or {SEARCHED} for another rounding")
+    else:
+        check_alone(check_span(units_of(form)), FORM_ROUNDINGS[form // ROUNDED])
     return form
 
 
@@ -75,11 +86,25 @@ def joined(span: int, rounding: str) -> int:
     """Return the form of a span, 0 for a row, and one of :data:`FORM_ROUNDINGS`.
 
     Raises:
-        FormatError: the rounding is another.
+        FormatError: the rounding is another, or chooses level-1 scales that the span shares.
     """
     if rounding not in FORM_ROUNDINGS:
         raise FormatError(f"rounding is {rounding!r}; expected one of {', '.join(map(repr, FORM_ROUNDINGS))}")
+    check_alone(span, rounding)
     return span + ROUNDED * FORM_ROUNDINGS.index(rounding)
+
+
+def check_alone(span: int, rounding: str) -> None:
+    """Refuse a rounding that chooses the level-1 scale of each unit for units that share it.
+
+    Raises:
+        FormatError: it does, and they do.
+    """
+    if rounding == "least_error" and span != 1:
+        raise FormatError(
+            f"the rounding 'least_error' chooses a level-1 scale for each unit, and the span is {span_name(span)!r}; "
+            "expected a span of 1. Leave one of the two out."
+        )
 
 
 def parted(form: int) -> tuple[int, str]:
@@ -89,12 +114,17 @@ def parted(form: int) -> tuple[int, str]:
 
 def units_of(form: int) -> int:
     """Return the span of a form, 0 for a row."""
-    return form & ~ROUNDED
+    return form % ROUNDED
+
+
+def with_units(form: int, span: int) -> int:
+    """Return a form with another span, 0 for a row."""
+    return form - units_of(form) + span
 
 
 def alone(form: int) -> int:
     """Return a form with a level-1 scale for each unit."""
-    return form & ROUNDED | 1
+    return with_units(form, 1)
 
 
 def over_spans(values: Tensor, span: int) -> Tensor:

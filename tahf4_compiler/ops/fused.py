@@ -187,7 +187,7 @@ def linear_quantize(
         hadamard_block: as for ``tahf4::quantize``.
         bits: of the result, 4 or 8, as for ``tahf4::quantize``.
         span: of the operands, as for ``tahf4::linear``. The result has none: a row of it would have to be known whole.
-            8 more for the rounding of the result, as for ``tahf4::quantize``.
+            8 or 16 more for the rounding of the result, as for ``tahf4::quantize``.
 
     Returns:
         Codes and scales of ``[..., N]``, as ``tahf4::quantize``.
@@ -199,7 +199,7 @@ def linear_quantize(
     int8.check_bits(bits, quantized=True)
     y = linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, units_of(span))
     y = _after(y, program, inputs)
-    found, metadata = quantize(y, multiplier, hadamard_block, bits, alone(check_form(span)))
+    found, metadata = quantize(y, multiplier, hadamard_block, bits, check_form(alone(span)))
     return found, metadata
 
 

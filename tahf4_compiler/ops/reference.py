@@ -46,7 +46,8 @@ def quantize(
         hadamard_block: a power of two, or 0.
         bits: 4, 8 or 16.
         span: units that share a level-1 scale, see :func:`tahf4_compiler.format.hif4.quantize`; 0 for a row. 8 more
-            (:data:`tahf4_compiler.format.spans.ROUNDED`) for the rounding ``"bfloat16_half_away"``.
+            (:data:`tahf4_compiler.format.spans.ROUNDED`) for the rounding ``"bfloat16_half_away"``, 16 more
+            (:data:`tahf4_compiler.format.spans.SEARCHED`) for ``"least_error"``.
 
     Returns:
         ``codes`` uint8 ``[..., ceil(K / 64) * 32]`` and ``scales`` int32 ``[..., ceil(K / 64)]`` (see

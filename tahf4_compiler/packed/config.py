@@ -234,6 +234,8 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
         if (rounding := values.get("rounding", FORM_ROUNDINGS[0])) not in FORM_ROUNDINGS:
             known = ", ".join(map(repr, FORM_ROUNDINGS))
             raise PackedError(f"{where}: rounding is {rounding!r}, expected one of {known}; is the file newer?")
+        if rounding == "least_error" and span != 1:
+            raise PackedError(f"{where}: rounding is {rounding!r} and scale_span {span!r}, expected 1; it is damaged")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

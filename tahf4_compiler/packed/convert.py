@@ -88,7 +88,7 @@ def quantize_(
             into a weight.
         OptionError: the model is neither module nor pipeline, or span or rounding is unknown.
     """
-    span = joined(check_scale_span("scale_span", scale_span), check_rounding("rounding", rounding))
+    span = joined(check_scale_span("scale_span", scale_span), check_rounding("rounding", rounding, scale_span))
     models = unwrapped_experts(model)
     named = set(models)
     given = None

@@ -103,7 +103,7 @@ class HiF4Linear(nn.Linear):
             activation_bits: 4, 8 or 16.
             rank: of the branch, 0 for none.
             span: units that share a level-1 scale; 0 for a row.
-            rounding: ``"half_away"`` or ``"bfloat16_half_away"``.
+            rounding: see :class:`tahf4_compiler.Options`.
             device: of the parameters; ``"meta"`` for none.
             dtype: of the bias, of the branch, and of the dequantized weight.
         """

@@ -73,6 +73,8 @@ def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damage
     if entry.rounding not in FORM_ROUNDINGS:
         known = ", ".join(map(repr, FORM_ROUNDINGS))
         raise RecipeError(damaged.format(f"the rounding is {entry.rounding!r}, expected one of {known}"))
+    if entry.rounding == "least_error" and entry.span != 1:
+        raise RecipeError(damaged.format(f"the rounding is {entry.rounding!r} and the span {entry.span}, expected 1"))
     for path, linear in entry.linears.items():
         if (path in entry.packed) != (entry.search == "reconstruct"):
             raise RecipeError(damaged.format(f"the search is {entry.search!r}, and the packed weight of {path} is not"))

@@ -158,8 +158,9 @@ def _decision(decision: Decision) -> str:
     other = ACTIVATIONS.get(decision.activation_bits)
     words = [decision.decision, *([f"{other} activation"] if other else [])]
     words += [f"span {span_name(decision.span)}"] if decision.span != 1 else []
+    words += [f"rank {decision.rank}"] if decision.rank else []
     words += [f"rounding {decision.rounding}"] if decision.rounding != "half_away" else []
-    return ", ".join([*words, *([f"rank {decision.rank}"] if decision.rank else [])])
+    return ", ".join(words)
 
 
 def _short(value: float | int | str) -> str:

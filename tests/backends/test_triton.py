@@ -105,6 +105,17 @@ def test_kernels_of_a_span_compile_and_have_no_fused_multiply_add(span):
     assert all("fma.rn.f32" not in ptx(call) for call in calls)
 
 
+@pytest.mark.slow
+def test_the_scale_of_least_error_stays_in_registers():
+    from tahf4_compiler.backends.triton import quantize
+    from tahf4_compiler.backends.triton.targets import compile_call
+
+    x = torch.empty(1, 64, 5120, dtype=torch.bfloat16, device="meta")
+    _, (call,) = quantize.call([x], "", None, 0, 4, 17)
+    found = compile_call(call, 90)
+    assert found.spills == found.counts["shuffles"] == 0 and found.registers <= 255
+
+
 def test_roundings_to_bfloat16_inside_programs_stay():
     from tahf4_compiler.backends.triton import quantize
 

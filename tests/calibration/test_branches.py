@@ -62,7 +62,7 @@ def defined(linear, x):
     codes, scales = linear.weight_codes.detach(), linear.weight_scales.detach()
     weight = hif4.dequantize(hif4.Packed(codes, scales, linear.in_features), torch.float64)
     moved = transform(x, linear.multiplier, linear.hadamard_block)
-    left = hif4.dequantize(hif4.quantize(moved), torch.float64)
+    left = hif4.dequantize(hif4.quantize(moved, rounding=linear.rounding), torch.float64)
     branch = x.double() @ linear.low_rank_a.double() @ linear.low_rank_b.double()
     return left @ weight.t() + branch + linear.bias.double()
 

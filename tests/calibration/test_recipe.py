@@ -27,6 +27,7 @@ from tahf4_compiler.recipe.recipe import FORMAT, Recipe
 from tahf4_compiler.weights.checksum import checksum
 
 QUICK = {"inductor": False}
+ROUNDING = {"rounding": "least_error"}  # what a recipe takes by default
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +297,7 @@ def test_effects_are_those_of_one_quantized_linear_and_decide(tmp_path):
         errors = []
         for args, kwargs in calibration.kept.calls[""]:
             torch._dynamo.reset()
-            only = torch.compile(model, backend="tahf4", options={**QUICK, "keep": others})
+            only = torch.compile(model, backend="tahf4", options={**QUICK, **ROUNDING, "keep": others})
             few = [value[:16] for value in args]
             errors.append(relative(only(*few, **kwargs), model(*few, **kwargs)) ** 2)
         assert linears[path].effect == pytest.approx(sum(errors) / len(errors), rel=1e-3)
@@ -328,12 +329,13 @@ def test_errors_are_kept_apart_along_the_steps(tmp_path):
         rows = [calibration.activations[("", path)].cells[(group, "cond")][1].rows for group in (0, 2)]
         weight = linears[path].weight
         for value, x in zip((first, last), rows, strict=True):
-            product = hif4.dequantize(hif4.quantize(x)) @ hif4.dequantize(hif4.quantize(weight)).T
+            left, right = (hif4.dequantize(hif4.quantize(v, **ROUNDING)) for v in (x, weight))
+            product = left @ right.T
             wanted = -20 * torch.log10(torch.tensor(relative(product, x @ weight.T))).item()
             assert value == pytest.approx(wanted, abs=0.01)
         assert min(first, last) - 0.01 <= linear.sqnr_db <= max(first, last) + 0.01
 
-    compiled = torch.compile(model, backend="tahf4", options={**QUICK, "rotate.block": 0})
+    compiled = torch.compile(model, backend="tahf4", options={**QUICK, **ROUNDING, "rotate.block": 0})
     places = [(e.step, e.steps, e.branch) for e in recipe.errors[""]]
     assert places == [(0, 3, "cond"), (2, 3, "cond")]
     for found, x in zip(recipe.errors[""], (inputs()[0], spiky), strict=True):
@@ -490,3 +492,12 @@ def test_wan_with_a_recipe_compiled_by_blocks():
     torch._dynamo.reset()
     model.compile_repeated_blocks(backend="tahf4", options=QUICK)
     assert relative(output(model(**arguments)), whole) < 1e-5
+
+
+def test_activations_take_the_scales_of_least_error_unless_units_share_them(calibration):
+    bare = {"mask": None, "scale_search": "", "sensitivity": False}
+    for choices, wanted in (
+        ({}, "least_error"), ({"scale_span": 2}, "half_away"), ({"rounding": "half_away"}, "half_away")
+    ):  # fmt: skip
+        recipe = calibration.recipe(**bare, **choices)
+        assert {entry.rounding for entry in recipe.experts[""].values()} == {wanted}

@@ -1,4 +1,4 @@
-"""The rounding of in-group values to bfloat16: an option of compilations, packed models, recipes and checkpoints."""
+"""Roundings other than the default: an option of compilations, packed models, recipes and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tahf4_compiler.packed.config import TaHF4Config
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.linear import HiF4Linear
 
-VENDOR = "bfloat16_half_away"
+VENDOR, SEARCHED = "bfloat16_half_away", "least_error"
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +37,18 @@ def quantizations(graph_module):
     return [n for n in graph_module.graph.nodes if getattr(n.target, "_opname", "") in names]
 
 
-@pytest.mark.parametrize("span", [1, "row"])
-def test_packed_models_and_compiled_ones_have_it(x, span):
-    packed, ours, plain = make(rounding=VENDOR, scale_span=span), make(scale_span=span), make()
+@pytest.mark.parametrize(("rounding", "span"), [(VENDOR, 1), (VENDOR, "row"), (SEARCHED, 1)])
+def test_packed_models_and_compiled_ones_have_it(x, rounding, span):
+    packed, ours, plain = make(rounding=rounding, scale_span=span), make(scale_span=span), make()
     assert any(not torch.equal(a, b) for a, b in zip(codes(packed).values(), codes(ours).values(), strict=True))
     linear = packed.up
-    activation = hif4.quantize(torch.ops.aten.mul(x, linear.multiplier), span=span, rounding=VENDOR)
-    assert activation.k == 256 and linear.rounding == VENDOR and f"rounding={VENDOR}" in repr(linear)
-    compiled = tahf4.lower(tahf4.capture(plain, (x,)), options={**GRAPH, "rounding": VENDOR, "scale_span": span})
+    activation = hif4.quantize(torch.ops.aten.mul(x, linear.multiplier), span=span, rounding=rounding)
+    assert activation.k == 256 and linear.rounding == rounding and f"rounding={rounding}" in repr(linear)
+    compiled = tahf4.lower(tahf4.capture(plain, (x,)), options={**GRAPH, "rounding": rounding, "scale_span": span})
     lowered = tahf4.lower(tahf4.capture(packed, (x,)), options=GRAPH)
     for found in (compiled, lowered):
-        assert {d.rounding for d in found.plan} == {VENDOR}
-        assert f"rounding {VENDOR}" in found.report()
+        assert {d.rounding for d in found.plan} == {rounding}
+        assert f"rounding {rounding}" in found.report()
         assert all(n.args[-1] >= 8 for n in quantizations(found.graph_module))
     close = (compiled(x) - packed(x)).norm(), (lowered(x) - packed(x)).norm()
     assert max(close) < 1e-3 * packed(x).norm()
@@ -57,19 +57,21 @@ def test_packed_models_and_compiled_ones_have_it(x, span):
     assert not torch.equal(default(x), compiled(x))
 
 
-def test_the_product_is_that_of_the_definition(x):
+@pytest.mark.parametrize(("rounding", "form"), [(VENDOR, 9), (SEARCHED, 17)])
+def test_the_product_is_that_of_the_definition(x, rounding, form):
     """An activation rounded so, times the weight's codes."""
-    linear = make(rounding=VENDOR).up
-    left = torch.ops.tahf4.quantize(x, linear.multiplier, linear.hadamard_block, 4, 9)
+    linear = make(rounding=rounding).up
+    left = torch.ops.tahf4.quantize(x, linear.multiplier, linear.hadamard_block, 4, form)
     product = torch.ops.tahf4.linear(*left, linear.weight_codes, linear.weight_scales, linear.bias, torch.float32)
     torch.testing.assert_close(linear(x), product, rtol=1e-5, atol=1e-5)
     other = torch.ops.tahf4.quantize(x, linear.multiplier, linear.hadamard_block, 4, 1)
     assert not torch.equal(other[0], left[0])
 
 
-def test_the_reference_kernels_and_fused_ones_agree(x):
+@pytest.mark.parametrize("rounding", [VENDOR, SEARCHED])
+def test_the_reference_kernels_and_fused_ones_agree(x, rounding):
     plain = make()
-    options = {"rounding": VENDOR, **GRAPH}
+    options = {"rounding": rounding, **GRAPH}
     found = tahf4.lower(tahf4.capture(plain, (x,)), options=options)
     wanted = tahf4.lower(tahf4.capture(plain, (x,)), options={**options, "kernels": "reference"})
     assert (found(x) - wanted(x)).norm() < 5e-3 * wanted(x).norm()
@@ -102,7 +104,12 @@ def test_a_folder_and_its_copy_keep_it(tmp_path):
         again = WanTransformer3DModel.from_pretrained(tmp_path / name)
         assert {linear.rounding for linear in packed_linears(again).values()} == {VENDOR}
         assert all(torch.equal(a, b) for a, b in zip(codes(again).values(), codes(model).values(), strict=True))
-    next(iter(texts[1]["quantization_config"]["linears"].values()))["rounding"] = "stochastic"
+    some = next(iter(texts[1]["quantization_config"]["linears"].values()))
+    with pytest.raises(PackedError, match="rounding is 'least_error' and scale_span 2, expected 1"):
+        TaHF4Config.from_dict(
+            {**texts[1]["quantization_config"], "linears": {"a": {**some, "rounding": SEARCHED, "scale_span": 2}}}
+        )
+    some["rounding"] = "stochastic"
     (tmp_path / "memory" / "config.json").write_text(json.dumps(texts[1]))
     with pytest.raises(PackedError, match="rounding is 'stochastic', expected one of"):
         WanTransformer3DModel.from_pretrained(tmp_path / "memory")
@@ -173,3 +180,11 @@ def test_a_linear_comes_back_without_it():
     model = make(rounding=VENDOR)
     assert isinstance(model.up, HiF4Linear)
     assert not hasattr(model.up.to_linear(), "rounding")
+
+
+def test_a_span_and_a_scale_for_each_unit_are_refused_together(x):
+    wanted = "'least_error', which chooses a level-1 scale for each unit, and scale_span is"
+    with pytest.raises(OptionError, match=wanted):
+        tahf4.quantize_(make(), rounding=SEARCHED, scale_span="row")
+    with pytest.raises(OptionError, match=f"option 'rounding' is {wanted} 2"):
+        tahf4.lower(tahf4.capture(make(), (x,)), options={"rounding": SEARCHED, "scale_span": 2})

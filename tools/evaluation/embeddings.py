@@ -34,6 +34,7 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("rotation, reconstruction", {"mask": None, "scale_search": "reconstruct"}),
     ("network-searched mask, rotation, searched scales", {"scale_search": "squared"}),
     ("the defaults of recipe(): the same with reconstruction", {}),
+    ("the defaults, level-1 scales of activations from the maximum", {"rounding": "half_away"}),
     ("the defaults, without rotation", {"rotate": False}),
     ("the defaults, branches of rank 16 (4 % of the width)", {"low_rank": 4}),
     *(

@@ -55,6 +55,7 @@ ROWS = (
         {"sensitivity": False, "scale_search": "squared"},
     ),
     Row("defaults (network-searched mask, rotation, reconstruction)", {"sensitivity": False}),
+    Row("defaults, rounding half away", {"sensitivity": False, "rounding": "half_away"}),
     Row("defaults, without rotation", {"sensitivity": False, "rotate": False}),
     *(
         Row(f"defaults, branches of {percent} % of the width", {"sensitivity": False, "low_rank": percent})

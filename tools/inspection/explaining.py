@@ -13,6 +13,11 @@ from ...reporting.snapshot import NodeView
 from ..errors import CommandError
 from .report import Report
 
+ROUNDINGS = {
+    "bfloat16_half_away": "in-group values become bfloat16 before they become elements",
+    "least_error": "the level-1 scale of each unit is the one of least squared error among four",
+}
+
 __all__ = ["chosen", "explanations", "overview", "what_would_change"]
 
 
@@ -88,7 +93,7 @@ def _lines(report: Report, row: Mapping[str, Any], views: Mapping[str, NodeView]
     if row.get("scale_span") not in (None, 1):
         yield f"  span        {row['scale_span']}: so many units of 64 values share a level-1 scale"
     if row.get("rounding") not in (None, "half_away"):
-        yield f"  rounding    {row['rounding']}: in-group values become bfloat16 before they become elements"
+        yield f"  rounding    {row['rounding']}: {ROUNDINGS[row['rounding']]}"
     yield f"  reason      {row['reason']}"
     yield f"  FLOPs       {row['flops']:,} a call"
     yield from (f"  {text}" for text in _statistics(report, row))
