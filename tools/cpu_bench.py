@@ -300,7 +300,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Return the tables of a measurement."""
     known = ", ".join(f"{name} {value}" for name, value in found["facts"].items())
     lines = [f"{known}; medians of {found['rounds']}.", ""]
-    lines += ["| million values/s | copy | quantize | mask, rotation | ... least error | ... 8 bits | from bfloat16 | quantize / copy |"]
+    columns = "copy", "quantize", "mask, rotation", "... least error", "... 8 bits", "from bfloat16", "quantize / copy"
+    lines += [f"| million values/s | {' | '.join(columns)} |"]
     lines += ["|---" * 8 + "|"]
     for row in found["quantize"]:
         speed = {name: row["values"] / t["seconds"] / 1e6 for name, t in row["times"].items()}
