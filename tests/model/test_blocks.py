@@ -176,7 +176,8 @@ def test_tables_of_embeddings_are_no_linears():
 
 
 def test_packed_linears_count_as_they_did_before():
-    for model in (Stack(depth=2), tree(blocks=nn.ModuleList([Four()]), last=nn.Linear(64, 256))):
+    narrow = Stack(2, dim=96, hidden=100)  # codes are padded to whole units
+    for model in (Stack(depth=2), narrow, tree(blocks=nn.ModuleList([Four()]), last=nn.Linear(64, 256))):
         before = module_blocks(model)
         with torch.no_grad():
             assert any(decision.cause is Cause.BODY for decision in tahf4.quantize_(model))
