@@ -84,9 +84,8 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
 
 
 def _mark_copied(model: nn.Module) -> None:
-    packed = any(isinstance(module, HiF4Linear) for module in model.modules())  # its copy runs in 4 bits as well
-    if model._compiled_call_impl is not None and not packed:
-        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
+    if model._compiled_call_impl is not None:
+        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(model)
 
 
 def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
@@ -170,16 +169,19 @@ def _why(weight: Tensor, read: _Read) -> str | None:
 class _Copied:
     """An attribute of a model that was compiled in place; warns where the model is copied without its compilation."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
+        model = self._model()
+        if model is None or any(isinstance(module, HiF4Linear) for module in model.modules()):
+            return  # a packed copy runs in 4 bits as well
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
         log.warning(
             "%s: PyTorch leaves the compilation by model.compile() out of a deep copy, which runs in the original "
             'precision. Compile the copy as well: copy.compile(backend="tahf4").',
-            self._name,
+            type(model).__name__,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
