@@ -25,11 +25,12 @@ from ..model.linears import matching, plain_path
 from ..model.reasons import Cause
 from ..packed.linear import HiF4Linear
 from ..packed.plan import left_out, plan_modules, why_nothing
+from ..pipeline.context import Decision
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
 from ..torch_private.frames import outermost_that_holds, python_linears
 
-__all__ = ["ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
+__all__ = ["lacks_4_bits", "ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,8 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
 
 
 def _mark_copied(model: nn.Module) -> None:
-    packed = any(isinstance(module, HiF4Linear) for module in model.modules())  # its copy runs in 4 bits as well
-    if model._compiled_call_impl is not None and not packed:
-        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
+    if model._compiled_call_impl is not None:
+        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(model)
 
 
 def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
@@ -113,7 +113,9 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
             if text := left_out(model):
                 log.warning("%s: %s", type(model).__name__, text)
         if first and not linears and _ran.quantized == quantized:
-            _say_nothing(model)
+            plan = plan_modules(model)
+            if lacks_4_bits(plan):
+                log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
         if not wanted.keys() <= planned or not wanted:
             wanted = {id(weight): path for path, weight in _weights(linears)}  # offloading replaces them
         missing = frozenset(path for key, path in wanted.items() if key not in planned)
@@ -170,16 +172,19 @@ def _why(weight: Tensor, read: _Read) -> str | None:
 class _Copied:
     """An attribute of a model that was compiled in place; warns where the model is copied without its compilation."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
+        model = self._model()
+        if model is None or any(isinstance(module, HiF4Linear) for module in model.modules()):
+            return  # a packed copy runs in 4 bits as well
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
         log.warning(
             "%s: PyTorch leaves the compilation by model.compile() out of a deep copy, which runs in the original "
             'precision. Compile the copy as well: copy.compile(backend="tahf4").',
-            self._name,
+            type(model).__name__,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -192,11 +197,18 @@ def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
     return {path: model.get_submodule(path) for path in planned if matching(keep, path) is None}
 
 
-def _say_nothing(model: nn.Module) -> None:
-    plan = plan_modules(model)
-    # Else the user keeps them. All of a part is boundary only where the model around it said so.
-    if not any(d.decision == "hif4" for d in plan) and not (plan and all(d.cause is Cause.BOUNDARY for d in plan)):
-        log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
+def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool] = lambda path: True) -> bool:
+    """Return whether a plan puts nothing in 4 bits, and not because of the step, of adapters, or of a boundary.
+
+    Args:
+        plan: of a model or of a graph.
+        outside: whether a module path is outside of the blocks of the model around it; a whole part is boundary only
+            where that model said so.
+    """
+    meant = bool(plan) and all(
+        d.cause in (Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module)) for d in plan
+    )
+    return not meant and not any(d.decision == "hif4" for d in plan)
 
 
 def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:

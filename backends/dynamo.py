@@ -22,7 +22,6 @@ from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..model.attachments import attached, attached_recipe, changes, owner_of
 from ..model.linears import matching
-from ..model.reasons import Cause
 from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
 from ..options import Options
@@ -33,7 +32,7 @@ from ..torch_private.frames import caller_that_holds
 from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import USED_OTHERWISE, ran, say_off, say_overruled, say_transformed, watch, watcher
+from .coverage import USED_OTHERWISE, lacks_4_bits, ran, say_off, say_overruled, say_transformed, watch, watcher
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -276,13 +275,8 @@ def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
         totals.linears,
         ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in lowered.seconds.items()),
     )
-    wanted = bool(lowered.plan) and all(
-        d.cause in (Cause.STEP, Cause.ADAPTER)
-        or (d.cause is Cause.BOUNDARY and surroundings.block_of(d.module) is None)
-        for d in lowered.plan
-    )
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
-    if totals.linears and not totals.quantized and not wanted:
+    if lowered.plan and lacks_4_bits(lowered.plan, lambda path: surroundings.block_of(path) is None):
         reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in lowered.plan})[:3])
         log.warning("%s: none of %d linears runs in 4 bits (%s)", lowered.name, totals.linears, reasons)

@@ -23,22 +23,19 @@ MAX_INPUTS = 12
 
 
 class Places:
-    """Where nodes stand: numbers that grow along the graph, and which stretch between writes to memory."""
+    """Where nodes stand: numbers that grow along the graph, and which stretch between writes to memory.
+
+    What is put into the graph afterwards stands nowhere, and is drawn into nothing.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         """Number the nodes."""
-        self.order: dict[fx.Node, float] = {node: index for index, node in enumerate(graph.nodes)}
+        self.order = {node: index for index, node in enumerate(graph.nodes)}
         # Nothing moves across a node that writes to memory.
         segment, self.segment = 0, {}
         for node in graph.nodes:
-            segment += mutates(node) and node.target is not _ASSERT
+            segment += mutates(node)
             self.segment[node] = segment
-
-    def insert(self, nodes: list[fx.Node], end: fx.Node) -> None:
-        """Take in new nodes that stand right before another one, which they are going to replace."""
-        for index, node in enumerate(nodes):
-            self.order[node] = self.order[end] - 0.5 ** (index + 1)
-            self.segment[node] = self.segment[end]
 
 
 class Region:
@@ -46,7 +43,7 @@ class Region:
 
     def __init__(self, places: Places) -> None:
         """Hold no node."""
-        self.places, self.order, self.segment = places, places.order, places.segment
+        self.order, self.segment = places.order, places.segment
         self.absorbed: list[fx.Node] = []
         self.leaves: list[fx.Node] = []
         self.names: dict[fx.Node, str] = {}
@@ -60,7 +57,7 @@ class Region:
 
     def reaches(self, node: fx.Node) -> bool:
         """Whether a node can be drawn into the region without crossing a write."""
-        return self.segment[node] == self.segment[self.chain[0]]
+        return self.segment.get(node) == self.segment[self.chain[0]]
 
     def following(self, product: fx.Node) -> Program:
         """Take in the chain of pointwise nodes that are the only readers of a product."""
@@ -102,7 +99,7 @@ class Region:
         x = node_arg(quantization, 0)
         self.chain = [quantization]
         inside: set[fx.Node] = {quantization}
-        wanted, waiting = {x}, [(-self.order[x], x)]
+        wanted, waiting = {x}, [(0, x)]
         reductions = 0
         while waiting:  # the last one first
             _, node = heapq.heappop(waiting)
@@ -123,7 +120,7 @@ class Region:
             for operand in operands if alone else ():
                 if operand not in wanted:
                     wanted.add(operand)
-                    heapq.heappush(waiting, (-self.order[operand], operand))
+                    heapq.heappush(waiting, (-self.order.get(operand, 0), operand))
         inside.discard(quantization)
         if x not in inside:
             return Program()

@@ -1,14 +1,14 @@
 """The repeated blocks of a model: one set of rules, over facts that a graph or a tree of modules gives.
 
 A graph knows which module reads what another wrote. A tree of modules knows sizes only, so there a module may follow
-another if it reads as many features as the other writes: its first linear as the other's last, or, in modules of
-several linears, whose order is not known, any as any.
+another if it reads as many features as the other writes. ``docs/concepts.md`` says which linears count.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Set
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -140,23 +140,39 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             structure = None if in_container(path, containers) else tuple(mine)
             members[path] = Member(full_class_name(module), len(mine), sum(n * k for _, (n, k) in mine), structure)
 
-    total = sum(n * k for n, k in shapes.values())
-    alike: Counter[tuple[str, str]] = Counter()
+    held: Counter[str] = Counter()  # values in each container, and in each module that is in none
     for path, member in members.items():
-        alike[path.rpartition(".")[0], member.cls] += member.size
+        if member.linears >= MIN_LINEARS:
+            held[path if member.structure is not None else path.rpartition(".")[0]] += member.size
+
+    @functools.cache
+    def is_largest(container: str) -> bool:
+        around = [name for name in held if not name or f"{container}.".startswith(f"{name}.")]
+        return all(held[container] >= size for name, size in held.items() if name not in around)
 
     def follows(first: str, second: str) -> bool:
-        written, read = ([shapes[name] for name in inside[path]] for path in (first, second))
-        if min(len(written), len(read)) < MIN_LINEARS_ALONE:  # few are declared in the order in which they run
-            if 2 * alike[first.rpartition(".")[0], members[first].cls] >= total:  # and heads are not most of a model
-                while len(written) > MIN_LINEARS and written[-1][0] not in {k for _, k in read}:
-                    written = written[:-1]  # a gate, which is often declared last
-                while len(read) > MIN_LINEARS and read[0][1] not in {n for n, _ in written}:
-                    read = read[1:]  # what reads the condition, which is often declared first
-            written, read = written[-1:], read[:1]
-        return not {n for n, _ in written}.isdisjoint(k for _, k in read)
+        written, read = (_stream([shapes[name] for name in inside[path]]) for path in (first, second))
+        if written[-1][0] == read[0][1]:
+            return True  # in the order of their declarations
+        linears = min(len(written), len(read))
+        if linears <= MIN_LINEARS or {n for n, _ in written}.isdisjoint(k for _, k in read):
+            return False
+        # They fit in some order, as also heads do, of which only the last linear has another width. In a block such a
+        # width is read in pieces, or spread (a gate, shared keys). It may be so in heads, but these hold less.
+        (n, k), widths = written[-1], {k for _, k in written}
+        read_on = all(k != other for other, _ in written) or any(n % width == 0 for width in widths)
+        if not read_on and all(width % n for width in widths):
+            return False
+        return (read_on and linears >= MIN_LINEARS_ALONE) or is_largest(first.rpartition(".")[0])
 
+    total = sum(n * k for n, k in shapes.values())
     return repeated_blocks(members, follows, total)
+
+
+def _stream(linears: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """Return the linears ``[N, K]`` of a module but those that only read a condition, and scale or shift by it."""
+    written, read = {n for n, _ in linears}, {k for _, k in linears}
+    return [(n, k) for n, k in linears if k in written or n in read] or linears
 
 
 def container_paths(model: nn.Module) -> set[str]:

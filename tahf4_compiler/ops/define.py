@@ -21,9 +21,9 @@ __all__ = ["define", "operator", "refuse_derivatives"]
 _LIBRARY = Library("tahf4", "FRAGMENT")
 
 
-def operator(function: Callable[..., Any]) -> Any:
-    """Define ``tahf4::name`` by a function of that name, whose annotations give the arguments and results."""
-    name = function.__name__
+def operator(function: Callable[..., Any], name: str = "") -> Any:
+    """Define ``tahf4::name`` by a function, whose annotations give the arguments and results, and whose name it has."""
+    name = name or function.__name__
     define(_LIBRARY, name, infer_schema(function, mutates_args=()), function)
     return getattr(torch.ops.tahf4, name)
 

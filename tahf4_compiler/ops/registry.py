@@ -195,7 +195,12 @@ def in_16_bits(node: fx.Node) -> bool:
 
 
 def quantize(
-    x: torch.Tensor, multiplier: torch.Tensor | None = None, hadamard_block: int = 0, bits: int = 4, span: int = 1
+    x: torch.Tensor,
+    multiplier: torch.Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
+    reference: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the best ``tahf4::quantize`` for a tensor outside of a graph, as packing does.
 
@@ -205,6 +210,7 @@ def quantize(
         hadamard_block: a power of two, or 0.
         bits: 4, 8 or 16.
         span: units that share a level-1 scale, and the rounding, as for ``tahf4::quantize``.
+        reference: whether the reference is asked for; None: as ``TAHF4_KERNELS`` says.
 
     Returns:
         Codes and scales, as ``tahf4::quantize``.
@@ -212,7 +218,8 @@ def quantize(
     Raises:
         FormatError: as ``tahf4::quantize``.
     """
-    kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=bits == 16 or reference_forced())
+    reference = bits == 16 or (reference_forced() if reference is None else reference)
+    kernel = dispatch(torch.ops.tahf4.quantize.default, x, reference=reference)
     codes, scales = kernel.target(x, multiplier, hadamard_block, bits, span)
     return codes, scales
 
@@ -225,6 +232,7 @@ def linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     span: int = 1,
+    reference: bool | None = None,
 ) -> torch.Tensor:
     """Run the best ``tahf4::linear`` for quantized operands outside of a graph.
 
@@ -236,12 +244,13 @@ def linear(
         bias: ``[N]`` or None.
         out_dtype: of the result.
         span: as for ``tahf4::linear``.
+        reference: as for :func:`quantize`.
 
     Returns:
         ``[..., N]``.
     """
     operator = torch.ops.tahf4.linear.default
-    if x_codes.is_floating_point() or reference_forced():
+    if x_codes.is_floating_point() or (reference_forced() if reference is None else reference):
         kernel = dispatch(operator, x_codes, reference=True)
     else:
         kernel = _eager(operator, x_codes.device, out_dtype)

@@ -8,32 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FormatError, GradientError, PackedError
+from ..errors import FormatError, PackedError
 from ..format import hif4, int8
 from ..format.low_rank import LowRank
 from ..format.spans import joined, parted, span_name, units_of
 from ..format.transforms import hadamard
 from ..model.attachments import by_step, step_bits
 from ..ops import registry
-from ..ops.packed_linear import product
+from ..ops.packed_linear import packed_product
 from ..torch_private.tensors import takes_data
 from .no_weight import NoWeight, no_weight
 from .saving import check_saver, compares_shapes
 from .spans import require_span
 from .state import check_state
 
-__all__ = ["BRANCH", "HiF4Linear", "packed_product"]
+__all__ = ["BRANCH", "HiF4Linear"]
 
 BRANCH = ("low_rank_a", "low_rank_b")
 """Those of a branch, which have the dtype of the bias."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CODES_DTYPE = (
-    ". Code that casts to next(module.parameters()).dtype finds the type of the codes there if a packed linear has "
-    "neither bias nor multiplier: cast to the dtype of its weight (linear.weight.dtype), or of the model in diffusers "
-    "and transformers (model.dtype)."
-)
-
+torch.fx.wrap("packed_product")  # as where it is defined
 registry.kernels()  # defines the operators that forward calls, before anything traces it
 
 
@@ -240,12 +234,12 @@ class HiF4Linear(nn.Linear):
         Raises:
             GradientError, FormatError, RecipeError: as :meth:`forward`.
         """
-        weight, bits, waits = (codes, scales, bias), self.activation_bits, False
-        form = joined(self.span, self.rounding)
+        bits, waits = self.activation_bits, False
         if by_step(self):
             waits = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        out = packed_product(input, multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, form)
+        weight, form = (self.hadamard_block, codes, scales, bias), joined(self.span, self.rounding)
+        out = packed_product(input, multiplier, *weight, out_dtype=out_dtype, bits=bits, span=form, by_step=waits)
         for a, b in branches:
             if a is not None and b is not None:
                 # Plain products: with weights that are not transposed nobody takes them for linears.
@@ -370,52 +364,6 @@ class HiF4Linear(nn.Linear):
     def _transform(self) -> dict[str, int]:
         """Return what the codes mean and no tensor's shape tells."""
         return {"in_features": self.in_features, "hadamard_block": self.hadamard_block}
-
-
-@torch.fx.wrap  # asks the input for its values' device and dtype, which nothing has that traces symbolically
-def packed_product(
-    input: Tensor,
-    multiplier: Tensor | None,
-    hadamard_block: int,
-    weight_codes: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    activation_bits: int = 4,
-    by_step: bool = False,
-    out_dtype: torch.dtype | None = None,
-    span: int = 1,
-) -> Tensor:
-    """Return what :meth:`HiF4Linear.product` does; ``torch.fx.symbolic_trace`` takes this call as a whole."""
-    kind = input.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no meta device
-    if autocast and input.dtype != torch.float64:  # which autocast leaves alone
-        input = input.to(torch.get_autocast_dtype(kind))
-    if torch.is_grad_enabled() and input.requires_grad:
-        raise GradientError(
-            "a packed linear got an input that needs gradients, but 4-bit codes have none. Call the model under "
-            "torch.no_grad() or torch.inference_mode(), or freeze it with model.requires_grad_(False)."
-        )
-    if input.dtype not in _FLOATS:
-        raise FormatError(
-            f"a packed linear got a tensor of {input.dtype}, expected float32, bfloat16, float16 or float64"
-            + (_CODES_DTYPE if input.dtype == torch.uint8 else "")
-        )
-    if multiplier is not None and multiplier.dtype != torch.float32:
-        raise FormatError(
-            f"the multiplier of a packed linear is of {multiplier.dtype}, expected float32: something cast parameters "
-            "one by one, which rounds it. Load the model again, and cast it with model.to(dtype), which leaves it."
-        )
-    if input.is_nested:
-        raise FormatError(
-            "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
-            "call the model with each of its parts (.unbind())."
-        )
-    values = (input, multiplier, hadamard_block, weight_codes, weight_scales, bias, out_dtype or input.dtype)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or by_step:
-        # A graph is not of one device, nor of one backend: what compiles or runs it chooses the kernels.
-        result: Tensor = torch.ops.tahf4.packed_linear(*values, activation_bits, span, by_step)
-        return result
-    return product(*values, activation_bits, span)
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:

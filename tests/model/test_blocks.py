@@ -78,6 +78,75 @@ def test_members_of_several_linears_may_declare_them_in_any_order():
         assert found.keys() == {"layers.0", "layers.1"}
 
 
+class Chain(nn.Module):
+    """Linears in the order of their declaration, each given as what it reads and what it writes."""
+
+    def __init__(self, *sizes: tuple[int, int]) -> None:
+        super().__init__()
+        for i, (k, n) in enumerate(sizes):
+            self.add_module(f"linear{i}", nn.Linear(k, n))
+
+
+def members(*sizes: tuple[int, int], count: int = 2) -> nn.ModuleList:
+    return nn.ModuleList(Chain(*sizes) for _ in range(count))
+
+
+LAST = nn.Linear(64, 8000)  # more than half of the weights
+LARGER = members((64, 64), (64, 600))  # heads, which hold more than the blocks
+UP_DOWN = (64, 128), (128, 64)
+
+
+def test_what_only_reads_a_condition_hides_no_blocks():
+    for sizes in (((96, 192), *UP_DOWN), (*UP_DOWN, (96, 192)), ((96, 128), (64, 64))):
+        found = module_blocks(tree(blocks=members(*sizes), heads=LARGER))
+        assert found == {"blocks.0": "Chain", "blocks.1": "Chain"}
+
+
+def test_gates_and_skips_hide_no_blocks_of_the_container_that_holds_most():
+    few = members((64, 16), (16, 64))
+    for sizes in ((*UP_DOWN, (64, 8)), ((128, 64), *UP_DOWN), (*UP_DOWN, (64, 128))):
+        found = module_blocks(tree(blocks=members(*sizes), last=LAST))
+        assert found == {"blocks.0": "Chain", "blocks.1": "Chain"}
+        beside = {"blocks.0", "blocks.1", "few.0", "few.1"}
+        assert module_blocks(tree(blocks=members(*sizes), few=few, last=LAST)).keys() == beside
+        assert module_blocks(tree(blocks=members(*sizes), heads=LARGER, last=LAST)) == {}
+
+
+def test_heads_side_by_side_are_none():
+    for sizes in (((64, 64), (64, 64), (64, 4)), ((64, 64), (64, 64), (64, 128)), ((64, 64),) * 3 + ((64, 4),)):
+        found = module_blocks(tree(blocks=members(*UP_DOWN, count=4), heads=members(*sizes), last=LAST))
+        assert found.keys() == {f"blocks.{i}" for i in range(4)}
+    for sizes in (((64, 64), (64, 64), (64, 80)), ((64, 64),) * 3 + ((64, 80),)):  # also where they hold most
+        assert module_blocks(tree(heads=members(*sizes), last=LAST)) == {}
+    trunk = Chain(*[(64, 64)] * 8)  # holds more than they do
+    assert module_blocks(tree(trunk=trunk, heads=members((64, 64), (64, 64), (64, 4)), last=LAST)) == {}
+
+
+def test_embedders_of_three_linears_are_none():
+    found = module_blocks(tree(embedders=members((48, 64), (64, 64), (64, 64)), blocks=members(*UP_DOWN, count=4)))
+    assert found.keys() == {f"blocks.{i}" for i in range(4)}
+
+
+def test_what_shifts_and_scales_may_be_declared_last():
+    modulated = members((64, 160), (160, 64), (64, 64), (64, 64), (64, 128))  # two pieces of 64
+    assert module_blocks(tree(blocks=modulated, heads=LARGER)).keys() == {"blocks.0", "blocks.1"}
+
+
+def test_modules_whose_linears_only_read_conditions_fit_in_any_order():
+    convolutions = nn.ModuleList([Chain(*[(96, 64)] * 4), Chain((40, 48), *[(64, 48)] * 3)])
+    assert module_blocks(tree(blocks=convolutions, last=LAST)).keys() == {"blocks.0", "blocks.1"}
+    assert module_blocks(tree(blocks=members(*[(32, 64)] * 3), last=LAST)) == {}
+
+
+def test_what_is_around_a_container_does_not_hold_more():
+    gated = tree(blocks=members(*UP_DOWN, (64, 8)), rest=nn.Linear(64, 64))
+    towers = nn.ModuleList([gated, tree(blocks=members((32, 48), (48, 32)))])
+    inside = {f"towers.{i}.blocks.{j}" for i in range(2) for j in range(2)}
+    assert module_blocks(tree(towers=towers, last=LAST)).keys() == inside
+    whole = nn.Sequential(Chain((96, 64), (64, 64)), gated, LAST)
+    assert module_blocks(whole) == {"1": "Module"}, "the only one of its class beside blocks"
+
+
 def test_members_of_other_classes_are_none():
     assert module_blocks(tree(blocks=nn.ModuleList([Block(), Four()]), last=nn.Linear(64, 1024))) == {}
 
@@ -107,7 +176,8 @@ def test_tables_of_embeddings_are_no_linears():
 
 
 def test_packed_linears_count_as_they_did_before():
-    for model in (Stack(depth=2), tree(blocks=nn.ModuleList([Four()]), last=nn.Linear(64, 256))):
+    narrow = Stack(2, dim=96, hidden=100)  # codes are padded to whole units
+    for model in (Stack(depth=2), narrow, tree(blocks=nn.ModuleList([Four()]), last=nn.Linear(64, 256))):
         before = module_blocks(model)
         with torch.no_grad():
             assert any(decision.cause is Cause.BODY for decision in tahf4.quantize_(model))

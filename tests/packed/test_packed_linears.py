@@ -48,6 +48,13 @@ def test_symbolic_tracing_takes_a_packed_product_as_a_whole():
     assert torch.equal(torch.compile(traced, backend="tahf4", options=GRAPH)(x), want)
 
 
+def test_a_call_reads_once_whether_the_reference_is_asked_for(monkeypatch):
+    read = []
+    monkeypatch.setattr("tahf4_compiler.options._kernels", lambda name, value: read.append(name) or value)
+    HiF4Linear(64, 64)(torch.randn(2, 64))
+    assert read == ["TAHF4_KERNELS"]
+
+
 def test_a_program_holds_one_operator_a_linear_and_the_kernels_are_chosen_where_it_runs():
     linear, x, asked = HiF4Linear(64, 64), torch.randn(2, 64), []
     program = torch.export.export(linear, (x,))

@@ -42,19 +42,39 @@ class Wide(nn.Module):
         return x + self.out(self.q(x) * torch.sigmoid(self.k(x)) + self.v(x))
 
 
+class Conditioned(nn.Module):
+    """A block that declares first what reads its condition."""
+
+    def __init__(self, dim: int = 64, hidden: int = 128, k: int = 96) -> None:
+        super().__init__()
+        self.condition, self.up, self.down = nn.Linear(k, 3 * dim), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x, c):
+        shift, scale, gate = self.condition(c).chunk(3, -1)
+        return x + gate * self.down(nn.functional.silu(self.up(x * scale + shift)))
+
+
 class Network(nn.Module):
     """Embedders side by side, then one or two kinds of blocks in containers or as attributes, then a linear."""
 
     def __init__(
-        self, dim: int, hidden: int, embedders: int, depths: tuple[int, ...], attributes: bool, parallel: bool, k: int
+        self,
+        dim: int,
+        hidden: int,
+        embedders: int,
+        depths: tuple[int, ...],
+        attributes: bool,
+        parallel: bool,
+        k: int,
+        kinds: str,
     ) -> None:
         super().__init__()
         self.parallel = parallel
         self.embedders = nn.ModuleList(Embedder(k, dim) for _ in range(embedders))
         self.stages = []
         for i, depth in enumerate(depths):
-            kind = (Block, Wide)[i % 2]
-            members = [kind(dim, hidden) for _ in range(depth)]
+            make = {"block": Block, "wide": Wide, "conditioned": lambda d, h: Conditioned(d, h, k)}[kinds.split()[i]]
+            members = [make(dim, hidden) for _ in range(depth)]
             if attributes:
                 names = [f"stage{i}{letter}" for letter in "abcdef"[:depth]]
                 for name, member in zip(names, members, strict=True):
@@ -66,14 +86,18 @@ class Network(nn.Module):
         self.last = nn.Linear(dim, 16)
 
     def forward(self, x, c):
+        def call(name, x):
+            module = self.get_submodule(name)
+            return module(x, c) if isinstance(module, Conditioned) else module(x)
+
         for embedder in self.embedders:
             x = x + embedder(c)
         for names in self.stages:
             if self.parallel:
-                x = sum(self.get_submodule(name)(x) for name in names)
+                x = sum(call(name, x) for name in names)
                 continue
             for name in names:
-                x = self.get_submodule(name)(x)
+                x = call(name, x)
         return self.last(x)
 
 
@@ -98,15 +122,16 @@ def plans(model: nn.Module, args=(), kwargs=None, **options):
     hidden=st.sampled_from([32, 64, 160]),
     embedders=st.integers(0, 3),
     depths=st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
+    kinds=st.sampled_from(["block wide", "wide block", "conditioned block", "wide conditioned"]),
     attributes=st.booleans(),
     parallel=st.booleans(),
     wide=st.booleans(),
     least=st.sampled_from([32, 64]),
     kept=st.booleans(),
 )
-def test_random_networks(dim, hidden, embedders, depths, attributes, parallel, wide, least, kept):
+def test_random_networks(dim, hidden, embedders, depths, kinds, attributes, parallel, wide, least, kept):
     k = dim if wide else 48
-    model = Network(dim, hidden, embedders, depths, attributes, parallel, k)
+    model = Network(dim, hidden, embedders, depths, attributes, parallel, k, kinds)
     options = {"plan.min_features": least, "keep": ["last"] if kept else []}
     graph, modules = plans(model, (torch.randn(2, dim), torch.randn(2, k)), **options)
     differ = {path for path in graph.keys() | modules.keys() if graph.get(path) != modules.get(path)}
@@ -239,20 +264,20 @@ class Gated(Block):
 
 
 class Heads(Stack):
-    """Blocks, and heads side by side that have three linears, too."""
+    """Blocks, and heads side by side that have as many linears or more."""
 
-    def __init__(self):
-        super().__init__(4)
+    def __init__(self, linears):
+        super().__init__(6)
         self.heads = nn.ModuleList(Gated(64) for _ in range(2))
         for head in self.heads:
-            head.gate = nn.Linear(64, 10)
+            head.gate = nn.Sequential(*[nn.Linear(64, 64) for _ in range(linears - 3)], nn.Linear(64, 80))
 
     def forward(self, x):
         x = super().forward(x)
         return x, *(head(x) for head in self.heads)
 
 
-@pytest.mark.parametrize("out", [1, 8, 96])
+@pytest.mark.parametrize("out", [1, 8, 128])
 def test_a_gate_is_declared_last(out):
     model = Stack(4)
     model.blocks = nn.ModuleList(Gated(out) for _ in range(4))
@@ -261,24 +286,12 @@ def test_a_gate_is_declared_last(out):
     assert modules["blocks.3.down"] == ("hif4", Cause.BODY)
 
 
-class Conditioned(nn.Module):
-    """A block that declares first what reads its condition."""
-
-    def __init__(self):
-        super().__init__()
-        self.condition, self.up, self.down = nn.Linear(96, 192), nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x, c):
-        shift, scale, gate = self.condition(c).chunk(3, -1)
-        return x + gate * self.down(nn.functional.silu(self.up(x * scale + shift)))
-
-
 class Conditional(nn.Module):
-    """Blocks of more than half, and less than nearly all of the weights."""
+    """Blocks of less than half of the weights."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.last = nn.Linear(128, 64), nn.Linear(64, 800)
+        self.first, self.last = nn.Linear(128, 64), nn.Linear(64, 8000)
         self.blocks = nn.ModuleList(Conditioned() for _ in range(3))
 
     def forward(self, x, c):
@@ -293,8 +306,9 @@ def test_a_condition_is_read_by_what_is_declared_first():
     assert graph == modules and modules["first"] == modules["last"] == ("high_precision", Cause.BOUNDARY)
 
 
-def test_heads_of_three_linears_side_by_side():
-    graph, modules = plans(Heads(), (torch.randn(4, 64),))
+@pytest.mark.parametrize("linears", [3, 4])
+def test_heads_side_by_side(linears):
+    graph, modules = plans(Heads(linears), (torch.randn(4, 64),))
     assert graph == modules and modules["heads.0.up"] == ("high_precision", Cause.BOUNDARY)
 
 
