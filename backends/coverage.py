@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model.attachments import changes
 from ..model.linears import matching, plain_path
 from ..model.reasons import Cause
 from ..packed.linear import HiF4Linear
@@ -84,14 +85,13 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
 
 
 def _mark_copied(model: nn.Module) -> None:
-    packed = any(isinstance(module, HiF4Linear) for module in model.modules())  # its copy runs in 4 bits as well
-    if model._compiled_call_impl is not None and not packed:
-        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(type(model).__name__)
+    if model._compiled_call_impl is not None:
+        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(model)
 
 
 def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
     """Return what :func:`watch` lets the calls go through."""
-    linears: dict[str, nn.Module] | None = None
+    tree: _Tree | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
     met: set[frozenset[str]] = set()
@@ -99,34 +99,36 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
     calls = 0
 
     def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
-        nonlocal look, linears, wanted, calls
-        first, quantized = linears is None, _ran.quantized
+        nonlocal look, tree, wanted, calls
+        quantized = _ran.quantized
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
         functional: set[str] = set()
         watched = python_linears(outside, functional) if looks else contextlib.nullcontext()
         with _collected() as (planned, read), watched:
             result = call(*args, **kwargs)
-        if linears is None:
+        calls += 1
+        again = calls % _AGAIN == 0
+        if tree is None:
             _mark_copied(model)
-            linears = _linears(model, keep)
+            tree = _Tree(model, keep)
             if text := left_out(model):
                 log.warning("%s: %s", type(model).__name__, text)
-        if first and not linears and _ran.quantized == quantized:
-            _say_nothing(model)
-        if not wanted.keys() <= planned or not wanted:
-            wanted = {id(weight): path for path, weight in _weights(linears)}  # offloading replaces them
+            if not tree.linears and _ran.quantized == quantized:
+                _say_nothing(model)
+            wanted = {id(weight): path for path, weight in tree.weights()}
+        elif looks or again or tree.changes != changes() or not wanted.keys() <= planned:
+            tree = tree if tree.stands(model) else _Tree(model, keep)
+            wanted = {id(weight): path for path, weight in tree.weights()}  # offloading replaces them
         missing = frozenset(path for key, path in wanted.items() if key not in planned)
         found: list[str] = []
-        calls += 1
-        if missing and (looks or missing not in explained or calls % _AGAIN == 0):
+        if missing and (looks or missing not in explained or again):
             met.add(missing)
             if looks:
-                linears = _linears(model, keep)  # other modules may stand there now
-                found = [path for path, module in linears.items() if module in outside]
+                found = [path for path, module in tree.linears.items() if module() in outside]
             elif not look:
                 look = _LOOKS if missing not in explained else 2
-            used = {path: _why(weight, read) for path, weight in _weights(linears) if path in missing}
+            used = {path: _why(weight, read) for path, weight in tree.weights() if path in missing}
             _say_used(model, {path: why for path, why in used.items() if why is not None})
             if functional and (rest := [path for path, why in used.items() if why is None and path not in found]):
                 _say_functional(model, rest, sorted(functional))
@@ -139,6 +141,27 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
         return result, bool(found)
 
     return around
+
+
+class _Tree:
+    """The linears that a model's tree puts in 4 bits, by path. What is replaced by others is not kept alive."""
+
+    def __init__(self, model: nn.Module, keep: Sequence[str]) -> None:
+        self.changes = changes()
+        self.linears = {path: weakref.ref(module) for path, module in _linears(model, keep).items()}
+        self._modules = [weakref.ref(module) for module in model.modules()]
+
+    def stands(self, model: nn.Module) -> bool:
+        """Tell whether the model has the same modules as then, and nothing was attached to any since."""
+        modules = list(model.modules())
+        alike = len(modules) == len(self._modules) and all(m is ref() for m, ref in zip(modules, self._modules))
+        return alike and self.changes == changes()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for path, reference in self.linears.items():
+            weight = module._parameters.get("weight") if (module := reference()) is not None else None
+            if weight is not None:
+                yield path, weight
 
 
 @contextlib.contextmanager
@@ -154,13 +177,6 @@ def _collected() -> Iterator[tuple[set[int], _Read]]:
         _ran.planned, _ran.read = planned, read
 
 
-def _weights(linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for path, module in linears.items():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            yield path, weight
-
-
 def _why(weight: Tensor, read: _Read) -> str | None:
     """Return the reason of a weight that graphs read, or None if they did not."""
     found, reason = read.get(id(weight), (None, ""))
@@ -170,16 +186,19 @@ def _why(weight: Tensor, read: _Read) -> str | None:
 class _Copied:
     """An attribute of a model that was compiled in place; warns where the model is copied without its compilation."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
+        model = self._model()
+        if model is None or any(isinstance(module, HiF4Linear) for module in model.modules()):
+            return  # the copy of a packed model runs in 4 bits as well
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
         log.warning(
             "%s: PyTorch leaves the compilation by model.compile() out of a deep copy, which runs in the original "
             'precision. Compile the copy as well: copy.compile(backend="tahf4").',
-            self._name,
+            type(model).__name__,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
