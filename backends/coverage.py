@@ -306,7 +306,7 @@ def _say(whole: nn.Module, model: nn.Module, paths: Sequence[str]) -> None:
         causes = "; ".join(graph_breaks()[:2]) or "none, as where a whole forward is under torch.compiler.disable"
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
-        "(%s%s). Dynamo's most frequent reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
+        "(%s%s). Dynamo's reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
         "fullgraph=True turns a graph break into an error. What Dynamo gave up stays so until torch._dynamo.reset().",
         type(whole).__name__,
         len(paths),

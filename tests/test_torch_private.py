@@ -254,6 +254,13 @@ def test_dynamo_says_why_it_broke_graphs():
     torch.compile(lambda x: hidden(x) * 2, backend="eager")(torch.randn(3))
     (why,) = dynamo.graph_breaks()
     assert "hidden" in why and "torch.compiler.disable" in why
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled = torch.compile(lambda x, y: hidden(hidden(x) * 2) * y, backend="eager")
+        for y in (1, 2, 3):
+            compiled(torch.randn(3), y)
+    limit, why = dynamo.graph_breaks()
+    assert "hidden" in why, "a recompile limit comes first, however often another reason is met"
+    assert "recompile_limit" in limit and "Raise it before the first call" in limit
 
 
 def test_regions_under_transforms_of_functions_are_told_in_a_graph():

@@ -134,15 +134,23 @@ def weights_are_constants() -> bool:
 
 
 def graph_breaks() -> list[str]:
-    """Return in one line each why Dynamo did not put code of this process into a graph, the most frequent first."""
+    """Return in one line each why Dynamo did not put code of this process into a graph.
+
+    A recompile limit comes first: Dynamo gives a whole function up there, once. Then the most frequent.
+    """
     from torch._dynamo.utils import counters
 
     found: Counter[str] = Counter()
+    limits = []
     for text, count in (*counters["unimplemented"].items(), *counters["graph_break"].items()):
         title, _, rest = text.partition("\n")
         explained = rest.strip().partition("Explanation: ")[2].splitlines()
-        found[next((line.strip(" -") for line in explained if not line.endswith(":")), title)] += count
-    return [text for text, _ in found.most_common()]
+        reason = next((line.strip(" -") for line in explained if not line.endswith(":")), title)
+        if "recompile limit exceeded" in title:
+            reason = f"{reason.partition('. ')[0]}. Raise it before the first call; Dynamo's log names the function"
+            limits.append(reason)
+        found[reason] += count
+    return list(dict.fromkeys([*limits, *(reason for reason, _ in found.most_common())]))
 
 
 def when_compiled(
