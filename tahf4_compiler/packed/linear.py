@@ -195,7 +195,8 @@ class HiF4Linear(nn.Linear):
 
         Raises:
             GradientError: a gradient or a forward-mode derivative is asked for.
-            FormatError: the input is a nested tensor or no floating-point one, or the multiplier was cast.
+            FormatError: the input has another width, is nested or no floating-point tensor, or the multiplier was
+                cast.
             RecipeError: the bits of the activation depend on the step, and nothing counts steps.
         """
         return self.product(input, self.bias)
@@ -245,7 +246,8 @@ class HiF4Linear(nn.Linear):
         if by_step(self):
             waits = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        out = packed_product(input, multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, form)
+        k = self.in_features
+        out = packed_product(input, k, multiplier, self.hadamard_block, *weight, bits, waits, out_dtype, form)
         for a, b in branches:
             if a is not None and b is not None:
                 # Plain products: with weights that are not transposed nobody takes them for linears.
@@ -375,6 +377,7 @@ class HiF4Linear(nn.Linear):
 @torch.fx.wrap  # asks the input for its values' device and dtype, which nothing has that traces symbolically
 def packed_product(
     input: Tensor,
+    in_features: int,
     multiplier: Tensor | None,
     hadamard_block: int,
     weight_codes: Tensor,
@@ -409,6 +412,12 @@ def packed_product(
         raise FormatError(
             "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
             "call the model with each of its parts (.unbind())."
+        )
+    # Codes are filled up to whole units: without this, a narrower input would be, too. A trace keeps no check of sizes.
+    if not torch.jit.is_tracing() and (input.dim() == 0 or input.shape[-1] != in_features):
+        raise FormatError(
+            f"a packed linear of {in_features} -> {weight_codes.shape[0]} features got a tensor of shape "
+            f"{tuple(input.shape)}, expected {in_features} along its last axis"
         )
     values = (input, multiplier, hadamard_block, weight_codes, weight_scales, bias, out_dtype or input.dtype)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or by_step:
