@@ -42,6 +42,7 @@ _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
+_off = False  # said that the compiler is off
 
 USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
@@ -274,8 +275,10 @@ def say_overruled(model: nn.Module, parts: Sequence[nn.Module]) -> None:
 
 
 def say_off() -> None:
-    """Warn if PyTorch compiles nothing in this process."""
-    if compiler_is_off():
+    """Warn once if PyTorch compiles nothing in this process."""
+    global _off
+    if compiler_is_off() and not _off:
+        _off = True
         log.warning(
             'torch.compile(backend="tahf4") compiles nothing: PyTorch\'s compiler is off (TORCH_COMPILE_DISABLE, '
             "TORCHDYNAMO_DISABLE or torch._dynamo.config.disable). Models run in the original precision."

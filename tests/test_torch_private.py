@@ -431,6 +431,24 @@ def test_a_module_is_told_where_it_is_compiled_and_its_calls_go_through_a_functi
     assert frames.outermost_that_holds(model) is model
 
 
+def test_a_model_that_is_handed_back_uncompiled_is_told_with_the_backend(monkeypatch):
+    from torch._dynamo.eval_frame import _NullDecorator
+
+    def mine(graph, inputs):
+        raise AssertionError("nothing is compiled")
+
+    told = []
+    monkeypatch.setattr(_NullDecorator, "__call__", _NullDecorator.__call__)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    dynamo.when_not_compiled(mine, lambda: told.append(1))
+    model = Block()
+    assert torch.compile(model, backend="eager") is torch.compile(model, backend=mine, disable=True) is model
+    assert told == []
+    assert torch.compile(model, backend=mine) is model and told == [1]
+    model.compile(backend=mine, options={"some": 1})
+    assert told == [1, 1]
+
+
 def test_the_stance_of_the_compiler_is_known():
     assert dynamo.compiler_stance() == "default"
     with torch.compiler.set_stance("force_eager"):

@@ -39,6 +39,7 @@ __all__ = [
     "transformed_regions",
     "weights_are_constants",
     "when_compiled",
+    "when_not_compiled",
 ]
 
 
@@ -188,6 +189,27 @@ def when_compiled(
 
 def _is(compiler: Any, backend: Callable[..., Any]) -> bool:
     return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
+
+
+def when_not_compiled(backend: Callable[..., Any], function: Callable[[], None]) -> None:
+    """Call a function where ``torch.compile`` hands back what it was given, because the environment says so.
+
+    Args:
+        backend: that ``torch.compile`` was called with. ``torch.compile(disable=True)`` does not count.
+        function: is called each time.
+    """
+    from torch._dynamo.eval_frame import _NullDecorator
+
+    own: Any = _NullDecorator.__call__
+
+    @functools.wraps(own)
+    def handed_back(self: Any, given: Any) -> Any:
+        asked = next((caller for caller in callers() if caller.code is torch.compile.__code__), None)
+        if asked is not None and _is(asked.variable("backend"), backend) and not asked.variable("disable"):
+            function()
+        return own(self, given)
+
+    _NullDecorator.__call__ = handed_back  # type: ignore[method-assign]
 
 
 def before_frames(
