@@ -202,14 +202,13 @@ def when_not_compiled(backend: Callable[..., Any], function: Callable[[], None])
 
     own: Any = _NullDecorator.__call__
 
-    @functools.wraps(own)
     def handed_back(self: Any, given: Any) -> Any:
         asked = next((caller for caller in callers() if caller.code is torch.compile.__code__), None)
         if asked is not None and _is(asked.variable("backend"), backend) and not asked.variable("disable"):
             function()
         return own(self, given)
 
-    _NullDecorator.__call__ = handed_back  # type: ignore[method-assign]
+    _NullDecorator.__call__ = handed_back  # type: ignore[method-assign, assignment]
 
 
 def before_frames(
