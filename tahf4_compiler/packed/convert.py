@@ -224,7 +224,8 @@ def dequantize_(model: Any) -> list[str]:
         The module paths that were packed.
 
     Raises:
-        PackedError: the model is offloaded, or its layers are cast at each call. Nothing is changed then.
+        PackedError: the model is offloaded, or its layers are cast at each call, or the bias of a packed linear is
+            computed. Nothing is changed then.
         OptionError: the model is neither module nor pipeline.
     """
     found = []
@@ -232,6 +233,11 @@ def dequantize_(model: Any) -> list[str]:
     for module in models.values():
         for path, linear in packed_linears(module).items():
             _check_not_hooked(path, linear, "Take the hooks off first, or load the model again.")
+            if "bias" not in linear._parameters:
+                raise PackedError(
+                    f"the bias of {path} is no parameter any more: pruning or a parametrization computes it. Take that "
+                    "off first (torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations)."
+                )
     for component, module in models.items():
         linears = packed_linears(module)
         with torch.no_grad():
