@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from helpers import relative
 from models import Stack
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 import tahf4_compiler as tahf4
@@ -138,6 +139,19 @@ def test_a_weight_that_is_computed_in_each_call_is_refused_for_a_packed_linear_a
     assert torch.equal(model(x), want)
     apply(model.first)
     assert "first.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [nn.utils.parametrizations.spectral_norm, lambda linear: prune.l1_unstructured(linear, "weight", 0.5)],
+    ids=["new spectral norm", "pruning"],
+)
+def test_what_reads_the_weight_first_is_refused_there(apply):
+    model, x = packed(), torch.randn(4, 64)
+    want, keys = model(x), model.state_dict().keys()
+    with pytest.raises(tahf4.PackedError, match=r"this linear is packed"):
+        apply(model.blocks[0].up)
+    assert torch.equal(model(x), want) and model.state_dict().keys() == keys
 
 
 @pytest.mark.parametrize("how", ["eager", "compiled", "traced"])
