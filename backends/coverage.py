@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model.attachments import changes
 from ..model.linears import matching, plain_path
 from ..model.reasons import Cause
 from ..packed.linear import HiF4Linear
@@ -42,6 +43,7 @@ _said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
+_off = False  # said that the compiler is off
 
 USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
@@ -91,7 +93,7 @@ def _mark_copied(model: nn.Module) -> None:
 
 def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
     """Return what :func:`watch` lets the calls go through."""
-    linears: dict[str, nn.Module] | None = None
+    tree: _Tree | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
     met: set[frozenset[str]] = set()
@@ -99,36 +101,38 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
     calls = 0
 
     def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
-        nonlocal look, linears, wanted, calls
-        first, quantized = linears is None, _ran.quantized
+        nonlocal look, tree, wanted, calls
+        quantized = _ran.quantized
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
         functional: set[str] = set()
         watched = python_linears(outside, functional) if looks else contextlib.nullcontext()
         with _collected() as (planned, read), watched:
             result = call(*args, **kwargs)
-        if linears is None:
+        calls += 1
+        again = calls % _AGAIN == 0
+        if tree is None:
             _mark_copied(model)
-            linears = _linears(model, keep)
+            tree = _Tree(model, keep)
             if text := left_out(model):
                 log.warning("%s: %s", type(model).__name__, text)
-        if first and not linears and _ran.quantized == quantized:
-            plan = plan_modules(model)
-            if lacks_4_bits(plan):
-                log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
-        if not wanted.keys() <= planned or not wanted:
-            wanted = {id(weight): path for path, weight in _weights(linears)}  # offloading replaces them
+            if not tree.linears and _ran.quantized == quantized:
+                plan = plan_modules(model)
+                if lacks_4_bits(plan):
+                    log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
+            wanted = {id(weight): path for path, weight in tree.weights()}
+        elif looks or again or tree.changes != changes() or not wanted.keys() <= planned:
+            tree = tree if tree.stands(model) else _Tree(model, keep)
+            wanted = {id(weight): path for path, weight in tree.weights()}  # offloading replaces them
         missing = frozenset(path for key, path in wanted.items() if key not in planned)
         found: list[str] = []
-        calls += 1
-        if missing and (looks or missing not in explained or calls % _AGAIN == 0):
+        if missing and (looks or missing not in explained or again):
             met.add(missing)
             if looks:
-                linears = _linears(model, keep)  # other modules may stand there now
-                found = [path for path, module in linears.items() if module in outside]
+                found = [path for path, module in tree.linears.items() if module() in outside]
             elif not look:
                 look = _LOOKS if missing not in explained else 2
-            used = {path: _why(weight, read) for path, weight in _weights(linears) if path in missing}
+            used = {path: _why(weight, read) for path, weight in tree.weights() if path in missing}
             _say_used(model, {path: why for path, why in used.items() if why is not None})
             if functional and (rest := [path for path, why in used.items() if why is None and path not in found]):
                 _say_functional(model, rest, sorted(functional))
@@ -143,6 +147,27 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
     return around
 
 
+class _Tree:
+    """The linears that a model's tree puts in 4 bits, by path. What is replaced by others is not kept alive."""
+
+    def __init__(self, model: nn.Module, keep: Sequence[str]) -> None:
+        self.changes = changes()
+        self.linears = {path: weakref.ref(module) for path, module in _linears(model, keep).items()}
+        self._modules = [weakref.ref(module) for module in model.modules()]
+
+    def stands(self, model: nn.Module) -> bool:
+        """Tell whether the model has the same modules as then, and nothing was attached to any since."""
+        modules = list(model.modules())
+        alike = len(modules) == len(self._modules) and all(m is ref() for m, ref in zip(modules, self._modules))
+        return alike and self.changes == changes()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for path, reference in self.linears.items():
+            weight = module._parameters.get("weight") if (module := reference()) is not None else None
+            if weight is not None:
+                yield path, weight
+
+
 @contextlib.contextmanager
 def _collected() -> Iterator[tuple[set[int], _Read]]:
     """Yield what :func:`ran` notes in this thread; a call around this one has it, too."""
@@ -154,13 +179,6 @@ def _collected() -> Iterator[tuple[set[int], _Read]]:
         planned |= _ran.planned
         read |= _ran.read
         _ran.planned, _ran.read = planned, read
-
-
-def _weights(linears: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for path, module in linears.items():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            yield path, weight
 
 
 def _why(weight: Tensor, read: _Read) -> str | None:
@@ -178,7 +196,7 @@ class _Copied:
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
         model = self._model()
         if model is None or any(isinstance(module, HiF4Linear) for module in model.modules()):
-            return  # a packed copy runs in 4 bits as well
+            return  # the copy of a packed model runs in 4 bits as well
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
         log.warning(
@@ -267,8 +285,10 @@ def say_overruled(model: nn.Module, parts: Sequence[nn.Module]) -> None:
 
 
 def say_off() -> None:
-    """Warn if PyTorch compiles nothing in this process."""
-    if compiler_is_off():
+    """Warn once if PyTorch compiles nothing in this process."""
+    global _off
+    if compiler_is_off() and not _off:
+        _off = True
         log.warning(
             'torch.compile(backend="tahf4") compiles nothing: PyTorch\'s compiler is off (TORCH_COMPILE_DISABLE, '
             "TORCHDYNAMO_DISABLE or torch._dynamo.config.disable). Models run in the original precision."
@@ -299,7 +319,7 @@ def _say(whole: nn.Module, model: nn.Module, paths: Sequence[str]) -> None:
         causes = "; ".join(graph_breaks()[:2]) or "none, as where a whole forward is under torch.compiler.disable"
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
-        "(%s%s). Dynamo's most frequent reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
+        "(%s%s). Dynamo's reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
         "fullgraph=True turns a graph break into an error. What Dynamo gave up stays so until torch._dynamo.reset().",
         type(whole).__name__,
         len(paths),

@@ -27,7 +27,7 @@ from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
 from ..torch_private.calls import Around
-from ..torch_private.dynamo import before_frames, when_compiled
+from ..torch_private.dynamo import before_frames, when_compiled, when_not_compiled
 from ..torch_private.frames import caller_that_holds
 from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
@@ -94,6 +94,7 @@ def _given(model: nn.Module, keywords: Mapping[str, Any]) -> Around | None:
 
 before_frames(tahf4, _begin, say_overruled)
 when_compiled(tahf4, _given)
+when_not_compiled(tahf4, say_off)
 say_off()  # PyTorch imports this module where a model is compiled, also when it compiles nothing
 
 

@@ -254,6 +254,13 @@ def test_dynamo_says_why_it_broke_graphs():
     torch.compile(lambda x: hidden(x) * 2, backend="eager")(torch.randn(3))
     (why,) = dynamo.graph_breaks()
     assert "hidden" in why and "torch.compiler.disable" in why
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled = torch.compile(lambda x, y: hidden(hidden(x) * 2) * y, backend="eager")
+        for y in (1, 2, 3):
+            compiled(torch.randn(3), y)
+    limit, why = dynamo.graph_breaks()
+    assert "hidden" in why, "a recompile limit comes first, however often another reason is met"
+    assert "recompile_limit" in limit and "Raise it before the first call" in limit
 
 
 def test_regions_under_transforms_of_functions_are_told_in_a_graph():
@@ -422,6 +429,24 @@ def test_a_module_is_told_where_it_is_compiled_and_its_calls_go_through_a_functi
     assert told == [(model, {"options": {"some": 1}}), (model.blocks[0], {})] and seen == [model]
     assert torch.equal(model(x), want) and seen == [model, model]
     assert frames.outermost_that_holds(model) is model
+
+
+def test_a_model_that_is_handed_back_uncompiled_is_told_with_the_backend(monkeypatch):
+    from torch._dynamo.eval_frame import _NullDecorator
+
+    def mine(graph, inputs):
+        raise AssertionError("nothing is compiled")
+
+    told = []
+    monkeypatch.setattr(_NullDecorator, "__call__", _NullDecorator.__call__)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    dynamo.when_not_compiled(mine, lambda: told.append(1))
+    model = Block()
+    assert torch.compile(model, backend="eager") is torch.compile(model, backend=mine, disable=True) is model
+    assert told == []
+    assert torch.compile(model, backend=mine) is model and told == [1]
+    model.compile(backend=mine, options={"some": 1})
+    assert told == [1, 1]
 
 
 def test_the_stance_of_the_compiler_is_known():

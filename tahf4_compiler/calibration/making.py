@@ -18,6 +18,7 @@ from ..errors import CalibrationError
 from ..files.memo import Measured
 from ..format import hif4
 from ..format.low_rank import LowRank
+from ..format.precision import full_precision
 from ..format.spans import check_span, joined
 from ..model.parts import class_name
 from ..pipeline.order import provenance
@@ -163,6 +164,7 @@ def make_recipe(
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe
 
 
+@full_precision()  # the network runs as the process is set, outside of this
 def _entry(
     calibration: Seen, cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: bool
 ) -> RecipeEntry:

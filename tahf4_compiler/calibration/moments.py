@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..format.precision import full_precision
 from ..format.transforms import hadamard_block
 
 __all__ = ["WIDEST", "Moments", "widths"]
@@ -31,6 +32,7 @@ class Moments:
         sizes = widths(channels, widest)
         self.blocks = [torch.zeros(size, size, dtype=torch.float32, device=device) for size in sizes]
 
+    @full_precision()
     def update(self, x: Tensor) -> None:
         """Add rows.
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 __all__ = ["LowRank", "leading", "rank_of", "remainder"]
 
 STEP = 8
@@ -81,6 +83,7 @@ def leading(weight: Tensor, mask: Tensor | None, rank: int) -> LowRank:
     return LowRank(a.to(torch.bfloat16).contiguous(), b.to(torch.bfloat16).contiguous())
 
 
+@full_precision()
 def remainder(weight: Tensor, low_rank: LowRank | None) -> Tensor:
     """Return what a branch leaves of a weight: float32 ``[N, K]``, or the weight itself without a branch."""
     if low_rank is None:

@@ -83,6 +83,7 @@ def packed_product(
     input: Tensor,
     multiplier: Tensor | None,
     *weight: Any,
+    k: int,
     out_dtype: torch.dtype | None,
     bits: int,
     span: int,
@@ -94,6 +95,7 @@ def packed_product(
         input: ``[..., K]``.
         multiplier: as for :func:`product`.
         weight: what stands between the multiplier and the dtype there.
+        k: features that the linear reads.
         out_dtype: of the result; None for the input's (under autocast, for its dtype).
         bits: as for :func:`product`.
         span: see there.
@@ -101,7 +103,7 @@ def packed_product(
 
     Raises:
         GradientError: a gradient or a forward-mode derivative is asked for.
-        FormatError: the input is a nested tensor or no floating-point one, or the multiplier was cast.
+        FormatError: the input is nested, no floating-point tensor or of another width, or the multiplier was cast.
     """
     kind = input.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no meta device
@@ -126,6 +128,12 @@ def packed_product(
         raise FormatError(
             "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
             "call the model with each of its parts (.unbind())."
+        )
+    # Codes are filled up to whole units: a narrower input would be, too. A trace keeps no check of sizes.
+    if not torch.jit.is_tracing() and (input.dim() == 0 or input.shape[-1] != k):
+        raise FormatError(
+            f"a packed linear of {k} -> {weight[1].shape[0]} features got a tensor of shape {tuple(input.shape)}, "
+            f"expected {k} along its last axis"
         )
     # A graph is not of one device, nor of one backend: what compiles or runs it chooses the kernels.
     graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or by_step

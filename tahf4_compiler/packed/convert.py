@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import PackedError
-from ..format.spans import joined
+from ..format.spans import joined, parted, span_name
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import unwrapped_experts
 from ..model.linears import linear_weights, require_matches
@@ -23,6 +23,7 @@ from ..options import activation_bits, bits_for
 from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
 from ..pipeline.context import Decision
+from ..pipeline.rules import span_obstacle
 from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
@@ -84,8 +85,8 @@ def quantize_(
     Raises:
         PatternError: a pattern of ``keep`` is no regular expression or matches no linear.
         RecipeError: the recipe does not fit the model.
-        PackedError: the model is offloaded, or ``keep`` names a linear that is packed already, or an adapter is fused
-            into a weight.
+        PackedError: the model is offloaded, or ``keep`` names a linear that is packed already, or one is packed already
+            with another span or rounding than what is asked for here, or an adapter is fused into a weight.
         OptionError: the model is neither module nor pipeline, or span or rounding is unknown.
     """
     span = joined(check_scale_span("scale_span", scale_span), check_rounding("rounding", rounding, scale_span))
@@ -101,6 +102,7 @@ def quantize_(
     for name, module in models.items():
         mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
+        _check_packed(module, span)
         work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part, span=span)))
         _check_ready(module, work[-1][-1])
         # What is attached to the linears that stay is not for those that were packed before.
@@ -129,6 +131,28 @@ def quantize_(
             log.warning("%s: %s", name or type(module).__name__, text)
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
     return decisions
+
+
+def _check_packed(model: nn.Module, form: int) -> None:
+    """Raise :class:`PackedError` where a span or a rounding is wanted that linears lack which are packed already.
+
+    The defaults are what is taken where nobody wants anything.
+    """
+    (span, rounding), (usual, half_away) = parted(form), parted(1)
+    spans, roundings = [], []
+    for path, linear in packed_linears(model).items():
+        able = span_obstacle(linear.activation_bits, linear.multiplier is not None, linear.hadamard_block) is None
+        if able and span not in (usual, linear.span):
+            spans.append(path)
+        if rounding not in (half_away, linear.rounding):
+            roundings.append(path)
+    for option, others in ((f"scale_span={span_name(span)!r}", spans), (f"rounding={rounding!r}", roundings)):
+        if others:
+            raise PackedError(
+                f"{option} reaches no linear that is packed already, and {len(others)} are packed otherwise "
+                f"({', '.join(others[:3])}). Give it when the model is packed first. tahf4.dequantize_(model) goes "
+                "back to plain weights, with the error that they have now."
+            )
 
 
 def _steps_to_come(model: nn.Module) -> StepPrecision | None:
@@ -200,7 +224,8 @@ def dequantize_(model: Any) -> list[str]:
         The module paths that were packed.
 
     Raises:
-        PackedError: the model is offloaded, or its layers are cast at each call. Nothing is changed then.
+        PackedError: the model is offloaded, or its layers are cast at each call, or the bias of a packed linear is
+            computed. Nothing is changed then.
         OptionError: the model is neither module nor pipeline.
     """
     found = []
@@ -208,6 +233,11 @@ def dequantize_(model: Any) -> list[str]:
     for module in models.values():
         for path, linear in packed_linears(module).items():
             _check_not_hooked(path, linear, "Take the hooks off first, or load the model again.")
+            if "bias" not in linear._parameters:
+                raise PackedError(
+                    f"the bias of {path} is no parameter any more: pruning or a parametrization computes it. Take that "
+                    "off first (torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations)."
+                )
     for component, module in models.items():
         linears = packed_linears(module)
         with torch.no_grad():

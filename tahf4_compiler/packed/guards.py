@@ -2,7 +2,8 @@
 
 A packed linear cannot refuse these itself. ``requires_grad_`` goes over the parameters of the whole model, and those in
 front of the linear have changed when it comes to its codes. A plain model that is given the state of a packed one holds
-no packed linear. ``AveragedModel`` copies a model as anybody may.
+no packed linear. ``AveragedModel`` copies a model as anybody may. What
+computes a weight anew in each call looks for it among the parameters.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import GradientError, PackedError
@@ -25,17 +29,19 @@ def guard() -> None:
     _ask_before(nn.Module, "requires_grad_", _check_frozen)
     _ask_before(nn.Module, "load_state_dict", _check_state)
     _ask_before(AveragedModel, "__init__", _check_averaged)
+    for owner, name in ((SpectralNorm, "apply"), (WeightNorm, "apply"), (parametrize, "register_parametrization")):
+        _ask_before(owner, name, _check_computed)
 
 
-def _ask_before(cls: type[Any], name: str, check: Callable[..., None]) -> None:
-    own = getattr(cls, name)
+def _ask_before(owner: Any, name: str, check: Callable[..., None]) -> None:
+    own = getattr(owner, name)
 
     @functools.wraps(own)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check(self, *args, **kwargs)
-        return own(self, *args, **kwargs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return own(*args, **kwargs)
 
-    setattr(cls, name, method)
+    setattr(owner, name, function)
 
 
 def _packed(model: nn.Module) -> list[str]:
@@ -74,4 +80,13 @@ def _check_averaged(_: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -
             f"AveragedModel would average the codes and scales of {len(found)} packed linears as numbers "
             f"({', '.join(found[:3])}), which gives other weights than the average. Average the original, and pack "
             "the average."
+        )
+
+
+def _check_computed(module: nn.Module, name: str = "", *args: Any, **kwargs: Any) -> None:
+    if isinstance(module, HiF4Linear) and kwargs.get("tensor_name", name) == "weight":
+        raise PackedError(
+            f"a packed linear ({module.in_features} -> {module.out_features} features) has no weight that a norm or "
+            "parametrization could compute in each call. Go back to plain weights first (tahf4.dequantize_), or load "
+            "the original: tahf4.quantize_ leaves linears as they are whose weight is computed."
         )

@@ -189,7 +189,8 @@ class HiF4Linear(nn.Linear):
 
         Raises:
             GradientError: a gradient or a forward-mode derivative is asked for.
-            FormatError: the input is a nested tensor or no floating-point one, or the multiplier was cast.
+            FormatError: the input has another width, is nested or no floating-point tensor, or the multiplier was
+                cast.
             RecipeError: the bits of the activation depend on the step, and nothing counts steps.
         """
         return self.product(input, self.bias)
@@ -238,8 +239,10 @@ class HiF4Linear(nn.Linear):
         if by_step(self):
             waits = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(input, torch.fx.Proxy)
             bits = bits if waits else step_bits(self, "weight_codes", bits)
-        weight, form = (self.hadamard_block, codes, scales, bias), joined(self.span, self.rounding)
-        out = packed_product(input, multiplier, *weight, out_dtype=out_dtype, bits=bits, span=form, by_step=waits)
+        out = packed_product(
+            input, multiplier, self.hadamard_block, codes, scales, bias,
+            k=self.in_features, out_dtype=out_dtype, bits=bits, span=joined(self.span, self.rounding), by_step=waits,
+        )  # fmt: skip
         for a, b in branches:
             if a is not None and b is not None:
                 # Plain products: with weights that are not transposed nobody takes them for linears.

@@ -39,6 +39,7 @@ __all__ = [
     "transformed_regions",
     "weights_are_constants",
     "when_compiled",
+    "when_not_compiled",
 ]
 
 
@@ -134,15 +135,23 @@ def weights_are_constants() -> bool:
 
 
 def graph_breaks() -> list[str]:
-    """Return in one line each why Dynamo did not put code of this process into a graph, the most frequent first."""
+    """Return in one line each why Dynamo did not put code of this process into a graph.
+
+    A recompile limit comes first: Dynamo gives a whole function up there, once. Then the most frequent.
+    """
     from torch._dynamo.utils import counters
 
     found: Counter[str] = Counter()
+    limits = []
     for text, count in (*counters["unimplemented"].items(), *counters["graph_break"].items()):
         title, _, rest = text.partition("\n")
         explained = rest.strip().partition("Explanation: ")[2].splitlines()
-        found[next((line.strip(" -") for line in explained if not line.endswith(":")), title)] += count
-    return [text for text, _ in found.most_common()]
+        reason = next((line.strip(" -") for line in explained if not line.endswith(":")), title)
+        if "recompile limit exceeded" in title:
+            reason = f"{reason.partition('. ')[0]}. Raise it before the first call; Dynamo's log names the function"
+            limits.append(reason)
+        found[reason] += count
+    return list(dict.fromkeys([*limits, *(reason for reason, _ in found.most_common())]))
 
 
 def when_compiled(
@@ -180,6 +189,26 @@ def when_compiled(
 
 def _is(compiler: Any, backend: Callable[..., Any]) -> bool:
     return getattr(compiler, "compiler_fn", compiler) is backend  # torch.compile wraps one that has options
+
+
+def when_not_compiled(backend: Callable[..., Any], function: Callable[[], None]) -> None:
+    """Call a function where ``torch.compile`` hands back what it was given, because the environment says so.
+
+    Args:
+        backend: that ``torch.compile`` was called with. ``torch.compile(disable=True)`` does not count.
+        function: is called each time.
+    """
+    from torch._dynamo.eval_frame import _NullDecorator
+
+    own: Any = _NullDecorator.__call__
+
+    def handed_back(self: Any, given: Any) -> Any:
+        asked = next((caller for caller in callers() if caller.code is torch.compile.__code__), None)
+        if asked is not None and _is(asked.variable("backend"), backend) and not asked.variable("disable"):
+            function()
+        return own(self, given)
+
+    _NullDecorator.__call__ = handed_back  # type: ignore[method-assign, assignment]
 
 
 def before_frames(

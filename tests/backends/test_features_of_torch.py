@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -73,3 +74,24 @@ def test_an_exported_program_that_is_compiled_runs_in_4_bits():
     model, x = Stack().eval(), torch.randn(4, 64)
     want = compiled(copy.deepcopy(model))(x)
     assert torch.allclose(compiled(torch.export.export(model, (x,)).module())(x), want, atol=1e-6)
+
+
+def test_a_compiled_model_in_inference_mode_or_pickled_or_in_data_parallel_runs_in_4_bits():
+    model, x = Stack(depth=1).eval(), torch.randn(4, 64)
+    plain = model(x)
+    call = compiled(model)
+    with torch.inference_mode():
+        found = call(x)
+    assert not torch.allclose(found, plain, atol=1e-3)
+    for other in (call, pickle.loads(pickle.dumps(call)), nn.DataParallel(call)):
+        assert torch.equal(other(x), found)
+    model.requires_grad_(False)
+    assert torch.equal(call(x), found)
+
+
+def test_pytorch_drops_the_compilation_in_place_from_a_shallow_copy():
+    """If this fails, PyTorch keeps it: the row of docs/compatibility.md goes."""
+    model, x = Stack(depth=1).eval(), torch.randn(4, 64)
+    plain = model(x)
+    model.compile(backend="tahf4", options=GRAPH)
+    assert not torch.equal(model(x), plain) and torch.equal(copy.copy(model)(x), plain)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import GRAPH, said
 from models import Stack
+from tahf4_compiler.backends import coverage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,6 +135,35 @@ def test_a_compiler_that_is_switched_off_later_is_said_once(off, when, caplog):
     if off == "config":  # Dynamo gives up what it comes to meanwhile
         torch._dynamo.reset()
     assert not torch.equal(call(x), want), "it is compiled as soon as the compiler is on"
+
+
+@pytest.mark.parametrize("how", ["whole", "in place"])
+def test_an_environment_that_switches_the_compiler_off_later_is_said_once(how, caplog, monkeypatch):
+    monkeypatch.setattr(coverage, "_off", False)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    torch.compile(Stack(), backend="eager")
+    torch.compile(Stack(), backend="tahf4", disable=True)
+    assert not said(caplog)
+    x = torch.randn(4, 64)
+    for _ in range(2):
+        model = Stack().eval()
+        assert torch.equal(model(x), compiled(model, how)(x))
+    (message,) = said(caplog)
+    assert message.startswith('torch.compile(backend="tahf4") compiles nothing') and "TORCHDYNAMO_DISABLE" in message
+
+
+def test_pytorch_runs_methods_of_the_original_unless_they_are_compiled_themselves():
+    """If the first part fails, PyTorch compiles methods, too: the row of docs/compatibility.md goes."""
+
+    class Encoder(Stack):
+        def encode(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+    model, x = Encoder().eval(), torch.randn(4, 64)
+    want = model.encode(x)
+    assert torch.equal(compiled(model, "whole").encode(x), want)
+    encode = torch.compile(model.encode, backend="tahf4", options=GRAPH)
+    assert 0 < (encode(x) - want).norm() < 0.5 * want.norm()
 
 
 def test_a_traced_model_is_said(caplog):

@@ -12,10 +12,14 @@ from diffusers.training_utils import EMAModel
 from helpers import relative
 from models import Stack
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.format import hif4
 from tahf4_compiler.packed.convert import packed_linears
+
+ROUNDED = "bfloat16_half_away"
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +115,63 @@ def test_a_trace_cannot_know_the_step():
     tahf4.set_high_precision_steps(model, [0], scheduler=scheduler)
     with pytest.raises(tahf4.PackedError, match="cannot know the step"):
         torch.jit.trace(model, (x,))
+
+
+COMPUTED = {
+    "spectral_norm": nn.utils.spectral_norm,
+    "weight_norm": nn.utils.weight_norm,
+    "parametrization": lambda linear: nn.utils.parametrizations.weight_norm(linear, name="weight"),
+    "by keyword": lambda linear: nn.utils.parametrize.register_parametrization(
+        module=linear, tensor_name="weight", parametrization=nn.Identity()
+    ),
+}
+
+
+@pytest.mark.parametrize("apply", COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_in_each_call_is_refused_for_a_packed_linear_alone(apply):
+    model, x = packed(), torch.randn(4, 64)
+    want, keys = model(x), model.state_dict().keys()
+    with pytest.raises(tahf4.PackedError, match=r"packed linear \(64 -> 128 features\).*dequantize_"):
+        apply(model.blocks[0].up)
+    assert torch.equal(model(x), want) and model.state_dict().keys() == keys
+    nn.utils.parametrize.register_parametrization(model.blocks[0].up, "bias", nn.Identity())
+    assert torch.equal(model(x), want)
+    apply(model.first)
+    assert "first.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [nn.utils.parametrizations.spectral_norm, lambda linear: prune.l1_unstructured(linear, "weight", 0.5)],
+    ids=["new spectral norm", "pruning"],
+)
+def test_what_reads_the_weight_first_is_refused_there(apply):
+    model, x = packed(), torch.randn(4, 64)
+    want, keys = model(x), model.state_dict().keys()
+    with pytest.raises(tahf4.PackedError, match=r"this linear is packed"):
+        apply(model.blocks[0].up)
+    assert torch.equal(model(x), want) and model.state_dict().keys() == keys
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "traced"])
+@pytest.mark.parametrize("width", [1, 63, 65])
+def test_an_input_of_another_width_is_refused_with_both_widths(how, width):
+    linear = nn.Linear(64, 128)
+    held = tahf4.HiF4Linear.from_linear(linear, hif4.quantize(linear.weight))  # no multiplier tells the width
+    if how == "traced":
+        held = torch.fx.symbolic_trace(held)
+    call = torch.compile(held, backend="eager") if how == "compiled" else held
+    with pytest.raises(tahf4.FormatError, match=rf"64 -> 128 features got .* \(3, {width}\), expected 64"):
+        call(torch.randn(3, width))
+
+
+def test_options_that_cannot_reach_what_is_packed_are_refused_by_name():
+    model = packed(keep=["down"])
+    for option, names in (({"scale_span": 2}, "scale_span=2"), ({"rounding": ROUNDED}, f"rounding={ROUNDED!r}")):
+        with pytest.raises(tahf4.PackedError, match=rf"{names} reaches no .*3 are packed otherwise \(blocks.0.up"):
+            tahf4.quantize_(model, **option)
+    assert {d.span for d in tahf4.quantize_(model)} == {1}
+    same = packed(scale_span=2, rounding=ROUNDED)
+    tahf4.set_activation_bits(same, {"up": 8})
+    assert len(tahf4.quantize_(same, scale_span=2, rounding=ROUNDED)) == len(tahf4.quantize_(same))
