@@ -18,7 +18,6 @@ from torch import nn
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.ops.registry import unregister_kernel
-from tahf4_compiler.pipeline.base import registered_passes
 
 PLUGIN = Path(__file__).parents[1] / "plugin"
 sys.path.insert(0, str(PLUGIN))
@@ -29,15 +28,6 @@ def quantize():
     from tahf4_nvfp4.quantize import Nvfp4Quantize
 
     yield Nvfp4Quantize()
-
-
-@pytest.fixture(autouse=True)
-def _no_counting():
-    yield
-    if any(cls.name == "count_gelus" for cls in registered_passes()):
-        tahf4.unregister_pass("count_gelus")
-    for name in [name for name in sys.modules if name.startswith("tahf4_nvfp4.count") or name == "tahf4_nvfp4"]:
-        del sys.modules[name]
 
 
 @pytest.mark.slow
