@@ -88,7 +88,8 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
 
 def _mark_copied(model: nn.Module) -> None:
     if model._compiled_call_impl is not None:
-        model.__dict__[_COPIED] = model.__dict__.get(_COPIED) or _Copied(model)
+        held = model.__dict__.get(_COPIED)  # a shallow copy has that of the original
+        model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
 
 
 def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
@@ -192,6 +193,9 @@ class _Copied:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
+
+    def of(self, model: nn.Module) -> bool:
+        return self._model() is model
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
         model = self._model()

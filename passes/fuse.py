@@ -183,18 +183,18 @@ def _split(product: fx.Node) -> list[int] | None:
     only_parts = all(user.target is operator.getitem for user in users[0].users)
     # Parts are views into rows; fused, they are contiguous. Who sees strides keeps them.
     seen = [user for part in users[0].users for user in part.users]
-    only_parts = only_parts and not any(user.op == "output" or user.target is aten.as_strided.default for user in seen)
+    only_parts = only_parts and not any(user.op == "output" for user in seen)
     # A copy of a view (`q.contiguous()`) would be the part itself, and a write to it one to the part.
-    only_parts = only_parts and not any(_written(part) for part in users[0].users)
+    only_parts = only_parts and not any(_written_or_strided(part) for part in users[0].users)
     return list(sizes) if whole and axis in (-1, rank - 1) and only_parts else None  # type: ignore[arg-type]
 
 
-def _written(node: fx.Node) -> bool:
-    """Whether something writes to a value, or to what may share its memory."""
+def _written_or_strided(node: fx.Node) -> bool:
+    """Whether something writes to a value or to what may share its memory, or reads that memory by strides."""
     waiting, seen = [node], {node}
     while waiting:
         for user in waiting.pop().users:
-            if mutates(user):
+            if mutates(user) or user.target is aten.as_strided.default:
                 return True
             schema = getattr(user.target, "_schema", None)
             shares = schema is not None and any(r.alias_info is not None for r in schema.returns)

@@ -131,7 +131,7 @@ inline int least_error_scale(const int32_t* magnitude, const int32_t* max4, cons
       const int32_t exponents = (e8 & kExponent) + (e16 & kExponent);
       const float value = bits_as<float>(magnitude[i]), scaled = value * factor * bits_as<float>(kFour - exponents) + 0.5f;
       const float wanted = value * grain + 0.5f;  // large where there is no other scale
-      const int element = int(scaled < 7.0f ? scaled : 7.0f), off = int(wanted < 32767.0f ? wanted : 32767.0f) - element * int(bits_as<float>(size + exponents));
+      const int element = int(scaled < 7.0f ? scaled : 7.0f), off = int(wanted < 5000.0f ? wanted : 5000.0f) - element * int(bits_as<float>(size + exponents));
       error += off * off;
     }
     if (!more || error < least) {

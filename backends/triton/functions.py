@@ -146,7 +146,7 @@ def span_maximum(maxima, unit, row, U, SPAN, mask, T: tl.constexpr):
 
 @triton.jit
 def group_errors(magnitude, maximum, max8, code, first):
-    """Return the squared errors [...] of groups of 4 under level-1 scales, see tahf4_compiler/format/levels.py.
+    """Return the squared errors [...] of groups of 4 under level-1 scales: sums of whole numbers.
 
     magnitude: float32 [..., 4]; maximum, max8: [...], of the groups of 4 and of 8; code, first: int32 that broadcast to
     [...], the scale, and the one whose power of two is 256.

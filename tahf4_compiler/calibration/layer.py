@@ -10,7 +10,9 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..format import hif4
 from ..format.low_rank import LowRank
+from ..format.spans import joined as join
 from ..format.transforms import SEED, hadamard_block
+from ..pipeline.rules import effective_span
 from ..weights.packing import moment_as_quantized
 from .choices import Choices
 from .masks import channel_mask
@@ -91,12 +93,18 @@ class Layer:
             joined = LowRank(torch.cat(left, 1), torch.block_diag(*right))
         return QuantizedWeight(every, mask, self.seed, self.block, search, importance, whole, bits, joined, span)
 
+    def form(self, mask: Tensor | None) -> int:
+        """Return how many units share a level-1 scale under a mask, and the rounding, as a form."""
+        span = effective_span(self.choices.scale_span, self.choices.activation_bits, mask is not None, self.block)
+        return join(span, self.choices.rounding)
+
     def error(self, mask: Tensor | None) -> float:
         """Return the relative squared error of the outputs on sample rows, summed over the weights.
 
-        Relative to each linear's own output: v may be much smaller than q. Weights are rounded to their nearest values.
+        Relative to each linear's own output: v may be much smaller than q. No scales of weights are
+        searched.
         """
-        return sum(output_error(self.rows, self.weights, self.product(mask, "")))
+        return sum(output_error(self.rows, self.weights, self.product(mask, "", span=self.form(mask))))
 
 
 def _column_maxima(weights: Sequence[Tensor]) -> Tensor:

@@ -187,8 +187,7 @@ def _entry(
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
     search, packed = choices.scale_search, dict[str, hif4.Packed]()
-    span = effective_span(choices.scale_span, choices.activation_bits, mask is not None, block)
-    span = joined(span, choices.rounding)
+    span = layer.form(mask)
     if search == "reconstruct":
         packed = reconstructed(calibration, cells, weights, mask, seed, block, span)
         search = search if packed else "squared"

@@ -248,10 +248,13 @@ def _check_plain(folder: Path, path: str, values: Mapping[str, Any], tensors: Ma
         "a branch of low rank": bool(values.get("rank")),
         f"K = {values['k']}, no multiple of 64": values["k"] % hif4.UNIT != 0,
     }
+    if values.get("rounding") == "least_error":
+        obstacles["the rounding 'least_error' of activations"] = True
     if found := [what for what, there in obstacles.items() if there]:
         raise CheckpointError(
             f"{path} in {folder} has {', '.join(found)}, and AMCT's layout has no place for it. Pack the model with "
-            "a recipe without masks, rotations and branches: calibration.recipe(mask=None, rotate=False)."
+            "a recipe without masks, rotations and branches, in AMCT's rounding: calibration.recipe(mask=None, "
+            'rotate=False, rounding="bfloat16_half_away").'
         )
     n, units = values["n"], values["k"] // hif4.UNIT
     wanted = {"weight_codes": ("U8", (n, units * 32)), "weight_scales": ("I32", (n, units))}

@@ -95,13 +95,14 @@ def least_error_scale(scale_code: Tensor, magnitude: Tensor, max4: Tensor, max8:
     """
     # 256 / 2**exponent. Beyond the largest scale there is no other to choose: what is large there may be cut.
     grain = ((127 + 56 - (scale_code >> 2)) << 23).view(torch.float32)[..., None]
-    wanted = torch.floor((magnitude * grain).clamp(max=32767.0) + 0.5).unflatten(-1, (16, 4))
+    wanted = torch.floor((magnitude * grain).clamp(max=5000.0) + 0.5).unflatten(-1, (16, 4))
     best, least = scale_code, torch.full_like(max8[..., 0], torch.inf)
     for more in range(LEAST_ERROR_SCALES):
         code = (scale_code + more).clamp(max=NAN_SCALE - 1)
         reciprocal = level1_reciprocal(code)[..., None]
         e8, e16 = subgroup_exponents(max4, max8, reciprocal)
         quarters = torch.where(e8, 2.0, 4.0).repeat_interleave(2, -1) * torch.where(e16, 0.5, 1.0)
+        quarters = quarters.to(torch.float32)  # whatever the default dtype is
         rounded = torch.floor((magnitude * reciprocal).unflatten(-1, (16, 4)) * quarters[..., None] + 0.5)
         step = (level1_value(code)[..., None] * grain) / quarters
         error = (wanted - rounded.clamp(max=7.0) * step[..., None]).square().sum((-2, -1))

@@ -43,6 +43,7 @@ def codes_of(
     """
     # 4 / 2**(e8 + e16) for each group of four; the product with it is exact.
     quarters = torch.where(e8, 2.0, 4.0).repeat_interleave(2, -1) * torch.where(e16, 0.5, 1.0)
+    quarters = quarters.to(torch.float32)  # whatever the default dtype is
     scaled = (magnitude * reciprocal).unflatten(-1, (16, 4)) * quarters[..., None]
     if rounding == "bfloat16_half_away":  # four times a value is rounded as the value is, if it is not far below 1/2
         scaled = round_bits(scaled.view(torch.int32), 16).view(torch.float32)

@@ -73,7 +73,7 @@ class Surroundings:
     def add(self, module: nn.Module) -> None:
         """Remember the paths of a module's weights: of several of one weight the first, and one inside a block."""
         self.watch(module)
-        for path, weight in reversed([*linear_weights(module), *packed_weights(module)]):
+        for path, weight in reversed([*linear_weights(module), *raw_matrices(module), *packed_weights(module)]):
             self._paths[weight] = path
             if self.block_of(path):
                 self._places[weight] = path

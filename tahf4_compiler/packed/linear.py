@@ -264,7 +264,8 @@ class HiF4Linear(nn.Linear):
             weight = weight * self.multiplier.detach()
         a, b = (self._parameters.get(name) for name in BRANCH)
         if a is not None and b is not None:
-            weight = weight + (a.detach().to(torch.float32) @ b.detach().to(torch.float32)).t()
+            with torch.autocast(weight.device.type, enabled=False):
+                weight = weight + (a.detach().to(torch.float32) @ b.detach().to(torch.float32)).t()
         return weight.to(dtype if dtype is not None else self.weight_dtype).contiguous()
 
     def to_linear(self) -> nn.Linear:

@@ -94,6 +94,8 @@ def python_linears(modules: set[nn.Module], functional: set[str]) -> Iterator[No
         if event == "c_call" and argument is nn.functional.linear and frame.f_code is not code:
             if Caller(frame).library == Caller(sys._getframe()).library:
                 return  # a reference operator, on a device without kernels
+            if str(frame.f_globals.get("__name__")).startswith(("torch.fx.", "torch._")):
+                return  # a graph that is captured meanwhile
             found = frame.f_code
             functional.add(f"{found.co_name}, {os.path.basename(found.co_filename)}:{found.co_firstlineno}")
 

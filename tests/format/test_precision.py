@@ -112,3 +112,19 @@ def test_threads_that_overlap_leave_the_setting_as_it_was():
     leave.set()
     thread.join()
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_autocast_changes_no_branch_and_no_weight():
+    weight, branch = torch.randn(64, 128), LowRank(torch.randn(128, 8), torch.randn(8, 64))
+    want = remainder(weight, branch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(remainder(weight, branch), want)
+
+
+def test_a_setting_of_tf32_can_be_read_afterwards():
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    with full_precision():
+        pass
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert settings() == ["bf16", "tf32"]

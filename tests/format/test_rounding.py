@@ -123,3 +123,16 @@ def test_a_scale_that_units_share_is_not_chosen_for_each():
                 function(x, rounding=SEARCHED, span=span)
         with pytest.raises(FormatError, match="expected a span of 1"):
             torch.ops.tahf4.quantize(x, None, 0, 4, 16 + hif4.check_span(span))
+
+
+@pytest.mark.parametrize("rounding", hif4.ROUNDINGS)
+def test_the_default_dtype_changes_no_bit(rounding):
+    x = torch.rand(8, 64, generator=torch.Generator().manual_seed(8))
+    x[:, 0], x[:, 1:9] = 7.0, 0.125 - 2.0**-26  # a half would be missed by less than float32 can tell
+    wanted = hif4.quantize(x, rounding=rounding)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = hif4.quantize(x, rounding=rounding)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_packed(found, wanted)

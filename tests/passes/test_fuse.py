@@ -87,6 +87,11 @@ MERGED = """
             "return e, f",
             id="who reads strides sees them",
         ),
+        pytest.param(
+            "a, b = split_with_sizes(p, [64, 64], -1)\n v = unsqueeze(a, 0)\n d = as_strided(v, [4, 8], [128, 1])\n"
+            "e = neg(d)\n f = neg(b)\n return e, f",
+            id="who reads strides behind a view sees them",
+        ),
         pytest.param("a, b = split_with_sizes(p, [2, 2])\n d = add(a, b)\n return d", id="rows, by default"),
         pytest.param("a, b = split_with_sizes(p, [2, 2], 0)\n d = add(a, b)\n return d", id="rows"),
         pytest.param("a, b = split_with_sizes(p, [64, 64], -1)\n d = add(a, b)\n return d, p", id="the whole as well"),

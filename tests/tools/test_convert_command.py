@@ -139,6 +139,14 @@ def test_what_the_layout_has_no_place_for_is_refused(tmp_path):
     model.save_pretrained(tmp_path / "rotated")
     with pytest.raises(CheckpointError, match="a rotation, a channel mask or signs .*no place for it"):
         to_amct(tmp_path / "rotated", tmp_path / "out")
+    model = wan(ffn_dim=192)[0]
+    with tahf4.calibrate(model, options={"inductor": False}, moments=0) as calibration:
+        model(**wan_inputs())
+    plain = {"mask": None, "rotate": False, "scale_search": "", "sensitivity": False}
+    tahf4.quantize_(model, calibration.recipe(**plain))
+    model.save_pretrained(tmp_path / "searched")
+    with pytest.raises(CheckpointError, match='the rounding .least_error. .*rounding="bfloat16_half_away"'):
+        to_amct(tmp_path / "searched", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(FormatError, match="whole units of 64"):
         to_amct_tensors(hif4.quantize(torch.randn(3, 100)))
