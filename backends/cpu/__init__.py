@@ -173,6 +173,7 @@ def register() -> None:
     host.register("checksums", _whole_words, checksums)
     host.register("dequantize", _plain, lambda codes, scales, k, dtype: dequantize(codes, scales)[..., :k].to(dtype))
     host.register("search", search.serves, search.search)
+    host.register("descend_unit", search.serves, search.descend_unit)
     host.register("round_unit", search.serves, search.round_unit)
     host.register("transform", search.transforms, search.transform)
 

@@ -57,6 +57,7 @@ _SIGNATURES = {
         *(ctypes.c_float, _pointer, _int),
     ),
     "tahf4_search": (_pointer, _int64, _int64, _int64, _pointer, _int, _int64, _pointer, _pointer, _int),
+    "tahf4_descend_unit": (_pointer, _int64, _pointer, _pointer, _pointer, _int),
     "tahf4_round_unit": (_pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int),
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
 }

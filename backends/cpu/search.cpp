@@ -368,4 +368,24 @@ void tahf4_round_unit(float* values, int64_t rows, const float* steps, const flo
   }
 }
 
+// _descend_unit of the same file, bit for bit.
+void tahf4_descend_unit(float* rounded, int64_t rows, float* slopes, const float* steps, const float* moments,
+                        int threads) {
+#pragma omp parallel for schedule(static) num_threads(team_of(rows * kUnit * kUnit, threads))
+  for (int64_t row = 0; row < rows; ++row) {
+    float* value = rounded + row * kUnit;
+    float* slope = slopes + row * kUnit;
+    const float* step = steps + row * kUnit;
+    for (int j = 0; j < kUnit; ++j) {
+      const float* mine = moments + j * kUnit;
+      const float wanted = value[j] - slope[j] / mine[j];
+      const float magnitude = std::min(std::floor(std::fabs(wanted) / step[j] + 0.5f), 7.0f);
+      const float moved = std::copysign(magnitude * step[j], wanted) - value[j];
+      if (!(moved * (2.0f * slope[j] + moved * mine[j]) < 0.0f)) continue;
+      value[j] += moved;
+      for (int i = 0; i < kUnit; ++i) slope[i] += moved * mine[i];
+    }
+  }
+}
+
 }  // extern "C"

@@ -10,7 +10,7 @@ from ...format import hif4
 from . import build, checks, operators
 from .programs import DTYPES
 
-__all__ = ["round_unit", "search", "serves", "transform", "transforms"]
+__all__ = ["descend_unit", "round_unit", "search", "serves", "transform", "transforms"]
 
 _CHUNK = 1 << 20  # values that are in float32 at a time
 _DTYPES = {*DTYPES, torch.float64}
@@ -73,6 +73,22 @@ def round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, T
         torch.get_num_threads(),
     )
     return codes, errors
+
+
+def descend_unit(rounded: Tensor, slopes: Tensor, steps: Tensor, moments: Tensor) -> None:
+    """Round one unit of a reconstructed weight again, given all others.
+
+    Args:
+        rounded: float32 ``[N, 64]``, contiguous, on the CPU; overwritten.
+        slopes: float32 ``[N, 64]``, contiguous: half the derivative of the error of a row; overwritten.
+        steps: float32 ``[N, 64]``.
+        moments: float32 ``[64, 64]``.
+    """
+    steps, moments = steps.contiguous(), moments.contiguous()
+    build.loaded().tahf4_descend_unit(
+        *(rounded.data_ptr(), len(rounded), slopes.data_ptr(), steps.data_ptr(), moments.data_ptr()),
+        torch.get_num_threads(),
+    )
 
 
 def search(x: Tensor, weights: Tensor | None, candidates: int, span: int = 1) -> hif4.Packed:

@@ -8,7 +8,8 @@ not rounded yet, by the inverse of ``M``.
 Sources: GPTQ (Frantar et al., arXiv 2210.17323). How its groups become HiF4 units is this project's: the scales of a
 unit are searched (:func:`tahf4_compiler.format.scale_search.search_scales`) on what its 64 channels hold when the first
 of them is reached, and stay from then on. Where units share a level-1 scale (a span), that one is searched on the
-original weight, and the exponent bits as before.
+original weight, and the exponent bits as before. Then each value is rounded again, given all others: the coordinate
+descent of QuantEase (Behdin et al., arXiv 2309.01885), started where GPTQ ends.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from .scale_search import search_exponents, search_scales
 __all__ = ["DAMPING", "Reconstruction", "damped_factor", "moment_error", "reconstruct"]
 
 DAMPING = 0.1
-"""Share of the mean diagonal that is added to the diagonal of the moments before they are inverted."""
+"""Share of the mean diagonal that is added to the diagonal of the moments."""
+
+SWEEPS = 2
+"""How often each value is rounded again. On MiniLM the damped error of a weight fell to .957, .945 and .938 of that of
+GPTQ in 1, 2 and 4 sweeps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +88,13 @@ def reconstruct(
         padding = hif4.units(weight.shape[1]) * hif4.UNIT - weight.shape[1]
         values = torch.where(finite[:, None], weight.to(torch.float32), 0.0)
         values = torch.nn.functional.pad(values, (0, padding))
-        moments, factor = (torch.nn.functional.pad(m, (0, padding, 0, padding)) for m in (moments, factor))
-        factor.diagonal()[factor.shape[0] - padding :] = 1.0
+        moments, factor, damped = (
+            torch.nn.functional.pad(m, (0, padding, 0, padding)) for m in (moments, factor, _damped(moments, DAMPING))
+        )
+        for each in (factor, damped):
+            each.diagonal()[weight.shape[1] :] = 1.0
         found = _round(values, factor, searched.scales & 0xFF if step != 1 else None)
+        found = _descend(values, found, damped)
         better = moment_error(values, found, moments) < moment_error(values, searched, moments)
         chosen = (better & finite)[:, None]
         return hif4.Packed(
@@ -130,12 +139,16 @@ def damped_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """
     if not bool(moments.isfinite().all()):
         raise FormatError("the moments hold NaN or infinities; calibrate with finite activations")
-    damped = moments.to(torch.float64)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moments, damping)))
+    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+
+
+def _damped(moments: Tensor, damping: float) -> Tensor:
+    damped = moments.to(torch.float64, copy=True)
     added = damping * damped.diagonal().mean()
     # Activations of zeros alone weigh all channels alike.
     damped.diagonal().add_(added if float(added) > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    return damped
 
 
 def _round(values: Tensor, factor: Tensor, level1: Tensor | None) -> hif4.Packed:
@@ -174,7 +187,41 @@ def _round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, 
     return nibbles[:, 0::2] + (nibbles[:, 1::2] << 4), errors
 
 
+def _descend(values: Tensor, found: hif4.Packed, moments: Tensor) -> hif4.Packed:
+    """Round each of ``[N, K]``, K in whole units, again, where that lessens ``tr(D M D^T)`` of its row.
+
+    ``moments``: damped.
+    """
+    moments, steps = moments.to(torch.float32), _steps(found.scales)
+    rounded = hif4.dequantize(found)
+    errors = rounded - values
+    for _ in range(SWEEPS):
+        for first in range(0, values.shape[1], hif4.UNIT):
+            unit = slice(first, first + hif4.UNIT)
+            mine, slopes = rounded[:, unit].contiguous(), errors @ moments[:, unit]
+            fast = host.find("descend_unit", mine)
+            (fast or _descend_unit)(mine, slopes, steps[:, unit], moments[unit, unit])
+            rounded[:, unit], errors[:, unit] = mine, mine - values[:, unit]
+    return hif4.Packed(hif4.codes_for(rounded, found.scales, "half_away"), found.scales, found.k)
+
+
+def _descend_unit(rounded: Tensor, slopes: Tensor, steps: Tensor, moments: Tensor) -> None:
+    """Round ``[N, 64]`` again, in place, channel by channel.
+
+    ``slopes``: half the derivative of the error of a row by each value, ``[N, 64]``; overwritten.
+    """
+    for j in range(hif4.UNIT):
+        value, curvature = rounded[:, j].clone(), moments[j, j]
+        wanted = value - slopes[:, j] / curvature
+        magnitude = torch.floor(wanted.abs() / steps[:, j] + 0.5).clamp_(max=7.0)
+        moved = torch.copysign(magnitude * steps[:, j], wanted) - value
+        better = moved * (2.0 * slopes[:, j] + moved * curvature) < 0
+        rounded[:, j] = torch.where(better, value + moved, value)
+        slopes += torch.where(better, moved, 0.0)[:, None] * moments[j]
+
+
 def _steps(scales: Tensor) -> Tensor:
-    """Return the step of each element, float32 ``[N, 64]``, of units with scales ``[N, 1]``."""
-    ones = torch.full((len(scales), hif4.UNIT // 2), 0x11, dtype=torch.uint8, device=scales.device)
-    return hif4.dequantize(hif4.Packed(ones, scales, hif4.UNIT))
+    """Return the step of each element, float32 ``[N, units * 64]``, of units with scales ``[N, units]``."""
+    count = scales.shape[1]
+    ones = torch.full((len(scales), count * hif4.UNIT // 2), 0x11, dtype=torch.uint8, device=scales.device)
+    return hif4.dequantize(hif4.Packed(ones, scales, count * hif4.UNIT))

@@ -41,10 +41,11 @@ def by_the_paper(weight, moments, scales):
 
 def test_codes_are_those_of_the_published_method(monkeypatch):
     weight, moments = seeded(24, 192), moments_of(192)
+    monkeypatch.setattr(reconstruct, "SWEEPS", 0)
     monkeypatch.setattr(reconstruct, "moment_error", lambda values, packed, moments: -moment_error(
         values, packed, moments))  # of the two in each row the worse one, where that is the reconstruction
     worse = reconstruct.reconstruct(weight, moments)
-    monkeypatch.undo()
+    monkeypatch.setattr(reconstruct, "moment_error", moment_error)
     found = reconstruct.reconstruct(weight, moments)
     searched = search_scales(weight)
     mine = (found.scales != searched.scales).any(1) | (found.codes != searched.codes).any(1)
@@ -74,12 +75,41 @@ def test_the_kernel_gives_the_bits_of_the_reference(monkeypatch):
 
     def without(name, *given):
         asked.append(name)
-        return None if name == "round_unit" else find(name, *given)
+        return None if name in ("round_unit", "descend_unit") else find(name, *given)
 
     monkeypatch.setattr(host, "find", without)
     plain = reconstruct.reconstruct(weight, moments)
     assert asked.count("round_unit") == 4 and find("round_unit", weight) is not None
+    assert asked.count("descend_unit") == 8 and find("descend_unit", weight) is not None
     assert torch.equal(fast.codes, plain.codes) and torch.equal(fast.scales, plain.scales)
+
+
+def damped_error(weight, packed, moments):
+    moments = moments.double() + 0.1 * moments.double().diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
+    difference = hif4.dequantize(packed).double() - weight.double()
+    return ((difference @ moments) * difference).sum(1)
+
+
+@pytest.mark.parametrize("k", [64, 100, 320])
+def test_values_are_rounded_again_until_none_alone_lessens_the_error(k, monkeypatch):
+    weight, moments = seeded(40, k), moments_of(k)
+    errors = []
+    for sweeps in (0, 1, 2, 30):
+        monkeypatch.setattr(reconstruct, "SWEEPS", sweeps)
+        found = reconstruct.reconstruct(weight, moments)
+        errors.append(damped_error(weight, found, moments))
+    for before, after in zip(errors, errors[1:]):
+        assert (after <= before * 1.00001).all() and after.sum() < before.sum()
+    # At the end of it no value can move by one step, given all others.
+    ones = torch.full_like(found.codes, 0x11)
+    steps = hif4.dequantize(hif4.Packed(ones, found.scales, k)).double()
+    damped = moments.double() + 0.1 * moments.double().diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    values = hif4.dequantize(found).double()
+    slopes = (values - weight.double()) @ damped
+    for way in (-1, 1):
+        inside = ((values + way * steps).abs() / steps).round() <= 7
+        change = way * steps * (2 * slopes + way * steps * damped.diagonal())
+        assert (change[inside] > -1e-4 * errors[-1].mean()).all()
 
 
 def test_rows_that_are_not_finite_and_activations_of_zeros():
