@@ -56,7 +56,7 @@ def test_blocks_compiled_one_by_one_keep_their_own_weights(tmp_path):
 
 
 def test_compile_repeated_blocks_gives_the_numbers_of_the_whole_model():
-    model, inputs = wan(num_layers=3)
+    model, inputs = wan()
     whole = output(torch.compile(model, backend="tahf4", options=GRAPH)(**inputs))
     torch._dynamo.reset()
     model.compile_repeated_blocks(backend="tahf4", options=GRAPH, fullgraph=True)
@@ -143,7 +143,7 @@ def test_models_and_weights_are_freed():
     assert weight() is None
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("dynamic", [None, *(pytest.param(it, marks=pytest.mark.slow) for it in (True, False))])
 def test_new_shapes_give_the_right_numbers(dynamic):
     model = Stack().eval()
     want = expected(model, block_linears(model))

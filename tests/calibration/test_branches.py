@@ -85,7 +85,7 @@ def test_branches_bring_the_network_closer_to_itself(model):
     assert errors[50] < 0.8 * errors[None] and errors[50] < errors[12.5] < errors[None]
 
 
-@pytest.mark.parametrize("search", ["reconstruct", "squared"])
+@pytest.mark.parametrize("search", ["reconstruct", pytest.param("squared", marks=pytest.mark.slow)])
 def test_every_way_of_running_has_the_branches_of_the_recipe(model, tmp_path, search):
     calibrated(model).recipe(**CHOICES, scale_search=search).save(tmp_path / "r.safetensors")
     recipe = Recipe.load(tmp_path / "r.safetensors")

@@ -79,9 +79,14 @@ def test_the_default_rotates_without_data():
     assert "quantize.default(layer_norm, " in "".join(r.readable for r in lowered.history)
 
 
-@pytest.mark.parametrize("block", [0, 64])
-@pytest.mark.parametrize("search", ["", "squared"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("block", "search", "masked"),
+    [
+        *((0, "", True), (64, "", False), (64, "squared", True)),
+        *(pytest.param(*it, marks=pytest.mark.slow) for it in ((0, "squared", False), (64, "squared", False))),
+        *(pytest.param(*it, marks=pytest.mark.slow) for it in ((0, "squared", True), (64, "", True))),
+    ],
+)
 def test_what_is_attached_is_computed_whole_and_by_blocks(block, search, masked):
     model, x = Stack(depth=4).eval(), torch.randn(5, 64)
     chosen = attachments(model, block=block, search=search, masked=masked)

@@ -33,8 +33,13 @@ def graph_of(model, *args, **options):
     return tahf4.lower(tahf4.capture(model, args), options={**ON, **options}).graph_module.graph
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "fused"),
+    [
+        *((torch.bfloat16, True), (torch.float16, False)),
+        *(pytest.param(*it, marks=pytest.mark.slow) for it in ((torch.bfloat16, False), (torch.float16, True))),
+    ],
+)
 def test_it_is_the_float32_model_with_the_same_weights(dtype, fused):
     model, x = stack(dtype)
     options = {} if fused else {"disable_passes": ["fuse"]}

@@ -83,7 +83,7 @@ def packed_values(lowered, captured):
     return found
 
 
-@pytest.mark.parametrize("make", [wan, flux, sd3, pixart])
+@pytest.mark.parametrize("make", [wan, pixart, *(pytest.param(it, marks=pytest.mark.slow) for it in (flux, sd3))])
 def test_the_plan_of_modules_is_the_plan_of_the_graph(make):
     model, inputs = make()
     captured = tahf4.capture(model, (), inputs)
@@ -105,7 +105,7 @@ def test_a_model_of_one_block_and_one_without_blocks_are_planned_like_their_grap
         assert {d.module: d.decision for d in graph} == {d.module: d.decision for d in plan_modules(model)}
 
 
-@pytest.mark.parametrize("recipe", [False, True])
+@pytest.mark.parametrize("recipe", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_packed_model_holds_the_codes_of_the_compiled_plain_model_and_runs_the_same_graph(recipe):
     model, inputs = wan()
     given = masked_recipe(model, ["blocks.1.attn1.to_v", "blocks.0.ffn.net.2"]) if recipe else None
@@ -138,7 +138,7 @@ def test_eager_inductor_and_the_backend_agree():
         assert relative(torch.compile(model, fullgraph=True, **options)(x), want) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_width_that_is_no_multiple_of_64_and_dynamic_rows(dtype):
     model = Stack(dim=100, hidden=130).eval().to(dtype)
     plain = copy.deepcopy(model)

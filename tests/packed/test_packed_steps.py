@@ -333,7 +333,10 @@ class Plain:
 
 @pytest.mark.parametrize(
     ("packed", "inductor"),
-    [(False, False), (True, False), (True, True), pytest.param(False, True, marks=pytest.mark.slow)],
+    [
+        *((False, False), (True, True)),
+        *(pytest.param(*it, marks=pytest.mark.slow) for it in ((True, False), (False, True))),
+    ],
 )
 def test_a_compiled_loop_over_the_steps_has_them_too(packed, inductor):
     pipe, clock = Pipe(), Plain()

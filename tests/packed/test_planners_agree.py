@@ -116,7 +116,7 @@ def plans(model: nn.Module, args=(), kwargs=None, **options):
     return found
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     dim=st.sampled_from([32, 64, 128]),
     hidden=st.sampled_from([32, 64, 160]),
