@@ -37,6 +37,9 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("the defaults, level-1 scales of activations from the maximum", {"rounding": "half_away"}),
     ("the defaults, without rotation", {"rotate": False}),
     ("the defaults, branches of rank 16 (4 % of the width)", {"low_rank": 4}),
+    ("as SVDQuant: the mask of the maximum, branches of rank 32 (8 % of the width), no rotation, searched scales",
+     {"mask": "max", "rotate": False, "scale_search": "squared", "low_rank": 8}),
+    ("the defaults, branches of rank 32 (8 % of the width)", {"low_rank": 8}),
     *(
         (f"rotation, {search}, a level-1 scale for {units}", {"mask": None, "scale_search": name, "scale_span": span})
         for search, name in (("searched scales", "squared"), ("reconstruction", "reconstruct"))
