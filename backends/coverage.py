@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.attachments import changes
-from ..model.linears import matching, plain_path
+from ..model.attachments import attached_keep, changes
+from ..model.linears import matching, named_linears, plain_path
 from ..model.reasons import Cause
 from ..packed.linear import HiF4Linear
 from ..packed.plan import left_out, plan_modules, why_nothing
@@ -118,9 +118,7 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
             if text := left_out(model):
                 log.warning("%s: %s", type(model).__name__, text)
             if not tree.linears and _ran.quantized == quantized:
-                plan = plan_modules(model)
-                if lacks_4_bits(plan):
-                    log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
+                _say_nothing(model)
             wanted = {id(weight): path for path, weight in tree.weights()}
         elif looks or again or tree.changes != changes() or not wanted.keys() <= planned:
             tree = tree if tree.stands(model) else _Tree(model, keep)
@@ -219,18 +217,26 @@ def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
     return {path: model.get_submodule(path) for path in planned if matching(keep, path) is None}
 
 
-def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool] = lambda path: True) -> bool:
+def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bool:
     """Return whether a plan puts nothing in 4 bits, and not because of the step, of adapters, or of a boundary.
 
     Args:
         plan: of a model or of a graph.
-        outside: whether a module path is outside of the blocks of the model around it; a whole part is boundary only
-            where that model said so.
+        outside: whether a linear is boundary in the model around what the plan is of.
     """
     meant = bool(plan) and all(
         d.cause in (Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module)) for d in plan
     )
     return not meant and not any(d.decision == "hif4" for d in plan)
+
+
+def _say_nothing(model: nn.Module) -> None:
+    """Warn if a model's tree puts nothing in 4 bits, unless a model around it left all of it, as an embedder."""
+    plan = plan_modules(model)
+    weights = {path: linear._parameters.get("weight") for path, linear in named_linears(model)}
+    counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
+    if lacks_4_bits(counted, lambda path: attached_keep(weights[path]) is not None):
+        log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
 
 
 def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:

@@ -182,15 +182,26 @@ def plan_transforms(
 
 def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
     """Return why a plan by :func:`plan_modules` puts no linear of a model in 4 bits."""
-    if plan:
-        reasons = Counter(str(d.reason) for d in plan).most_common(3)
-        return "; ".join(f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons)
-    modules = dict(model.named_modules())
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
-        return "it is TorchScript, of which PyTorch compiles nothing: give the model that it was made of"
-    others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
-    found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
-    return f"it holds no nn.Linear ({found}), and no other module is packed"
+    counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
+    reasons = Counter(str(d.reason) for d in counted).most_common(3)
+    texts = [f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons]
+    if any(d.cause is not Cause.BOUNDARY for d in counted):
+        return "; ".join(texts)
+    blocks = module_blocks(model) if plan else {}
+    modules = {f"{plain_path(path)}.": module for path, module in model.named_modules()}
+    inside = [module for path, module in modules.items() if not plan or block_of(path, blocks) is not None]
+    if any(isinstance(module, torch.jit.ScriptModule) for module in inside):
+        what = "it is" if isinstance(model, torch.jit.ScriptModule) else "it holds"
+        return "; ".join([*texts, f"{what} TorchScript, of which PyTorch compiles nothing: give what it was made of"])
+    found = Counter(
+        type(module).__name__
+        for module in inside
+        if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
+        and not isinstance(module, nn.Linear)
+    )
+    others = ", ".join(f"{count} {cls}" for cls, count in found.items()) or "no other module has a matrix as its weight"
+    what = "its repeated blocks hold no other" if plan else "it holds no"
+    return "; ".join([*texts, f"{what} nn.Linear ({others}), and no other module is packed"])
 
 
 def left_out(model: nn.Module, matrices: bool = False) -> str:
