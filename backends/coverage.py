@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model.attachments import attached_keep, changes
-from ..model.linears import matching, named_linears, plain_path
+from ..model.linears import named_linears, plain_path
 from ..model.reasons import Cause
 from ..packed.linear import HiF4Linear
 from ..packed.plan import left_out, plan_modules, why_nothing
@@ -30,8 +30,9 @@ from ..pipeline.context import Decision
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
 from ..torch_private.frames import outermost_that_holds, python_linears
+from .wanted import Wanted
 
-__all__ = ["lacks_4_bits", "ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
+__all__ = ["lacks_4_bits", "mark_copied", "ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
 
 log = logging.getLogger(__name__)
 
@@ -81,20 +82,19 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         model: a call of it runs compiled now.
         keep: patterns of linears that stay in high precision.
     """
-    _mark_copied(model)
     if model not in _said:
         around_calls(model, watcher(model, keep))
 
 
-def _mark_copied(model: nn.Module) -> None:
-    if model._compiled_call_impl is not None:
-        held = model.__dict__.get(_COPIED)  # a shallow copy has that of the original
-        model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
+def mark_copied(model: nn.Module) -> None:
+    """Warn where a model is copied that ``model.compile()`` compiles now."""
+    held = model.__dict__.get(_COPIED)  # a shallow copy has that of the original
+    model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
 
 
 def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
     """Return what :func:`watch` lets the calls go through."""
-    tree: _Tree | None = None
+    tree: Wanted | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
     met: set[frozenset[str]] = set()
@@ -107,33 +107,34 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
         functional: set[str] = set()
-        watched = python_linears(outside, functional) if looks else contextlib.nullcontext()
+        classes = tree.classes if tree is not None else ()
+        watched = python_linears(outside, functional, classes) if looks else contextlib.nullcontext()
         with _collected() as (planned, read), watched:
             result = call(*args, **kwargs)
         calls += 1
         again = calls % _AGAIN == 0
         if tree is None:
-            _mark_copied(model)
-            tree = _Tree(model, keep)
+            tree = Wanted(model, keep)
             if text := left_out(model):
                 log.warning("%s: %s", type(model).__name__, text)
-            if not tree.linears and _ran.quantized == quantized:
+            if not tree.planned and _ran.quantized == quantized:
                 _say_nothing(model)
             wanted = {id(weight): path for path, weight in tree.weights()}
-        elif looks or again or tree.changes != changes() or not wanted.keys() <= planned:
-            tree = tree if tree.stands(model) else _Tree(model, keep)
+        elif looks or again or tree.changes != changes() or tree.missing(wanted, planned, read):
+            tree = tree if tree.stands(model) else Wanted(model, keep)
             wanted = {id(weight): path for path, weight in tree.weights()}  # offloading replaces them
-        missing = frozenset(path for key, path in wanted.items() if key not in planned)
+        missing = tree.missing(wanted, planned, read)
         found: list[str] = []
         if missing and (looks or missing not in explained or again):
             met.add(missing)
+            used = {path: _why(weight, read) for path, weight in tree.weights() if path in missing}
+            unread = {path for path, why in used.items() if why is None}
             if looks:
-                found = [path for path, module in tree.linears.items() if module() in outside]
+                found = tree.run_by(outside, unread)
             elif not look:
                 look = _LOOKS if missing not in explained else 2
-            used = {path: _why(weight, read) for path, weight in tree.weights() if path in missing}
             _say_used(model, {path: why for path, why in used.items() if why is not None})
-            if functional and (rest := [path for path, why in used.items() if why is None and path not in found]):
+            if functional and (rest := [path for path in used if path in unread and path not in found]):
                 _say_functional(model, rest, sorted(functional))
         look -= looks
         if looks and not look:
@@ -144,27 +145,6 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
         return result, bool(found)
 
     return around
-
-
-class _Tree:
-    """The linears that a model's tree puts in 4 bits, by path. What is replaced by others is not kept alive."""
-
-    def __init__(self, model: nn.Module, keep: Sequence[str]) -> None:
-        self.changes = changes()
-        self.linears = {path: weakref.ref(module) for path, module in _linears(model, keep).items()}
-        self._modules = [weakref.ref(module) for module in model.modules()]
-
-    def stands(self, model: nn.Module) -> bool:
-        """Tell whether the model has the same modules as then, and nothing was attached to any since."""
-        modules = list(model.modules())
-        alike = len(modules) == len(self._modules) and all(m is ref() for m, ref in zip(modules, self._modules))
-        return alike and self.changes == changes()
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for path, reference in self.linears.items():
-            weight = module._parameters.get("weight") if (module := reference()) is not None else None
-            if weight is not None:
-                yield path, weight
 
 
 @contextlib.contextmanager
@@ -187,7 +167,7 @@ def _why(weight: Tensor, read: _Read) -> str | None:
 
 
 class _Copied:
-    """An attribute of a model that was compiled in place; warns where the model is copied without its compilation."""
+    """An attribute of a model that was compiled; warns where the model is copied without its compilation."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -197,7 +177,9 @@ class _Copied:
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
         model = self._model()
-        if model is None or any(isinstance(module, HiF4Linear) for module in model.modules()):
+        if model is None or model._compiled_call_impl is None:
+            return
+        if any(isinstance(module, HiF4Linear) for module in model.modules()):
             return  # the copy of a packed model runs in 4 bits as well
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
@@ -209,12 +191,6 @@ class _Copied:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, ()  # what is pickled loads where tahf4 is not
-
-
-def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the linears that the model's tree puts in 4 bits, by path."""
-    planned = (d.module for d in plan_modules(model) if d.decision == "hif4" and d.cause is not Cause.PACKED)
-    return {path: model.get_submodule(path) for path in planned if matching(keep, path) is None}
 
 
 def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bool:
@@ -281,7 +257,7 @@ def _listed(paths: Sequence[str]) -> str:
 
 def say_overruled(model: nn.Module, parts: Sequence[nn.Module]) -> None:
     """Warn once that another backend compiles a model, parts of which were compiled in place with tahf4."""
-    if model in _overruled or not any(_linears(part, ()) for part in parts):
+    if model in _overruled or not any(Wanted(part, ()).linears for part in parts):
         return
     _overruled.add(model)
     log.warning(

@@ -34,8 +34,8 @@ class Plan(Pass):
     In order: what cannot be quantized, what the user keeps, what a recipe decided (by measured sensitivity and a
     budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4. Linears that the
     model holds in HiF4 already are planned as such; what was left when they were packed is attached to the others. The
-    linears in branches and loops (``torch.cond``, ``while_loop``, ``map``) stay as they are. The option ``activation_bits`` says how many bits the
-    activations of the linears in HiF4 have; then a recipe does.
+    linears in branches and loops (``torch.cond``, ``while_loop``, ``map``) stay as they are. The option
+    ``activation_bits`` says how many bits the activations of the linears in HiF4 have; then a recipe does.
 
     Attributes:
         min_features: linears with fewer input or output features stay in high precision: less than one

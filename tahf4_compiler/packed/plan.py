@@ -41,10 +41,12 @@ from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
 from .transform import Transform
 
-__all__ = ["left_out", "plan_modules", "plan_transforms", "why_nothing"]
+__all__ = ["NO_LINEARS", "READ_BY_PARENT", "left_out", "plan_modules", "plan_transforms", "why_nothing"]
 
-_NO_LINEARS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
-_READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+NO_LINEARS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+"""Modules whose weights are those of no linear."""
+READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+"""Modules that read the weights of linears inside of them themselves."""
 
 
 def plan_modules(
@@ -227,7 +229,7 @@ def left_out(model: nn.Module, matrices: bool = False) -> str:
                 continue
             values += weight.numel()
             wide = weight.dim() in (2, 3) and weight.is_floating_point() and min(weight.shape[-2:]) >= MIN_FEATURES
-            if not wide or isinstance(module, _NO_LINEARS):
+            if not wide or isinstance(module, NO_LINEARS):
                 continue
             if weight.dim() == 3:
                 batches[path] = weight.numel()
@@ -300,7 +302,7 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         text = f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
         return Reason(Cause.CLASS, text)
     parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, _READ_BY_PARENT):
+    if isinstance(parent, READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
     if any(getattr(parent, "use_dora", {}).values()):
         return Reason(Cause.CLASS, "class: DoRA reads the weight itself")
