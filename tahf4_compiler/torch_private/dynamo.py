@@ -199,7 +199,8 @@ def when_compiled(
         for module in _modules_of(given):
             if (around := function(module, keywords, False)) is not None:
                 result = going_through(around, result)
-                result._torchdynamo_wrapper_id = id(result)  # who compiles it again finds what stands behind
+                # Who compiles it again finds what stands behind.
+                result._torchdynamo_wrapper_id = id(result)  # type: ignore[attr-defined]
         return result
 
     context.__call__ = compiled
