@@ -101,7 +101,8 @@ class Plan(Pass):
         source = weight_input(weight)
         module = context.module_of(source) if source is not None else _module_name(node)
         example = _example(source, context) if source is not None else None
-        obstacle = adapter_obstacle(context.surroundings.adapts(example)) or _obstacle(node, source, example)
+        adapted = context.surroundings.adapts(example) if source is not None else _adapted(weight, context)
+        obstacle = adapter_obstacle(adapted) or _obstacle(node, source, example)
         if region is not None:
             obstacle = Reason(Cause.REGION, f"region: inside of {region.target}, which stays as it is")
         said = attached(example)
@@ -144,6 +145,19 @@ def _obstacle(node: fx.Node, source: fx.Node | None, example: Any) -> Reason | N
     if value.dim() != 2:
         return Reason(Cause.SHAPE, f"shape: the weight has {value.dim()} axes, not 2")
     return dtype_obstacle("weight", value.dtype) or dtype_obstacle("activation", node_arg(node, 0).meta["val"].dtype)
+
+
+def _adapted(weight: fx.Node, context: Context) -> str | None:
+    """Return the path of the linear that a weight stands beside which a graph computes of an adapter's matrices."""
+    seen: set[fx.Node] = set()
+    rest, found = [weight], set()
+    while rest:
+        node = rest.pop()
+        if isinstance(origin := node.meta.get(INPUT), GraphInput) and origin.kind == "parameter":
+            found.add(context.surroundings.adapts(context.inputs[origin.index]))
+        rest += [other for other in node.all_input_nodes if other not in seen]
+        seen.update(rest)
+    return found.pop() if len(found) == 1 else None
 
 
 def _held(node: fx.Node, context: Context) -> Decision:

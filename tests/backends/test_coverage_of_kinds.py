@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from helpers import GRAPH, said
@@ -99,6 +100,20 @@ def test_a_layer_that_one_operator_of_pytorch_runs_is_said_with_all_that_it_read
     nothing, hidden = said(caplog)
     assert nothing.startswith("Stack: nothing runs in 4 bits: ")
     assert hidden.startswith("Stack: 12 linears") and "blocks.0.self_attn.out_proj, blocks.0.linear1, " in hidden
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig, peft.LoraConfig])
+def test_an_adapter_beside_a_packed_linear_is_no_linear_without_4_bits(config, hidden, caplog):
+    model, x = Stack(depth=2).eval().requires_grad_(False), torch.randn(4, 64)
+    tahf4.quantize_(model)
+    peft.inject_adapter_in_model(config(target_modules=["up"], r=8), model)
+    for block in model.blocks if hidden else ():
+        hide(block.up.base_layer)  # graphs hold the adapter alone
+    call = torch.compile(model.eval().requires_grad_(False), backend="tahf4", options=GRAPH)
+    for _ in range(3):
+        call(x)
+    assert "in 4 bits" not in caplog.text and not said(caplog)
 
 
 @pytest.mark.parametrize("by", ["keep", "options", "quantize_"])
