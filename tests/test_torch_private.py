@@ -421,9 +421,13 @@ def test_a_module_is_told_where_it_is_compiled_and_its_calls_go_through_a_functi
     monkeypatch.setattr(OptimizeContext, "__call__", OptimizeContext.__call__)
     dynamo.when_compiled(mine, tell)
     torch.compile(Stack(depth=1), backend="eager")(x)
-    norm, behind = nn.LayerNorm(64), torch.compile(Stack(depth=1), backend="eager")
-    torch.compile(lambda x: x + 1 if x is None else norm(behind(x)), backend=mine)(x)
-    assert told.pop() == (norm, {}, False) and seen.pop() is model.blocks[0] and told == []
+    norm, last, in_place, behind = nn.LayerNorm(64), nn.ReLU(), nn.Tanh(), torch.compile(model, backend="eager")
+    in_place.compile(backend="eager")
+    torch.compile(lambda x: x + 1 if x is None else last(in_place(norm(behind(x)))), backend=mine)(x)
+    assert {what[0] for what in told} == {norm, last}
+    assert all(what[1:] == ({}, False) for what in told) and seen == [model.blocks[0]] * 2
+    told.clear()
+    seen.clear()
     want = torch.compile(model, backend=mine, options={"some": 1})(x)
     model.blocks[0].compile(backend=mine)
     assert told == [(model, {"options": {"some": 1}}, True), (model.blocks[0], {}, True)] and seen == [model]
