@@ -92,8 +92,14 @@ def mark_copied(model: nn.Module) -> None:
     model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
 
 
-def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
-    """Return what :func:`watch` lets the calls go through."""
+def watcher(model: nn.Module, keep: Sequence[str], called: bool = True) -> Around:
+    """Return what :func:`watch` lets the calls go through.
+
+    Args:
+        model: see there.
+        keep: see there.
+        called: whether the calls are the model's, and not those of a function that may do without it.
+    """
     tree: Wanted | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
@@ -115,9 +121,10 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
         again = calls % _AGAIN == 0
         if tree is None:
             tree = Wanted(model, keep)
-            if text := left_out(model):
+            runs = called or any(id(weight) in read for weight in model.parameters())
+            if runs and (text := left_out(model)):
                 log.warning("%s: %s", type(model).__name__, text)
-            if not tree.planned and _ran.quantized == quantized:
+            if runs and not tree.planned and _ran.quantized == quantized:
                 _say_nothing(model)
             wanted = {id(weight): path for path, weight in tree.weights()}
         elif looks or again or tree.changes != changes() or tree.missing(wanted, planned, read):

@@ -104,7 +104,7 @@ def _given(model: nn.Module, keywords: Mapping[str, Any], called: bool) -> Aroun
         options = Options.parse(keywords.get("options"), keywords.get("mode"))
     except Tahf4Error:  # raised again where Dynamo comes to the backend
         return None
-    return watcher(model, options.keep) if options.pipeline == "default" else None
+    return watcher(model, options.keep, called) if options.pipeline == "default" else None
 
 
 before_frames(tahf4, _begin, say_overruled)

@@ -91,6 +91,26 @@ def test_a_function_that_reads_no_blocks_is_not_said(caplog):
     assert not said(caplog)
 
 
+class Product(nn.Linear):
+    """Not packed, and no linear of a graph either."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bk,nk->bn", x, self.weight)
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_model_of_which_nothing_runs_in_4_bits_is_said_where_the_function_runs_it(runs, caplog):
+    model, scale = Stack().eval(), nn.Parameter(torch.ones(64))
+    for block in model.blocks:
+        block.up, block.down = Product(64, 128), Product(128, 64)
+    call = torch.compile((lambda x: model(x)) if runs else (lambda x: x * scale if x.dim() else model(x)), **SETTINGS)
+    for _ in range(3):
+        call(torch.randn(4, 64))
+    assert [message.startswith("Stack: nothing runs in 4 bits: 6 of 8 linears") for message in said(caplog)[:1]] == (
+        [True] if runs else []
+    )
+
+
 def test_a_function_that_is_compiled_again_is_the_other_backends():
     model, graphs = Stack().eval(), []
     call = torch.compile(lambda x: model(x), **SETTINGS)
