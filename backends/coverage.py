@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.attachments import changes
-from ..model.linears import matching, plain_path
+from ..model.attachments import attached_keep, changes
+from ..model.linears import named_linears, plain_path
 from ..model.reasons import Cause
 from ..packed.linear import HiF4Linear
 from ..packed.plan import left_out, plan_modules, why_nothing
@@ -30,8 +30,9 @@ from ..pipeline.context import Decision
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
 from ..torch_private.frames import outermost_that_holds, python_linears
+from .wanted import Wanted
 
-__all__ = ["lacks_4_bits", "ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
+__all__ = ["lacks_4_bits", "mark_copied", "ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
 
 log = logging.getLogger(__name__)
 
@@ -81,20 +82,25 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
         model: a call of it runs compiled now.
         keep: patterns of linears that stay in high precision.
     """
-    _mark_copied(model)
     if model not in _said:
         around_calls(model, watcher(model, keep))
 
 
-def _mark_copied(model: nn.Module) -> None:
-    if model._compiled_call_impl is not None:
-        held = model.__dict__.get(_COPIED)  # a shallow copy has that of the original
-        model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
+def mark_copied(model: nn.Module) -> None:
+    """Warn where a model is copied that ``model.compile()`` compiles now."""
+    held = model.__dict__.get(_COPIED)  # a shallow copy has that of the original
+    model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
 
 
-def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
-    """Return what :func:`watch` lets the calls go through."""
-    tree: _Tree | None = None
+def watcher(model: nn.Module, keep: Sequence[str], called: bool = True) -> Around:
+    """Return what :func:`watch` lets the calls go through.
+
+    Args:
+        model: see there.
+        keep: see there.
+        called: whether the calls are the model's, and not those of a function that may do without it.
+    """
+    tree: Wanted | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
     met: set[frozenset[str]] = set()
@@ -107,35 +113,35 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
         looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
         outside: set[nn.Module] = set()
         functional: set[str] = set()
-        watched = python_linears(outside, functional) if looks else contextlib.nullcontext()
+        classes = tree.classes if tree is not None else ()
+        watched = python_linears(outside, functional, classes) if looks else contextlib.nullcontext()
         with _collected() as (planned, read), watched:
             result = call(*args, **kwargs)
         calls += 1
         again = calls % _AGAIN == 0
         if tree is None:
-            _mark_copied(model)
-            tree = _Tree(model, keep)
-            if text := left_out(model):
+            tree = Wanted(model, keep)
+            runs = called or any(id(weight) in read for weight in model.parameters())
+            if runs and (text := left_out(model)):
                 log.warning("%s: %s", type(model).__name__, text)
-            if not tree.linears and _ran.quantized == quantized:
-                plan = plan_modules(model)
-                if lacks_4_bits(plan):
-                    log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
+            if runs and not tree.planned and _ran.quantized == quantized:
+                _say_nothing(model)
             wanted = {id(weight): path for path, weight in tree.weights()}
-        elif looks or again or tree.changes != changes() or not wanted.keys() <= planned:
-            tree = tree if tree.stands(model) else _Tree(model, keep)
+        elif looks or again or tree.changes != changes() or tree.missing(wanted, planned, read):
+            tree = tree if tree.stands(model) else Wanted(model, keep)
             wanted = {id(weight): path for path, weight in tree.weights()}  # offloading replaces them
-        missing = frozenset(path for key, path in wanted.items() if key not in planned)
+        missing = tree.missing(wanted, planned, read)
         found: list[str] = []
         if missing and (looks or missing not in explained or again):
             met.add(missing)
+            used = {path: _why(weight, read) for path, weight in tree.weights() if path in missing}
+            unread = {path for path, why in used.items() if why is None}
             if looks:
-                found = [path for path, module in tree.linears.items() if module() in outside]
+                found = tree.run_by(outside, unread)
             elif not look:
                 look = _LOOKS if missing not in explained else 2
-            used = {path: _why(weight, read) for path, weight in tree.weights() if path in missing}
             _say_used(model, {path: why for path, why in used.items() if why is not None})
-            if functional and (rest := [path for path, why in used.items() if why is None and path not in found]):
+            if functional and (rest := [path for path in used if path in unread and path not in found]):
                 _say_functional(model, rest, sorted(functional))
         look -= looks
         if looks and not look:
@@ -146,27 +152,6 @@ def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
         return result, bool(found)
 
     return around
-
-
-class _Tree:
-    """The linears that a model's tree puts in 4 bits, by path. What is replaced by others is not kept alive."""
-
-    def __init__(self, model: nn.Module, keep: Sequence[str]) -> None:
-        self.changes = changes()
-        self.linears = {path: weakref.ref(module) for path, module in _linears(model, keep).items()}
-        self._modules = [weakref.ref(module) for module in model.modules()]
-
-    def stands(self, model: nn.Module) -> bool:
-        """Tell whether the model has the same modules as then, and nothing was attached to any since."""
-        modules = list(model.modules())
-        alike = len(modules) == len(self._modules) and all(m is ref() for m, ref in zip(modules, self._modules))
-        return alike and self.changes == changes()
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for path, reference in self.linears.items():
-            weight = module._parameters.get("weight") if (module := reference()) is not None else None
-            if weight is not None:
-                yield path, weight
 
 
 @contextlib.contextmanager
@@ -189,7 +174,7 @@ def _why(weight: Tensor, read: _Read) -> str | None:
 
 
 class _Copied:
-    """An attribute of a model that was compiled in place; warns where the model is copied without its compilation."""
+    """An attribute of a model that was compiled; warns where the model is copied without its compilation."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -199,7 +184,9 @@ class _Copied:
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
         model = self._model()
-        if model is None or any(isinstance(module, HiF4Linear) for module in model.modules()):
+        if model is None or model._compiled_call_impl is None:
+            return
+        if any(isinstance(module, HiF4Linear) for module in model.modules()):
             return  # the copy of a packed model runs in 4 bits as well
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
@@ -213,24 +200,26 @@ class _Copied:
         return bool, ()  # what is pickled loads where tahf4 is not
 
 
-def _linears(model: nn.Module, keep: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the linears that the model's tree puts in 4 bits, by path."""
-    planned = (d.module for d in plan_modules(model) if d.decision == "hif4" and d.cause is not Cause.PACKED)
-    return {path: model.get_submodule(path) for path in planned if matching(keep, path) is None}
-
-
-def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool] = lambda path: True) -> bool:
+def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bool:
     """Return whether a plan puts nothing in 4 bits, and not because of the step, of adapters, or of a boundary.
 
     Args:
         plan: of a model or of a graph.
-        outside: whether a module path is outside of the blocks of the model around it; a whole part is boundary only
-            where that model said so.
+        outside: whether a linear is boundary in the model around what the plan is of.
     """
     meant = bool(plan) and all(
         d.cause in (Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module)) for d in plan
     )
     return not meant and not any(d.decision == "hif4" for d in plan)
+
+
+def _say_nothing(model: nn.Module) -> None:
+    """Warn if a model's tree puts nothing in 4 bits, unless a model around it left all of it, as an embedder."""
+    plan = plan_modules(model)
+    weights = {path: linear._parameters.get("weight") for path, linear in named_linears(model)}
+    counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
+    if lacks_4_bits(counted, lambda path: attached_keep(weights[path]) is not None):
+        log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
 
 
 def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
@@ -275,7 +264,7 @@ def _listed(paths: Sequence[str]) -> str:
 
 def say_overruled(model: nn.Module, parts: Sequence[nn.Module]) -> None:
     """Warn once that another backend compiles a model, parts of which were compiled in place with tahf4."""
-    if model in _overruled or not any(_linears(part, ()) for part in parts):
+    if model in _overruled or not any(Wanted(part, ()).linears for part in parts):
         return
     _overruled.add(model)
     log.warning(

@@ -21,6 +21,7 @@ from ..graph_capture.captured import Capture
 from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..model.attachments import attached, attached_recipe, changes, owner_of
+from ..model.blocks import module_blocks
 from ..model.linears import matching
 from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
@@ -32,7 +33,17 @@ from ..torch_private.frames import caller_that_holds
 from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import USED_OTHERWISE, lacks_4_bits, ran, say_off, say_overruled, say_transformed, watch, watcher
+from .coverage import (
+    USED_OTHERWISE,
+    lacks_4_bits,
+    mark_copied,
+    ran,
+    say_off,
+    say_overruled,
+    say_transformed,
+    watch,
+    watcher,
+)
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -83,13 +94,17 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
         watch(model, options.keep)
 
 
-def _given(model: nn.Module, keywords: Mapping[str, Any]) -> Around | None:
+def _given(model: nn.Module, keywords: Mapping[str, Any], called: bool) -> Around | None:
     """Watch a model from its first call on: it may be that Dynamo does not even begin."""
+    if called:
+        mark_copied(model)
+    elif not module_blocks(model):
+        return None  # a function may read a norm or an embedder beside its model
     try:
         options = Options.parse(keywords.get("options"), keywords.get("mode"))
     except Tahf4Error:  # raised again where Dynamo comes to the backend
         return None
-    return watcher(model, options.keep) if options.pipeline == "default" else None
+    return watcher(model, options.keep, called) if options.pipeline == "default" else None
 
 
 before_frames(tahf4, _begin, say_overruled)

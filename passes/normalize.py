@@ -105,7 +105,7 @@ def _given(node: fx.Node) -> list[Any]:
 
 def _expand(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Put ``tahf4.quantize`` and ``tahf4.linear`` in the place of ``tahf4.packed_linear``; return the latter."""
-    x, multiplier, block, *operands, dtype, bits, form, _ = _given(node)
+    x, multiplier, block, *operands, dtype, bits, form, _, _ = _given(node)
     forms = ((span,) if span != 1 else () for span in (form, units_of(form)))
     with graph.inserting_before(node):
         quantization = call(node, tahf4.quantize.default, (x, multiplier, block, bits, *next(forms)))

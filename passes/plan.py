@@ -33,9 +33,9 @@ class Plan(Pass):
 
     In order: what cannot be quantized, what the user keeps, what a recipe decided (by measured sensitivity and a
     budget, :meth:`tahf4_compiler.Recipe.plan`), what stands on the boundary; all else runs in HiF4. Linears that the
-    model holds in HiF4 already are planned as such; the others of their graph stay as they are. So do the linears in
-    branches and loops (``torch.cond``, ``while_loop``, ``map``). The option ``activation_bits`` says how many bits the
-    activations of the linears in HiF4 have; then a recipe does.
+    model holds in HiF4 already are planned as such; what was left when they were packed is attached to the others. The
+    linears in branches and loops (``torch.cond``, ``while_loop``, ``map``) stay as they are. The option
+    ``activation_bits`` says how many bits the activations of the linears in HiF4 have; then a recipe does.
 
     Attributes:
         min_features: linears with fewer input or output features stay in high precision: less than one
@@ -53,7 +53,7 @@ class Plan(Pass):
         has_recipe = any(attached_recipe(value) is not None for value in context.inputs)
         for node in all_linears(graph_module.graph):
             context.matched(node)
-            decision = _held(node, context) if node in held else self.decide(node, context, bool(held), has_recipe)
+            decision = _held(node, context) if node in held else self.decide(node, context, has_recipe)
             weight = node_arg(node, 2) if node in held else weight_input(node_arg(node, 1))
             first = by_weight.get(weight) if weight is not None else None
             if first is not None and first.decision == decision.decision:
@@ -81,7 +81,6 @@ class Plan(Pass):
         self,
         node: fx.Node,
         context: Context,
-        beside_packed: bool = False,
         has_recipe: bool = False,
         weight: fx.Node | None = None,
         region: fx.Node | None = None,
@@ -91,7 +90,6 @@ class Plan(Pass):
         Args:
             node: the linear.
             context: shared by the passes.
-            beside_packed: whether its model is packed.
             has_recipe: whether its model has a recipe.
             weight: its weight, where that is not what the node reads.
             region: what runs the branch or loop that it stands in.
@@ -103,11 +101,12 @@ class Plan(Pass):
         source = weight_input(weight)
         module = context.module_of(source) if source is not None else _module_name(node)
         example = _example(source, context) if source is not None else None
-        obstacle = adapter_obstacle(context.surroundings.adapts(example)) or _obstacle(node, source, example)
+        adapted = context.surroundings.adapts(example) if source is not None else _adapted(weight, context)
+        obstacle = adapter_obstacle(adapted) or _obstacle(node, source, example)
         if region is not None:
             obstacle = Reason(Cause.REGION, f"region: inside of {region.target}, which stays as it is")
         said = attached(example)
-        facts = Facts(module, k, n, obstacle, said, node.meta.get(ROLE), beside_packed, has_recipe)
+        facts = Facts(module, k, n, obstacle, said, node.meta.get(ROLE), has_recipe)
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
             value = source.meta["val"]
@@ -146,6 +145,19 @@ def _obstacle(node: fx.Node, source: fx.Node | None, example: Any) -> Reason | N
     if value.dim() != 2:
         return Reason(Cause.SHAPE, f"shape: the weight has {value.dim()} axes, not 2")
     return dtype_obstacle("weight", value.dtype) or dtype_obstacle("activation", node_arg(node, 0).meta["val"].dtype)
+
+
+def _adapted(weight: fx.Node, context: Context) -> str | None:
+    """Return the path of the linear that a weight stands beside which a graph computes of an adapter's matrices."""
+    seen: set[fx.Node] = set()
+    rest, found = [weight], set()
+    while rest:
+        node = rest.pop()
+        if isinstance(origin := node.meta.get(INPUT), GraphInput) and origin.kind == "parameter":
+            found.add(context.surroundings.adapts(context.inputs[origin.index]))
+        rest += [other for other in node.all_input_nodes if other not in seen]
+        seen.update(rest)
+    return found.pop() if len(found) == 1 else None
 
 
 def _held(node: fx.Node, context: Context) -> Decision:

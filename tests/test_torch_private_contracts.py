@@ -42,6 +42,12 @@ def test_linears_that_python_calls_are_collected_and_compiled_ones_are_not():
     assert [text.partition(":")[0] for text in functional] == [
         "test_linears_that_python_calls_are_collected_and_compiled_ones_are_not, test_torch_private_contracts.py"
     ]
+    attention = nn.MultiheadAttention(64, 1)
+    functional.clear()
+    found.clear()
+    with frames.python_linears(found, functional, [nn.MultiheadAttention]):
+        attention(x, x, x)  # calls F.multi_head_attention_forward
+    assert found == {attention} and functional == set()
     compiled = torch.compile(model, backend="eager")
     compiled(x)
     found.clear()

@@ -19,7 +19,7 @@ from ..errors import PatternError
 from ..format.low_rank import LowRank
 from ..format.reconstruct import Reconstruction
 from ..options import patterns as check_patterns
-from .linears import linear_weights, matching, raw_matrices, require_matches
+from .linears import linear_weights, matching, packed_weights, raw_matrices, require_matches
 from .reasons import Cause, Reason, cause_of
 from .steps import StepPrecision
 
@@ -223,13 +223,20 @@ def step_bits(module: nn.Module, name: str, bits: int) -> int:
 def leave_as_they_are(model: nn.Module, reasons: Mapping[str, str]) -> None:
     """Let linears of a packed model stay in high precision wherever it is compiled.
 
+    So do its other matrices, which a graph may find in a linear. What comes to the model later does not.
+
     Args:
-        model: packed.
+        model: packed, or a part that is.
         reasons: by module path, in place of those of an earlier call. A linear whose weight is no parameter needs none:
             a graph computes the weight.
     """
-    owned = {path for path, _ in linear_weights(model)}
-    left = {path: Attachment("high_precision", reason) for path, reason in reasons.items() if path in owned}
+    weights = [*linear_weights(model), *raw_matrices(model)]
+    found = {path: reasons[path] for path, _ in weights if path in reasons}
+    if any(packed_weights(model)):
+        decided = {id(weight) for path, weight in weights if path in reasons}  # an embedding may read one, too
+        other = Reason(Cause.NOT_PACKED, "not packed: no weight of an nn.Linear")
+        found |= {path: other for path, weight in weights if id(weight) not in decided}
+    left = {path: Attachment("high_precision", reason) for path, reason in found.items()}
     attach(model, left, _PACKED)
 
 

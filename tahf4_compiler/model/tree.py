@@ -83,9 +83,9 @@ class Surroundings:
         self._roots.append(weakref.ref(module))
         refresh(module)
         if found := adapters(module):
-            for path, weight in linear_weights(module):
-                if path in found:
-                    self._beside[weight] = found[path]
+            for path, weight in (*linear_weights(module), *raw_matrices(module)):  # those of a LoHa have other names
+                if (linear := found.get(path) or found.get(path.rpartition(".")[0])) is not None:
+                    self._beside[weight] = linear
 
     def path(self, weight: object) -> str | None:
         """Return the module path of a weight, or None if it belongs to another module."""

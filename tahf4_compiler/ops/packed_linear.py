@@ -35,6 +35,7 @@ def product(
     bits: int = 4,
     span: int = 1,
     by_step: bool = False,
+    k: int = 0,
 ) -> Tensor:
     """Quantize an activation and multiply it, each with the kernel that is best on its device.
 
@@ -51,12 +52,14 @@ def product(
         bits: of the activation.
         span: a form, as for ``tahf4::quantize``.
         by_step: whether the denoising step decides on the bits. Only the backend knows the step.
+        k: features that the linear reads, where nothing else holds the input against them; else 0.
 
     Returns:
         ``[..., N]``.
 
     Raises:
         PackedError: the step decides.
+        FormatError: the input has another width.
     """
     if by_step:
         raise PackedError(
@@ -64,9 +67,20 @@ def product(
             "exported or traced it, which cannot know the step. Compile it with backend='tahf4', run it as it is, or "
             "take the steps off first: tahf4.set_high_precision_steps(model, ())"
         )
+    if k:
+        _check_width(x, k, weight_codes)
     reference = reference_forced()
     codes, scales = registry.quantize(x, multiplier, hadamard_block, bits, span, reference)
     return registry.linear(codes, scales, weight_codes, weight_scales, bias, out_dtype, units_of(span), reference)
+
+
+def _check_width(x: Tensor, k: int, codes: Tensor) -> None:
+    """Refuse another width: codes are filled up to whole units, and a narrower input would be, too."""
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise FormatError(
+            f"a packed linear of {k} -> {codes.shape[0]} features got a tensor of shape {tuple(x.shape)}, "
+            f"expected {k} along its last axis"
+        )
 
 
 packed_linear = operator(product, "packed_linear")
@@ -129,14 +143,11 @@ def packed_product(
             "a packed linear got a nested tensor, expected a plain one. Pad it (torch.nested.to_padded_tensor), or "
             "call the model with each of its parts (.unbind())."
         )
-    # Codes are filled up to whole units: a narrower input would be, too. A trace keeps no check of sizes.
-    if not torch.jit.is_tracing() and (input.dim() == 0 or input.shape[-1] != k):
-        raise FormatError(
-            f"a packed linear of {k} -> {weight[1].shape[0]} features got a tensor of shape {tuple(input.shape)}, "
-            f"expected {k} along its last axis"
-        )
+    traced = torch.jit.is_tracing()  # which keeps operators alone, and no check
+    if not traced:
+        _check_width(input, k, weight[1])
     # A graph is not of one device, nor of one backend: what compiles or runs it chooses the kernels.
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or by_step
+    graph = torch.compiler.is_compiling() or traced or by_step
     run: Any = torch.ops.tahf4.packed_linear if graph else product
-    result: Tensor = run(input, multiplier, *weight, out_dtype or input.dtype, bits, span, by_step)
+    result: Tensor = run(input, multiplier, *weight, out_dtype or input.dtype, bits, span, by_step, k if traced else 0)
     return result

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PackedError, RecipeError
+from ..errors import OptionError, PackedError, RecipeError
 from ..format import hif4
-from ..format.spans import FORM_ROUNDINGS, SPANS, span_name
+from ..format.spans import FORM_ROUNDINGS, SPANS, joined, span_name
 from ..options import ACTIVATION_BITS, patterns
+from ..options import rounding as check_rounding
+from ..options import scale_span as check_scale_span
 from ..recipe.checks import check_steps
 from ..recipe.recipe import Recipe
 from .convert import packed_linears
@@ -47,6 +49,8 @@ class TaHF4Config:
         keep: regular expressions, searched in module paths: linears that stay in high precision.
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated.
+        form: units that share a level-1 scale, and the rounding (:mod:`tahf4_compiler.format.spans`), where no recipe
+            says another.
         linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
             ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4,
             ``rank`` for one that has a low-rank branch, ``scale_span`` for one whose units share level-1 scales: 2, 4
@@ -63,6 +67,8 @@ class TaHF4Config:
         keep: Sequence[str] = (),
         expert: str | None = None,
         check_weights: bool = True,
+        scale_span: int | str = 1,
+        rounding: str = "half_away",
         linears: Mapping[str, Mapping[str, Any]] | None = None,
         high_precision_steps: Sequence[int] = (),
         step_activation_bits: int | None = None,
@@ -77,16 +83,19 @@ class TaHF4Config:
             keep: see the class.
             expert: see the class.
             check_weights: see the class.
+            scale_span: as for :func:`tahf4_compiler.quantize_`.
+            rounding: see there.
             linears: see the class; only in ``config.json``.
             high_precision_steps: see the class; only in ``config.json``.
             step_activation_bits: see the class; only in ``config.json``.
             format_version: of the packed form.
             quant_method: ``"tahf4"``.
-            others: further keys of ``config.json``, kept.
+            others: further keys of a packed model's ``config.json``, kept.
 
         Raises:
             PackedError: another format version or method, or a damaged description of a linear.
             PatternError: an entry of ``keep`` is no regular expression.
+            OptionError: span or rounding is unknown, or another option is.
             RecipeError: the recipe's file cannot be read, the steps in ``config.json`` are damaged, or steps are given
                 beside a recipe.
         """
@@ -100,6 +109,12 @@ class TaHF4Config:
             )
         self.quant_method = Method.TAHF4
         self.keep, self.expert, self.check_weights = patterns("keep", list(keep)), expert, check_weights
+        self.form = joined(check_scale_span("scale_span", scale_span), check_rounding("rounding", rounding, scale_span))
+        if others and linears is None:
+            raise OptionError(
+                f"TaHF4Config got {', '.join(map(repr, others))}, which it does not know; there are recipe, keep, "
+                "expert, check_weights, scale_span and rounding"
+            )
         self.linears = _checked(linears if linears is not None else {})
         where = "quantization_config"
         self.high_precision_steps, self.step_activation_bits = check_steps(

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
@@ -31,17 +32,19 @@ def guard() -> None:
     _ask_before(AveragedModel, "__init__", _check_averaged)
     for owner, name in ((SpectralNorm, "apply"), (WeightNorm, "apply"), (parametrize, "register_parametrization")):
         _ask_before(owner, name, _check_computed)
+    _ask_before(BasePruningMethod, "apply", lambda _, *args, **kwargs: _check_computed(*args, **kwargs))
 
 
 def _ask_before(owner: Any, name: str, check: Callable[..., None]) -> None:
-    own = getattr(owner, name)
+    held = owner.__dict__[name]
+    own = held.__func__ if isinstance(held, classmethod) else getattr(owner, name)
 
     @functools.wraps(own)
     def function(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return own(*args, **kwargs)
 
-    setattr(owner, name, function)
+    setattr(owner, name, classmethod(function) if isinstance(held, classmethod) else function)
 
 
 def _packed(model: nn.Module) -> list[str]:
@@ -84,9 +87,11 @@ def _check_averaged(_: nn.Module, model: nn.Module, *args: Any, **kwargs: Any) -
 
 
 def _check_computed(module: nn.Module, name: str = "", *args: Any, **kwargs: Any) -> None:
-    if isinstance(module, HiF4Linear) and kwargs.get("tensor_name", name) == "weight":
+    wanted = kwargs.get("tensor_name", name)
+    if isinstance(module, HiF4Linear) and wanted != "bias":
         raise PackedError(
-            f"a packed linear ({module.in_features} -> {module.out_features} features) has no weight that a norm or "
-            "parametrization could compute in each call. Go back to plain weights first (tahf4.dequantize_), or load "
-            "the original: tahf4.quantize_ leaves linears as they are whose weight is computed."
+            f"this linear is packed ({module.in_features} -> {module.out_features} features), and has no weight that a "
+            f"norm, parametrization or pruning could compute in each call; it got {wanted!r}. Go back to plain weights "
+            "first (tahf4.dequantize_), or load the original: tahf4.quantize_ leaves linears as they are whose weight "
+            "is computed."
         )

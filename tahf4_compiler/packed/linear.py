@@ -311,6 +311,16 @@ class HiF4Linear(nn.Linear):
                 "it again."
             )
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, as ``linear.name = parameter`` gives it.
+
+        Raises:
+            PackedError: it is a weight.
+        """
+        if name == "weight":
+            type(self).weight.fset(self, param)  # type: ignore[attr-defined]
+        super().register_parameter(name, param)
+
     def __prepare_scriptable__(self) -> None:
         """Refuse ``torch.jit.script``, which asks each module for what to compile in its place.
 

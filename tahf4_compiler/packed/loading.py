@@ -69,7 +69,7 @@ class Loading:
                 "TaHF4Config(recipe=..., keep=...), to pack them."
             )
         plan = plan_modules(model, config.recipe, config.keep, expert=config.expert)
-        self.transforms = plan_transforms(model, plan, config.recipe, expert=config.expert)
+        self.transforms = plan_transforms(model, plan, config.recipe, expert=config.expert, span=config.form)
         self._reasons = {d.module: d.reason for d in plan if d.decision != "hif4"}
         if config.recipe is not None and config.check_weights:
             name = config.expert if config.expert is not None else next(iter(config.recipe.experts))

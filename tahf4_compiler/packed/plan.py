@@ -41,10 +41,12 @@ from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
 from .transform import Transform
 
-__all__ = ["left_out", "plan_modules", "plan_transforms", "why_nothing"]
+__all__ = ["NO_LINEARS", "READ_BY_PARENT", "left_out", "plan_modules", "plan_transforms", "why_nothing"]
 
-_NO_LINEARS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
-_READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+NO_LINEARS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+"""Modules whose weights are those of no linear."""
+READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+"""Modules that read the weights of linears inside of them themselves."""
 
 
 def plan_modules(
@@ -182,15 +184,26 @@ def plan_transforms(
 
 def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
     """Return why a plan by :func:`plan_modules` puts no linear of a model in 4 bits."""
-    if plan:
-        reasons = Counter(str(d.reason) for d in plan).most_common(3)
-        return "; ".join(f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons)
-    modules = dict(model.named_modules())
-    if any(isinstance(module, torch.jit.ScriptModule) for module in modules.values()):
-        return "it is TorchScript, of which PyTorch compiles nothing: give the model that it was made of"
-    others = Counter(type(modules[path]).__name__ for path, _ in linear_weights(model) if path in modules)
-    found = ", ".join(f"{count} {cls}" for cls, count in others.items()) or "no other module has a matrix as its weight"
-    return f"it holds no nn.Linear ({found}), and no other module is packed"
+    counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
+    reasons = Counter(str(d.reason) for d in counted).most_common(3)
+    texts = [f"{count} of {len(plan)} linears: {reason}" for reason, count in reasons]
+    if any(d.cause is not Cause.BOUNDARY for d in counted):
+        return "; ".join(texts)
+    blocks = module_blocks(model) if plan else {}
+    modules = {f"{plain_path(path)}.": module for path, module in model.named_modules()}
+    inside = [module for path, module in modules.items() if not plan or block_of(path, blocks) is not None]
+    if any(isinstance(module, torch.jit.ScriptModule) for module in inside):
+        what = "it is" if isinstance(model, torch.jit.ScriptModule) else "it holds"
+        return "; ".join([*texts, f"{what} TorchScript, of which PyTorch compiles nothing: give what it was made of"])
+    found = Counter(
+        type(module).__name__
+        for module in inside
+        if any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
+        and not isinstance(module, nn.Linear)
+    )
+    others = ", ".join(f"{count} {cls}" for cls, count in found.items()) or "no other module has a matrix as its weight"
+    what = "its repeated blocks hold no other" if plan else "it holds no"
+    return "; ".join([*texts, f"{what} nn.Linear ({others}), and no other module is packed"])
 
 
 def left_out(model: nn.Module, matrices: bool = False) -> str:
@@ -216,7 +229,7 @@ def left_out(model: nn.Module, matrices: bool = False) -> str:
                 continue
             values += weight.numel()
             wide = weight.dim() in (2, 3) and weight.is_floating_point() and min(weight.shape[-2:]) >= MIN_FEATURES
-            if not wide or isinstance(module, _NO_LINEARS):
+            if not wide or isinstance(module, NO_LINEARS):
                 continue
             if weight.dim() == 3:
                 batches[path] = weight.numel()
@@ -289,7 +302,7 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         text = f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
         return Reason(Cause.CLASS, text)
     parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, _READ_BY_PARENT):
+    if isinstance(parent, READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")
     if any(getattr(parent, "use_dora", {}).values()):
         return Reason(Cause.CLASS, "class: DoRA reads the weight itself")

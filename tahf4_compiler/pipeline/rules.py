@@ -72,7 +72,6 @@ class Facts:
         obstacle: why it cannot be packed, or None.
         attachment: what was attached to its weight, or None.
         role: where it stands, or None if nobody looked.
-        beside_packed: whether the model holds other linears in 4 bits, and this one not.
         has_recipe: whether there is a recipe, which may not know this one.
     """
 
@@ -82,7 +81,6 @@ class Facts:
     obstacle: Reason | None
     attachment: Attachment | None
     role: Role | None
-    beside_packed: bool = False
     has_recipe: bool = False
 
 
@@ -106,8 +104,6 @@ def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) 
         return False, said.reason
     if said is None and facts.role is not None and not facts.role.body:
         return False, facts.role.reason
-    if facts.beside_packed:
-        return False, Reason(Cause.NOT_PACKED, "not packed: it came to the model after quantize_, or was left out")
     if said is not None:
         return True, said.reason
     if min(facts.n, facts.k) < min_features:

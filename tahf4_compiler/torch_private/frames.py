@@ -6,9 +6,10 @@ Nothing else of this project reads frames.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -81,17 +82,28 @@ def _callers_that_hold(part: object) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 @contextlib.contextmanager
-def python_linears(modules: set[nn.Module], functional: set[str]) -> Iterator[None]:
+def python_linears(modules: set[nn.Module], functional: set[str], others: Iterable[type] = ()) -> Iterator[None]:
     """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread, and who else calls ``F.linear``.
 
     A hook or another ``forward`` would do, but Dynamo guards both: it would compile everything again.
+
+    Args:
+        modules: is told of each module.
+        functional: is told of each function.
+        others: classes of modules whose ``forward`` counts as well.
     """
-    code = nn.Linear.forward.__code__
+    forwards = [inspect.unwrap(cls.forward) for cls in (nn.Linear, *others)]  # type: ignore[attr-defined]
+    codes = {forward.__code__ for forward in forwards if inspect.isfunction(forward)}
 
     def called(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code is code:
-            modules.add(frame.f_locals["self"])
-        if event == "c_call" and argument is nn.functional.linear and frame.f_code is not code:
+        if event == "call" and frame.f_code in codes and isinstance(module := frame.f_locals.get("self"), nn.Module):
+            modules.add(module)
+        if event == "c_call" and argument is nn.functional.linear and frame.f_code not in codes:
+            outer: FrameType | None = frame
+            while outer is not None and outer.f_globals.get("__name__") == nn.functional.__name__:
+                outer = outer.f_back
+            if outer is not None and outer.f_code in codes:
+                return  # in F.multi_head_attention_forward
             if Caller(frame).library == Caller(sys._getframe()).library:
                 return  # a reference operator, on a device without kernels
             if str(frame.f_globals.get("__name__")).startswith(("torch.fx.", "torch._")):

@@ -408,16 +408,30 @@ def test_a_profiler_may_watch_while_calls_are_looked_at(profile, caplog):
     assert len(said(caplog)) == 1 and sys.getprofile() is None
 
 
+class Raw(nn.Module):
+    """A product that is no linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def raw(script: bool = False) -> nn.Module:
+    """Return a model with a head of its own behind blocks without linears."""
+    model = Stack()
+    for block in model.blocks:
+        block.up, block.down = Raw(), Raw()
+    if script:
+        for i in range(3):
+            model.blocks[i] = torch.jit.trace(Stack().blocks[0], torch.randn(4, 64))
+    return model.eval()
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_model_without_any_linear_in_4_bits_is_said_as_by_quantize(whole, caplog):
-    class Raw(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(64, 64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
-
     model, x = nn.Sequential(Raw(), Raw(), nn.Sequential(nn.Linear(64, 3))).eval(), torch.randn(4, 64)
     for options in ({}, {"keep": ["0"]}):
         other = Wrapped(copy.deepcopy(model))
@@ -426,6 +440,41 @@ def test_a_model_without_any_linear_in_4_bits_is_said_as_by_quantize(whole, capl
             call(x)
     (message, *_) = said(caplog)
     assert "Wrapped: nothing runs in 4 bits: 1 of 1 linears: " in message
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("script", "adapter", "cause"),
+    [
+        (False, False, "its repeated blocks hold no other nn.Linear (6 Raw), and no other"),
+        (True, False, "it holds TorchScript, of which PyTorch compiles nothing"),
+        (False, True, "its repeated blocks hold no other nn.Linear (6 Raw)"),
+    ],
+    ids=["products", "script", "adapter"],
+)
+def test_a_model_of_which_all_linears_are_boundary_is_said_once_with_what_its_blocks_hold(
+    script, adapter, cause, whole, caplog
+):
+    model, x = raw(script), torch.randn(4, 64)
+    if adapter:
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["first"], r=64), model)
+        model.requires_grad_(False)
+    call = compiled(model, whole)
+    for _ in range(3):
+        call(x)
+    (message,) = said(caplog)
+    assert message.startswith("Stack: nothing runs in 4 bits: 2 of ") and cause in message
+    assert "linears: boundary: outside the repeated blocks; " in message
+
+
+def test_an_embedder_that_the_model_around_it_leaves_is_not_said(caplog):
+    model, x = Stack().eval().requires_grad_(False), torch.randn(4, 64)
+    tahf4.quantize_(model)
+    for part in (model.first, *model.blocks, model.last):
+        compiled(part, False)
+    for _ in range(3):
+        model(x)
+    assert not said(caplog)
 
 
 def test_parameters_that_are_no_modules_weight_run_in_4_bits_and_nothing_is_said(caplog):

@@ -132,7 +132,7 @@ COMPUTED = {
 def test_a_weight_that_is_computed_in_each_call_is_refused_for_a_packed_linear_alone(apply):
     model, x = packed(), torch.randn(4, 64)
     want, keys = model(x), model.state_dict().keys()
-    with pytest.raises(tahf4.PackedError, match=r"packed linear \(64 -> 128 features\).*dequantize_"):
+    with pytest.raises(tahf4.PackedError, match=r"packed \(64 -> 128 features\).*'weight'.*dequantize_"):
         apply(model.blocks[0].up)
     assert torch.equal(model(x), want) and model.state_dict().keys() == keys
     nn.utils.parametrize.register_parametrization(model.blocks[0].up, "bias", nn.Identity())
@@ -152,6 +152,47 @@ def test_what_reads_the_weight_first_is_refused_there(apply):
     with pytest.raises(tahf4.PackedError, match=r"this linear is packed"):
         apply(model.blocks[0].up)
     assert torch.equal(model(x), want) and model.state_dict().keys() == keys
+
+
+PARTS = {
+    "weight_norm": lambda linear, name: nn.utils.weight_norm(linear, name),
+    "pruning": lambda linear, name: prune.l1_unstructured(linear, name, 0.5),
+    "pruning by a mask": lambda linear, name: prune.custom_from_mask(linear, name=name, mask=torch.ones(64, 64)),
+    "parametrization": lambda linear, name: nn.utils.parametrize.register_parametrization(linear, name, nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("apply", PARTS.values(), ids=PARTS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_codes_and_multipliers_are_no_numbers_to_be_computed(apply):
+    model, x = packed(), torch.randn(4, 64)
+    want, keys = model(x), model.state_dict().keys()
+    for name in ("weight_codes", "weight_scales", "multiplier"):
+        with pytest.raises(tahf4.PackedError, match=f"packed .*it got '{name}'.*dequantize_"):
+            apply(model.blocks[0].up, name)
+    assert torch.equal(model(x), want) and model.state_dict().keys() == keys
+    apply(nn.Linear(64, 64), "weight")
+
+
+def test_a_packed_linear_takes_no_weight():
+    model, x = packed(), torch.randn(4, 64)
+    linear, want = model.blocks[0].up, model(x)
+    for weight in (nn.Parameter(torch.randn(128, 64)), torch.randn(128, 64)):
+        with pytest.raises(tahf4.PackedError, match="takes no weight. Unpack it with tahf4.dequantize_"):
+            linear.weight = weight
+    linear.bias = nn.Parameter(linear.bias.clone())
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("width", [1, 63, 65])
+def test_a_trace_refuses_an_input_of_another_width(width):
+    linear = nn.Linear(64, 128)
+    held = tahf4.HiF4Linear.from_linear(linear, hif4.quantize(linear.weight)).requires_grad_(False)
+    traced = torch.jit.trace(held, torch.randn(3, 64))
+    rows = torch.randn(5, 64)
+    assert torch.equal(traced(rows), held(rows))
+    with pytest.raises(Exception, match=rf"64 -> 128 features got .* \(3, {width}\), expected 64"):
+        traced(torch.randn(3, width))
 
 
 @pytest.mark.parametrize("how", ["eager", "compiled", "traced"])

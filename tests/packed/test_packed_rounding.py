@@ -15,7 +15,7 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.checkpoint.convert import quantize_checkpoint
 from tahf4_compiler.errors import OptionError, PackedError, RecipeError
 from tahf4_compiler.format import hif4
-from tahf4_compiler.packed.config import TaHF4Config
+from tahf4_compiler.packed.config import TaHF4Config, describe
 from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.linear import HiF4Linear
 
@@ -121,6 +121,33 @@ def test_the_default_writes_nothing_new(tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert "rounding" not in text and json.loads(text)["quantization_config"]["format_version"] == 1
+
+
+@pytest.mark.parametrize("option", [{"rounding": "bfloat16_half_away"}, {"scale_span": 2}])
+def test_a_model_that_is_packed_while_it_loads_has_what_was_asked_for(option, tmp_path):
+    model, _ = wan(num_layers=1)
+    model.save_pretrained(tmp_path)
+    tahf4.quantize_(model, **option)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=TaHF4Config(**option))
+    described = describe(model)
+    assert described and describe(loaded) == described == loaded.config.quantization_config.linears
+    assert not option.keys() & loaded.config.quantization_config.to_dict().keys()
+    assert all(torch.equal(mine, other) for mine, other in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"rounding": "up"}, "rounding"),
+        ({"scale_span": 3}, "scale_span"),
+        ({"rounding": "least_error", "scale_span": 2}, "least_error"),
+        ({"kep": ["up"]}, "'kep', which it does not know; there are recipe, keep, "),
+    ],
+)
+def test_settings_that_are_wrong_are_refused_by_name(wrong, says):
+    with pytest.raises(OptionError, match=says):
+        TaHF4Config(**wrong)
+    assert TaHF4Config(linears={}, theirs=1).to_dict()["theirs"] == 1
 
 
 @pytest.mark.parametrize("others", [{}, {"rank": 8}])

@@ -225,14 +225,21 @@ PLANNED = """
     v: param[128, 64] = "blocks.0.down.weight"
     c, s = tahf4.quantize(x, None, 0, 4)
     y = tahf4.linear(c, s, wc, ws, None, f32)  # hif4: packed
-    z = linear(y, v)  # high_precision: not packed: it came to the model after quantize_, or was left out
+    z = linear(y, v)  # {down}
     return z
 """
 
 
-def test_a_packed_linear_is_planned_as_such_and_the_others_of_its_model_stay():
+LEFT = {"blocks.0.down": Attachment("high_precision", Reason(Cause.NOT_PACKED, "not packed"))}
+
+
+def planned(down: str = "hif4: not classified") -> str:
+    return PLANNED.replace("{down}", down)
+
+
+def test_a_packed_linear_is_planned_as_such_and_others_as_in_any_graph():
     held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
-    ran = assert_pass(held, Plan(), PLANNED, first=[Normalize()], run=False)
+    ran = assert_pass(held, Plan(), planned(), first=[Normalize()], run=False)
     first = ran.plan[0]
     assert (first.module, first.k, first.n, first.weight_index) == ("blocks.0.up", 100, 64, 1)
     assert (first.bytes_before, first.bytes_after, first.flops) == (64 * 100 * 4, 64 * 2 * 36, 2 * 4 * 100 * 64)
@@ -241,7 +248,7 @@ def test_a_packed_linear_is_planned_as_such_and_the_others_of_its_model_stay():
 @pytest.mark.parametrize(("bits", "span"), [({}, 4), ({"up": 8}, 1)])
 def test_a_packed_linear_has_the_span_of_its_activation_while_that_has_4_bits(bits, span):
     held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]").replace("None, 0, 4)", "None, 0, 4, 4)")
-    wanted = PLANNED.replace("None, 0, 4)", "None, 0, 4, 4)")
+    wanted = planned().replace("None, 0, 4)", "None, 0, 4, 4)")
     ran = assert_pass(held, Plan(), wanted, first=[Normalize()], run=False, activation_bits=bits)
     assert ran.plan[0].span == span
 
@@ -267,10 +274,11 @@ def test_a_packed_linear_cannot_be_kept_any_more():
         assert_pass(held, Plan(), first=[Normalize()], run=False, keep=["up"])
 
 
-def test_beside_packed_linears_a_recipe_puts_no_others_in_4_bits():
+@pytest.mark.parametrize("decision", ["hif4", "high_precision"])
+def test_beside_packed_linears_a_recipe_decides_on_the_others(decision):
     held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
-    recipe = {"blocks.0.down": Attachment("hif4", "in the budget")}
-    assert_pass(held, Plan(), PLANNED, first=[Normalize()], run=False, recipe=recipe)
+    recipe = {"blocks.0.down": Attachment(decision, "a recipe")}
+    assert_pass(held, Plan(), planned(f"{decision}: a recipe"), first=[Normalize()], run=False, recipe=recipe)
 
 
 # Programs ask for the kind of a reason, not for its words.
@@ -300,5 +308,6 @@ def test_the_kind_of_a_type_and_of_what_is_packed():
     run_passes(graph, Plan())
     assert [decision.cause for decision in graph.context.plan] == [Cause.DTYPE]
     held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
-    ran = assert_pass(held, Plan(), PLANNED, first=[Normalize()], run=False)
+    left = planned("high_precision: not packed")
+    ran = assert_pass(held, Plan(), left, first=[Normalize()], run=False, recipe=LEFT)
     assert [decision.cause for decision in ran.plan] == [Cause.PACKED, Cause.NOT_PACKED]

@@ -222,7 +222,7 @@ _CHANGES = {
     Cause.SHAPE: _MODEL,
     Cause.REGION: "only the model: linears outside of torch.cond, while_loop, map and the like",
     Cause.CLASS: "only the model: plain nn.Linear modules whose own forward runs are packed",
-    Cause.NOT_PACKED: "tahf4.dequantize_ and tahf4.quantize_ again, with the linear in the model",
+    Cause.NOT_PACKED: "tahf4.dequantize_ and tahf4.quantize_ again, if it is a plain nn.Linear",
     Cause.ADAPTER: "nothing: adapters stay in high precision; fuse one into its linear before packing",
     Cause.STEP: "recipe.high_precision_steps without the step",
     Cause.NOT_REWRITTEN: "the passes: disable_passes left the rewrite out, or a pass of your own did not carry it out",
