@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..torch_private.frames import caller_that_holds
+from ..torch_private.frames import caller_that_holds, running_around
 from .attachments import refresh
 from .blocks import block_of, container_paths, module_blocks
 from .linears import adapters, linear_weights, packed_weights, plain_path, raw_matrices
-from .parts import full_class_name
+from .parts import class_name, full_class_name
 
 __all__ = ["Surroundings"]
 
@@ -32,6 +32,8 @@ class Surroundings:
         classes: ``module path -> class name`` of its modules but containers, with the Python module that defines the
             class.
         containers: paths of its ``ModuleList`` and ``ModuleDict``.
+        within: class name of the model that called it, if it is one of that model's repeated blocks or a part of one;
+            otherwise ``""``.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -44,6 +46,7 @@ class Surroundings:
         self.blocks: dict[str, str] = {}
         self.classes: dict[str, str] = {}
         self.containers: set[str] = set()
+        self.within = ""
         if module is not None:
             self.blocks = module_blocks(module)
             self.containers = container_paths(module)
@@ -63,7 +66,10 @@ class Surroundings:
         """
         holders = {caller_that_holds(part) or (part if isinstance(part, nn.Module) else None) for part in parts}
         holders.discard(None)
-        return cls(holders.pop() if len(holders) == 1 else None)
+        found = cls(module := holders.pop() if len(holders) == 1 else None)
+        if module is not None:
+            found.within = next((class_name(m) for m in running_around(module) if _in_a_block(module, m)), "")
+        return found
 
     @property
     def root(self) -> nn.Module | None:
@@ -118,3 +124,10 @@ class Surroundings:
         for weight in weights:
             if self.path(weight) is None and (module := caller_that_holds(weight)) is not None:
                 self.add(module)
+
+
+def _in_a_block(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module is a repeated block of a model, or a part of one."""
+    blocks = module_blocks(model)
+    named = model.named_modules(remove_duplicate=False)
+    return any(block_of(f"{plain_path(path)}.", blocks) is not None for path, inner in named if inner is module)

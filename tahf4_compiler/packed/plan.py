@@ -85,6 +85,7 @@ def plan_modules(
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     blocks, beside = module_blocks(model), adapters(model)
+    one_block = "" if blocks else "the model has no repeated blocks and counts as one block"
     names = model.named_modules(remove_duplicate=False)  # a module with several is in a block by any of them
     around = {module: block for name, module in names if (block := block_of(plain_path(name), blocks)) is not None}
     named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
@@ -104,7 +105,7 @@ def plan_modules(
             checked,
             adapter_obstacle(beside.get(path)) or _obstacle(path, module, model, others),
             attachment_of(path, module, given),
-            role_of(around.get(module) or shared.get(id(module._parameters.get("weight"))), not blocks),
+            role_of(around.get(module) or shared.get(id(module._parameters.get("weight"))), one_block),
             min_features,
             has_recipe,
         )

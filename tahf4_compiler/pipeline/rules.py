@@ -46,18 +46,17 @@ class Role:
     reason: Reason
 
 
-def role_of(block: tuple[str, str] | None, alone: bool, whole: str = "model") -> Role:
+def role_of(block: tuple[str, str] | None, one_block: str = "") -> Role:
     """Return where a linear stands.
 
     Args:
         block: path and class name of the repeated block around it, or None.
-        alone: whether there are no repeated blocks, so that all counts as one.
-        whole: what all is called.
+        one_block: why all that is planned counts as one block, if it does.
     """
     if block is not None:
         return Role(True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})"))
-    if alone:
-        return Role(True, Reason(Cause.BODY, f"the {whole} has no repeated blocks and counts as one block"))
+    if one_block:
+        return Role(True, Reason(Cause.BODY, one_block))
     return Role(False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks"))
 
 

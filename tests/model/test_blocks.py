@@ -191,6 +191,6 @@ def test_the_block_around_a_path():
 
 
 def test_where_a_linear_stands_has_a_kind():
-    inside, whole, outside = role_of(("blocks.0", "Block"), False), role_of(None, True), role_of(None, False)
+    inside, whole, outside = role_of(("blocks.0", "Block")), role_of(None, "all is one block"), role_of(None)
     assert (inside.body, whole.body, outside.body) == (True, True, False)
     assert [role.reason.cause for role in (inside, whole, outside)] == [Cause.BODY, Cause.BODY, Cause.BOUNDARY]

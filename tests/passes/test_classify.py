@@ -206,6 +206,78 @@ def test_attributes_of_another_structure_are_none():
     assert_pass(plain(text), Classify(), alone(text))
 
 
+# A module that holds repetition, and is a block itself.
+
+HOLDER = """
+    x: f32[4, 64]
+    q: param[64, 64]
+    u0: param[256, 64]
+    d0: param[64, 256]
+    u1: param[256, 64]
+    d1: param[64, 256]
+    @ attn net.Attention
+    a = linear(x, q){attn}
+    @
+    r = add(x, a)
+    @ mlp net.Mlp
+    h0 = linear(r, u0){first}
+    y0 = linear(h0, d0){first}
+    @ other net.Mlp
+    h1 = linear(r, u1){second}
+    y1 = linear(h1, d1){second}
+    @
+    s = add(y0, y1)
+    t = add(r, s)
+    v = view(t, [2, 2, 64])
+    return v
+"""
+
+
+def held(text, attn):
+    first, second = (f"  # body: in repeated block {path} (Mlp)" for path in ("mlp", "other"))
+    return text.format(attn=attn, first=first, second=second)
+
+
+def test_what_adds_to_its_input_in_the_width_of_its_parts_is_a_block(caplog):
+    text = HOLDER.format(attn="", first="", second="")
+    assert_pass(text, Classify(), held(HOLDER, "  # body: the graph adds to its input and counts as one block"))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("t = add(r, s)", "t = mul(r, s)", id="does not add"),
+        pytest.param("r = add(x, a)", "r = gelu(a)", id="adds to no input"),
+        pytest.param("return v", "return x", id="returns its input"),
+        pytest.param("x: f32[4, 64]", "x: param[4, 64]", id="adds to a parameter"),
+    ],
+)
+def test_linears_beside_parts_that_repeat_side_by_side_are_named(old, new, caplog):
+    text = HOLDER.replace(old, new)
+    assert_pass(
+        text.format(attn="", first="", second=""), Classify(), held(text, "  # boundary: outside the repeated blocks")
+    )
+    assert "1 linears stay in high precision because they stand beside mlp, other" in caplog.text
+
+
+def test_parts_that_read_another_width_than_the_input_has_make_no_block():
+    text = HOLDER.replace("q: param[64, 64]", "q: param[64, 64]\n e: param[32, 64]\n f: param[64, 32]")
+    for name in ("u0", "u1"):
+        text = text.replace(f"{name}: param[256, 64]", f"{name}: param[256, 32]")
+    text = text.replace("    @ mlp net.Mlp", "    n = linear(r, e){attn}\n    @ mlp net.Mlp")
+    text = text.replace("linear(r, u", "linear(n, u")
+    text = text.replace(" f: param[64, 32]", "")
+    assert_pass(
+        text.format(attn="", first="", second=""), Classify(), held(text, "  # boundary: outside the repeated blocks")
+    )
+
+
+def test_parts_that_follow_each_other_are_blocks_without_a_warning(caplog):
+    assert_pass(plain(BLOCKS), Classify(), found(BLOCKS))
+    assert not caplog.text
+
+
 # A container with one member.
 
 LONE = """
