@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -41,7 +41,8 @@ class Classify(Pass):
 
     All linears of a graph are body if the graph is one block by itself: if a model called it that has the compiled
     module among its repeated blocks, as with ``compile_repeated_blocks``; if neither the graph nor the module has any
-    repetition; or if the graph returns its input and what it adds to that, in the width of the parts that repeat.
+    repetition; or if it returns its input and what it adds to that, in the width of the parts that repeat, and these
+    are no members of a container that follow each other.
 
     A linear belongs to the modules around its weight's name, however the forward came to it. Where no module is known,
     it belongs to those that were called.
@@ -54,14 +55,14 @@ class Classify(Pass):
         """Annotate ``node.meta["tahf4_role"]``."""
         graph = graph_module.graph
         model = context.surroundings.within
-        blocks, apart = self.repeated_blocks(graph, context) if not model else ({}, False)
+        blocks, listed = self.repeated_blocks(graph, context) if not model else ({}, False)
         partial = self.partial_containers(graph, context) if not model else set()
         one_block = ""
         if model:
             one_block = f"in a repeated block of {model}"
         elif not blocks and not context.surroundings.blocks:
             one_block = "the graph has no repeated blocks and counts as one block"
-        elif _adds_to_its_input(graph, context, blocks):
+        elif not listed and _adds_to_its_input(graph, context, blocks):
             one_block = "the graph adds to its input and counts as one block"
         bodies: dict[fx.Node, Role] = {}
         for node in all_linears(graph):
@@ -79,11 +80,11 @@ class Classify(Pass):
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         outside = [node for node in all_linears(graph) if not node.meta[ROLE].body and not _is_adapter(node, context)]
-        if apart and outside:
+        if len(blocks) > 1 and not listed and outside:
             names = [_path(node, context) or node.name for node in outside]
             log.warning(
-                "%d linears stay in high precision because they stand beside %s, which repeat and do not read each "
-                "other: %s. If a larger model repeats all of this, call that model: they run in 4 bits then",
+                "%d linears stay in high precision because they stand beside %s, which repeat: %s. If a larger model "
+                "repeats all of this, call that model: they run in 4 bits then",
                 len(names), _ranges(blocks), ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
             )  # fmt: skip
         return PassResult(graph_module, modified=False)
@@ -92,16 +93,19 @@ class Classify(Pass):
         """Return ``module path -> class name`` of the outermost repeated blocks of a graph.
 
         Returns:
-            The blocks, and whether none of them reads what another wrote.
+            The blocks, and whether there are members of a container among them that read what another wrote. If not,
+            they may be parts of a block.
         """
         modules, flow = _modules(graph, context), _dataflow(graph)
+        inside = context.surroundings.inside
         members = {}
         for path, module in modules.items():
+            # What a module holds counts, as in its tree: not what this graph calls of it, nor how often.
+            shapes = inside.get(path, _shapes(module.linears)) if module.linears else []
             structure = None if in_container(path, context.surroundings.containers) else ""
-            if structure is not None and len(module.linears) >= self.min_linears:
+            if structure is not None and len(shapes) >= self.min_linears:
                 structure = _structure(module)
-            size = sum(map(_weight_size, module.linears))
-            members[path] = Member(module.cls, len(module.linears), size, structure)
+            members[path] = Member(module.cls, shapes, structure)
 
         @functools.cache
         def reached(path: str) -> set[fx.Node]:
@@ -111,25 +115,27 @@ class Classify(Pass):
         def follows(first: str, second: str) -> bool:
             return any(node in reached(first) for node in modules[second].linears)
 
-        total = sum(_weight_size(node) for node in all_linears(graph) if not _is_adapter(node, context))
+        unseen = [n for n in all_linears(graph) if not _is_adapter(n, context) and not _is_seen(n, context)]
+        total = sum(n * k for n, k in [*inside.get("", []), *_shapes(unseen)])
         found = repeated_blocks(
             members, follows, total, min_linears=self.min_linears, min_linears_alone=self.min_linears_alone
         )
-        return found, len(found) > 1 and not any(follows(*pair) for pair in itertools.permutations(found, 2))
+        listed = [path for path in found if members[path].structure is None]
+        return found, any(follows(*pair) for pair in itertools.permutations(listed, 2))
 
     def partial_containers(self, graph: fx.Graph, context: Context) -> set[str]:
         """Return the compiled module's block containers that a graph after a graph break holds only partly.
 
         Where all members are in the graph, each with enough linears, the flow between them has already decided.
         """
-        held: Counter[str] = Counter()
+        held: dict[str, set[fx.Node]] = defaultdict(set)
         for node in all_linears(graph):
             path = _path(node, context)
             block = context.surroundings.block_of(path) if path is not None else None
             if block is not None:
-                held[block[0]] += 1
+                held[block[0]].add(_source(node))
         return {
-            block.rpartition(".")[0] for block in context.surroundings.blocks if held[block] < self.min_linears
+            block.rpartition(".")[0] for block in context.surroundings.blocks if len(held[block]) < self.min_linears
         }
 
 
@@ -157,6 +163,15 @@ def _path(node: fx.Node, context: Context) -> str | None:
     if source is None:
         return None
     return context.surroundings.place(context.inputs[source.meta[INPUT].index]) or context.module_of(source)
+
+
+def _is_seen(node: fx.Node, context: Context) -> bool:
+    """Whether the tree of modules shows what a linear reads: a module in a plain list it does not."""
+    source = _source(node).meta.get(INPUT)
+    if not isinstance(source, GraphInput | PackedInput):
+        return False
+    index = source.index if isinstance(source, GraphInput) else source.positions[0]
+    return context.surroundings.path(context.inputs[index]) is not None
 
 
 def _modules_around(node: fx.Node, context: Context) -> dict[str, str]:
@@ -256,11 +271,10 @@ def _features(node: fx.Node) -> int:
     return size_hint(node_arg(quantization or node, 0).meta["val"].shape[-1])
 
 
-def _weight_size(node: fx.Node) -> int:
-    weight = weight_of(node)
-    assert weight is not None
-    size = weight.meta["val"].numel()
-    return size if node.target is LINEAR else 2 * size  # two codes a byte
+def _shapes(nodes: Iterable[fx.Node]) -> list[tuple[int, int]]:
+    """Return ``[N, K]`` of the weights that linears read: of each weight once, however often it is called."""
+    weights = {_source(node): ((1, *_weight_shape(node)[:-1])[-1], _features(node)) for node in nodes}
+    return [*weights.values()]
 
 
 def _ranges(paths: Iterable[str]) -> str:
