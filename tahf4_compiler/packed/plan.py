@@ -29,6 +29,7 @@ from ..pipeline.rules import (
     Facts,
     Role,
     adapter_obstacle,
+    bias_obstacle,
     decide,
     dtype_obstacle,
     role_of,
@@ -299,4 +300,7 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         return Reason(Cause.CLASS, text)
     if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
         return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")
+    bias = module._parameters.get("bias")
+    if bias is not None and (reason := bias_obstacle(bias.shape, module.out_features)) is not None:
+        return reason
     return dtype_obstacle("weight", weight.dtype)

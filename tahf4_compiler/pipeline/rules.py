@@ -18,6 +18,7 @@ __all__ = [
     "Facts",
     "Role",
     "adapter_obstacle",
+    "bias_obstacle",
     "decide",
     "dtype_obstacle",
     "effective_span",
@@ -139,6 +140,13 @@ def tensor_obstacle(weight: object) -> Reason | None:
     if not isinstance(weight, torch.Tensor) or type(weight) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
         return None
     return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
+
+
+def bias_obstacle(shape: Sequence[int], n: int) -> Reason | None:
+    """Return why a linear cannot be packed whose bias is not ``[N]``, which is all that kernels read; or None."""
+    if tuple(shape) == (n,):
+        return None
+    return Reason(Cause.SHAPE, f"shape: the bias is {tuple(shape)}, expected {(n,)}")
 
 
 def span_obstacle(bits: int, masked: bool, hadamard_block: int) -> str | None:

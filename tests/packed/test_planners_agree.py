@@ -411,3 +411,13 @@ def test_a_linear_without_its_weight_yet_is_none():
         plan = tahf4.quantize_(model)
         torch.testing.assert_close(model(x), want)
     assert "extra" not in {d.module for d in plan} and sum(d.decision == "hif4" for d in plan) == 4
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (1,), ()])
+def test_a_bias_that_is_spread_over_the_product(shape):
+    model, x = Stack(2).eval().requires_grad_(False), torch.randn(4, 64)
+    model.blocks[0].up.bias = nn.Parameter(torch.randn(shape), requires_grad=False)
+    graph, modules = plans(model, (x,))
+    assert graph == modules and modules["blocks.0.up"] == ("high_precision", Cause.SHAPE)
+    tahf4.quantize_(model)
+    assert type(model.blocks[0].up) is nn.Linear and model(x).isfinite().all()
