@@ -8,6 +8,7 @@ boundary must not depend on that, so both are decided by a weight's path in the 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -33,8 +34,8 @@ class Surroundings:
             class.
         containers: paths of its ``ModuleList`` and ``ModuleDict``.
         inside: for each module path the weights of the linears that it holds, called or not, as ``[N, K]``.
-        within: class name of the model that called it, if it is one of that model's repeated blocks or a part of one;
-            otherwise ``""``.
+        within: class name of the model that called it, if it is one of several repeated blocks of that model, or a part
+            of one; otherwise ``""``.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -130,7 +131,12 @@ class Surroundings:
 
 
 def _in_a_block(module: nn.Module, model: nn.Module) -> bool:
-    """Whether a module is a repeated block of a model, or a part of one."""
+    """Whether a module is one of several repeated blocks of a model, or a part of one.
+
+    A single one may be a whole model, as after a preprocessor in an ``nn.Sequential``.
+    """
     blocks = module_blocks(model)
+    kinds = Counter((path.rpartition(".")[0], cls) for path, cls in blocks.items())
     named = model.named_modules(remove_duplicate=False)
-    return any(block_of(f"{plain_path(path)}.", blocks) is not None for path, inner in named if inner is module)
+    around = [block_of(f"{plain_path(path)}.", blocks) for path, inner in named if inner is module]
+    return any(kinds[found[0].rpartition(".")[0], found[1]] > 1 for found in around if found is not None)

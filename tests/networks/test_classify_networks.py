@@ -209,10 +209,15 @@ def test_a_block_that_holds_repetition_is_all_body_where_its_model_calls_it(list
     assert not said(caplog, "passes.classify")
 
 
-def test_what_a_model_calls_outside_of_its_blocks_is_planned_by_itself(tmp_path):
-    model = Stack(2).eval().requires_grad_(False)
-    model.last = Holder(False).requires_grad_(False)
-    model.last.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
+@pytest.mark.parametrize("single", [False, True])
+def test_what_a_model_calls_outside_of_its_blocks_is_planned_by_itself(single, tmp_path):
+    model = Stack(2)
+    model.last = Holder(False)
+    if single:  # of its class in a container, with most weights: a block if all is compiled, but it may be a model
+        model = nn.Sequential(nn.Linear(64, 64), model.last)
+    model.eval().requires_grad_(False)
+    part = model[1] if single else model.last
+    part.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
     model(torch.randn(4, 64))
     (plan,) = plans(tmp_path)
     assert kept(plan) == {"attn"} and len(plan) == 5
