@@ -331,6 +331,13 @@ def test_weights_count_however_often_they_are_called(model, last):
     assert graph.items() <= modules.items() and graph["last"][1] is last
 
 
+def test_an_embedder_and_a_head_of_one_class():
+    model = nn.Sequential(Embedder(64, 64), Block(), Block(), Embedder(64, 64), nn.Linear(64, 600))
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph == modules
+    assert {path for path, (d, _) in graph.items() if d == "hif4"} == {"1.up", "1.down", "2.up", "2.down"}
+
+
 class Conditional(nn.Module):
     """Blocks of less than half of the weights."""
 
