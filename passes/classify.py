@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,13 +14,17 @@ import networkx as nx
 import torch
 from torch import fx
 
-from ..graph.inputs import INPUT, ROLE, HeldWeight, PackedInput
-from ..graph.nodes import LINEAR, module_classes, node_arg, weight_input
+from ..graph.inputs import INPUT, ROLE, GraphInput, HeldWeight, PackedInput
+from ..graph.nodes import LINEAR, is_view, module_classes, node_arg, size_hint, weight_input
 from ..model.blocks import MIN_LINEARS, MIN_LINEARS_ALONE, Member, in_container, repeated_blocks
+from ..model.linears import named_linears
+from ..pipeline.activations import quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
 from ..pipeline.rules import Role, role_of
 
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
 PACKED_LINEAR = torch.ops.tahf4.linear.default
 
 
@@ -31,8 +37,12 @@ class Classify(Pass):
     blocks in whatever order they run: members of a container, or attributes of one parent whose graphs are the same
     (Weisfeiler-Lehman hash). The only member of a container is a block if it holds ``min_linears_alone`` linears.
     Embedders that only stand side by side are no blocks. A tree of modules cannot tell them from blocks if they have
-    the width of blocks (:func:`tahf4_compiler.plan_modules`). A graph without repetition, inside a module
-    without any, is one block by itself: so ``compile_repeated_blocks`` sees it.
+    the width of blocks (:func:`tahf4_compiler.plan_modules`).
+
+    All linears of a graph are body if the graph is one block by itself: if a model called it that has the compiled
+    module among its repeated blocks, as with ``compile_repeated_blocks``; if neither the graph nor the module has any
+    repetition; or if it returns its input and what it adds to that, in the width of the parts that repeat, and these
+    are no members of a container that follow each other.
 
     A linear belongs to the modules around its weight's name, however the forward came to it. Where no module is known,
     it belongs to those that were called.
@@ -44,9 +54,16 @@ class Classify(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Annotate ``node.meta["tahf4_role"]``."""
         graph = graph_module.graph
-        blocks = self.repeated_blocks(graph, context)
-        partial = self.partial_containers(graph, context)
-        alone = not blocks and not context.surroundings.blocks
+        model = context.surroundings.within
+        blocks, listed = self.repeated_blocks(graph, context) if not model else ({}, False)
+        partial = self.partial_containers(graph, context) if not model else set()
+        one_block = ""
+        if model:
+            one_block = f"in a repeated block of {model}"
+        elif not blocks and not context.surroundings.blocks:
+            one_block = "the graph has no repeated blocks and counts as one block"
+        elif not listed and _adds_to_its_input(graph, context, blocks):
+            one_block = "the graph adds to its input and counts as one block"
         bodies: dict[fx.Node, Role] = {}
         for node in all_linears(graph):
             context.matched(node)
@@ -54,7 +71,7 @@ class Classify(Pass):
             if block is None and (path := _path(node, context)) is not None:
                 known = context.surroundings.block_of(path)
                 block = known if known is not None and known[0].rpartition(".")[0] in partial else None
-            node.meta[ROLE] = role_of(block, alone, "graph")
+            node.meta[ROLE] = role_of(block, one_block)
             if node.meta[ROLE].body:
                 bodies.setdefault(_source(node), node.meta[ROLE])
         for node in all_linears(graph):  # one weight has one place, also where it is called outside of its block
@@ -62,18 +79,33 @@ class Classify(Pass):
                 node.meta[ROLE] = bodies.get(_source(node), node.meta[ROLE])
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
+        outside = [node for node in all_linears(graph) if not node.meta[ROLE].body and not _is_adapter(node, context)]
+        if len(blocks) > 1 and not listed and outside:
+            names = [_path(node, context) or node.name for node in outside]
+            log.warning(
+                "%d linears stay in high precision because they stand beside %s, which repeat: %s. If a larger model "
+                "repeats all of this, call that model: they run in 4 bits then",
+                len(names), _ranges(blocks), ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
+            )  # fmt: skip
         return PassResult(graph_module, modified=False)
 
-    def repeated_blocks(self, graph: fx.Graph, context: Context) -> dict[str, str]:
-        """Return ``module path -> class name`` of the outermost repeated blocks of a graph."""
+    def repeated_blocks(self, graph: fx.Graph, context: Context) -> tuple[dict[str, str], bool]:
+        """Return ``module path -> class name`` of the outermost repeated blocks of a graph.
+
+        Returns:
+            The blocks, and whether there are members of a container among them that read what another wrote. If not,
+            they may be parts of a block.
+        """
         modules, flow = _modules(graph, context), _dataflow(graph)
+        inside = context.surroundings.inside
         members = {}
         for path, module in modules.items():
+            # What a module holds counts, as in its tree: not what this graph calls of it, nor how often.
+            shapes = inside.get(path, _shapes(module.linears)) if module.linears else []
             structure = None if in_container(path, context.surroundings.containers) else ""
-            if structure is not None and len(module.linears) >= self.min_linears:
+            if structure is not None and len(shapes) >= self.min_linears:
                 structure = _structure(module)
-            size = sum(map(_weight_size, module.linears))
-            members[path] = Member(module.cls, len(module.linears), size, structure)
+            members[path] = Member(module.cls, shapes, structure)
 
         @functools.cache
         def reached(path: str) -> set[fx.Node]:
@@ -83,24 +115,27 @@ class Classify(Pass):
         def follows(first: str, second: str) -> bool:
             return any(node in reached(first) for node in modules[second].linears)
 
-        total = sum(_weight_size(node) for node in all_linears(graph) if not _is_adapter(node, context))
-        return repeated_blocks(
+        unseen = [n for n in all_linears(graph) if not _is_adapter(n, context) and not _is_seen(n, context)]
+        total = sum(n * k for n, k in [*inside.get("", []), *_shapes(unseen)])
+        found = repeated_blocks(
             members, follows, total, min_linears=self.min_linears, min_linears_alone=self.min_linears_alone
         )
+        listed = [path for path in found if members[path].structure is None]
+        return found, any(follows(*pair) for pair in itertools.permutations(listed, 2))
 
     def partial_containers(self, graph: fx.Graph, context: Context) -> set[str]:
         """Return the compiled module's block containers that a graph after a graph break holds only partly.
 
         Where all members are in the graph, each with enough linears, the flow between them has already decided.
         """
-        held: Counter[str] = Counter()
+        held: dict[str, set[fx.Node]] = defaultdict(set)
         for node in all_linears(graph):
             path = _path(node, context)
             block = context.surroundings.block_of(path) if path is not None else None
             if block is not None:
-                held[block[0]] += 1
+                held[block[0]].add(_source(node))
         return {
-            block.rpartition(".")[0] for block in context.surroundings.blocks if held[block] < self.min_linears
+            block.rpartition(".")[0] for block in context.surroundings.blocks if len(held[block]) < self.min_linears
         }
 
 
@@ -128,6 +163,15 @@ def _path(node: fx.Node, context: Context) -> str | None:
     if source is None:
         return None
     return context.surroundings.place(context.inputs[source.meta[INPUT].index]) or context.module_of(source)
+
+
+def _is_seen(node: fx.Node, context: Context) -> bool:
+    """Whether the tree of modules shows what a linear reads: a module in a plain list it does not."""
+    source = _source(node).meta.get(INPUT)
+    if not isinstance(source, GraphInput | PackedInput):
+        return False
+    index = source.index if isinstance(source, GraphInput) else source.positions[0]
+    return context.surroundings.path(context.inputs[index]) is not None
 
 
 def _modules_around(node: fx.Node, context: Context) -> dict[str, str]:
@@ -173,6 +217,30 @@ def _modules(graph: fx.Graph, context: Context) -> dict[str, _Module]:
     return modules
 
 
+def _adds_to_its_input(graph: fx.Graph, context: Context, blocks: Iterable[str]) -> bool:
+    """Whether a whole module returns its input and what it adds to that, in the width that its blocks read.
+
+    A network does not: it has to bring its input to that width, and its output from there.
+    """
+    root = context.surroundings.root
+    paths = {_path(node, context) for node in all_linears(graph)}
+    if root is None or any(path not in paths for path, _ in named_linears(root)):
+        return False  # a piece of the module
+    modules = _modules(graph, context)
+    widths = {_features(modules[path].linears[0]) for path in blocks}
+    todo = [(node, False) for node in graph.output_node().all_input_nodes]
+    for node, added in todo:  # grows
+        if node.op == "placeholder" and added and isinstance(node.meta[INPUT], GraphInput):
+            shape = getattr(node.meta["val"], "shape", ())
+            if node.meta[INPUT].kind == "user" and widths == {size_hint(size) for size in shape[-1:]}:
+                return True
+        elif node.target in (aten.add.Tensor, aten.add_.Tensor):
+            todo += [(source, True) for source in node.all_input_nodes if (source, True) not in todo]
+        elif is_view(node):
+            todo.append((node_arg(node, 0), added))
+    return False
+
+
 def _dataflow(graph: fx.Graph) -> nx.DiGraph:
     flow = nx.DiGraph()
     flow.add_nodes_from(graph.nodes)
@@ -198,11 +266,15 @@ def _weight_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(weight.meta["val"].shape) if weight is not None else ()
 
 
-def _weight_size(node: fx.Node) -> int:
-    weight = weight_of(node)
-    assert weight is not None
-    size = weight.meta["val"].numel()
-    return size if node.target is LINEAR else 2 * size  # two codes a byte
+def _features(node: fx.Node) -> int:
+    quantization = quantization_of(node)
+    return size_hint(node_arg(quantization or node, 0).meta["val"].shape[-1])
+
+
+def _shapes(nodes: Iterable[fx.Node]) -> list[tuple[int, int]]:
+    """Return ``[N, K]`` of the weights that linears read: of each weight once, however often it is called."""
+    weights = {_source(node): ((1, *_weight_shape(node)[:-1])[-1], _features(node)) for node in nodes}
+    return [*weights.values()]
 
 
 def _ranges(paths: Iterable[str]) -> str:

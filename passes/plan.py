@@ -20,7 +20,16 @@ from ..options import bits_for
 from ..pipeline.activations import bits_of, form_of, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision, branch_bytes
-from ..pipeline.rules import MIN_FEATURES, Facts, Role, adapter_obstacle, decide, dtype_obstacle, tensor_obstacle
+from ..pipeline.rules import (
+    MIN_FEATURES,
+    Facts,
+    Role,
+    adapter_obstacle,
+    bias_obstacle,
+    decide,
+    dtype_obstacle,
+    tensor_obstacle,
+)
 from ..weights.held import packed_products
 from .classify import all_linears
 
@@ -144,6 +153,9 @@ def _obstacle(node: fx.Node, source: fx.Node | None, example: Any) -> Reason | N
     value = source.meta["val"]
     if value.dim() != 2:
         return Reason(Cause.SHAPE, f"shape: the weight has {value.dim()} axes, not 2")
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if isinstance(bias, fx.Node) and (reason := bias_obstacle(bias.meta["val"].shape, value.shape[0])) is not None:
+        return reason
     return dtype_obstacle("weight", value.dtype) or dtype_obstacle("activation", node_arg(node, 0).meta["val"].dtype)
 
 

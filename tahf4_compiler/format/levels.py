@@ -21,7 +21,7 @@ NAN_SCALE = 0xFF
 """The level-1 scale of a unit of NaN."""
 
 LEAST_ERROR_SCALES = 4
-"""Level-1 scales that the rounding ``"least_error"`` tries: one of each mantissa."""
+"""Level-1 scales that the rounding ``"least_error"`` tries: one of each mantissa, or fewer at the upper end."""
 
 _MIN_SCALE = 2.0**-48
 _MAX_SCALE = 49152.0  # 1.5 * 2**15

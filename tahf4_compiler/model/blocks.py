@@ -23,6 +23,7 @@ __all__ = [
     "block_of",
     "container_paths",
     "in_container",
+    "linears_inside",
     "module_blocks",
     "repeated_blocks",
 ]
@@ -43,16 +44,34 @@ class Member:
 
     Attributes:
         cls: name of its class, with its module.
-        linears: how many it holds, at any depth.
-        size: values of their weights.
+        shapes: ``[N, K]`` of the weights of the linears that it holds, at any depth, in order.
         structure: equal for modules that compute the same with other weights; None for a member of a container,
             whose place says it.
     """
 
     cls: str
-    linears: int
-    size: int
+    shapes: Sequence[tuple[int, int]]
     structure: Hashable
+
+    @property
+    def linears(self) -> int:
+        """How many linears it holds."""
+        return len(self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Values of their weights."""
+        return sum(n * k for n, k in self.shapes)
+
+    @property
+    def reads(self) -> int:
+        """Features that its first linear reads."""
+        return _stream(self.shapes)[0][1]
+
+    @property
+    def writes(self) -> int:
+        """Features that its last linear writes."""
+        return _stream(self.shapes)[-1][0]
 
 
 def repeated_blocks(
@@ -66,11 +85,14 @@ def repeated_blocks(
     """Return ``module path -> class name`` of the outermost repeated blocks.
 
     Members of one container (``blocks.0``, ``blocks.1``, ...) of one class are blocks if each follows the one before or
-    is followed by the next. So are members of one container or attributes of one parent that are of one structure and
-    hold nearly all weights, in whatever order they run: they are no boundary of anything. Modules with such blocks
-    inside, as the towers of a model of two, are none themselves.
-    The only member of its class in a container is a block if it holds ``min_linears_alone`` linears, and either there
-    are other blocks or it holds half of the weights.
+    is followed by the next. Two are none that have all other blocks of their container between them, as an embedder and
+    a head of one class have.
+    Members of one container or attributes of one parent that are of one structure and hold nearly all weights are
+    blocks, in whatever order they run: they are no boundary of anything.
+    The only member of its class in a container is a block if it holds ``min_linears_alone`` linears, and either it
+    holds half of the weights, or there are other blocks and it writes as many features as it reads.
+    Towers are none, but the blocks inside of them: modules that hold half of their weights in blocks, and that stand
+    side by side or bring their input to the width of these blocks, and their output to another.
 
     Args:
         members: by module path, in order.
@@ -88,11 +110,17 @@ def repeated_blocks(
         for first, second in zip(paths, paths[1:], strict=False):
             if structure is None and follows(first, second):
                 found |= {path: _short(members[path].cls) for path in (first, second)}
-
+    ends = [path for paths in groups.values() if _are_ends(paths, found, list(members)) for path in paths]
+    found = {path: cls for path, cls in found.items() if path not in ends}
 
     def is_tower(path: str) -> bool:
         return 2 * sum(members[p].size for p in _outermost(found, f"{path}.")) >= members[path].size
 
+    def adapts_width(path: str) -> bool:
+        widths = {members[p].reads for p in _outermost(found, f"{path}.")}
+        return is_tower(path) and widths.isdisjoint((members[path].reads, members[path].writes))
+
+    found = {path: cls for path, cls in found.items() if not adapts_width(path)}
     for paths in groups.values():
         if len(paths) > 1 and 4 * sum(members[p].size for p in paths) >= 3 * total and not any(map(is_tower, paths)):
             found |= {path: _short(members[path].cls) for path in paths}
@@ -102,23 +130,26 @@ def repeated_blocks(
         if path in found or member.structure is not None or member.linears < min_linears_alone:
             continue
         beside = (o for p, o in members.items() if p != path and p.rpartition(".")[0] == parent)
-        if (found or 2 * member.size >= total) and not any(other.cls == member.cls for other in beside):
+        counts = (found and member.reads == member.writes) or 2 * member.size >= total
+        if counts and not any(other.cls == member.cls for other in beside) and not adapts_width(path):
             found[path] = _short(member.cls)
     return {path: found[path] for path in _outermost(found)}
 
 
-def module_blocks(model: nn.Module) -> dict[str, str]:
-    """Return ``module path -> class name`` of the outermost repeated blocks of a model, by its tree of modules."""
+def linears_inside(model: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return for each module the linears that it holds at any depth, called or not: ``path below it -> [N, K]``."""
     modules = {plain_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
     containers = container_paths(model)
     shapes: dict[str, tuple[int, int]] = {}  # of the weights, as [N, K]
+    tables = {id(weight) for path, weight in linear_weights(model) if isinstance(modules.get(path), _TABLES)}
     for path, weight in linear_weights(model):
-        if not isinstance(modules.get(path), _TABLES):
+        if id(weight) not in tables:  # by whatever name: a head may be tied to a table
             shapes[path] = weight.shape[0], weight.shape[1]
     for path, codes in packed_weights(model):
         shapes[path] = codes.shape[0], getattr(modules.get(path), "in_features", 2 * codes.shape[1])
     for path, linear in named_linears(model):  # also those whose weight is no parameter of their own
-        shapes.setdefault(path, (linear.out_features, linear.in_features))
+        if id(linear._parameters.get("weight")) not in tables:
+            shapes.setdefault(path, (linear.out_features, linear.in_features))
     for path in adapters(model):
         shapes.pop(path, None)
     members_of = [path for path in modules if in_container(path, containers)]
@@ -128,17 +159,24 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             shapes[path] = matrix.shape[0], matrix.shape[1]
     order = {path: i for i, path in enumerate(modules)}
     shapes = dict(sorted(shapes.items(), key=lambda e: order.get(e[0], order.get(e[0].rpartition(".")[0], 0))))
-    inside: dict[str, list[str]] = defaultdict(list)
-    for path in shapes:
+    inside: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    for path, shape in shapes.items():
         parts = path.split(".")
-        for i in range(1, len(parts) + 1):
-            inside[".".join(parts[:i])].append(path)
+        for i in range(len(parts) + 1):
+            above = ".".join(parts[:i])
+            inside[above][path.removeprefix(above)] = shape
+    return inside
+
+
+def module_blocks(model: nn.Module) -> dict[str, str]:
+    """Return ``module path -> class name`` of the outermost repeated blocks of a model, by its tree of modules."""
+    modules = {plain_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
+    containers, inside = container_paths(model), linears_inside(model)
     members: dict[str, Member] = {}
     for path, module in modules.items():
         if path and path in inside and path not in containers:
-            mine = [(name.removeprefix(path), shapes[name]) for name in inside[path]]
-            structure = None if in_container(path, containers) else tuple(mine)
-            members[path] = Member(full_class_name(module), len(mine), sum(n * k for _, (n, k) in mine), structure)
+            structure = None if in_container(path, containers) else tuple(inside[path].items())
+            members[path] = Member(full_class_name(module), [*inside[path].values()], structure)
 
     held: Counter[str] = Counter()  # values in each container, and in each module that is in none
     for path, member in members.items():
@@ -151,10 +189,12 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
         return all(held[container] >= size for name, size in held.items() if name not in around)
 
     def follows(first: str, second: str) -> bool:
-        written, read = (_stream([shapes[name] for name in inside[path]]) for path in (first, second))
-        if written[-1][0] == read[0][1]:
-            return True  # in the order of their declarations
+        written, read = (_stream(members[path].shapes) for path in (first, second))
         linears = min(len(written), len(read))
+        few = MIN_LINEARS < linears < MIN_LINEARS_ALONE
+        leads_out = any(all(n % k for _, k in written) for n, _ in written)  # read by none, not even in pieces
+        if written[-1][0] == read[0][1] and not (few and leads_out):
+            return True  # in the order of their declarations
         if linears <= MIN_LINEARS or {n for n, _ in written}.isdisjoint(k for _, k in read):
             return False
         # They fit in some order, as also heads do, of which only the last linear has another width. In a block such a
@@ -165,8 +205,18 @@ def module_blocks(model: nn.Module) -> dict[str, str]:
             return False
         return (read_on and linears >= MIN_LINEARS_ALONE) or is_largest(first.rpartition(".")[0])
 
-    total = sum(n * k for n, k in shapes.values())
+    total = sum(n * k for n, k in inside[""].values()) if inside else 0
     return repeated_blocks(members, follows, total)
+
+
+def _are_ends(paths: Sequence[str], blocks: Mapping[str, str], order: Sequence[str]) -> bool:
+    """Whether two blocks have all others of their container between them, as an embedder and a head have."""
+    if len(paths) != 2 or not blocks.keys() >= set(paths):
+        return False
+    container = "".join(paths[0].rpartition(".")[:2])
+    others = [p for p in blocks if p.startswith(container) and not any(f"{p}.".startswith(f"{end}.") for end in paths)]
+    first, last = (order.index(path) for path in paths)
+    return bool(others) and all(first < order.index(path) < last for path in others)
 
 
 def _stream(linears: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:

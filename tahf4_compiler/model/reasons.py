@@ -32,7 +32,7 @@ class Cause(StrEnum):
     WEIGHT = "weight"
     """Its weight is no plain parameter."""
     SHAPE = "shape"
-    """Its weight does not have two axes, or other sizes than its features."""
+    """Its weight does not have two axes, or weight or bias have other sizes than its features."""
     SMALL = "small"
     """It has few features: a unit would be mostly padding."""
     DTYPE = "dtype"

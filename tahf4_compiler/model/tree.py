@@ -8,17 +8,18 @@ boundary must not depend on that, so both are decided by a weight's path in the 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..torch_private.frames import caller_that_holds
+from ..torch_private.frames import caller_that_holds, running_around
 from .attachments import refresh
-from .blocks import block_of, container_paths, module_blocks
+from .blocks import block_of, container_paths, linears_inside, module_blocks
 from .linears import adapters, linear_weights, packed_weights, plain_path, raw_matrices
-from .parts import full_class_name
+from .parts import class_name, full_class_name
 
 __all__ = ["Surroundings"]
 
@@ -32,6 +33,9 @@ class Surroundings:
         classes: ``module path -> class name`` of its modules but containers, with the Python module that defines the
             class.
         containers: paths of its ``ModuleList`` and ``ModuleDict``.
+        inside: for each module path the weights of the linears that it holds, called or not, as ``[N, K]``.
+        within: class name of the model that called it, if it is one of several repeated blocks of that model, or a part
+            of one; otherwise ``""``.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -44,9 +48,12 @@ class Surroundings:
         self.blocks: dict[str, str] = {}
         self.classes: dict[str, str] = {}
         self.containers: set[str] = set()
+        self.inside: dict[str, list[tuple[int, int]]] = {}
+        self.within = ""
         if module is not None:
             self.blocks = module_blocks(module)
             self.containers = container_paths(module)
+            self.inside = {path: [*held.values()] for path, held in linears_inside(module).items()}
             modules = [(plain_path(path), inner) for path, inner in module.named_modules(remove_duplicate=False)]
             self.classes = {path: full_class_name(inner) for path, inner in modules if path not in self.containers}
             weights = (*linear_weights(module), *packed_weights(module), *raw_matrices(module))
@@ -63,7 +70,10 @@ class Surroundings:
         """
         holders = {caller_that_holds(part) or (part if isinstance(part, nn.Module) else None) for part in parts}
         holders.discard(None)
-        return cls(holders.pop() if len(holders) == 1 else None)
+        found = cls(module := holders.pop() if len(holders) == 1 else None)
+        if module is not None:
+            found.within = next((class_name(m) for m in running_around(module) if _in_a_block(module, m)), "")
+        return found
 
     @property
     def root(self) -> nn.Module | None:
@@ -118,3 +128,15 @@ class Surroundings:
         for weight in weights:
             if self.path(weight) is None and (module := caller_that_holds(weight)) is not None:
                 self.add(module)
+
+
+def _in_a_block(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module is one of several repeated blocks of a model, or a part of one.
+
+    A single one may be a whole model, as after a preprocessor in an ``nn.Sequential``.
+    """
+    blocks = module_blocks(model)
+    kinds = Counter((path.rpartition(".")[0], cls) for path, cls in blocks.items())
+    named = model.named_modules(remove_duplicate=False)
+    around = [block_of(f"{plain_path(path)}.", blocks) for path, inner in named if inner is module]
+    return any(kinds[found[0].rpartition(".")[0], found[1]] > 1 for found in around if found is not None)

@@ -29,6 +29,7 @@ from ..pipeline.rules import (
     Facts,
     Role,
     adapter_obstacle,
+    bias_obstacle,
     decide,
     dtype_obstacle,
     role_of,
@@ -87,6 +88,7 @@ def plan_modules(
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     blocks, beside = module_blocks(model), adapters(model)
+    one_block = "" if blocks else "the model has no repeated blocks and counts as one block"
     names = model.named_modules(remove_duplicate=False)  # a module with several is in a block by any of them
     around = {module: block for name, module in names if (block := block_of(plain_path(name), blocks)) is not None}
     named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
@@ -106,7 +108,7 @@ def plan_modules(
             checked,
             adapter_obstacle(beside.get(path)) or _obstacle(path, module, model, others),
             attachment_of(path, module, given),
-            role_of(around.get(module) or shared.get(id(module._parameters.get("weight"))), not blocks),
+            role_of(around.get(module) or shared.get(id(module._parameters.get("weight"))), one_block),
             min_features,
             has_recipe,
         )
@@ -311,4 +313,7 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         return Reason(Cause.CLASS, text)
     if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
         return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")
+    bias = module._parameters.get("bias")
+    if bias is not None and (reason := bias_obstacle(bias.shape, module.out_features)) is not None:
+        return reason
     return dtype_obstacle("weight", weight.dtype)

@@ -18,6 +18,7 @@ __all__ = [
     "Facts",
     "Role",
     "adapter_obstacle",
+    "bias_obstacle",
     "decide",
     "dtype_obstacle",
     "effective_span",
@@ -46,18 +47,17 @@ class Role:
     reason: Reason
 
 
-def role_of(block: tuple[str, str] | None, alone: bool, whole: str = "model") -> Role:
+def role_of(block: tuple[str, str] | None, one_block: str = "") -> Role:
     """Return where a linear stands.
 
     Args:
         block: path and class name of the repeated block around it, or None.
-        alone: whether there are no repeated blocks, so that all counts as one.
-        whole: what all is called.
+        one_block: why all that is planned counts as one block, if it does.
     """
     if block is not None:
         return Role(True, Reason(Cause.BODY, f"in repeated block {block[0]} ({block[1]})"))
-    if alone:
-        return Role(True, Reason(Cause.BODY, f"the {whole} has no repeated blocks and counts as one block"))
+    if one_block:
+        return Role(True, Reason(Cause.BODY, one_block))
     return Role(False, Reason(Cause.BOUNDARY, "boundary: outside the repeated blocks"))
 
 
@@ -136,6 +136,13 @@ def tensor_obstacle(weight: object) -> Reason | None:
     if not isinstance(weight, torch.Tensor) or type(weight) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
         return None
     return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
+
+
+def bias_obstacle(shape: Sequence[int], n: int) -> Reason | None:
+    """Return why a linear cannot be packed whose bias is not ``[N]``, which is all that kernels read; or None."""
+    if tuple(shape) == (n,):
+        return None
+    return Reason(Cause.SHAPE, f"shape: the bias is {tuple(shape)}, expected {(n,)}")
 
 
 def span_obstacle(bits: int, masked: bool, hadamard_block: int) -> str | None:

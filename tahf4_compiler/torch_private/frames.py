@@ -21,6 +21,7 @@ __all__ = [
     "callers",
     "outermost_that_holds",
     "python_linears",
+    "running_around",
 ]
 
 
@@ -42,6 +43,8 @@ class Caller:
 
     def variable(self, name: str) -> Any:
         """Return a variable of the function, or None."""
+        if name not in self.code.co_varnames + self.code.co_freevars:
+            return None  # before Python 3.13, whoever looks leaves a copy of all variables in the frame, kept alive
         return self._frame.f_locals.get(name)
 
 
@@ -67,7 +70,12 @@ def caller_that_holds(part: object) -> nn.Module | None:
 
 def outermost_that_holds(part: nn.Module) -> nn.Module:
     """Return the outermost module that runs now and holds a module, compiled or not; else the module itself."""
-    return [part, *(module for _, module in _callers_that_hold(part))][-1]
+    return [part, *running_around(part)][-1]
+
+
+def running_around(part: nn.Module) -> list[nn.Module]:
+    """Return the other modules that run now and hold a module, compiled or not, the innermost first."""
+    return list(dict.fromkeys(module for _, module in _callers_that_hold(part) if module is not part))
 
 
 def _callers_that_hold(part: object) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from models import Block, Stack
 from torch import nn
@@ -147,6 +148,63 @@ def test_what_is_around_a_container_does_not_hold_more():
     assert module_blocks(whole) == {"1": "Module"}, "the only one of its class beside blocks"
 
 
+def around(*inside: nn.Module, ends: int = 64, count: int = 1) -> nn.Sequential:
+    """Return modules with as many of one class before them and one after them."""
+
+    def end() -> nn.Module:
+        return Chain((64, ends), (ends, 64))
+
+    return nn.Sequential(*(end() for _ in range(count)), *inside, end(), LAST)
+
+
+def test_an_embedder_and_a_head_of_one_class_are_none():
+    blocks = Block(), Block()
+    assert module_blocks(around(*blocks)) == {"1": "Block", "2": "Block"}
+    assert module_blocks(around(nn.ModuleList(blocks))) == {"1.0": "Block", "1.1": "Block"}
+    elsewhere = tree(inner=around(*blocks), more=nn.ModuleList(blocks))
+    assert module_blocks(elsewhere).keys() == {"inner.1", "inner.2", "more.0", "more.1"}
+    # But they are where others stand beside them, and where there are more of them or nothing is between them.
+    assert module_blocks(nn.Sequential(*around(*blocks), *blocks)).keys() == {*"012356"}
+    assert module_blocks(around(*blocks, count=2)).keys() == {*"01234"}
+    assert module_blocks(around(Four(), Chain((64, 64)))).keys() >= {"0", "3"}
+
+
+def test_blocks_of_two_kinds_in_turn_are_all_blocks():
+    turns = [make() for _ in range(2) for make in (Block, lambda: Chain(*UP_DOWN))]
+    assert module_blocks(nn.Sequential(*turns, LAST)).keys() == {*"0123"}
+
+
+def test_beside_blocks_a_single_member_that_reads_another_width_than_it_writes_is_none():
+    blocks = Block(), Block()
+    for other, found in ((Four(k=48), False), (Four(n=80), False), (Four(), True)):
+        model = nn.Sequential(other, nn.ModuleList(blocks), LAST)
+        assert ("0" in module_blocks(model)) is found
+
+
+def tower(k: int, n: int) -> nn.Module:
+    return tree(embed=nn.Linear(k, 64), blocks=members(*UP_DOWN), head=nn.Linear(64, n))
+
+
+def test_towers_in_a_list_are_none():
+    inside = {f"towers.{i}.blocks.{j}" for i in range(2) for j in range(2)}
+    for k, n, found in ((48, 48, inside), (48, 96, inside), (64, 48, inside), (64, 64, {"towers.0", "towers.1"})):
+        model = tree(towers=nn.ModuleList(tower(k, n) for _ in range(2)), last=LAST)
+        assert module_blocks(model).keys() == found
+    # Stages go on at the width that the one before has written.
+    stages = [tree(blocks=members(*UP_DOWN), down=nn.Linear(64, 128)), tree(blocks=members((128, 128), (128, 128)))]
+    assert module_blocks(tree(stages=nn.ModuleList(stages), last=LAST)).keys() == {"stages.0", "stages.1"}
+    assert module_blocks(nn.Sequential(nn.Linear(64, 48), tower(48, 48))).keys() == {"1.blocks.0", "1.blocks.1"}
+
+
+def test_heads_whose_width_no_other_linear_reads_are_none_wherever_they_declare_it():
+    heads = members((64, 64), (64, 32), (64, 64))
+    found = module_blocks(tree(blocks=members(*UP_DOWN, count=4), heads=heads))
+    assert found.keys() == {f"blocks.{i}" for i in range(4)}
+    for sizes in (((64, 96), (96, 64), (64, 64)), ((64, 192), *UP_DOWN)):  # the second shifts, scales and gates
+        found = module_blocks(tree(blocks=members(*UP_DOWN), more=members(*sizes), heads=LARGER, last=LAST))
+        assert found.keys() == {f"{name}.{i}" for name in ("blocks", "more") for i in range(2)}
+
+
 def test_members_of_other_classes_are_none():
     assert module_blocks(tree(blocks=nn.ModuleList([Block(), Four()]), last=nn.Linear(64, 1024))) == {}
 
@@ -170,8 +228,17 @@ def test_the_only_member_of_a_container_is_a_block_if_it_holds_half_of_the_weigh
     assert module_blocks(tree(**alone, last=nn.Linear(64, 257))) == {}
 
 
-def test_tables_of_embeddings_are_no_linears():
+def test_two_linears_may_read_more_than_they_have_written():
+    joined = members((64, 90), (128, 64))  # the second reads what others wrote, too
+    assert module_blocks(tree(blocks=joined, last=LAST)).keys() == {"blocks.0", "blocks.1"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_of_embeddings_are_no_linears(tied):
     model = tree(table=nn.Embedding(10_000, 64), blocks=nn.ModuleList([Four()]))
+    if tied:
+        model.head = nn.Linear(64, 10_000)
+        model.head.weight = model.table.weight
     assert module_blocks(model) == {"blocks.0": "Four"}
 
 
@@ -191,6 +258,6 @@ def test_the_block_around_a_path():
 
 
 def test_where_a_linear_stands_has_a_kind():
-    inside, whole, outside = role_of(("blocks.0", "Block"), False), role_of(None, True), role_of(None, False)
+    inside, whole, outside = role_of(("blocks.0", "Block")), role_of(None, "all is one block"), role_of(None)
     assert (inside.body, whole.body, outside.body) == (True, True, False)
     assert [role.reason.cause for role in (inside, whole, outside)] == [Cause.BODY, Cause.BODY, Cause.BOUNDARY]

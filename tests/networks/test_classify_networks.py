@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import GRAPH, expected, plans, relative
+from helpers import GRAPH, expected, plans, relative, said
 from models import Block, Stack, encoder, flux, output, pixart, sd3, wan
 from torch import Tensor, nn
 
@@ -174,6 +174,73 @@ def test_a_block_compiled_alone_is_all_body(tmp_path):
         model(**inputs)
     (plan,) = plans(tmp_path)
     assert len(quantized(plan)) == len(plan) == 10
+
+
+class Holder(nn.Module):
+    """A block of a linear and of parts of one class, which hold nearly all of its weights."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        self.attn, self.norm = nn.Linear(64, 64), nn.LayerNorm(64)
+        self.mlp, self.other = Block(64, 256), Block(64, 256)
+        if listed:
+            del self.mlp, self.other
+            self.experts = nn.ModuleList(Block(64, 256) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(x)
+        one, two = self.experts if hasattr(self, "experts") else (self.mlp, self.other)
+        return self.norm(one(x) + two(x))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_block_that_holds_repetition_is_all_body_where_its_model_calls_it(listed, wrapped, tmp_path, caplog):
+    model, options = Stack(2).eval().requires_grad_(False), {**GRAPH, "dump_dir": str(tmp_path)}
+    model.blocks = nn.ModuleList(Holder(listed) for _ in range(2)).requires_grad_(False)
+    if wrapped:
+        model.blocks = nn.ModuleList(torch.compile(block, backend="tahf4", options=options) for block in model.blocks)
+    else:
+        for block in model.blocks:
+            block.compile(backend="tahf4", options=options)
+    model(torch.randn(4, 64))
+    (plan,) = plans(tmp_path)
+    assert {d["reason"] for d in plan} == {"in a repeated block of Stack"} and len(quantized(plan)) == len(plan) == 5
+    assert not said(caplog, "passes.classify")
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_what_a_model_calls_outside_of_its_blocks_is_planned_by_itself(single, tmp_path):
+    model = Stack(2)
+    model.last = Holder(False)
+    if single:  # of its class in a container, with most weights: a block if all is compiled, but it may be a model
+        model = nn.Sequential(nn.Linear(64, 64), model.last)
+    model.eval().requires_grad_(False)
+    part = model[1] if single else model.last
+    part.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
+    model(torch.randn(4, 64))
+    (plan,) = plans(tmp_path)
+    assert kept(plan) == {"attn"} and len(plan) == 5
+
+
+class Residual(Holder):
+    """An embedder, a graph break, and what adds to its input as a block does."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self.embed = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        torch._dynamo.graph_break()
+        x = x + self.attn(x)
+        return x + self.mlp(x) + self.other(x)
+
+
+def test_a_piece_of_a_module_is_no_block_because_it_adds_to_its_input(tmp_path):
+    model = Residual().eval().requires_grad_(False)
+    torch.compile(model, backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})(torch.randn(4, 64))
+    assert kept([d for plan in plans(tmp_path) for d in plan]) == {"attn", "embed"}
 
 
 class Embed(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from helpers import plans as dumped_plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Block, Stack, flux, pixart, sd3, wan
@@ -174,6 +175,23 @@ def test_adapters_around_a_linear_that_stands_alone_in_a_container():
     }
 
 
+def test_adapters_of_models_that_a_function_calls(tmp_path):
+    """No tree of modules is known there."""
+    both = [Stack(2), Stack(2)]
+    for model in both:
+        model.last = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+        for name in ("first", "second"):
+            inject_adapter_in_model(LoraConfig(r=64, target_modules=["last.1"], init_lora_weights=False), model, name)
+        model.last[1].set_adapter(["first", "second"])
+        model.requires_grad_(False)
+    compiled = torch.compile(
+        lambda x: both[0](x) + both[1](x), backend="tahf4", options={"inductor": False, "dump_dir": str(tmp_path)}
+    )
+    compiled(torch.randn(4, 64))
+    (plan,) = dumped_plans(tmp_path)
+    assert len(plan) > 12 and not any(".last." in d["module"] and d["decision"] == "hif4" for d in plan)
+
+
 class Adapted(nn.Linear):
     """A linear that holds its adapter, as the older diffusers have it."""
 
@@ -286,6 +304,40 @@ def test_a_gate_is_declared_last(out):
     assert modules["blocks.3.down"] == ("hif4", Cause.BODY)
 
 
+class Shared(nn.Module):
+    """One block that is called several times, and linears of which one is never called."""
+
+    def __init__(self, calls, last=64, unused=64):
+        super().__init__()
+        self.calls, self.layers = calls, nn.ModuleList([Wide(64, 64)])
+        self.last, self.unused = nn.Linear(64, last), nn.Linear(64, unused)
+
+    def forward(self, x):
+        for _ in range(self.calls):
+            x = self.layers[0](x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "last"),
+    [
+        (Shared(1), Cause.BOUNDARY),
+        (Shared(3, last=200), Cause.BODY),  # its last linear holds more than the block, which is called more often
+        (Shared(1, unused=200), Cause.BODY),
+    ],
+)
+def test_weights_count_however_often_they_are_called(model, last):
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph.items() <= modules.items() and graph["last"][1] is last
+
+
+def test_an_embedder_and_a_head_of_one_class():
+    model = nn.Sequential(Embedder(64, 64), Block(), Block(), Embedder(64, 64), nn.Linear(64, 600))
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert graph == modules
+    assert {path for path, (d, _) in graph.items() if d == "hif4"} == {"1.up", "1.down", "2.up", "2.down"}
+
+
 class Conditional(nn.Module):
     """Blocks of less than half of the weights."""
 
@@ -366,3 +418,13 @@ def test_a_linear_without_its_weight_yet_is_none():
         plan = tahf4.quantize_(model)
         torch.testing.assert_close(model(x), want)
     assert "extra" not in {d.module for d in plan} and sum(d.decision == "hif4" for d in plan) == 4
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (1,), ()])
+def test_a_bias_that_is_spread_over_the_product(shape):
+    model, x = Stack(2).eval().requires_grad_(False), torch.randn(4, 64)
+    model.blocks[0].up.bias = nn.Parameter(torch.randn(shape), requires_grad=False)
+    graph, modules = plans(model, (x,))
+    assert graph == modules and modules["blocks.0.up"] == ("high_precision", Cause.SHAPE)
+    tahf4.quantize_(model)
+    assert type(model.blocks[0].up) is nn.Linear and model(x).isfinite().all()

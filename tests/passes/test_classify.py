@@ -206,6 +206,90 @@ def test_attributes_of_another_structure_are_none():
     assert_pass(plain(text), Classify(), alone(text))
 
 
+# A module that holds repetition, and is a block itself.
+
+HOLDER = """
+    x: f32[4, 64]
+    q: param[64, 64]
+    u0: param[256, 64]
+    d0: param[64, 256]
+    u1: param[256, 64]
+    d1: param[64, 256]
+    @ attn net.Attention
+    a = linear(x, q){attn}
+    @
+    r = add(x, a)
+    @ mlp net.Mlp
+    h0 = linear(r, u0){first}
+    y0 = linear(h0, d0){first}
+    @ other net.Mlp
+    h1 = linear(r, u1){second}
+    y1 = linear(h1, d1){second}
+    @
+    s = add(y0, y1)
+    t = add(r, s)
+    v = view(t, [2, 2, 64])
+    return v
+"""
+
+
+def held(text, attn):
+    first, second = (f"  # body: in repeated block {path} (Mlp)" for path in ("mlp", "other"))
+    return text.format(attn=attn, first=first, second=second)
+
+
+def test_what_adds_to_its_input_in_the_width_of_its_parts_is_a_block(caplog):
+    text = HOLDER.format(attn="", first="", second="")
+    assert_pass(text, Classify(), held(HOLDER, "  # body: the graph adds to its input and counts as one block"))
+    assert not caplog.text
+
+
+def test_attributes_may_read_each_other_in_a_block():
+    text = HOLDER.replace("linear(r, u1)", "linear(y0, u1)")
+    before = text.format(attn="", first="", second="")
+    assert_pass(before, Classify(), held(text, "  # body: the graph adds to its input and counts as one block"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param("t = add(r, s)", "t = mul(r, s)", id="does not add"),
+        pytest.param("r = add(x, a)", "r = gelu(a)", id="adds to no input"),
+        pytest.param("return v", "return x", id="returns its input"),
+        pytest.param("x: f32[4, 64]", "x: param[4, 64]", id="adds to a parameter"),
+    ],
+)
+def test_linears_beside_parts_that_repeat_side_by_side_are_named(old, new, caplog):
+    text = HOLDER.replace(old, new)
+    assert_pass(
+        text.format(attn="", first="", second=""), Classify(), held(text, "  # boundary: outside the repeated blocks")
+    )
+    assert "1 linears stay in high precision because they stand beside mlp, other, which repeat: " in caplog.text
+
+
+def test_parts_that_read_another_width_than_the_input_has_make_no_block():
+    text = HOLDER.replace("q: param[64, 64]", "q: param[64, 64]\n e: param[32, 64]\n f: param[64, 32]")
+    for name in ("u0", "u1"):
+        text = text.replace(f"{name}: param[256, 64]", f"{name}: param[256, 32]")
+    text = text.replace("    @ mlp net.Mlp", "    n = linear(r, e){attn}\n    @ mlp net.Mlp")
+    text = text.replace("linear(r, u", "linear(n, u")
+    text = text.replace(" f: param[64, 32]", "")
+    assert_pass(
+        text.format(attn="", first="", second=""), Classify(), held(text, "  # boundary: outside the repeated blocks")
+    )
+
+
+def test_parts_that_follow_each_other_are_blocks_without_a_warning(caplog):
+    assert_pass(plain(BLOCKS), Classify(), found(BLOCKS))
+    assert not caplog.text
+
+
+def test_a_network_that_adds_to_its_input_is_none_if_members_of_a_container_follow_each_other(caplog):
+    text = BLOCKS.replace("return out", "r = add(x, out)\n return r")
+    assert_pass(plain(text), Classify(), found(text))
+    assert not caplog.text
+
+
 # A container with one member.
 
 LONE = """
@@ -250,15 +334,20 @@ def test_an_attribute_alone_is_no_block():
     assert_pass(text.format("", "", rows=64, outer=64), Classify(), text.format(*WHOLE, rows=64, outer=64))
 
 
-def test_beside_blocks_the_only_member_of_another_container_is_one_whatever_it_holds():
+@pytest.mark.parametrize(
+    ("last", "comment"),
+    [(64, "  # body: in repeated block single.0 (Single)"), (8, "  # boundary: outside the repeated blocks")],
+)
+def test_beside_blocks_the_only_member_of_another_container_is_one_if_it_writes_what_it_reads(last, comment):
     names = ["h2", "h3", "h4", "h5"]
-    extra = "".join(f"{name}: param[8, {64 if i == 0 else 8}]\n" for i, name in enumerate(f"m{n}" for n in range(4)))
+    sizes = ("8, 64", "8, 8", "8, 8", f"{last}, 8")
+    extra = "".join(f"m{n}: param[{size}]\n" for n, size in enumerate(sizes))
     lines = "".join(
         f"{name} = linear({'h1' if i == 0 else names[i - 1]}, m{i}){{lone}}\n" for i, name in enumerate(names)
     )
     text = BLOCKS.replace("    @ last Linear\n", f"    @ single.0 net.Single\n{lines}    @ last Linear\n")
-    text = text.replace("z: param[64, 64]\n", f"z: param[64, 8]\n{extra}").replace("linear(h1, z)", "linear(h5, z)")
-    comment = "  # body: in repeated block single.0 (Single)"
+    text = text.replace("z: param[64, 64]\n", f"z: param[64, {last}]\n{extra}")
+    text = text.replace("linear(h1, z)", "linear(h5, z)")
     assert_pass(plain(text.replace("{lone}", "")), Classify(), found(text.replace("{lone}", comment)))
 
 

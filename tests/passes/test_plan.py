@@ -111,6 +111,13 @@ def test_what_cannot_be_quantized_says_why(inputs, weight, reason):
     assert_pass(f"{text}\n return y", Plan(), f"{text}  # high_precision: {reason}\n return y")
 
 
+@pytest.mark.parametrize("shape", [[1, 128], [4, 128], [1], []])
+def test_a_bias_that_is_spread_over_the_product_stays_in_high_precision(shape):
+    text = f"x: f32[4, 64]\n w: param[128, 64]\n b: param{shape}\n y = linear(x, w, b)"
+    reason = f"high_precision: shape: the bias is {tuple(shape)}, expected (128,)"
+    assert_pass(f"{text}\n return y", Plan(), f"{text}  # {reason}\n return y")
+
+
 def test_few_input_features():
     text = "x: f32[4, 8]\n w: param[64, 8]\n y = linear(x, w)"
     assert_pass(
