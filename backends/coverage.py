@@ -92,14 +92,8 @@ def mark_copied(model: nn.Module) -> None:
     model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
 
 
-def watcher(model: nn.Module, keep: Sequence[str], called: bool = True) -> Around:
-    """Return what :func:`watch` lets the calls go through.
-
-    Args:
-        model: see there.
-        keep: see there.
-        called: whether the calls are the model's, and not those of a function that may do without it.
-    """
+def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
+    """Return what :func:`watch` lets the calls go through."""
     tree: Wanted | None = None
     wanted: dict[int, str] = {}
     explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
@@ -121,10 +115,9 @@ def watcher(model: nn.Module, keep: Sequence[str], called: bool = True) -> Aroun
         again = calls % _AGAIN == 0
         if tree is None:
             tree = Wanted(model, keep)
-            runs = called or any(id(weight) in read for weight in model.parameters())
-            if runs and (text := left_out(model)):
+            if text := left_out(model):
                 log.warning("%s: %s", type(model).__name__, text)
-            if runs and not tree.planned and _ran.quantized == quantized:
+            if not tree.planned and _ran.quantized == quantized:
                 _say_nothing(model)
             wanted = {id(weight): path for path, weight in tree.weights()}
         elif looks or again or tree.changes != changes() or tree.missing(wanted, planned, read):
@@ -188,6 +181,8 @@ class _Copied:
             return
         if any(isinstance(module, HiF4Linear) for module in model.modules()):
             return  # the copy of a packed model runs in 4 bits as well
+        if not Wanted(model, ()).linears:
+            return  # so does the original
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
         log.warning(

@@ -21,7 +21,6 @@ from ..graph_capture.captured import Capture
 from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
 from ..model.attachments import attached, attached_recipe, changes, owner_of
-from ..model.blocks import module_blocks
 from ..model.linears import matching
 from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
@@ -94,17 +93,14 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
         watch(model, options.keep)
 
 
-def _given(model: nn.Module, keywords: Mapping[str, Any], called: bool) -> Around | None:
+def _given(model: nn.Module, keywords: Mapping[str, Any]) -> Around | None:
     """Watch a model from its first call on: it may be that Dynamo does not even begin."""
-    if called:
-        mark_copied(model)
-    elif not module_blocks(model):
-        return None  # a function may read a norm or an embedder beside its model
+    mark_copied(model)
     try:
         options = Options.parse(keywords.get("options"), keywords.get("mode"))
     except Tahf4Error:  # raised again where Dynamo comes to the backend
         return None
-    return watcher(model, options.keep, called) if options.pipeline == "default" else None
+    return watcher(model, options.keep) if options.pipeline == "default" else None
 
 
 before_frames(tahf4, _begin, say_overruled)

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -55,15 +55,15 @@ class Classify(Pass):
         """Annotate ``node.meta["tahf4_role"]``."""
         graph = graph_module.graph
         model = context.surroundings.within
-        blocks, listed = self.repeated_blocks(graph, context) if not model else ({}, False)
-        partial = self.partial_containers(graph, context) if not model else set()
+        blocks, order = self.repeated_blocks(graph, context)
         one_block = ""
-        if model:
-            one_block = f"in a repeated block of {model}"
+        if model and order != "listed":
+            blocks, one_block = {}, f"in a repeated block of {model}"
         elif not blocks and not context.surroundings.blocks:
             one_block = "the graph has no repeated blocks and counts as one block"
-        elif not listed and _adds_to_its_input(graph, context, blocks):
+        elif order != "listed" and _adds_to_its_input(graph, context, blocks):
             one_block = "the graph adds to its input and counts as one block"
+        partial = self.partial_containers(graph, context) if not model or blocks else set()
         bodies: dict[fx.Node, Role] = {}
         for node in all_linears(graph):
             context.matched(node)
@@ -80,28 +80,27 @@ class Classify(Pass):
         if blocks:
             context.note(f"{len(blocks)} repeated blocks: {_ranges(blocks)}")
         outside = [node for node in all_linears(graph) if not node.meta[ROLE].body and not _is_adapter(node, context)]
-        if len(blocks) > 1 and not listed and outside:
+        if order == "apart" and outside:
             names = [_path(node, context) or node.name for node in outside]
             log.warning(
-                "%d linears stay in high precision because they stand beside %s, which repeat: %s. If a larger model "
-                "repeats all of this, call that model: they run in 4 bits then",
+                "%d linears stay in high precision because they stand beside %s, which repeat and do not read each "
+                "other: %s. If a larger model repeats all of this, call that model: they run in 4 bits then",
                 len(names), _ranges(blocks), ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
             )  # fmt: skip
         return PassResult(graph_module, modified=False)
 
-    def repeated_blocks(self, graph: fx.Graph, context: Context) -> tuple[dict[str, str], bool]:
+    def repeated_blocks(self, graph: fx.Graph, context: Context) -> tuple[dict[str, str], str]:
         """Return ``module path -> class name`` of the outermost repeated blocks of a graph.
 
         Returns:
-            The blocks, and whether there are members of a container among them that read what another wrote. If not,
-            they may be parts of a block.
+            The blocks, and how they stand. ``"listed"``: there is an only member of a container among them, or members
+            that read what another wrote, as in a network. ``"apart"``: several of which none reads what another wrote.
+            ``""``: otherwise. Where they are not listed, they may be parts of a block.
         """
         modules, flow = _modules(graph, context), _dataflow(graph)
-        inside = context.surroundings.inside
         members = {}
         for path, module in modules.items():
-            # What a module holds counts, as in its tree: not what this graph calls of it, nor how often.
-            shapes = inside.get(path, _shapes(module.linears)) if module.linears else []
+            shapes = _shapes(module.linears)
             structure = None if in_container(path, context.surroundings.containers) else ""
             if structure is not None and len(shapes) >= self.min_linears:
                 structure = _structure(module)
@@ -115,13 +114,16 @@ class Classify(Pass):
         def follows(first: str, second: str) -> bool:
             return any(node in reached(first) for node in modules[second].linears)
 
-        unseen = [n for n in all_linears(graph) if not _is_adapter(n, context) and not _is_seen(n, context)]
-        total = sum(n * k for n, k in [*inside.get("", []), *_shapes(unseen)])
+        total = sum(n * k for n, k in _shapes(n for n in all_linears(graph) if not _is_adapter(n, context)))
         found = repeated_blocks(
             members, follows, total, min_linears=self.min_linears, min_linears_alone=self.min_linears_alone
         )
-        listed = [path for path in found if members[path].structure is None]
-        return found, any(follows(*pair) for pair in itertools.permutations(listed, 2))
+        pairs = [pair for pair in itertools.permutations(found, 2) if follows(*pair)]
+        beside = Counter(path.rpartition(".")[0] for path in found)
+        listed = {path for path in found if members[path].structure is None}
+        if any(listed.issuperset(p) for p in pairs) or any(beside[path.rpartition(".")[0]] == 1 for path in listed):
+            return found, "listed"
+        return found, "apart" if len(found) > 1 and not pairs else ""
 
     def partial_containers(self, graph: fx.Graph, context: Context) -> set[str]:
         """Return the compiled module's block containers that a graph after a graph break holds only partly.
@@ -163,15 +165,6 @@ def _path(node: fx.Node, context: Context) -> str | None:
     if source is None:
         return None
     return context.surroundings.place(context.inputs[source.meta[INPUT].index]) or context.module_of(source)
-
-
-def _is_seen(node: fx.Node, context: Context) -> bool:
-    """Whether the tree of modules shows what a linear reads: a module in a plain list it does not."""
-    source = _source(node).meta.get(INPUT)
-    if not isinstance(source, GraphInput | PackedInput):
-        return False
-    index = source.index if isinstance(source, GraphInput) else source.positions[0]
-    return context.surroundings.path(context.inputs[index]) is not None
 
 
 def _modules_around(node: fx.Node, context: Context) -> dict[str, str]:

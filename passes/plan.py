@@ -17,6 +17,7 @@ from ..model.attachments import Attachment, attached, attached_recipe
 from ..model.linears import matching, require_matches
 from ..model.reasons import Cause, Reason, cause_of
 from ..options import bits_for
+from ..packed.linear import HiF4Linear
 from ..pipeline.activations import bits_of, form_of, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision, branch_bytes
@@ -59,10 +60,13 @@ class Plan(Pass):
         context.plan.clear()
         by_weight: dict[fx.Node, Decision] = {}
         held = set(packed_products(graph_module.graph))
+        root = context.surroundings.root
+        # What an exported program holds has no attachment that says what was left.
+        exported = bool(held) and (root is None or not any(isinstance(m, HiF4Linear) for m in root.modules()))
         has_recipe = any(attached_recipe(value) is not None for value in context.inputs)
         for node in all_linears(graph_module.graph):
             context.matched(node)
-            decision = _held(node, context) if node in held else self.decide(node, context, has_recipe)
+            decision = _held(node, context) if node in held else self.decide(node, context, exported, has_recipe)
             weight = node_arg(node, 2) if node in held else weight_input(node_arg(node, 1))
             first = by_weight.get(weight) if weight is not None else None
             if first is not None and first.decision == decision.decision:
@@ -90,6 +94,7 @@ class Plan(Pass):
         self,
         node: fx.Node,
         context: Context,
+        beside_packed: bool = False,
         has_recipe: bool = False,
         weight: fx.Node | None = None,
         region: fx.Node | None = None,
@@ -99,6 +104,7 @@ class Plan(Pass):
         Args:
             node: the linear.
             context: shared by the passes.
+            beside_packed: whether its model was packed, and nothing tells which linears were left.
             has_recipe: whether its model has a recipe.
             weight: its weight, where that is not what the node reads.
             region: what runs the branch or loop that it stands in.
@@ -115,7 +121,7 @@ class Plan(Pass):
         if region is not None:
             obstacle = Reason(Cause.REGION, f"region: inside of {region.target}, which stays as it is")
         said = attached(example)
-        facts = Facts(module, k, n, obstacle, said, node.meta.get(ROLE), has_recipe)
+        facts = Facts(module, k, n, obstacle, said, node.meta.get(ROLE), beside_packed, has_recipe)
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
             value = source.meta["val"]

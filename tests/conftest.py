@@ -33,9 +33,8 @@ def _fresh() -> Iterator[None]:
     """Every test starts with its own seed, without compiled code, and without Dynamo's reasons of another test."""
     torch.manual_seed(0)
     yield
-    if torch._dynamo.utils.counters:  # Dynamo saw a frame; to reset takes longer than most tests
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture(autouse=True)

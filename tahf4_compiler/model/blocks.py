@@ -33,6 +33,8 @@ MIN_LINEARS = 2
 
 MIN_LINEARS_ALONE = 4
 """Linears in a block that is the only one of its container, at least."""
+_MODULATIONS = 9
+"""Scales, shifts and gates that a condition gives one block, at most."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -73,6 +75,16 @@ class Member:
         """Features that its last linear writes."""
         return _stream(self.shapes)[-1][0]
 
+    @property
+    def is_residual(self) -> bool:
+        """Whether it can add what it writes to what it reads, though linears are declared in any order.
+
+        Its last one may write what another reads, as in a gated MLP, or several scales and shifts.
+        """
+        d, n = self.reads, self.writes
+        inner = n in {k for _, k in self.shapes} or (n % d == 0 and n <= _MODULATIONS * d)
+        return n == d or (inner and d in {written for written, _ in self.shapes})
+
 
 def repeated_blocks(
     members: Mapping[str, Member],
@@ -85,12 +97,12 @@ def repeated_blocks(
     """Return ``module path -> class name`` of the outermost repeated blocks.
 
     Members of one container (``blocks.0``, ``blocks.1``, ...) of one class are blocks if each follows the one before or
-    is followed by the next. Two are none that have all other blocks of their container between them, as an embedder and
-    a head of one class have.
+    is followed by the next. Two of few linears are none that have all other blocks of their container between them, as
+    an embedder and a head of one class have.
     Members of one container or attributes of one parent that are of one structure and hold nearly all weights are
     blocks, in whatever order they run: they are no boundary of anything.
     The only member of its class in a container is a block if it holds ``min_linears_alone`` linears, and either it
-    holds half of the weights, or there are other blocks and it writes as many features as it reads.
+    holds half of the weights, or there are other blocks and it can add what it writes to what it reads.
     Towers are none, but the blocks inside of them: modules that hold half of their weights in blocks, and that stand
     side by side or bring their input to the width of these blocks, and their output to another.
 
@@ -110,7 +122,8 @@ def repeated_blocks(
         for first, second in zip(paths, paths[1:], strict=False):
             if structure is None and follows(first, second):
                 found |= {path: _short(members[path].cls) for path in (first, second)}
-    ends = [path for paths in groups.values() if _are_ends(paths, found, list(members)) for path in paths]
+    few = [paths for paths in groups.values() if members[paths[0]].linears < min_linears_alone]
+    ends = [path for paths in few if _are_ends(paths, found, list(members)) for path in paths]
     found = {path: cls for path, cls in found.items() if path not in ends}
 
     def is_tower(path: str) -> bool:
@@ -130,7 +143,7 @@ def repeated_blocks(
         if path in found or member.structure is not None or member.linears < min_linears_alone:
             continue
         beside = (o for p, o in members.items() if p != path and p.rpartition(".")[0] == parent)
-        counts = (found and member.reads == member.writes) or 2 * member.size >= total
+        counts = (found and member.is_residual) or 2 * member.size >= total
         if counts and not any(other.cls == member.cls for other in beside) and not adapts_width(path):
             found[path] = _short(member.cls)
     return {path: found[path] for path in _outermost(found)}

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..torch_private.frames import caller_that_holds, running_around
 from .attachments import refresh
-from .blocks import block_of, container_paths, linears_inside, module_blocks
+from .blocks import block_of, container_paths, module_blocks
 from .linears import adapters, linear_weights, packed_weights, plain_path, raw_matrices
 from .parts import class_name, full_class_name
 
@@ -33,7 +33,6 @@ class Surroundings:
         classes: ``module path -> class name`` of its modules but containers, with the Python module that defines the
             class.
         containers: paths of its ``ModuleList`` and ``ModuleDict``.
-        inside: for each module path the weights of the linears that it holds, called or not, as ``[N, K]``.
         within: class name of the model that called it, if it is one of several repeated blocks of that model, or a part
             of one; otherwise ``""``.
     """
@@ -48,12 +47,10 @@ class Surroundings:
         self.blocks: dict[str, str] = {}
         self.classes: dict[str, str] = {}
         self.containers: set[str] = set()
-        self.inside: dict[str, list[tuple[int, int]]] = {}
         self.within = ""
         if module is not None:
             self.blocks = module_blocks(module)
             self.containers = container_paths(module)
-            self.inside = {path: [*held.values()] for path, held in linears_inside(module).items()}
             modules = [(plain_path(path), inner) for path, inner in module.named_modules(remove_duplicate=False)]
             self.classes = {path: full_class_name(inner) for path, inner in modules if path not in self.containers}
             weights = (*linear_weights(module), *packed_weights(module), *raw_matrices(module))

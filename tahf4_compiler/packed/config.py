@@ -49,8 +49,8 @@ class TaHF4Config:
         keep: regular expressions, searched in module paths: linears that stay in high precision.
         expert: which expert's part of the recipe belongs to the model.
         check_weights: compare the weights with those that were calibrated.
-        form: units that share a level-1 scale, and the rounding (:mod:`tahf4_compiler.format.spans`), where no recipe
-            says another.
+        scale_span: units that share a level-1 scale, where no recipe says another.
+        rounding: the same.
         linears: of a packed model: by module path ``k``, ``n``, ``hadamard_block``, ``activation``, ``dtype``;
             ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4,
             ``rank`` for one that has a low-rank branch, ``scale_span`` for one whose units share level-1 scales: 2, 4
@@ -109,7 +109,9 @@ class TaHF4Config:
             )
         self.quant_method = Method.TAHF4
         self.keep, self.expert, self.check_weights = patterns("keep", list(keep)), expert, check_weights
-        self.form = joined(check_scale_span("scale_span", scale_span), check_rounding("rounding", rounding, scale_span))
+        # A packed linear says its own. Earlier versions wrote here what they did not use.
+        self.scale_span, self.rounding = (1, FORM_ROUNDINGS[0]) if linears else (scale_span, rounding)
+        _ = self.form
         if others and linears is None:
             raise OptionError(
                 f"TaHF4Config got {', '.join(map(repr, others))}, which it does not know; there are recipe, keep, "
@@ -136,6 +138,12 @@ class TaHF4Config:
             self.high_precision_steps = self.recipe.high_precision_steps
             self.step_activation_bits = self.recipe.step_activation_bits
 
+    @property
+    def form(self) -> int:
+        """Span and rounding as one number (:mod:`tahf4_compiler.format.spans`)."""
+        span, name = check_scale_span("scale_span", self.scale_span), self.rounding
+        return joined(span, check_rounding("rounding", name, self.scale_span))
+
     def to_dict(self) -> dict[str, Any]:
         """Return what ``config.json`` holds."""
         return {
@@ -147,6 +155,7 @@ class TaHF4Config:
             "recipe": copy.deepcopy(dict(self.provenance)) if self.provenance is not None else None,
             **({"high_precision_steps": list(self.high_precision_steps)} if self.high_precision_steps else {}),
             **({} if (bits := self.step_activation_bits) is None else {"step_activation_bits": bits}),
+            **({} if self.linears or self.form == 1 else {"scale_span": self.scale_span, "rounding": self.rounding}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -150,15 +150,20 @@ class Loading:
                 linear.weight_dtype = linear.bias.dtype
         self._flaws.warn(self.config.expert or "")
         if packed:
-            plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, HiF4Linear)]
-            boundary = {d.module: d.reason for d in plan_modules(model) if d.cause is Cause.BOUNDARY}
-            missing = Reason(Cause.NOT_PACKED, "not packed in the checkpoint")
-            self._reasons = {path: boundary.get(path, missing) for path in plain}
+            self._reasons = not_packed(model)
         leave_as_they_are(model, self._reasons)
         if self.config.high_precision_steps:  # nobody counts them yet: see set_high_precision_steps
             bits = self.config.step_activation_bits
             attach_steps(model, StepPrecision(None, self.config.high_precision_steps, bits))
         self.config.linears = describe(model)
+
+
+def not_packed(model: nn.Module) -> dict[str, str]:
+    """Return why linears of a model that was loaded packed are not, for :func:`leave_as_they_are`."""
+    plain = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, HiF4Linear)]
+    boundary = {d.module: d.reason for d in plan_modules(model) if d.cause is Cause.BOUNDARY}
+    missing = Reason(Cause.NOT_PACKED, "not packed in the checkpoint")
+    return {path: boundary.get(path, missing) for path in plain}
 
 
 class Saving:

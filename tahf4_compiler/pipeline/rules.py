@@ -72,6 +72,7 @@ class Facts:
         obstacle: why it cannot be packed, or None.
         attachment: what was attached to its weight, or None.
         role: where it stands, or None if nobody looked.
+        beside_packed: whether its model was packed, and nothing tells which linears were left.
         has_recipe: whether there is a recipe, which may not know this one.
     """
 
@@ -81,6 +82,7 @@ class Facts:
     obstacle: Reason | None
     attachment: Attachment | None
     role: Role | None
+    beside_packed: bool = False
     has_recipe: bool = False
 
 
@@ -104,6 +106,8 @@ def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) 
         return False, said.reason
     if said is None and facts.role is not None and not facts.role.body:
         return False, facts.role.reason
+    if facts.beside_packed and said is None:
+        return False, Reason(Cause.NOT_PACKED, "not packed: it may have been left when the model was packed")
     if said is not None:
         return True, said.reason
     if min(facts.n, facts.k) < min_features:

@@ -47,21 +47,18 @@ def around_calls(model: nn.Module, around: Around) -> None:
     else:
         return
     if not hasattr(getattr(host, name), "_tahf4_around"):
-        setattr(host, name, going_through(around, getattr(host, name)))
+        setattr(host, name, going_through(around, host, name, getattr(host, name)))
 
 
-def going_through(around: Around, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what stands in the place of a compiled call, which goes through a function until that has seen enough."""
+def going_through(around: Around, host: nn.Module, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what is to stand in an attribute of a module in the place of a compiled call."""
     from torch._dynamo.eval_frame import skip_code
-
-    ended = False
 
     @functools.wraps(original)  # Dynamo, where it traces a call, finds there what stands behind
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal ended
-        if ended:
-            return original(*args, **kwargs)
-        result, ended = around(original, args, kwargs)
+        result, last = around(original, args, kwargs)
+        if last and host.__dict__.get(name) is call:
+            setattr(host, name, original)
         return result
 
     around = torch.compiler.disable(around)  # another compilation around this one gets nothing more than before

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -156,67 +155,36 @@ def graph_breaks() -> list[str]:
 
 
 def when_compiled(
-    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any], bool], Around | None]
+    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any]], Around | None]
 ) -> None:
     """Call a function where a module is given to ``torch.compile``, from now on until the process ends.
 
-    A backend is told of graphs alone. Of a module whose code Dynamo never begins to compile, there is none. A function
-    stands for the modules that it has by name, and a method for its module, or for those that its object holds.
+    A backend is told of graphs alone. Of a module whose code Dynamo never begins to compile, there is none.
 
     Args:
         backend: that the module is compiled with.
-        function: takes the module; the keywords of the backend (``options``, ``mode``); and whether its calls are
-            compiled, not a function that reads it. Returns what the compiled calls are to go through, or None.
+        function: takes the module and the keywords of the backend (``options``, ``mode``); returns what the compiled
+            calls are to go through, or None.
     """
     from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
 
     context: Any = OptimizeContext
     own = context.__call__
 
-    around_it = threading.local()
-
     @functools.wraps(own)
     def compiled(self: Any, given: Any) -> Any:
-        if getattr(around_it, "compiles", False):  # torch.compile(module) compiles the module's method
-            return own(self, given)
-        around_it.compiles = True
-        try:
-            result, compiler = own(self, given), innermost_backend(self.callback)
-        finally:
-            around_it.compiles = False
+        result, compiler = own(self, given), innermost_backend(self.callback)
         model = given if isinstance(given, nn.Module) else getattr(given, "__self__", None)
         called = model is given or getattr(given, "__name__", "") == "_call_impl"  # which nn.Module.compile compiles
-        if not _is(compiler, backend):
-            return result
-        keywords = getattr(compiler, "kwargs", {})
-        if isinstance(model, nn.Module) and called:
-            around = function(model, keywords, True)
+        if isinstance(model, nn.Module) and called and _is(compiler, backend):
+            around = function(model, getattr(compiler, "kwargs", {}))
             if around is not None and model is given:
-                result.forward = going_through(around, result.forward)
+                result.forward = going_through(around, result, "forward", result.forward)
             elif around is not None:
-                result = going_through(around, result)
-            return result
-        for module in _modules_of(given):
-            if (around := function(module, keywords, False)) is not None:
-                result = going_through(around, result)
-                # Who compiles it again finds what stands behind.
-                result._torchdynamo_wrapper_id = id(result)  # type: ignore[attr-defined]
+                result = going_through(around, model, "_compiled_call_impl", result)
         return result
 
     context.__call__ = compiled
-
-
-def _modules_of(function: Any) -> list[nn.Module]:
-    """Return the modules that a function has by name, or the one that it is a method of; no compiled ones."""
-    owner, plain = getattr(function, "__self__", None), getattr(function, "__func__", function)
-    held = [owner] if isinstance(owner, nn.Module) else [*getattr(owner, "__dict__", {}).values()]
-    if inspect.isfunction(plain) and not isinstance(owner, nn.Module):
-        for cell in plain.__closure__ or ():
-            with contextlib.suppress(ValueError):  # it is filled later
-                held.append(cell.cell_contents)
-        held += [plain.__globals__.get(name) for name in plain.__code__.co_names]
-    modules = dict.fromkeys(value for value in held if isinstance(value, nn.Module) and not hasattr(value, "_orig_mod"))
-    return [module for module in modules if module._compiled_call_impl is None]
 
 
 def _is(compiler: Any, backend: Callable[..., Any]) -> bool:

@@ -99,6 +99,22 @@ def test_the_copy_of_a_packed_model_runs_in_4_bits_and_is_not_said_to_be_another
     assert torch.equal(copy.deepcopy(model)(x), found) and "deep copy" not in caplog.text
 
 
+def kept_model():
+    model = Stack().eval()
+    tahf4.keep(model, [".*"])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"), [(lambda: Stack().eval(), True), (lambda: nn.Linear(16, 16), False), (kept_model, False)]
+)
+def test_a_copy_before_the_first_call_is_said_if_the_original_will_run_in_4_bits(make, wanted, caplog):
+    model = make()
+    model.compile(backend="tahf4", options=GRAPH)
+    copy.deepcopy(copy.deepcopy(model))
+    assert caplog.text.count("PyTorch leaves the compilation by model.compile() out of a deep copy") == wanted
+
+
 class Cached(Stack):
     """Runs its blocks outside of every graph, and in some calls not at all, as MagCache and others do."""
 

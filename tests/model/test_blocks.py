@@ -167,6 +167,8 @@ def test_an_embedder_and_a_head_of_one_class_are_none():
     assert module_blocks(nn.Sequential(*around(*blocks), *blocks)).keys() == {*"012356"}
     assert module_blocks(around(*blocks, count=2)).keys() == {*"01234"}
     assert module_blocks(around(Four(), Chain((64, 64)))).keys() >= {"0", "3"}
+    # The first and the last layer of a network may be of another class than those between them.
+    assert module_blocks(nn.Sequential(Four(), *blocks, Four(), LAST)).keys() == {*"0123"}
 
 
 def test_blocks_of_two_kinds_in_turn_are_all_blocks():
@@ -176,7 +178,10 @@ def test_blocks_of_two_kinds_in_turn_are_all_blocks():
 
 def test_beside_blocks_a_single_member_that_reads_another_width_than_it_writes_is_none():
     blocks = Block(), Block()
-    for other, found in ((Four(k=48), False), (Four(n=80), False), (Four(), True)):
+    three = [(64, 64)] * 3
+    gated, modulated, head = (Chain(*three, *more) for more in ([*UP_DOWN, (64, 128)], [(64, 384)], [(64, 640)]))
+    cases = ((Four(k=48), False), (Four(n=80), False), (Four(), True), (gated, True), (modulated, True), (head, False))
+    for other, found in cases:
         model = nn.Sequential(other, nn.ModuleList(blocks), LAST)
         assert ("0" in module_blocks(model)) is found
 

@@ -223,6 +223,25 @@ def test_what_a_model_calls_outside_of_its_blocks_is_planned_by_itself(single, t
     assert kept(plan) == {"attn"} and len(plan) == 5
 
 
+class Pair(nn.Module):
+    """Two networks in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(Stack() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nets[0](x) + self.nets[1](x)
+
+
+def test_a_network_that_a_larger_one_calls_keeps_its_boundary(tmp_path):
+    model = Pair().eval().requires_grad_(False)
+    for net in model.nets:
+        net.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
+    model(torch.randn(4, 64))
+    assert all(kept(plan) == {"first", "last"} for plan in plans(tmp_path))
+
+
 class Residual(Holder):
     """An embedder, a graph break, and what adds to its input as a block does."""
 

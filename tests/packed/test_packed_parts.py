@@ -75,6 +75,21 @@ def test_what_quantize_left_stays_as_it_is_in_a_compiled_model(loaded):
     assert relative(compiled(model)(x), model(x)) < 1e-5
 
 
+@pytest.mark.parametrize("way", ["saved", "unflattened"])
+def test_what_quantize_left_stays_as_it_is_in_an_exported_program(way):
+    model, x = Stack().eval().requires_grad_(False), torch.randn(4, 64)
+    tahf4.quantize_(model, keep=[r"blocks\.1\."])
+    program = torch.export.export(model, (x,))
+    if way == "saved":
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+    else:
+        loaded = torch.export.unflatten(program)
+    assert relative(compiled(loaded)(x), model(x)) < 1e-5
+
+
 def test_a_matrix_that_an_embedding_reads_too_has_one_decision():
     model = Stack().eval()
     model.table = nn.Embedding(64, 64)

@@ -150,6 +150,19 @@ def test_settings_that_are_wrong_are_refused_by_name(wrong, says):
     assert TaHF4Config(linears={}, theirs=1).to_dict()["theirs"] == 1
 
 
+def test_what_earlier_versions_wrote_beside_packed_linears_is_read_over():
+    linears = {"a": {"k": 64, "n": 64, "hadamard_block": 0, "activation": "", "dtype": "float32"}}
+    found = TaHF4Config.from_dict({"linears": linears, "scale_span": 4, "rounding": "bfloat16"})
+    assert found.form == 1 and not {"scale_span", "rounding"} & found.to_dict().keys()
+
+
+def test_settings_survive_a_dictionary_and_can_be_updated():
+    given = TaHF4Config(scale_span=4)
+    again = TaHF4Config.from_dict(given.to_dict())
+    assert again.form == given.form != 1 and again.scale_span == 4
+    assert TaHF4Config().update(scale_span=4) == {} and TaHF4Config.from_dict({}, scale_span=4).form == given.form
+
+
 @pytest.mark.parametrize("others", [{}, {"rank": 8}])
 def test_one_linear_that_is_rounded_otherwise_makes_the_version(others):
     plain = {"k": 64, "n": 64, "hadamard_block": 0, "activation": "", "dtype": "float32"}

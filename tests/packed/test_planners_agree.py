@@ -305,12 +305,11 @@ def test_a_gate_is_declared_last(out):
 
 
 class Shared(nn.Module):
-    """One block that is called several times, and linears of which one is never called."""
+    """One block that is called several times."""
 
-    def __init__(self, calls, last=64, unused=64):
+    def __init__(self, calls, last=64):
         super().__init__()
-        self.calls, self.layers = calls, nn.ModuleList([Wide(64, 64)])
-        self.last, self.unused = nn.Linear(64, last), nn.Linear(64, unused)
+        self.calls, self.layers, self.last = calls, nn.ModuleList([Wide(64, 64)]), nn.Linear(64, last)
 
     def forward(self, x):
         for _ in range(self.calls):
@@ -322,13 +321,28 @@ class Shared(nn.Module):
     ("model", "last"),
     [
         (Shared(1), Cause.BOUNDARY),
-        (Shared(3, last=200), Cause.BODY),  # its last linear holds more than the block, which is called more often
-        (Shared(1, unused=200), Cause.BODY),
+        (Shared(3, last=400), Cause.BODY),  # its last linear holds more than the block, which is called more often
     ],
 )
 def test_weights_count_however_often_they_are_called(model, last):
     graph, modules = plans(model, (torch.randn(4, 64),))
     assert graph.items() <= modules.items() and graph["last"][1] is last
+
+
+class Step(nn.Module):
+    """A step with a network of one block."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.first, self.last = nn.ModuleList([Wide(64, 64)]), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + 0.1 * self.last(self.layers[0](self.first(x)))
+
+
+def test_a_network_of_one_block_that_adds_to_its_input_has_a_boundary():
+    graph, modules = plans(Step(), (torch.randn(4, 64),))
+    assert graph == modules and graph["first"] == graph["last"] == ("high_precision", Cause.BOUNDARY)
 
 
 def test_an_embedder_and_a_head_of_one_class():

@@ -264,7 +264,8 @@ def test_linears_beside_parts_that_repeat_side_by_side_are_named(old, new, caplo
     assert_pass(
         text.format(attn="", first="", second=""), Classify(), held(text, "  # boundary: outside the repeated blocks")
     )
-    assert "1 linears stay in high precision because they stand beside mlp, other, which repeat: " in caplog.text
+    beside = "they stand beside mlp, other, which repeat and do not read each other: "
+    assert f"1 linears stay in high precision because {beside}" in caplog.text
 
 
 def test_parts_that_read_another_width_than_the_input_has_make_no_block():

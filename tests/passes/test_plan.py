@@ -240,11 +240,11 @@ PLANNED = """
 LEFT = {"blocks.0.down": Attachment("high_precision", Reason(Cause.NOT_PACKED, "not packed"))}
 
 
-def planned(down: str = "hif4: not classified") -> str:
+def planned(down: str = "high_precision: not packed: it may have been left when the model was packed") -> str:
     return PLANNED.replace("{down}", down)
 
 
-def test_a_packed_linear_is_planned_as_such_and_others_as_in_any_graph():
+def test_a_packed_linear_is_planned_as_such_and_others_of_a_bare_graph_stay():
     held = HELD.format(codes="param.u8[64, 64]", scales="param.i32[64, 2]")
     ran = assert_pass(held, Plan(), planned(), first=[Normalize()], run=False)
     first = ran.plan[0]

@@ -13,7 +13,9 @@ import comfy.utils
 import folder_paths
 
 from tahf4_compiler.errors import OptionError, PackedError
+from tahf4_compiler.model.attachments import leave_as_they_are
 from tahf4_compiler.packed.convert import packed_linears
+from tahf4_compiler.packed.loading import not_packed
 
 from . import checkpoint
 from .adapters import follow, original_names
@@ -61,6 +63,8 @@ class DiffusionModelLoader:
                 "tahf4: %s was packed with more bits in the steps %s; the node TAHF4 Activation Bits does this here",
                 *(path, ", ".join(map(str, config.high_precision_steps))),
             )
+        # Whoever compiles the model gets 4 bits where it is packed, and nowhere else.
+        leave_as_they_are(model.model.diffusion_model, not_packed(model.model.diffusion_model))
         follow(model)
         return (model,)
 
