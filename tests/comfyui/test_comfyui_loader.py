@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.errors import CheckpointError, OptionError, PackedError
+from tahf4_compiler.model.attachments import attached
 from tahf4_compiler.packed.linear import HiF4Linear
 
 
@@ -270,3 +271,9 @@ def test_without_tahf4_comfyui_says_what_to_install(comfy, copied, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tahf4_compiler" else find(name))
     with pytest.raises(ImportError, match="python -m pip install PATH_TO_TAHF4"):
         import_nodes(copied, f"{copied}.again")
+
+
+def test_linears_that_are_not_packed_stay_so_when_the_model_is_compiled(comfy):
+    modules = comfy.load().model.diffusion_model.modules()
+    plain = [m for m in modules if isinstance(m, torch.nn.Linear) and not isinstance(m, HiF4Linear)]
+    assert plain and all(attached(linear.weight).decision == "high_precision" for linear in plain)
