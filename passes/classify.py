@@ -42,7 +42,7 @@ class Classify(Pass):
     All linears of a graph are body if the graph is one block by itself: if a model called it that has the compiled
     module among its repeated blocks, as with ``compile_repeated_blocks``; if neither the graph nor the module has any
     repetition; or if it returns its input and what it adds to that, in the width of the parts that repeat, and these
-    are no members of a container that follow each other.
+    are neither members of a container that follow each other nor the only one of theirs.
 
     A linear belongs to the modules around its weight's name, however the forward came to it. Where no module is known,
     it belongs to those that were called.

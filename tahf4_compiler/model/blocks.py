@@ -23,7 +23,6 @@ __all__ = [
     "block_of",
     "container_paths",
     "in_container",
-    "linears_inside",
     "module_blocks",
     "repeated_blocks",
 ]
@@ -149,7 +148,7 @@ def repeated_blocks(
     return {path: found[path] for path in _outermost(found)}
 
 
-def linears_inside(model: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
+def _linears_inside(model: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
     """Return for each module the linears that it holds at any depth, called or not: ``path below it -> [N, K]``."""
     modules = {plain_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
     containers = container_paths(model)
@@ -184,7 +183,7 @@ def linears_inside(model: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
 def module_blocks(model: nn.Module) -> dict[str, str]:
     """Return ``module path -> class name`` of the outermost repeated blocks of a model, by its tree of modules."""
     modules = {plain_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    containers, inside = container_paths(model), linears_inside(model)
+    containers, inside = container_paths(model), _linears_inside(model)
     members: dict[str, Member] = {}
     for path, module in modules.items():
         if path and path in inside and path not in containers:
