@@ -267,7 +267,7 @@ def _features(node: fx.Node) -> int:
 def _shapes(nodes: Iterable[fx.Node]) -> list[tuple[int, int]]:
     """Return ``[N, K]`` of the weights that linears read: of each weight once, however often it is called."""
     weights = {_source(node): ((1, *_weight_shape(node)[:-1])[-1], _features(node)) for node in nodes}
-    return [*weights.values()]
+    return [shape for shape in weights.values() if 0 not in shape]  # an empty one computes nothing
 
 
 def _ranges(paths: Iterable[str]) -> str:

@@ -173,6 +173,8 @@ def _linears_inside(model: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
     shapes = dict(sorted(shapes.items(), key=lambda e: order.get(e[0], order.get(e[0].rpartition(".")[0], 0))))
     inside: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for path, shape in shapes.items():
+        if 0 in shape:
+            continue  # it computes nothing
         parts = path.split(".")
         for i in range(len(parts) + 1):
             above = ".".join(parts[:i])

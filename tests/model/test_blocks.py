@@ -210,6 +210,11 @@ def test_heads_whose_width_no_other_linear_reads_are_none_wherever_they_declare_
         assert found.keys() == {f"{name}.{i}" for name in ("blocks", "more") for i in range(2)}
 
 
+def test_linears_without_features_do_not_count():
+    empty = members((0, 64), *UP_DOWN, (64, 64))
+    assert module_blocks(tree(blocks=empty, only=members((0, 64), (64, 0)))).keys() == {"blocks.0", "blocks.1"}
+
+
 def test_members_of_other_classes_are_none():
     assert module_blocks(tree(blocks=nn.ModuleList([Block(), Four()]), last=nn.Linear(64, 1024))) == {}
 
