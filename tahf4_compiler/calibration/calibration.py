@@ -29,6 +29,7 @@ from . import saved
 from .listening import Listener, observed
 from .making import make_recipe
 from .moments import WIDEST, Moments
+from .padding import kept_tokens
 from .ranks import all_reduce, run_divided
 from .schedule import Schedule
 from .seen import Seen
@@ -227,11 +228,14 @@ class Calibration(Seen):
         def observe(x: Tensor) -> None:
             self.observed += 1
             sketch, sample = cells.cell(self._schedule.where(), x.device)
-            sketch.update(x)
+            kept = kept_tokens(self.masks, x.shape[:-1])
+            kept = kept.reshape(x.shape[:-1]).to(x.device) if kept is not None else None
+            rows = x if kept is None else x[kept]
+            sketch.update(rows)
             if cells.moments is not None:
-                cells.moments.update(x)
+                cells.moments.update(rows)
             if self.rows:
-                sample.update(x, self._schedule.source, self._part * x.shape[-2] if x.dim() > 1 else 0)
+                sample.update(x, self._schedule.source, self._part * x.shape[-2] if x.dim() > 1 else 0, kept)
 
         return observe
 

@@ -181,13 +181,14 @@ class RowSample:
         falling = sorted((value for value, _ in self._heap), reverse=True)
         return torch.tensor(falling, dtype=torch.float64, device="cpu")
 
-    def update(self, x: Tensor, source: str = "", first: int = 0) -> None:
+    def update(self, x: Tensor, source: str = "", first: int = 0, kept: Tensor | None = None) -> None:
         """Offer rows.
 
         Args:
             x: ``[..., S, C]``.
             source: which input they come of, such as a prompt; its calls are counted apart.
             first: place of the first of the S rows, where the tensor is a part of one.
+            kept: bool ``[..., S]``, which rows count; None for all.
         """
         call = self._calls.get(source, 0)
         self._calls[source] = call + 1
@@ -196,6 +197,8 @@ class RowSample:
         rows = x.detach().reshape(-1, x.shape[-1])
         length = x.shape[-2] if x.dim() > 1 else 1
         values = _priorities(f"{self.name}\0{source}\0{call}", len(rows) // length, length, first)
+        if kept is not None:
+            values = np.where(kept.reshape(-1).cpu().numpy(), values, -1.0)
         floor = self._heap[0][0] if len(self._heap) == self.size else -1.0
         best = np.flatnonzero(values > floor)
         if len(best) > self.size:
