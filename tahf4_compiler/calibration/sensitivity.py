@@ -290,7 +290,7 @@ def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
 
 def _errors(found: Sequence[Tensor], wanted: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> list[float]:
     """Return the relative squared error of each tensor that is not zero everywhere, over the tokens that count."""
-    pairs = [_counted(a, b, masks) for a, b in zip(found, wanted, strict=True) if b.any()]
+    pairs = [_counted(a, b, masks) for a, b in zip(found, wanted, strict=True)]
     pairs = [(a, b) for a, b in pairs if b.any()]
     return [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
 
