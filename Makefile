@@ -35,7 +35,7 @@ check: $(STAMP) ## Run the fast tests: every pass on small graphs, in less than 
 
 test: $(STAMP) ## Run the tests (no GPU, no network)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m 'not slow' tests --ignore tests/interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m 'not slow' tests/interpreter
 
 # build/latest, build/oldest: an environment each. A pip configuration that caps versions must be out of the way
 # (PIP_CONFIG_FILE=/dev/null make test-latest).
@@ -50,6 +50,7 @@ mutants: $(STAMP) ## Put faults into the source one at a time (tests/mutants.tom
 
 slow: $(STAMP) ## Run the tests that `make test` leaves out for their time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m slow tests --ignore tests/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -q -m slow tests/interpreter
 
 kernels: $(STAMP) ## Compile every generated kernel for six architectures: none may spill
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q tests/backends/test_triton.py
