@@ -22,10 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Look through all objects less often: what is imported and collected stays to the end."""
+    """Look through objects less often: what is imported and collected stays to the end, and tests make few cycles."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(700, 10, 50)
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

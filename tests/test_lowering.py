@@ -226,7 +226,8 @@ def test_a_kernel_of_a_plug_in_takes_the_place_of_the_reference():
         unregister_kernel(kernel)
 
 
-@pytest.mark.parametrize("dump_dir", [pytest.param(None, marks=pytest.mark.slow), "dump"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dump_dir", [None, "dump"])
 def test_a_dump_lies_beside_inductors_files_unless_it_has_a_folder_of_its_own(dump_dir, tmp_path):
     options = {} if dump_dir is None else {"dump_dir": dump_dir}
     code = (

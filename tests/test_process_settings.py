@@ -94,9 +94,9 @@ def wanted(request, given, tmp_path_factory):
 @pytest.mark.parametrize(
     ("wanted", "setting"),
     [
-        *(("reference", setting) for setting in ("device", "float64", "bfloat16")),
+        *(("reference", setting) for setting in ("device", "bfloat16")),
         ("best", "device"),
-        pytest.param("reference", "careful", marks=pytest.mark.slow),
+        *(pytest.param("reference", setting, marks=pytest.mark.slow) for setting in ("float64", "careful")),
         *(pytest.param("best", setting, marks=pytest.mark.slow) for setting in ("float64", "bfloat16", "careful")),
     ],
     indirect=["wanted"],

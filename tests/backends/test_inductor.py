@@ -41,8 +41,11 @@ def _graph(function, *inputs):
 @compiled
 @pytest.mark.parametrize(
     ("function", "dtype"),
-    [(function, torch.bfloat16) for function in (_both, _widened, _there_and_back)]
-    + [(_both, torch.float16)],  # GCC errs with 16 bits, whichever they are
+    [
+        (_both, torch.bfloat16),
+        *(pytest.param(it, torch.bfloat16, marks=pytest.mark.slow) for it in (_widened, _there_and_back)),
+        pytest.param(_both, torch.float16, marks=pytest.mark.slow),  # GCC errs with 16 bits, whichever they are
+    ],
 )
 def test_a_kernel_may_transpose_twice(function, dtype):
     inputs = [torch.randn(2, 64, 64).to(dtype) for _ in range(2)]

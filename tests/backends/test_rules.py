@@ -55,6 +55,7 @@ def test_blocks_compiled_one_by_one_keep_their_own_weights(tmp_path):
     assert len(plans(tmp_path)) == 1, "five blocks of one class share one compiled graph"
 
 
+@pytest.mark.slow
 def test_compile_repeated_blocks_gives_the_numbers_of_the_whole_model():
     model, inputs = wan()
     whole = output(torch.compile(model, backend="tahf4", options=GRAPH)(**inputs))
@@ -121,6 +122,7 @@ def test_another_decision_for_another_model_is_another_lowering():
         assert relative(kept(x), expected(kept, want)(x)) < CLOSE
 
 
+@pytest.mark.slow
 def test_another_decision_goes_through_inductor_too():
     plain, kept = Block().eval(), Block().eval()
     tahf4.keep(kept, ["up"])
@@ -209,7 +211,7 @@ class Scaled(Stack):
         return super().forward(x * self.scale)
 
 
-@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_python_number_may_be_symbolic(inductor):
     model, x = Scaled().eval(), torch.randn(5, 64)
     options = {**GRAPH, "inductor": inductor}
@@ -293,7 +295,8 @@ def test_nothing_is_unpickled():
     assert len(sources) > 30
     for path in sources:
         text = path.read_text()
-        names = {alias.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for alias in n.names}
-        names |= {n.module for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.module}
+        nodes = list(ast.walk(ast.parse(text)))
+        names = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+        names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
         assert not {name for name in names if name.split(".")[0] in ("pickle", "cloudpickle", "dill", "joblib")}, path
         assert text.count("torch.load(") == text.count("weights_only=True"), f"{path}: checkpoints hold tensors only"

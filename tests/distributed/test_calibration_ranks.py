@@ -184,8 +184,9 @@ def test_ranks_calibrate_what_one_process_does(tmp_path):
     run(2, everything, tmp_path)
 
 
-def test_four_ranks_divide_five_prompts(tmp_path):
-    run(4, divided_prompts, tmp_path)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_divide_five_prompts(ranks, tmp_path):
+    run(ranks, divided_prompts, tmp_path)
 
 
 def test_without_a_process_group_the_error_says_what_to_do():

@@ -252,7 +252,7 @@ def spans(rank, size):
 
 
 def two(rank, size):
-    for work in (rules, styles, spans, compiled_wan, calibrated_wan):
+    for work in (rules, styles, spans, compiled_wan):
         torch.manual_seed(0)
         work(rank, size)
 
@@ -285,6 +285,11 @@ def four(rank, size):
 
 def test_two_ranks():
     run(2, two)
+
+
+@pytest.mark.slow  # ranks that divide prompts, in test_calibration_ranks.py, put sketches together in the same way
+def test_two_ranks_calibrate_one_model():
+    run(2, calibrated_wan)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="FSDP2 of PyTorch 2.11 asks codes for gradients")

@@ -78,7 +78,10 @@ def test_masks_scales_and_shared_heads():
     added = torch.randn(2, 4, 5, 130, generator=torch.Generator().manual_seed(1))
     seen = added > -0.5
     seen[0, 1, 3], seen[:, 2, 4, 64:128], seen[0, 0, :, :64] = False, False, False
-    for mask in (added, seen, added[:1, :, :1].bfloat16(), seen[:, :1], seen[0, 0, 0], added[0, :, :, :1]):
+    for mask in (added, seen[:, :1], added[:1, :, :1].bfloat16(), added[0, :, :, :1]):
+        assert_same(exact(*given, mask, False, None, True), reference(*given, mask, False, None, True))
+    given = tuple(x[:1, : x.shape[1] // 2] for x in given)
+    for mask in (seen[:1, :2], seen[0, 0, 0]):
         assert_same(exact(*given, mask, False, None, True), reference(*given, mask, False, None, True))
     for scale in (-2.0, 0.0):
         assert_same(exact(*given, None, False, scale, True), reference(*given, None, False, scale, True))

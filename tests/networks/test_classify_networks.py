@@ -84,8 +84,8 @@ def test_wan_ti2v_takes_a_timestep_for_each_token(tmp_path):
     ("build", "containers", "boundary"),
     [
         (flux, ("transformer_blocks", "single_transformer_blocks"), 10),
-        (sd3, ("transformer_blocks",), 7),
-        (pixart, ("transformer_blocks",), 10),
+        pytest.param(sd3, ("transformer_blocks",), 7, marks=pytest.mark.slow),
+        pytest.param(pixart, ("transformer_blocks",), 10, marks=pytest.mark.slow),
         (encoder, ("layers",), 0),
     ],
 )
@@ -99,7 +99,9 @@ def test_other_architectures_quantize_their_blocks_and_nothing_else(build, conta
     assert {d["reason"] for d in plan if d["module"] in kept(plan)} <= {"boundary: outside the repeated blocks"}
 
 
-@pytest.mark.parametrize("build", [wan, flux, sd3, pixart, encoder])
+@pytest.mark.parametrize(
+    "build", [wan, flux, encoder, *(pytest.param(it, marks=pytest.mark.slow) for it in (sd3, pixart))]
+)
 def test_both_captures_give_the_same_plan_and_numbers(build, folder):
     model, inputs, plan, result = compiled_network(build, folder)
     # Every pass that claims to keep results is held to it on the way.

@@ -83,7 +83,8 @@ def packed_values(lowered, captured):
     return found
 
 
-@pytest.mark.parametrize("make", [wan, pixart, *(pytest.param(it, marks=pytest.mark.slow) for it in (flux, sd3))])
+@pytest.mark.slow  # test_planners_agree holds the decisions of three of them
+@pytest.mark.parametrize("make", [wan, pixart, flux, sd3])
 def test_the_plan_of_modules_is_the_plan_of_the_graph(make):
     model, inputs = make()
     captured = tahf4.capture(model, (), inputs)
@@ -129,13 +130,15 @@ def test_a_packed_model_holds_the_codes_of_the_compiled_plain_model_and_runs_the
     assert Counter(d.reason for d in packed.plan)["packed"] == len(linears)
 
 
-def test_eager_inductor_and_the_backend_agree():
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [*(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("inductor", "tahf4")), ("tahf4", GRAPH)],
+)
+def test_eager_inductor_and_the_backend_agree(backend, options):
     model, x = Stack().eval(), torch.randn(5, 64)
     tahf4.quantize_(model)
-    want = model(x)
-    for options in ({"backend": "inductor"}, {"backend": "tahf4"}, {"backend": "tahf4", "options": GRAPH}):
-        torch._dynamo.reset()
-        assert relative(torch.compile(model, fullgraph=True, **options)(x), want) < 1e-5
+    found = torch.compile(model, backend=backend, options=options, fullgraph=True)(x)
+    assert relative(found, model(x)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])

@@ -176,7 +176,7 @@ def test_one_linear_that_is_rounded_otherwise_makes_the_version(others):
 @pytest.mark.parametrize("search", ["", "squared", "reconstruct"])
 def test_a_recipe_has_it(x, tmp_path, search):
     plain = make()
-    with tahf4.calibrate(plain, step_groups=1) as calibration:
+    with tahf4.calibrate(plain, step_groups=1, options={"inductor": False}) as calibration:
         plain(x)
     choices = {"mask": None, "scale_search": search, "sensitivity": False}
     recipe = calibration.recipe(rounding=VENDOR, **choices)

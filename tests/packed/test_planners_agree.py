@@ -142,7 +142,7 @@ def test_random_networks(dim, hidden, embedders, depths, kinds, attributes, para
     assert {graph[path] for path in differ} <= {("high_precision", Cause.BOUNDARY)}
 
 
-@pytest.mark.parametrize("rank", [4, 64])
+@pytest.mark.parametrize("rank", [pytest.param(4, marks=pytest.mark.slow), 64])
 def test_adapters_of_peft(rank):
     model, inputs = wan()
     before = plans(model, (), inputs)[1]
@@ -378,7 +378,9 @@ def test_heads_side_by_side(linears):
     assert graph == modules and modules["heads.0.up"] == ("high_precision", Cause.BOUNDARY)
 
 
-@pytest.mark.parametrize("network", [wan, flux, sd3, pixart, dit])
+@pytest.mark.parametrize(
+    "network", [wan, flux, dit, *(pytest.param(it, marks=pytest.mark.slow) for it in (sd3, pixart))]
+)
 def test_transformers_of_diffusers(network):
     model, inputs = network()
     graph, modules = plans(model, (), inputs)

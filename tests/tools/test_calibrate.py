@@ -198,6 +198,7 @@ def test_prompts_of_an_evaluation_are_not_those_of_its_calibration():
     assert len({seed for *_, seed in plan.clips()}) == 192
 
 
+@pytest.mark.slow
 def test_a_row_leaves_the_pipeline_as_it_was(tmp_path):
     plan = Plan(prompts=2, seeds=1, steps=2)
     rows = [ROWS[0], Row("the same again", options={"rotate.block": 0})]

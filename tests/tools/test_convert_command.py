@@ -109,7 +109,7 @@ def test_any_bits_come_back():
 
 def test_a_packed_model_goes_there_and_back(tmp_path):
     torch.manual_seed(0)
-    model = wan(ffn_dim=192)[0]
+    model = wan(ffn_dim=192, num_layers=1)[0]
     plain = {"mask": None, "rotate": False, "scale_search": "squared", "sensitivity": False}
     with tahf4.calibrate(model, step_groups=1, options={"inductor": False}) as calibration:
         model(**wan_inputs())
@@ -134,12 +134,12 @@ def wan_inputs():
 
 
 def test_what_the_layout_has_no_place_for_is_refused(tmp_path):
-    model = wan(ffn_dim=192)[0]
+    model = wan(ffn_dim=192, num_layers=1)[0]
     tahf4.quantize_(model)
     model.save_pretrained(tmp_path / "rotated")
     with pytest.raises(CheckpointError, match="a rotation, a channel mask or signs .*no place for it"):
         to_amct(tmp_path / "rotated", tmp_path / "out")
-    model = wan(ffn_dim=192)[0]
+    model = wan(ffn_dim=192, num_layers=1)[0]
     with tahf4.calibrate(model, options={"inductor": False}, moments=0) as calibration:
         model(**wan_inputs())
     plain = {"mask": None, "rotate": False, "scale_search": "", "sensitivity": False}

@@ -183,6 +183,7 @@ def test_an_expert_that_did_not_run_is_not_counted(folder, tmp_path):
     assert outcome.as_json()["seconds"]["per_step_w4a4"] is None
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_one_transformer_runs(folder, tmp_path):
     pipe = load_pipeline(folder, torch.float32, "cpu")
     pipe.register_to_config(boundary_ratio=None)

@@ -26,7 +26,10 @@ def short_phases(monkeypatch):
     monkeypatch.setattr(train_vae, "PHASES", phases)
 
 
-@pytest.mark.parametrize("stop_after", [2, 3], ids=["at a checkpoint", "after a checkpoint"])
+@pytest.mark.parametrize(
+    "stop_after",
+    [pytest.param(2, marks=pytest.mark.slow, id="at a checkpoint"), pytest.param(3, id="after a checkpoint")],
+)
 def test_interrupted_and_resumed_equals_continued(tmp_path, short_phases, stop_after):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()

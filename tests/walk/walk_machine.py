@@ -15,14 +15,14 @@ from walk_weights import Weights
 __all__ = ["WALKS", "Walk"]
 
 WALKS = {
-    ("module", True): 7,
-    ("diffusers", True): 8,
-    ("norms", True): 4,
-    ("wan", True): 4,
-    ("module", False): 87,
-    ("diffusers", False): 105,
-    ("norms", False): 50,
-    ("wan", False): 35,
+    ("module", True): 3,
+    ("diffusers", True): 4,
+    ("norms", True): 2,
+    ("wan", True): 2,
+    ("module", False): 44,
+    ("diffusers", False): 53,
+    ("norms", False): 25,
+    ("wan", False): 17,
 }
 """How many walks a round has of each network, compiled or not."""
 
