@@ -57,7 +57,7 @@ def reconstructed(
     parts: dict[str, list[hif4.Packed]] = {path: [] for path in activation.members}
     searched: dict[str, hif4.Packed] = {}
     units, rounding = parted(span)
-    if span != 1:  # may be longer than a block of moments
+    if span != 1:  # another rounding; or a span, which may be longer than a block of moments
         searched = {
             path: search_scales(transform(weight.detach(), inverse, block), span=units or "row", rounding=rounding)
             for path, weight in zip(activation.members, weights, strict=True)

@@ -75,7 +75,7 @@ def reconstruct(
         ``search_scales``, as far as float32 tells. Rows that hold a NaN or an infinity are as there.
 
     Raises:
-        FormatError: shapes or dtypes do not fit, or the moments are not finite.
+        FormatError: shapes or dtypes do not fit, or the moments are not finite, or not positive semidefinite.
     """
     _check(weight, moments)
     factor = damped_factor(moments) if factor is None else factor
@@ -135,11 +135,17 @@ def damped_factor(moments: Tensor, damping: float = DAMPING) -> Tensor:
         damping: above 0.
 
     Raises:
-        FormatError: the moments hold NaN or infinities.
+        FormatError: the moments hold NaN or infinities, or are no second moments.
     """
     if not bool(moments.isfinite().all()):
         raise FormatError("the moments hold NaN or infinities; calibrate with finite activations")
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moments, damping)))
+    factor, failed = torch.linalg.cholesky_ex(_damped(moments, damping))
+    if bool(failed):
+        raise FormatError(
+            "the moments are not positive semidefinite, which the mean of x x^T is for every x; give those of an "
+            "activation, float32 or float64, symmetric"
+        )
+    inverse = torch.cholesky_inverse(factor)
     return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
 
 

@@ -132,6 +132,7 @@ def test_what_does_not_fit_is_refused():
         (moments_of(128), r"expected float32 or float64 \(64, 64\)"),
         (moments_of(64).half(), "float16"),
         (torch.full((64, 64), float("inf")), "NaN or infinities"),
+        (-moments_of(64), "not positive semidefinite"),
     ):
         with pytest.raises(tahf4.FormatError, match=message):
             reconstruct.reconstruct(weight, moments)
