@@ -7,6 +7,7 @@ import pytest
 import torch
 from tahf4_compiler.backends.triton import linear, tiling
 
+from tahf4_compiler import FormatError
 from tahf4_compiler.format import hif4
 
 triton = torch.ops.tahf4_triton
@@ -89,6 +90,20 @@ def test_gate_and_residual(path, gate, rows):
     # One sum in another order may round the product, then the result, to the next bfloat16.
     assert (got != wanted).sum() <= 0.01 * got.numel()
     assert torch.allclose(got.float(), wanted.float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 24), (torch.bfloat16, 8)])
+@pytest.mark.parametrize("rows", [9, 75])
+def test_a_branch_of_low_rank(path, dtype, rank, rows):
+    operands, name = sides((2, rows), 96, 192), str(dtype)[6:]
+    left, right = torch.randn(2, rows, 2 * rank).to(dtype)[..., :rank], torch.randn(rank, 96).to(dtype)
+    program = f"v0: {name} = matmul(x0, x1)\nv1: {name} = add(y, v0)\nv2: float32 = mul(v1, x2)"
+    args = (*operands, None, dtype, [96], [left, right, torch.randn(96)], program, torch.float32)
+    (got,), (wanted,) = triton.fused_linear(*args), reference.fused_linear(*args)
+    assert (got - wanted).norm() <= (1e-6 if dtype == torch.float32 else 2**-8) * wanted.norm()
+    for wrong in ([left[:1], right], [left, right[:, :95]], [left[..., :4], right], [left, right.half()]):
+        with pytest.raises(FormatError, match="expected a factor"):
+            triton.fused_linear(*operands, None, dtype, [96], [*wrong, torch.randn(96)], program, torch.float32)
 
 
 @pytest.mark.parametrize(
