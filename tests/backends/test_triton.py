@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(
 from tahf4_compiler.backends import triton as backend  # noqa: E402
 from tahf4_compiler.backends.triton import source  # noqa: E402
 
+from tahf4_compiler import FormatError  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -107,6 +109,15 @@ def test_a_branch_of_low_rank_stays_in_registers(capability, dtype, rows, quanti
     _, calls = linear.calls(*args, capability=(capability // 10, capability % 10), processors=132)
     found = compile_call(calls[-1], capability)
     assert found.spills == 0 and found.registers <= 255 and found.shared <= SHARED_LIMIT[capability]
+
+
+def test_factors_that_do_not_fit_are_refused():
+    from tahf4_compiler.backends.triton.expressions import operands
+
+    left, right = (torch.empty(*shape, device="meta") for shape in ((2, 3, 8), (8, 64)))
+    for wrong in ([left[:1], right], [left, right[:, :5]], [left[..., :4], right], [left, right.half()]):
+        with pytest.raises(FormatError, match="expected a factor"):
+            operands("v0: float32 = matmul(x0, x1)", wrong, (2, 3, 64))
 
 
 def test_kernels_that_quantize_have_no_fused_multiply_add():

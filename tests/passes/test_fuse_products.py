@@ -278,6 +278,19 @@ def test_other_products_of_matrices_are_operands(factors, more):
     )
 
 
+def test_the_factors_of_a_branch_are_two_inputs_of_the_most():
+    names = [f"r{i}" for i in range(11)]
+    head = BRANCH + "".join(f"{name}: f32[96]\n" for name in names) + "h = matmul(x, a)\n"
+    steps = "".join(f"y{i + 1} = mul(y{i}, {name})\n" for i, name in enumerate(names))
+    last = "m = matmul(h, b)\n z = add(y11, m)\n return z"
+    program = "; ".join(f"v{i}: float32 = mul({f'v{i - 1}' if i else 'y'}, x{i})" for i in range(11))
+    assert_pass(
+        f"{head} y0 = tahf4.linear(c, s, w, None, f32)\n {steps} {last}",
+        ALWAYS,
+        f'{head} y11, = tahf4.fused_linear(c, s, w, None, f32, [96], [{", ".join(names)}], "{program}", f32)\n {last}',
+    )
+
+
 def test_a_branch_before_a_write_is_an_operand():
     head = BRANCH + "h = matmul(x, a)\n m = matmul(h, b)\n u = add_(b, 1)\n"
     assert_pass(
