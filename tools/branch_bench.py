@@ -45,7 +45,7 @@ def times(dim: int, ffn: int, heads: int, tokens: int, rounds: int, dtype: torch
     x, text = (torch.randn(1, tokens, dim).to(dtype) for _ in range(2))
     given = (x, text, torch.randn(1, 6, dim) * 0.1, rotary_of(tokens, dim // heads, "cpu"))
     blocks = {str(rank): torch.compile(branched_block(dim, ffn, heads, rank, dtype), backend="tahf4") for rank in RANKS}
-    functions = {name: lambda block=block: block(*given) for name, block in blocks.items()}  # type: ignore[misc]
+    functions = {name: lambda block=block: block(*given) for name, block in blocks.items()}
     return interleaved(functions, rounds, clock=time.process_time)  # the machine may be busy with other work
 
 
