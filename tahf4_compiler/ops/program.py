@@ -304,16 +304,13 @@ def factors_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         node: of a graph.
 
     Returns:
-        None if it is another node, or its factors have other shapes or dtypes.
+        None if it is another node, or its factors have other shapes.
     """
     if node.target is not aten.matmul.default:
         return None
-    left, right = node.args
-    a, b, value = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (left, right, node))
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not isinstance(value, Tensor):
-        return None
-    same = a.dtype == b.dtype == value.dtype and a.dtype in _NAMES
-    return (left, right) if same and a.dim() and b.dim() == 2 else None  # type: ignore[return-value]
+    left, right = node.all_input_nodes if len(node.all_input_nodes) == 2 else 2 * node.all_input_nodes
+    value = right.meta.get("val")
+    return (left, right) if isinstance(value, Tensor) and value.dim() == 2 else None
 
 
 def _padded(args: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:

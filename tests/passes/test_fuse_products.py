@@ -264,7 +264,7 @@ def test_a_branch_goes_into_a_product_that_is_quantized_next():
     [
         pytest.param("h: f32[2, 4, 72]\n b: f32[72, 96]", "", id="a wide one"),
         pytest.param("h: f32[4, 8]\n b: f32[8, 96]", "", id="one of other rows"),
-        pytest.param("h: f32[2, 4, 8]\n b: f32[2, 8, 96]", "", id="one of several matrices"),
+        pytest.param("h: f32[2, 4, 96]\n b: f32[2, 96, 96]", "", id="one of several matrices"),
         pytest.param("h: f32[2, 4, 8]\n b: f32[8, 96]", ", m", id="one that is read twice"),
     ],
 )
