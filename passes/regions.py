@@ -10,16 +10,18 @@ import torch
 from torch import fx
 
 from ..graph.nodes import mutates, node_arg
-from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of
+from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of, factors_of
 from ..torch_private.tensors import contiguous_strides
 
-__all__ = ["MAX_INPUTS", "Places", "Region", "erase", "readers"]
+__all__ = ["MAX_INPUTS", "MAX_RANK", "Places", "Region", "erase", "readers"]
 
 aten = torch.ops.aten
 _ASSERT = aten._assert_tensor_metadata.default
 _FLOATS = tuple(DTYPES.values())
 MAX_INPUTS = 12
 """Tensors that a program reads, at most; the C++ kernels run programs of up to 16."""
+MAX_RANK = 64
+"""Of a low-rank branch that is computed behind its product; a wider one is a product of PyTorch."""
 
 
 class Places:
@@ -76,10 +78,11 @@ class Region:
             if self.end not in given or not all(_promotes(o, node) for o in given):
                 break  # it may read no more than a dtype: x.type_as(product)
             operands = [a for a in given if a not in self.names]
-            if not all(self._readable(o, product) for o in operands) or len(self.leaves) + len(operands) > MAX_INPUTS:
+            inputs = sum(1 if self._factors(o, node) is None else 2 for o in operands)
+            if not all(self._readable(o, product) for o in operands) or len(self.leaves) + inputs > MAX_INPUTS:
                 break
             for other in operands:
-                self._operand(other)
+                self._operand(other, node)
             self._state(node, *found)
             self.chain.append(node)
         return Program(tuple(self.statements))
@@ -139,20 +142,46 @@ class Region:
         erase(sorted(dict.fromkeys(self.absorbed), key=self.order.__getitem__, reverse=True))
 
     def _readable(self, node: fx.Node, like: fx.Node) -> bool:
-        value, target = node.meta.get("val"), like.meta["val"]
-        if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS or value.device != target.device:
-            return False
-        return value.layout == torch.strided and _broadcasts(node, like)
+        return _plain_on(node, like) and _broadcasts(node, like)
 
-    def _operand(self, node: fx.Node) -> None:
-        """Name an operand: a cast from a narrower type is read as that type."""
-        found = call_of(node)
-        if found is not None and found[0] == "to" and _widens(node) and self.reaches(node):
+    def _operand(self, node: fx.Node, reader: fx.Node) -> None:
+        """Name an operand: a branch of low rank is computed, and a cast from a narrower type is read as that type."""
+        found, factors = call_of(node), self._factors(node, reader)
+        if factors is not None:
+            self._branch(node, factors)
+        elif found is not None and found[0] == "to" and _widens(node) and self.reaches(node):
             if found[1][0] not in self.names:
                 self._leaf(found[1][0])
             self._state(node, *found)
         else:
             self._leaf(node)
+
+    def _factors(self, node: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """Return the factors of a branch of low rank, or of its cast, that nothing else reads."""
+        if readers(node) != [reader] or not self.reaches(node):
+            return None
+        found = call_of(node)
+        if found is not None and found[0] == "to":
+            return self._factors(found[1][0], node)
+        factors, product = factors_of(node), self.chain[0]
+        if factors is None or not all(_plain_on(factor, product) for factor in factors):
+            return None
+        left, right = (factor.meta["val"].shape for factor in factors)
+        fits = [str(size) for size in (*left[:-1], right[1])] == [str(size) for size in product.meta["val"].shape]
+        return factors if fits and isinstance(right[0], int) and right[0] <= MAX_RANK else None
+
+    def _branch(self, node: fx.Node, factors: tuple[fx.Node, fx.Node]) -> None:
+        """Take in a product of two factors, and its cast."""
+        found = call_of(node)
+        if found is not None:
+            self._branch(found[1][0], factors)
+            self._state(node, *found)
+            return
+        self.names[node], first = f"v{len(self.statements)}", len(self.leaves)
+        named = (f"x{first}", f"x{first + 1}")
+        self.statements.append(Statement(self.names[node], node.meta["val"].dtype, "matmul", named))
+        self.leaves += factors
+        self.absorbed.append(node)
 
     def _leaf(self, node: fx.Node) -> None:
         self.names[node] = f"x{len(self.leaves)}"
@@ -183,6 +212,14 @@ def erase(nodes: Iterable[fx.Node]) -> None:
         for user in list(node.users):
             user.graph.erase_node(user)
         node.graph.erase_node(node)
+
+
+def _plain_on(node: fx.Node, like: fx.Node) -> bool:
+    """Whether a node is a plain tensor of floating-point numbers on the device of another."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS or value.device != like.meta["val"].device:
+        return False
+    return value.layout == torch.strided
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:

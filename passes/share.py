@@ -37,7 +37,8 @@ class Share(Pass):
         q, k = aten.split_with_sizes(tahf4.linear(codes, scales, w_codes, w_scales, cat(bq, bk), dtype), [nq, nk], -1)
 
     Products whose weights the model holds in HiF4 (packed models) are not merged: their rows would have to lie one
-    after the other in memory, and the parameters are the model's.
+    after the other in memory, and the parameters are the model's. Products with branches of low rank are not merged
+    either: each branch is computed behind the product that it is added to.
 
     Attributes:
         merge: merge products as well; False only shares quantizations.
@@ -87,7 +88,8 @@ class Share(Pass):
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             codes, scales, _, _, bias, dtype = node.args[:6]
-            if packed_weight(node) is not None:
+            weight = packed_weight(node)
+            if weight is not None and not weight.rank:
                 groups[(codes, scales, dtype, bias is None)].append(node)
         merged = 0
         for nodes in groups.values():
@@ -155,7 +157,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], weights: tuple[int, ...]) -> N
     codes, scales, _, _, bias, dtype, *span = first.args
     sizes = [size_hint(node_arg(node, 2).meta["val"].shape[0]) for node in nodes]
     every = [node_arg(node, 2).meta[INPUT].weight for node in nodes]
-    how = replace(every[0], weights=weights, rank=max(weight.rank for weight in every))
+    how = replace(every[0], weights=weights)
     packed = [packed_input(graph, node_arg(first, 2), how, part) for part in ("codes", "scales")]
     with graph.inserting_before(first):
         if bias is not None:

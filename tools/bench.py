@@ -17,6 +17,9 @@ def bench(
     only_check: Annotated[bool, typer.Option("--only-check", help="Compare with the reference, time nothing.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON and Markdown.")] = Path("out/bench"),
     cpu: Annotated[bool, typer.Option("--cpu", help="Time the kernels of the CPU instead.")] = False,
+    branches: Annotated[
+        bool, typer.Option("--branches", help="Time a block on the CPU with branches of low rank and without instead.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds of each comparison on the CPU.")] = 7,
 ) -> None:
     """Compare every generated kernel with the reference on the GPU, then time them beside PyTorch's own.
@@ -28,6 +31,11 @@ def bench(
     With `--cpu`: quantization against a copy, linears and a block of Wan2.2-TI2V-5B against float32, bfloat16 and
     dynamic int8 of PyTorch, side by side, on as many threads as PyTorch uses (`OMP_NUM_THREADS`).
     """
+    if branches:
+        from . import branch_bench
+
+        branch_bench.main(output, rounds)
+        return
     if cpu:
         from . import cpu_bench
 

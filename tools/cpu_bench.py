@@ -59,18 +59,25 @@ _LONG, _FEW = 1.0, 3  # seconds, rounds
 _HOPELESS = 10.0  # times float32's
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.02) -> Times:
-    """Return the median seconds of each function and its spread, (largest - smallest) / median, over rounds in turn.
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    least: float = 0.02,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
+    """Return the median and least seconds of each function over rounds in turn, and their spread.
+
+    The spread is (largest - least) / median.
 
     ``least``: seconds that one measurement takes at least. What takes longer than ``_LONG`` is measured without a call
-    before it, and at most three times.
+    before it, and at most three times. ``clock``: returns seconds.
     """
     repeats, first = {}, {}
     for name, function in tqdm(functions.items(), desc="warm", leave=False, disable=None):
         function()
-        start = time.perf_counter()
+        start = clock()
         function()
-        first[name] = time.perf_counter() - start
+        first[name] = clock() - start
         repeats[name] = max(1, math.ceil(least / max(first[name], 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
@@ -79,12 +86,12 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, least: 
                 function()  # what ran before has taken the cache
             elif turn >= _FEW:
                 continue
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 function()
-            times[name].append((time.perf_counter() - start) / repeats[name])
+            times[name].append((clock() - start) / repeats[name])
     return {
-        name: {"seconds": statistics.median(t), "spread": (max(t) - min(t)) / statistics.median(t)}
+        name: {"seconds": statistics.median(t), "spread": (max(t) - min(t)) / statistics.median(t), "least": min(t)}
         for name, t in times.items()
     }
 

@@ -62,7 +62,7 @@ _SIGNATURES = {
     "tahf4_histogram": (_pointer, _int, _int64, _int64, _int64, _pointer, _pointer, _pointer, _pointer, _int),
 }
 _OPERATORS = {
-    "tahf4_add_program": (ctypes.c_char_p, _int, _pointer, _int, _int, _int),
+    "tahf4_add_program": (ctypes.c_char_p, _int, _pointer, _int, _int, _int, _int),
     "tahf4_register": (),
 }
 

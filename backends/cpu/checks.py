@@ -13,7 +13,7 @@ from ...format import hif4, int8
 from ...format.spans import alone, check_form, units_of
 from ...ops import fused
 from ...torch_private.tensors import under_modes
-from .programs import DTYPES, encode
+from .programs import DTYPES, Encoded, encode
 
 __all__ = [
     "as_rows",
@@ -92,7 +92,7 @@ def fused_quantize(
     span: int = 1,
 ) -> None:
     """See ``tahf4::fused_quantize``."""
-    _program(program, "x0")
+    _encoded(program, "x0")
     shape = broadcast(inputs)
     _inputs("fused_quantize", inputs, shape)
     _target("fused_quantize", shape[-1], multiplier, hadamard_block, bits, span)
@@ -113,9 +113,9 @@ def fused_linear(
 ) -> None:
     """See ``tahf4::fused_linear``."""
     hif4.check_span(span)
-    shape = _product("fused_linear", (codes, scales, weight_codes, weight_scales, bias), inputs)
+    shape = _product("fused_linear", (codes, scales, weight_codes, weight_scales, bias), inputs, program)
     fused.check_sizes(sizes, shape[-1], program)
-    found = _program(program, "y") or out_dtype
+    found = _encoded(program, "y").dtype or out_dtype
     if found != result_dtype:
         raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")
 
@@ -136,8 +136,7 @@ def linear_quantize(
 ) -> None:
     """See ``tahf4::linear_quantize``."""
     hif4.check_span(units_of(span))
-    shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs)
-    _program(program, "y")
+    shape = _product("linear_quantize", (codes, scales, weight_codes, weight_scales, bias), inputs, program)
     _target("linear_quantize", shape[-1], multiplier, hadamard_block, bits, alone(span))
 
 
@@ -156,13 +155,13 @@ def attention(
 
 
 def _product(
-    what: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], inputs: Sequence[Tensor]
+    what: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], inputs: Sequence[Tensor], program: str
 ) -> tuple[int, ...]:
     """Return the shape of a product, checked with the inputs of its program."""
     ops.check_linear(*given)
     on_cpu(what, *given)
     shape = (*given[1].shape[:-1], len(given[2]))
-    _inputs(what, inputs, shape)
+    _inputs(what, inputs, shape, _encoded(program, "y").factors)
     return shape
 
 
@@ -175,25 +174,39 @@ def broadcast(inputs: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
 
 
-def _inputs(what: str, inputs: Sequence[Tensor], shape: Sequence[int]) -> None:
+def _inputs(what: str, inputs: Sequence[Tensor], shape: Sequence[int], factors: int = 0) -> None:
     on_cpu(what, *inputs)
-    for x in inputs:
+    for i, x in enumerate(inputs):
         if x.dtype not in DTYPES:
             raise FormatError(f"{what} got a tensor of {x.dtype}; expected float32, bfloat16 or float16")
+        if factors >> i & 1:
+            _factors(what, inputs[i : i + 2], shape)
+        if (factors | factors << 1) >> i & 1:
+            continue
         fits = x.dim() <= len(shape) and all(a in (1, b) for a, b in zip(x.shape[::-1], shape[::-1], strict=False))
         if not fits:
             raise FormatError(f"{what} got a tensor of shape {tuple(x.shape)}; expected one that broadcasts to {shape}")
 
 
-def _program(text: str, default: str) -> torch.dtype | None:
-    """Return the dtype of a program's result; None for an empty program."""
+def _factors(what: str, given: Sequence[Tensor], shape: Sequence[int]) -> None:
+    left, right = tuple(given[0].shape), tuple(given[-1].shape)
+    fits = len(given) == 2 and left[:-1] == tuple(shape[:-1]) and len(left) == len(shape)
+    if not fits or given[0].dtype != given[1].dtype or right != (left[-1], shape[-1]):
+        raise FormatError(
+            f"{what} got factors of shapes {left} and {right}, of {given[0].dtype} and {given[-1].dtype}; expected "
+            f"{(*shape[:-1], 'r')} and ('r', {shape[-1]}) of one dtype"
+        )
+
+
+def _encoded(text: str, default: str) -> Encoded:
+    """Return a program as the C++ code reads it."""
     encoded = encode(text, default)
     if encoded is None:
         raise FormatError(
-            "the program has more than one reduction, one of a product, a product where there is none, or more than 16 "
-            "inputs; use torch.ops.tahf4"
+            "the program has more than one reduction, one of a product, a product where there is none, more than 16 "
+            "inputs, or a matmul without a product that the result reads; use torch.ops.tahf4"
         )
-    return encoded.dtype
+    return encoded
 
 
 def as_rows(what: str, x: Tensor) -> tuple[Tensor, int]:

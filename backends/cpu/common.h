@@ -128,6 +128,7 @@ enum Op : int32_t {
   kSquare,
   kNormalize,  // (a - mean) * factor [* b] [+ c]
   kMean,
+  kMatmul,  // input a times input b, see Input
 };
 
 // Slot `to` becomes op(slots a, b, c), rounded to a dtype. Slots hold 64 values.
@@ -146,10 +147,11 @@ struct Program {
   float epsilon;
 };
 
-// A tensor that broadcasts to [sizes..., columns].
+// A tensor that broadcasts to [sizes..., columns]; or a factor of kMatmul, in float32: the first [sizes..., r], the second
+// [r, columns] as panels [columns / 64, r, 64], the last one filled up with zeros.
 struct Input {
   const void* data;
-  int32_t dtype, column_stride;  // 0 or 1
+  int32_t dtype, column_stride;  // 0 or 1; r of a factor
   const int64_t* strides;        // of the leading axes
 };
 

@@ -23,6 +23,7 @@ constexpr int64_t kPanelUnit = kPanel * kUnit;       // bytes of a panel for one
 constexpr int64_t kBlockBytes = int64_t(4) << 20;    // of expanded activations
 constexpr int64_t kScratchBytes = int64_t(1) << 20;  // of products that wait for what follows
 constexpr int64_t kRows = 48;                        // a multiple of every tile's
+constexpr int64_t kAhead = 8;                        // rows that are fetched before they are written
 constexpr int kBias = 28;
 
 #define INSTRUCTIONS(text) __attribute__((target(text)))
@@ -190,6 +191,12 @@ const Variant* variant_of(int isa, int64_t m, int bits, bool joint) {
 // One row of a group to its place.
 void write(const Operands& x, const Result& result, const Functions& functions, int64_t row, int64_t column,
            int64_t count, float* slots, float* values) {
+  if (!result.target.codes) {
+    // Rows lie far apart: without this each write would wait for memory.
+    const int64_t size = result.dtype == kFloat32 ? 4 : 2;
+    const char* ahead = static_cast<const char*>(result.out) + ((row + kAhead) * x.n + column) * size;
+    for (int64_t line = 0; line < count * size; line += 64) __builtin_prefetch(ahead + line, 1);
+  }
   if (!result.program && !result.target.codes && x.dtype == kFloat32 && result.dtype == kFloat32) {
     float* out = static_cast<float*>(result.out) + row * x.n + column;
     if (x.bias) {

@@ -203,7 +203,7 @@ std::vector<Tensor> fused_linear(const Tensor& codes, const Tensor& scales, cons
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || columns != weight_codes.size(0) ||
       (sizes.size() != 1 && !text.empty()) || !find(text, true, &known) ||
       written != (known.dtype < 0 ? rounded : known.dtype) || !known.fits(given, product.shape()) ||
-      !described.describe(given, product.shape()))
+      !described.describe(given, product.shape(), known.factors))
     return general(fused_linear, "tahf4_cpu::fused_linear", codes, scales, weight_codes, weight_scales, bias, dtype,
                    sizes, given, text, result_dtype, span);
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -228,7 +228,7 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
   Known known;
   Broadcast described;
   if (isa <= kNone || rounded < 0 || !product.fits() || !scales.size(-1) || !find(text, true, &known) ||
-      !known.fits(given, product.shape()) || !described.describe(given, product.shape()) ||
+      !known.fits(given, product.shape()) || !described.describe(given, product.shape(), known.factors) ||
       !Units::fit(weight_codes.size(0), multiplier, block, bits, rounding_of(span) + 1))
     return general(linear_quantize, "tahf4_cpu::linear_quantize", codes, scales, weight_codes, weight_scales, bias,
                    dtype, given, text, multiplier, block, bits, span);
@@ -281,10 +281,11 @@ void tahf4_register() {
 }
 
 // Make a program known, which stays where it is. product: whether it follows one. dtype: of its result, or -1. inputs,
-// used: see Known. The first of a text stays.
-void tahf4_add_program(const char* text, int product, const Program* program, int dtype, int inputs, int used) {
+// used, factors: see Known. The first of a text stays.
+void tahf4_add_program(const char* text, int product, const Program* program, int dtype, int inputs, int used,
+                       int factors) {
   const std::unique_lock<std::shared_mutex> lock(programs_lock);
-  programs().try_emplace(key_of(text, product), Known{program, dtype, inputs, used});
+  programs().try_emplace(key_of(text, product), Known{program, dtype, inputs, used, factors});
 }
 
 }  // extern "C"

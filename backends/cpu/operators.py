@@ -74,7 +74,7 @@ def _teach(name: str, program: str) -> None:
         encoded = encode(program, "y" if product else "x0") if program or not product else None
         if encoded is not None:
             dtype = -1 if encoded.dtype is None else DTYPES[encoded.dtype]
-            about = ctypes.addressof(encoded.struct), dtype, encoded.inputs, encoded.used
+            about = ctypes.addressof(encoded.struct), dtype, encoded.inputs, encoded.used, encoded.factors
             library = build.operators()
             assert library is not None
             library.tahf4_add_program(program.encode(), product, *about)

@@ -20,7 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_INPUTS = 16
 
 # In the order of `enum Op` of common.h.
-_LOAD, _PRODUCT, _REDUCED, _NORMALIZE, _MEAN = 0, 1, 2, 19, 20
+_LOAD, _PRODUCT, _REDUCED, _NORMALIZE, _MEAN, _MATMUL = 0, 1, 2, 19, 20, 21
 _OPS = {
     name: number
     for number, name in enumerate(
@@ -57,6 +57,7 @@ class Encoded:
         arrays: that the struct points into.
         inputs: how many tensors it must be given.
         used: those whose shapes its result has, a bit each; -1 if it has the product's.
+        factors: the first factors of products, a bit each; the second is the input behind it.
     """
 
     struct: CProgram
@@ -64,6 +65,7 @@ class Encoded:
     arrays: tuple[Any, ...]
     inputs: int
     used: int
+    factors: int
 
 
 @functools.cache
@@ -76,7 +78,7 @@ def encode(text: str, default: str) -> Encoded | None:
 
     Returns:
         None if the C++ code cannot run it: more than one reduction or one of a product, a product where there is none,
-        or more than 16 inputs.
+        more than 16 inputs, or a ``matmul`` without a product that the result reads.
     """
     program = Program.parse(text)
     by_name = {s.name: s for s in program.statements}
@@ -111,7 +113,10 @@ def encode(text: str, default: str) -> Encoded | None:
     used = _used(by_name, program.result(default))
     bits = -1 if "y" in used else sum(1 << int(name[1:]) for name in used)
     dtype = program.statements[-1].dtype if program.statements else None
-    return Encoded(struct, dtype, arrays, max(numbers, default=-1) + 1, bits)
+    factors = sum(1 << number for number in program.factors())
+    if factors and bits != -1:
+        return None
+    return Encoded(struct, dtype, arrays, max(numbers, default=-1) + 1, bits, factors)
 
 
 def _used(by_name: dict[str, Statement], result: str) -> set[str]:
@@ -144,7 +149,9 @@ def _code(
     kept = reduction.arguments[0] if reduction is not None else None
 
     def sources(name: str) -> list[str]:
-        return by_name[name].names() if name in by_name and name != kept else []
+        if name not in by_name or name == kept or by_name[name].function == "matmul":  # which reads inputs itself
+            return []
+        return by_name[name].names()
 
     order: list[str] = []  # every name that is needed, after what it reads
 
@@ -185,6 +192,9 @@ def _code(
 
 def _instruction(statement: Statement, to: int, slot: Any) -> Instruction:
     dtype = DTYPES[statement.dtype]
+    if statement.function == "matmul":
+        left, right = (int(str(argument)[1:]) for argument in statement.arguments)
+        return (_MATMUL, dtype, to, left, right, -1)
     if statement.function == "mean":
         return (_MEAN, dtype, to, -1, -1, -1)
     if statement.function in ("layer_norm", "rms_norm"):

@@ -104,6 +104,7 @@ def _fused_quantize(
     from . import quantize
 
     int8.check_bits(bits, quantized=True)
+    fused.program_before(program)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
     return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span))
 

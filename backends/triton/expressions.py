@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import FormatError
 from ...ops.program import DTYPES, Program, Statement
 
-__all__ = ["TRITON_DTYPES", "Leaf", "Operand", "emit", "leaf_parameters", "operand"]
+__all__ = ["TRITON_DTYPES", "Leaf", "Operand", "emit", "leaf_parameters", "operand", "operands"]
 
 TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """PyTorch's dtype -> what Triton calls it in signatures (``*fp32``)."""
@@ -41,6 +41,7 @@ _EXPRESSIONS: dict[str, Callable[..., str]] = {
     ),
     "rms_norm": lambda x, weight, eps: f"{x} * spread" + (f" * {weight}" if weight else ""),
     "mean": lambda x: "mean",
+    "matmul": lambda left, right: "product",  # of _matmul
 }
 
 
@@ -53,15 +54,19 @@ class Leaf:
         dtype: of its elements.
         levels: 0: the same for every row; 1: ``row * stride``; 2: ``row // length * outer + row % length * inner``.
         columns: whether it changes along the last axis.
+        factor: 1 or 2 for the first or second factor of a ``matmul``, read as ``[rows, r]`` and ``[r, columns]``.
     """
 
     name: str
     dtype: torch.dtype
     levels: int
     columns: bool
+    factor: int = 0
 
     def parameters(self) -> list[str]:
         """Return the kernel's parameters for this input."""
+        if self.factor:
+            return [self.name, *([f"{self.name}_stride", f"{self.name}_rank"] if self.factor == 1 else [])]
         rows = {0: [], 1: ["stride"], 2: ["length", "outer", "inner"]}[self.levels]
         return [self.name, *(f"{self.name}_{part}" for part in [*rows, *(["step"] if self.columns else [])])]
 
@@ -116,6 +121,39 @@ def operand(name: str, tensor: Tensor, shape: Sequence[int]) -> Operand:
     return Operand(leaf, (wide, *rows, *((wide.stride(-1),) if columns else ())))
 
 
+def operands(program: str, inputs: Sequence[Tensor], shape: Sequence[int]) -> list[Operand]:
+    """Describe the inputs of a program for :func:`operand`'s kernel.
+
+    Raises:
+        FormatError: the factors of a ``matmul`` do not fit the shape or each other; a dtype that no kernel reads.
+    """
+    first = Program.parse(program).factors()
+    found = []
+    for i, value in enumerate(inputs):
+        if i in first:
+            found.append(_first_factor(f"x{i}", value, shape))
+        elif i - 1 in first:
+            found.append(_second_factor(f"x{i}", value, inputs[i - 1], shape))
+        else:
+            found.append(operand(f"x{i}", value, shape))
+    return found
+
+
+def _first_factor(name: str, tensor: Tensor, shape: Sequence[int]) -> Operand:
+    if tensor.dtype not in TRITON_DTYPES or tuple(tensor.shape[:-1]) != tuple(shape[:-1]) or not tensor.dim():
+        raise FormatError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected a factor {(*shape[:-1], 'r')}")
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return Operand(Leaf(name, tensor.dtype, 1, True, 1), (rows, rows.stride(0), rows.shape[1]))
+
+
+def _second_factor(name: str, tensor: Tensor, first: Tensor, shape: Sequence[int]) -> Operand:
+    if tensor.dtype != first.dtype or tuple(tensor.shape) != (first.shape[-1], shape[-1]):
+        wanted = first.shape[-1], shape[-1]
+        raise FormatError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected a factor {first.dtype} {wanted}")
+    return Operand(Leaf(name, tensor.dtype, 0, True, 2), (tensor.contiguous(),))
+
+
 def _levels(wide: Tensor) -> list[tuple[int, int]]:
     """Return (size, stride) of the leading axes, neighbours that are evenly spaced joined; none if all are 0."""
     found: list[tuple[int, int]] = []
@@ -147,7 +185,7 @@ def emit(program: Program, leaves: Sequence[Leaf], *, until: Statement | None = 
     """
     needed = _needed(program, until)
     for leaf in leaves:
-        if leaf.name in needed:
+        if leaf.name in needed and not leaf.factor:
             yield leaf.load()
     names = {leaf.name: f"{leaf.name}_value" for leaf in leaves} | {"y": "y"}
     for statement in program.statements:
@@ -156,6 +194,8 @@ def emit(program: Program, leaves: Sequence[Leaf], *, until: Statement | None = 
         if statement.name not in needed:
             continue
         yield f"# {statement}"
+        if statement.function == "matmul":
+            yield from _matmul(*statement.names())
         arguments = [_argument(a, names) for a in statement.arguments]
         names[statement.name] = f"{statement.name}_value"
         line = f"{statement.name}_value = ({_EXPRESSIONS[statement.function](*arguments)})"
@@ -164,6 +204,19 @@ def emit(program: Program, leaves: Sequence[Leaf], *, until: Statement | None = 
         yield line
     last = until.names()[0] if until is not None else program.result(leaves[0].name if leaves else "y")
     yield f"result = {names[last]}"
+
+
+def _matmul(left: str, right: str) -> Iterator[str]:
+    """Yield lines that multiply two factors in the tile ``[BM, BN]`` of a product, ``width`` columns wide."""
+    yield "product = tl.zeros((BM, BN), tl.float32)"
+    yield f"for first in tl.range(0, {left}_rank, 16, num_stages=1):"
+    yield "    inner = first + tl.arange(0, 16)"
+    yield f"    known = inner < {left}_rank"
+    yield f"    left_at = {left} + row * {left}_stride + inner[None, :]"
+    yield "    left = tl.load(left_at, mask=row_mask & known[None, :], other=0.0)"
+    yield f"    right_at = {right} + inner[:, None] * width + column"
+    yield "    right = tl.load(right_at, mask=known[:, None] & (column < width), other=0.0)"
+    yield '    product = tl.dot(left, right, product, input_precision="ieee")'
 
 
 def _needed(program: Program, until: Statement | None) -> set[str]:

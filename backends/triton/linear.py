@@ -32,7 +32,7 @@ from torch import Tensor
 from ...ops.reference import activation_bits, empty_units
 from .call import Call
 from .expand import expand
-from .expressions import operand
+from .expressions import operands
 from .linear_source import LinearKernel, kernel_for
 from .tiling import Tile, choose_path, is_tight, tiles
 
@@ -60,7 +60,7 @@ def key_of(
 ) -> LinearKernel:
     """Return the kernel of a product as :func:`calls` would make it, but for the path."""
     shape = (*codes.shape[:-1], weight_codes.shape[0])
-    leaves = tuple(operand(f"x{i}", value, shape).leaf for i, value in enumerate(inputs))
+    leaves = tuple(o.leaf for o in operands(program, inputs, shape))
     after = (program, leaves, result_dtype, multiplier is not None, block, activation_bits(codes), bits, rounding)
     return kernel_for("", len(sizes), bias is not None, out_dtype, *after)
 
@@ -117,8 +117,8 @@ def calls(
     if rows == 0 or n == 0:
         return results, []
     path = path or choose_path(rows, capability)
-    operands = [operand(f"x{i}", value, (*lead, n)) for i, value in enumerate(inputs)]
-    leaves = tuple(o.leaf for o in operands)
+    given = operands(program, inputs, (*lead, n))
+    leaves = tuple(o.leaf for o in given)
     activation = activation_bits(codes)
     what = (program, leaves, result_dtype, multiplier is not None, block, activation, bits, rounding)
     kernel = kernel_for(path, len(sizes), bias is not None, out_dtype, *what)
@@ -133,7 +133,7 @@ def calls(
             before.append(launch)
     targets = results if result_dtype is not None else [results[0].view(torch.int32), results[1]]
     after = [*([bias] if bias is not None else []), *([multiplier] if multiplier is not None else [])]
-    after += [value for o in operands for value in o.values]
+    after += [value for o in given for value in o.values]
     tile = tile or tiles(path, rows, n, count, processors, block, is_tight(capability, result_dtype is None))[0]
     shape = (rows, count, *sizes)
     return results, before + _launches(kernel, tile, sides, targets, shape, after)

@@ -19,7 +19,7 @@ from .define import operator
 from .program import Program
 from .reference import check_memory, empty_units, linear, quantize
 
-__all__ = ["check_sizes", "fused_linear", "fused_quantize", "linear_quantize"]
+__all__ = ["check_sizes", "fused_linear", "fused_quantize", "linear_quantize", "program_before"]
 
 
 def _named(inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -28,6 +28,18 @@ def _named(inputs: list[Tensor]) -> dict[str, Tensor]:
 
 def _shape(inputs: list[Tensor]) -> torch.Size:
     return torch.broadcast_shapes(*(value.shape for value in inputs))
+
+
+def program_before(text: str) -> Program:
+    """Return a program that ends in a quantization.
+
+    Raises:
+        FormatError: it cannot be read, or it has a ``matmul``, which only follows a product.
+    """
+    program = Program.parse(text)
+    if program.factors():
+        raise FormatError("a program before a quantization has a matmul; expected it after a product")
+    return program
 
 
 def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
@@ -64,7 +76,7 @@ def fused_quantize(
         FormatError: as ``tahf4::quantize``; a program that cannot be read, or whose result is smaller than its inputs.
     """
     int8.check_bits(bits, quantized=True)
-    x = Program.parse(program).run(_named(inputs), "x0")
+    x = program_before(program).run(_named(inputs), "x0")
     if x.shape != _shape(inputs):
         raise FormatError(f"the program's result is {tuple(x.shape)}; expected {tuple(_shape(inputs))}, as its inputs")
     codes, scales = quantize(x, multiplier, hadamard_block, bits, span)

@@ -12,7 +12,8 @@ it. One statement a line, an assignment with the dtype of its result::
 ``x0, x1, ...`` are the tensors of the fused operator and broadcast as in PyTorch, ``y`` is the product of a linear; the
 last statement is the result; an empty program returns its first input. Every statement means what PyTorch's own
 operator does: it computes in float32 at least and rounds to its dtype. ``layer_norm``, ``rms_norm`` and ``mean`` run
-along the last axis.
+along the last axis. ``matmul(x2, x3)`` is of two neighbouring inputs, ``[..., r]`` and ``[r, N]``, that broadcast to
+nothing and that nothing else reads.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, fx
 
 from ..errors import FormatError
 
-__all__ = ["FUNCTIONS", "REDUCTIONS", "Function", "Program", "Statement", "call_of"]
+__all__ = ["FUNCTIONS", "REDUCTIONS", "Function", "Program", "Statement", "call_of", "factors_of"]
 
 aten = torch.ops.aten
 Argument = str | float | int | None
@@ -91,11 +92,12 @@ FUNCTIONS: Mapping[str, Function] = {
     "layer_norm": Function(_layer_norm, (aten.layer_norm.default,)),
     "rms_norm": Function(_rms_norm, (aten.rms_norm.default,)),
     "mean": Function(_mean, (aten.mean.dim,)),
+    "matmul": Function(torch.matmul, ()),  # factors_of finds its nodes
 }
 """Name in programs -> function."""
 
 REDUCTIONS = ("layer_norm", "rms_norm", "mean")
-"""Functions along the last axis; all others are pointwise."""
+"""Functions along the last axis; all others but ``matmul`` are pointwise."""
 
 _BY_OPERATOR = {operator: name for name, function in FUNCTIONS.items() for operator in function.operators}
 
@@ -144,6 +146,10 @@ class Program:
     def result(self, default: str) -> str:
         """Return the name of the result; ``default`` if there are no statements."""
         return self.statements[-1].name if self.statements else default
+
+    def factors(self) -> list[int]:
+        """Return the numbers of the inputs ``[..., r]`` of ``matmul``; the ``[r, N]`` of each is the next one."""
+        return [int(str(s.arguments[0])[1:]) for s in self.statements if s.function == "matmul"]
 
     def reduction(self) -> Statement | None:
         """Return the first statement that reduces along the last axis."""
@@ -203,7 +209,17 @@ def _parse(text: str) -> Program:
         if unknown:
             raise FormatError(f"{shown!r} reads {unknown[0]!r}, which is no input and no earlier statement")
         known.add(line.target.id)
+    read = [name for statement in statements for name in statement.names()]
+    for statement in statements:
+        if statement.function == "matmul" and not _multiplies_inputs(statement, read):
+            raise FormatError(f"'{statement}': expected two neighbouring inputs (x0, x1) that nothing else reads")
     return Program(tuple(statements))
+
+
+def _multiplies_inputs(statement: Statement, read: list[str]) -> bool:
+    left, right = map(str, statement.arguments)
+    inputs = _is_input(left) and left != "y" and right == f"x{int(left[1:]) + 1}"
+    return inputs and read.count(left) == read.count(right) == 1
 
 
 @functools.cache
@@ -212,7 +228,7 @@ def _signature(function: str) -> inspect.Signature:
     try:
         return inspect.signature(run)
     except ValueError:  # PyTorch's own have none
-        names = ("x", "y")[: 2 if function in ("add", "sub", "mul", "div") else 1]
+        names = ("x", "y")[: 2 if function in ("add", "sub", "mul", "div", "matmul") else 1]
         return inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_ONLY) for n in names])
 
 
@@ -279,6 +295,22 @@ def call_of(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
         args = args[:1]
     plain = all(a is None or isinstance(a, fx.Node) or _is_finite_number(a) for a in args)
     return (name, tuple(args)) if plain and not kwargs else None
+
+
+def factors_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Return the factors ``[..., r]`` and ``[r, N]`` of a product that programs can say.
+
+    Args:
+        node: of a graph.
+
+    Returns:
+        None if it is another node, or its factors have other shapes.
+    """
+    if node.target is not aten.matmul.default:
+        return None
+    left, right = node.all_input_nodes if len(node.all_input_nodes) == 2 else 2 * node.all_input_nodes
+    value = right.meta.get("val")
+    return (left, right) if isinstance(value, Tensor) and value.dim() == 2 else None
 
 
 def _padded(args: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:

@@ -62,6 +62,11 @@ CALLS = {
             *(*registry.quantize(x), *w, f[:7], torch.float32, [7]),
             *([x[:, :7]], "v0: float16 = sub(x0, y)", torch.float16),
         ),
+        lambda x, w, f: (
+            *(*registry.quantize(x.view(2, 3, 100)), *w, f[:7], torch.float32, [7]),
+            *([x.view(2, 3, 100)[..., :5], x[:5, :7]], "v0: float32 = matmul(x0, x1)\nv1: float32 = add(y, v0)"),
+            torch.float32,
+        ),
     ],
     "linear_quantize": [
         lambda x, w, f: (*registry.quantize(x), *w, f[:7], torch.float32, [], "v0: float32 = relu(y)", f[:7], 64),

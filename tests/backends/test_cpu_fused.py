@@ -162,15 +162,47 @@ def test_a_product_and_its_quantization_are_those_one_after_the_other(dtype, n, 
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "r"), [(1, 1, 8), (7, 65, 24), (50, 192, 64)])
+def test_a_branch_of_low_rank_is_added_to_its_product(dtype, m, n, r):
+    """The factors are columns of wider tensors; a second branch has the rank 1."""
+    args, name = product_args(m, 128, n, dtype, (2,)), str(dtype)[6:]
+    left, right = (torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., : shape[-1]] for shape in ((2, m, r), (r, n)))
+    column, row, gate = torch.randn(2, m, 1).to(dtype), torch.randn(1, n).to(dtype), torch.randn(n)
+    program = text((name, "matmul(x1, x2)"), (name, "add(y, v0)"), (name, "matmul(x3, x4)"), (FLOAT, "mul(v1, x0)"),
+                   (FLOAT, "add(v3, v2)"))  # fmt: skip
+    args += ([n], [gate, left, right, column, row], program, torch.float32)
+    (got,), (wanted,) = cpu_operators.fused_linear(*args), reference.fused_linear(*args)
+    assert relative(got, wanted) < (1e-6 if dtype == torch.float32 else 4e-3)
+    units = cpu_operators.linear_quantize(*args[:6], *args[7:9], None, 64 if n > 1 else 0)
+    for a, b in zip(units, reference.quantize(got, None, 64 if n > 1 else 0), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_factors_that_do_not_fit_are_refused():
+    args, program = product_args(2, 64, 8, torch.float32), text((FLOAT, "matmul(x0, x1)"), (FLOAT, "add(y, v0)"))
+    left, right = torch.randn(2, 16), torch.randn(16, 8)
+    wrong = [(left[:1], right), (left[:, :8], right), (left, right[:, :4]), (left, right[None]), (left, right.half()),
+             (left,)]  # fmt: skip
+    for factors in wrong:
+        with pytest.raises(FormatError, match="got factors of shapes"):
+            cpu_operators.fused_linear(*args, [8], list(factors), program, torch.float32)
+    for text_, default in ((program, "x0"), (text((FLOAT, "matmul(x0, x1)")), "y")):
+        assert encode(text_, default) is None
+
+
 def test_threads_change_nothing():
     before = torch.get_num_threads()
     args, x = product_args(300, 128, 200, torch.float32), torch.randn(300, 200)
     norm = text((FLOAT, "layer_norm(x0, None, None, 1e-06)"))
+    factors = torch.randn(300, 24), torch.randn(24, 200)
+    branch = text((FLOAT, "matmul(x1, x2)"), (FLOAT, "add(y, v0)"))
     results = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             (y,) = cpu_operators.fused_linear(*args, [200], [x], text((FLOAT, "add(y, x0)")), torch.float32)
+            (y,) = cpu_operators.fused_linear(*args, [200], [y, *factors], branch, torch.float32)
             units = cpu_operators.linear_quantize(*args, [], text((FLOAT, "gelu(y)")))
             results.append((y, *units, *cpu_operators.fused_quantize([x], norm)))
     finally:

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(
 from tahf4_compiler.backends import triton as backend  # noqa: E402
 from tahf4_compiler.backends.triton import source  # noqa: E402
 
+from tahf4_compiler import FormatError  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -78,6 +80,45 @@ def test_the_kernels_of_wan_fit_the_chip(capability, index):
         assert counts["shuffles"] <= 8 and counts["stores of 16 bytes"] >= 2
         per_token = any(name.endswith("_length") or name == "x1_stride" for name in entry.call.arguments)
         assert counts["loads of 16 bytes"] == counts["loads"] or per_token
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "rows", "quantized"),
+    [
+        pytest.param(c, d, m, q, marks=() if (c, d, m, q) == (90, torch.bfloat16, 32760, True) else pytest.mark.slow)
+        for c in (90, 80, 100, 120)
+        for d in (torch.bfloat16, torch.float32)
+        for m in (1, 32760)
+        for q in (False, True)
+    ],
+)
+def test_a_branch_of_low_rank_stays_in_registers(capability, dtype, rows, quantized):
+    from tahf4_compiler.backends.triton import linear
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    operands = (empty(rows, 2560, dtype=torch.uint8), empty(rows, 80, dtype=torch.int32))
+    operands += (empty(5120, 2560, dtype=torch.uint8), empty(5120, 80, dtype=torch.int32), empty(5120), dtype, [5120])
+    name = str(dtype)[6:]
+    program = f"v0: {name} = matmul(x0, x1)\nv1: {name} = add(y, v0)\nv2: {name} = gelu_tanh(v1)"
+    args = (*operands, [empty(rows, 32), empty(32, 5120)], program, None if quantized else dtype)
+    _, calls = linear.calls(*args, capability=(capability // 10, capability % 10), processors=132)
+    found = compile_call(calls[-1], capability)
+    # One kernel keeps a few numbers elsewhere; docs/limits.md says so.
+    known = (capability, dtype, rows, quantized) == (90, torch.float32, 32760, False)
+    assert found.spills <= (16 if known else 0)
+    assert found.registers <= 255 and found.shared <= SHARED_LIMIT[capability]
+
+
+def test_factors_that_do_not_fit_are_refused():
+    from tahf4_compiler.backends.triton.expressions import operands
+
+    left, right = (torch.empty(*shape, device="meta") for shape in ((2, 3, 8), (8, 64)))
+    for wrong in ([left[:1], right], [left, right[:, :5]], [left[..., :4], right], [left, right.half()]):
+        with pytest.raises(FormatError, match="expected a factor"):
+            operands("v0: float32 = matmul(x0, x1)", wrong, (2, 3, 64))
 
 
 def test_kernels_that_quantize_have_no_fused_multiply_add():

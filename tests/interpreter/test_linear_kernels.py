@@ -91,6 +91,17 @@ def test_gate_and_residual(path, gate, rows):
     assert torch.allclose(got.float(), wanted.float(), rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 24), (torch.bfloat16, 8)])
+@pytest.mark.parametrize("rows", [9, 75])
+def test_a_branch_of_low_rank(path, dtype, rank, rows):
+    operands, name = sides((2, rows), 96, 192), str(dtype)[6:]
+    left, right = torch.randn(2, rows, 2 * rank).to(dtype)[..., :rank], torch.randn(rank, 96).to(dtype)
+    program = f"v0: {name} = matmul(x0, x1)\nv1: {name} = add(y, v0)\nv2: float32 = mul(v1, x2)"
+    args = (*operands, None, dtype, [96], [left, right, torch.randn(96)], program, torch.float32)
+    (got,), (wanted,) = triton.fused_linear(*args), reference.fused_linear(*args)
+    assert (got - wanted).norm() <= (1e-6 if dtype == torch.float32 else 2**-8) * wanted.norm()
+
+
 @pytest.mark.parametrize(
     "lead, n, block", [*(((2, 9), 256, block) for block in (0, 16, 64, 128)), ((5,), 130, 64), ((1,), 512, 0)]
 )

@@ -41,11 +41,23 @@ def test_a_program_means_what_the_operators_mean():
         ("v0: float32 = add(x0, 'a')", "is no name, number or None"),
         ("v0: float32 = add(x0, __import__('os'))", "is no name, number or None"),
         ("v0: float32 = add(x0, ", "not a program"),
+        ("v0: float32 = matmul(x0, x2)", "two neighbouring inputs"),
+        ("v0: float32 = matmul(x0, 1)", "two neighbouring inputs"),
+        ("v0: float32 = neg(x0)\nv1: float32 = matmul(v0, x1)", "two neighbouring inputs"),
+        ("v0: float32 = matmul(x0, x1)\nv1: float32 = mul(v0, x1)", "two neighbouring inputs"),
     ],
 )
 def test_what_is_no_program_is_refused(text, message):
     with pytest.raises(FormatError, match=message):
         Program.parse(text)
+
+
+def test_a_product_of_two_inputs_is_rounded_like_every_statement():
+    y, left, right = torch.randn(2, 5, 96).bfloat16(), torch.randn(2, 5, 8).bfloat16(), torch.randn(8, 96).bfloat16()
+    program = Program.parse("v0: bfloat16 = matmul(x0, x1)\nv1: bfloat16 = add(y, v0)")
+    assert program.factors() == [0]
+    got = program.run({"y": y, "x0": left, "x1": right}, "y")
+    assert torch.equal(got, y + left @ right)
 
 
 def test_every_function_has_an_expression_for_triton():
@@ -76,6 +88,8 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.tahf4.fused_linear(*operands, [32, 64], [], "v0: float32 = silu(y)", torch.float32)
     with pytest.raises(Exception, match="result_dtype says torch.float16"):
         torch.ops.tahf4.fused_linear(*operands, [96], [], "v0: float32 = silu(y)", torch.float16)
+    with pytest.raises(Exception, match="has a matmul; expected it after a product"):
+        torch.ops.tahf4.fused_quantize([torch.randn(4, 8), torch.randn(8, 64)], "v0: float32 = matmul(x0, x1)")
     with pytest.raises(Exception, match="the program's result is"):
         torch.ops.tahf4.fused_quantize([torch.randn(4, 64)], "v0: float32 = mean(x0)")
 

@@ -208,6 +208,98 @@ def test_a_gate_of_a_wider_type_gives_a_wider_result():
     )
 
 
+BRANCH = """
+    x: f32[2, 4, 64]
+    a: f32[64, 8]
+    b: f32[8, 96]
+    w: hif4[96, 64]
+    c, s = tahf4.quantize(x, None, 0)
+"""
+
+
+def test_a_branch_of_low_rank_is_computed_behind_its_product():
+    """The product that reads the whole activation stays; a cast of the other one is part of the program."""
+    assert_drawn_in(
+        BRANCH,
+        """
+        y = tahf4.linear(c, s, w, None, bf16)
+        h = matmul(x, a)
+        m = matmul(h, b)
+        n = to.dtype(m, bf16)
+        z = add(y, n)
+        g = silu(z)
+        return g
+        """,
+        """
+        h = matmul(x, a)
+        g, = tahf4.fused_linear(c, s, w, None, bf16, [96], [h, b], "v0: float32 = matmul(x0, x1);
+            v1: bfloat16 = to(v0); v2: bfloat16 = add(y, v1); v3: bfloat16 = silu(v2)", bf16)
+        return g
+        """,
+    )
+
+
+def test_a_branch_goes_into_a_product_that_is_quantized_next():
+    assert_drawn_in(
+        BRANCH,
+        """
+        y = tahf4.linear(c, s, w, None, f32)
+        h = matmul(x, a)
+        m = matmul(h, b)
+        z = add(y, m)
+        d, t = tahf4.quantize(z, None, 64)
+        return d, t
+        """,
+        """
+        h = matmul(x, a)
+        d, t = tahf4.linear_quantize(c, s, w, None, f32, [h, b], "v0: float32 = matmul(x0, x1);
+            v1: float32 = add(y, v0)", None, 64)
+        return d, t
+        """,
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "more"),
+    [
+        pytest.param("h: f32[2, 4, 72]\n b: f32[72, 96]", "", id="a wide one"),
+        pytest.param("h: f32[4, 8]\n b: f32[8, 96]", "", id="one of other rows"),
+        pytest.param("h: f32[2, 4, 96]\n b: f32[2, 96, 96]", "", id="one of several matrices"),
+        pytest.param("h: f32[2, 4, 8]\n b: f32[8, 96]", ", m", id="one that is read twice"),
+    ],
+)
+def test_other_products_of_matrices_are_operands(factors, more):
+    head = f"x: f32[2, 4, 64]\n {factors}\n w: hif4[96, 64]\n c, s = tahf4.quantize(x, None, 0)\n m = matmul(h, b)\n"
+    assert_pass(
+        f"{head} y = tahf4.linear(c, s, w, None, f32)\n z = add(y, m)\n return z{more}",
+        ALWAYS,
+        f'{head} z, = tahf4.fused_linear(c, s, w, None, f32, [96], [m], "v0: float32 = add(y, x0)", f32)\n'
+        f" return z{more}",
+    )
+
+
+def test_the_factors_of_a_branch_are_two_inputs_of_the_most():
+    names = [f"r{i}" for i in range(11)]
+    head = BRANCH + "".join(f"{name}: f32[96]\n" for name in names) + "h = matmul(x, a)\n"
+    steps = "".join(f"y{i + 1} = mul(y{i}, {name})\n" for i, name in enumerate(names))
+    last = "m = matmul(h, b)\n z = add(y11, m)\n return z"
+    program = "; ".join(f"v{i}: float32 = mul({f'v{i - 1}' if i else 'y'}, x{i})" for i in range(11))
+    assert_pass(
+        f"{head} y0 = tahf4.linear(c, s, w, None, f32)\n {steps} {last}",
+        ALWAYS,
+        f'{head} y11, = tahf4.fused_linear(c, s, w, None, f32, [96], [{", ".join(names)}], "{program}", f32)\n {last}',
+    )
+
+
+def test_a_branch_before_a_write_is_an_operand():
+    head = BRANCH + "h = matmul(x, a)\n m = matmul(h, b)\n u = add_(b, 1)\n"
+    assert_pass(
+        head + "y = tahf4.linear(c, s, w, None, f32)\n z = add(y, m)\n return z",
+        ALWAYS,
+        head + 'z, = tahf4.fused_linear(c, s, w, None, f32, [96], [m], "v0: float32 = add(y, x0)", f32)\n return z',
+    )
+
+
 # What must stay outside.
 
 
