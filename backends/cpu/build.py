@@ -15,10 +15,12 @@ import platform
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from ...errors import OptionError
 from ...torch_private.inductor import cache_folder, is_gcc, library_builder
@@ -28,7 +30,8 @@ __all__ = ["SETS", "SOURCES", "instruction_set", "library", "loaded", "operators
 log = logging.getLogger(__name__)
 
 _NAMES = (
-    *("sets.cpp", "kernels.cpp", "histogram.cpp", "linear.cpp", "attention.cpp", "search.cpp", "operators.cpp"),
+    # Side by side, so what takes longest comes first.
+    *("operators.cpp", "linear.cpp", "sets.cpp", "kernels.cpp", "search.cpp", "histogram.cpp", "attention.cpp"),
     *("common.h", "attention.inc", "attention_operator.inc", "operands.inc", "units.inc", "programs.inc"),
     *("units_avx2.inc", "units_avx512.inc"),
     *("expand.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
@@ -201,7 +204,12 @@ def _build() -> Path:
         flags += _SANITIZERS
 
     def builder(sources: Sequence[Path], folder: Path) -> Any:
-        return library_builder("tahf4_cpu", [s for s in sources if s.suffix == ".cpp"], folder, flags)
+        return library_builder("tahf4_cpu", [s for s in sources if s.suffix in (".cpp", ".o")], folder, flags)
+
+    def compiled(source: Path) -> Path:
+        work = library_builder(source.stem, [source], source.parent, flags, compile_only=True)
+        work.build()
+        return Path(work.get_target_file_path())
 
     texts = [source.read_bytes() for source in SOURCES]
     # Code made for one processor or PyTorch may not run with another that shares the cache.
@@ -212,13 +220,20 @@ def _build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     suffix = Path(builder(SOURCES, folder).get_target_file_path()).suffix
     path = folder / f"cpu_{key}{suffix}"
-    if not path.exists():
-        # Beside its place and then renamed: whoever comes second, or was stopped, leaves a whole file.
+    if path.exists():
+        return path
+    # One process compiles, and the others wait: each rank on a machine would take as long, all at once.
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return path
+        # Beside its place and then renamed: one that was stopped leaves no part of a file.
         with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as temporary:
             copies = [Path(temporary) / source.name for source in SOURCES]
             for copy, text in zip(copies, texts, strict=True):
                 copy.write_bytes(text)
-            work = builder(copies, Path(temporary))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compiled, [copy for copy in copies if copy.suffix == ".cpp"]))
+            work = builder(objects, Path(temporary))
             work.build()
             os.replace(work.get_target_file_path(), path)
     return path

@@ -82,14 +82,17 @@ def vector_bits() -> int:
     return int(cpu_vec_isa.pick_vec_isa().bit_width())
 
 
-def library_builder(name: str, sources: Sequence[Path], folder: Path, flags: Sequence[str]) -> Any:
+def library_builder(
+    name: str, sources: Sequence[Path], folder: Path, flags: Sequence[str], *, compile_only: bool = False
+) -> Any:
     """Return what builds a shared library against PyTorch, as Inductor builds its own.
 
-    Its ``build()`` writes the file ``get_target_file_path()`` by ``get_command_line()``.
+    Its ``build()`` writes the file ``get_target_file_path()`` by ``get_command_line()``. ``compile_only``: an object
+    file, which is then a source of the library.
     """
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
 
-    options = CppTorchOptions(include_pytorch=True, warning_all=False, extra_flags=flags)
+    options = CppTorchOptions(include_pytorch=True, warning_all=False, extra_flags=flags, compile_only=compile_only)
     return CppBuilder(name=name, sources=[*map(str, sources)], BuildOption=options, output_dir=str(folder))
 
 

@@ -128,31 +128,38 @@ def test_the_library_is_compiled_once_and_found_again(monkeypatch, tmp_path):
     monkeypatch.setattr(CppBuilder, "build", lambda self: (builds.append(self), build_one(self)))
     path = build._build()
     assert build._build() == path
-    assert len(builds) == 1
-    assert [p.name for p in (tmp_path / "tahf4").iterdir()] == [path.name]  # no remains
+    assert len(builds) == 2  # an object file and the library
+    assert {p.name for p in (tmp_path / "tahf4").iterdir()} == {path.name, f"{path.name}.lock"}  # no remains
     assert isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
 
 
 @compiled
 @pytest.mark.usefixtures("_no_library", "_short")
-def test_several_processes_compile_at_once(monkeypatch, tmp_path):
+def test_of_several_processes_one_compiles(monkeypatch, tmp_path):
     from torch._inductor.cpp_builder import CppBuilder
 
     fork, build_one = multiprocessing.get_context("fork"), CppBuilder.build
-    together = fork.Barrier(2)  # neither has found what the other makes
+    builds, lock, together = fork.Value("i", 0), build.FileLock, fork.Barrier(2)
 
-    def both(self):
-        together.wait(300)
+    def counted(self):
+        with builds.get_lock():
+            builds.value += 1
         build_one(self)
 
-    monkeypatch.setattr(CppBuilder, "build", both)
+    def both(path):
+        together.wait(300)  # neither has found what the other makes
+        return lock(path)
+
+    monkeypatch.setattr(CppBuilder, "build", counted)
+    monkeypatch.setattr(build, "FileLock", both)
     running = [fork.Process(target=build._build) for _ in range(2)]
     for process in running:
         process.start()
     for process in running:
         process.join()
-    assert [process.exitcode for process in running] == [0, 0]
-    (path,) = (tmp_path / "tahf4").iterdir()
+    monkeypatch.setattr(build, "FileLock", lock)
+    assert [process.exitcode for process in running] == [0, 0] and builds.value == 2
+    (path,) = (tmp_path / "tahf4").glob("*.so")
     assert build._build() == path and isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
 
 
