@@ -96,6 +96,7 @@ class Swapped(tahf4.Pass):
         return tahf4.PassResult(graph_module, modified=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "nodes", "modules"),
     [

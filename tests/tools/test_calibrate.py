@@ -120,6 +120,7 @@ def test_calibrate_says_what_is_wrong(tmp_path, content, message):
     assert message in result.output
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_another_class(tmp_path):
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 

@@ -46,6 +46,7 @@ def test_linears_gain_most_where_int8_is_four_times_bfloat16():
     assert max(gains.values()) <= 4
 
 
+@pytest.mark.slow
 def test_packed_models_have_the_bytes_of_the_format():
     plain, packed = memory.parts(False), memory.parts(True)
     linears = A14B.layers * (8 * A14B.dim**2 + 2 * A14B.dim * A14B.ffn)

@@ -174,6 +174,7 @@ def test_each_expert_runs_with_its_own_weights(folder, tmp_path):
     assert np.abs(together.videos[0] - generate("transformer")).max() > 0.01
 
 
+@pytest.mark.slow
 def test_an_expert_that_did_not_run_is_not_counted(folder, tmp_path):
     pipe = load_pipeline(folder, torch.bfloat16, "cpu")
     options = {"dump_dir": str(tmp_path), "inductor": False}

@@ -55,6 +55,7 @@ def test_a_kept_linear_says_how_to_undo_it(folder):
     assert "leave the pattern out of keep" in result.output
 
 
+@pytest.mark.slow
 def test_a_recipes_numbers_are_part_of_the_explanation(folder, tmp_path):
     model, _ = wan()
     entries = {}

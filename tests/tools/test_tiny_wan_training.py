@@ -26,6 +26,7 @@ def short_phases(monkeypatch):
     monkeypatch.setattr(train_vae, "PHASES", phases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stop_after",
     [pytest.param(2, marks=pytest.mark.slow, id="at a checkpoint"), pytest.param(3, id="after a checkpoint")],
@@ -40,6 +41,7 @@ def test_interrupted_and_resumed_equals_continued(tmp_path, short_phases, stop_a
     assert torch.equal(weights(small_vae_run(parts)), weights(expected))
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_read_and_not_trained_again(tmp_path, short_phases):
     first = small_vae_run(tmp_path)
     written = (tmp_path / "vae.pt").stat().st_mtime_ns

@@ -27,6 +27,8 @@ from typer.testing import CliRunner
 
 import tahf4_compiler as tahf4
 
+pytestmark = pytest.mark.slow  # whole commands; their parts have tests of their own
+
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "TAHF4_DEBUG": ""})
 KEYS = ("original", "naive", "paper", "ours")
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 4, "max_sequence_length": 16}
