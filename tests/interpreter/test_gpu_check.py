@@ -57,6 +57,7 @@ def test_a_wrong_kernel_is_noticed(old, new, monkeypatch):
             cache.cache_clear()
 
 
+@pytest.mark.slow
 def test_measurements_have_every_figure_and_a_page(tmp_path, monkeypatch):
     """What Inductor makes of a block is not the matter here, and would take a minute."""
     lines, compiled = [], torch.compile
