@@ -6,6 +6,7 @@ which depends on the version of PyTorch: Python calls its kernels.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,13 +15,14 @@ import os
 import platform
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ...errors import OptionError
 from ...torch_private.inductor import cache_folder, is_gcc, library_builder
@@ -223,20 +225,46 @@ def _build() -> Path:
     if path.exists():
         return path
     # One process compiles, and the others wait: each rank on a machine would take as long, all at once.
-    with FileLock(f"{path}.lock"):
+    failed, started = Path(f"{path}.failed"), time.time()
+    with _alone(Path(f"{path}.lock")) as waited:
         if path.exists():
             return path
+        if waited and failed.exists() and failed.stat().st_mtime >= started:
+            raise RuntimeError(f"another process tried at the same time, and its compiler failed ({failed})")
         # Beside its place and then renamed: one that was stopped leaves no part of a file.
         with tempfile.TemporaryDirectory(prefix="build_", dir=folder) as temporary:
             copies = [Path(temporary) / source.name for source in SOURCES]
             for copy, text in zip(copies, texts, strict=True):
                 copy.write_bytes(text)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(compiled, [copy for copy in copies if copy.suffix == ".cpp"]))
-            work = builder(objects, Path(temporary))
-            work.build()
+            try:
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    objects = list(pool.map(compiled, [copy for copy in copies if copy.suffix == ".cpp"]))
+                work = builder(objects, Path(temporary))
+                work.build()
+            except Exception:
+                failed.touch()  # whoever waits need not try, too
+                raise
             os.replace(work.get_target_file_path(), path)
+        failed.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[bool]:
+    """Let one process at a time go on; yield whether this one had to wait.
+
+    Where the lock is another user's, or the file system has none, nobody waits: whoever compiles renames a whole file.
+    """
+    lock, waited = FileLock(place), False
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.acquire(blocking=False))
+        except Timeout:
+            waited = True
+            stack.enter_context(lock)
+        except OSError:
+            pass
+        yield waited
 
 
 def _machine_flags() -> tuple[str, ...]:

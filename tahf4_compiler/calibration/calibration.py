@@ -77,6 +77,7 @@ class Calibration(Seen):
                     "to tahf4.quantize_"
                 )
         self._part = torch.distributed.get_rank(sequence_group) if sequence_group is not None else 0
+        self._whole = sequence_group is None
         self._pipe = None if isinstance(model, nn.Module) else model
         self._schedule = Schedule(self._pipe, step_groups)
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -228,8 +229,8 @@ class Calibration(Seen):
         def observe(x: Tensor) -> None:
             self.observed += 1
             sketch, sample = cells.cell(self._schedule.where(), x.device)
-            kept = kept_tokens(self.masks, x.shape[:-1])
-            kept = kept.reshape(x.shape[:-1]).to(x.device) if kept is not None else None
+            # Of a divided sequence a rank may hold the mask whole, or its part.
+            kept = kept_tokens(self.mask, x) if self._whole else None
             rows = x if kept is None else x[kept]
             sketch.update(rows)
             if cells.moments is not None:

@@ -15,7 +15,7 @@ from ..options import Options
 from ..packed.plan import plan_modules, why_nothing
 from ..torch_private.calls import compiled_whole
 from .calls import copied
-from .padding import token_masks
+from .padding import token_mask
 from .schedule import Schedule
 from .seen import Seen
 
@@ -38,7 +38,7 @@ class Listener:
         """Keep the arguments; return a mark for :meth:`after`."""
         self.calls += 1
         self._seen.kept.offer(self._expert, self._schedule.place(), functools.partial(copied, args, kwargs))
-        self._seen.masks = token_masks(self._seen.models[self._expert], args, kwargs)
+        self._seen.mask = token_mask(self._seen.models[self._expert], args, kwargs)
         return self._seen.observed
 
     def after(self, mark: int) -> None:

@@ -39,7 +39,7 @@ class Seen:
         prompts: those that are finished, in order.
         kept: a few calls of each expert, with their arguments, for the error of the network's output.
         observed: how often an activation was observed.
-        masks: which tokens count in the call that runs (:mod:`.padding`).
+        mask: which tokens count in the call that runs (:mod:`.padding`), None for all.
         joined: over what several processes put together what they saw.
         arguments: of the pipeline's calls, as text; None before the first.
     """
@@ -76,7 +76,7 @@ class Seen:
         self.prompts: list[str] = []
         self.kept = KeptCalls()
         self.observed = 0
-        self.masks: list[Tensor] = []
+        self.mask: Tensor | None = None
         self.joined: list[str] = []
         self.arguments: str | None = None
 

@@ -24,7 +24,7 @@ from ..model.parts import Part, part_of, running_weights
 from ..ops import registry
 from ..torch_private.calls import replaced_linear, without_compiled_calls
 from ..weights.packing import pack_weight
-from .padding import kept_tokens, token_masks
+from .padding import kept_tokens, token_mask
 
 __all__ = ["ENTRIES", "Network", "QuantizedWeight", "output_error", "sqnr_db", "squares"]
 
@@ -151,7 +151,7 @@ class Network:
         self._weights: dict[str, list[Tensor]] = {}
         for path, weight in running_weights(model):
             self._weights.setdefault(path, []).append(weight)
-        self._masks = [token_masks(model, args, kwargs) for args, kwargs in calls]
+        self._masks = [token_mask(model, args, kwargs) for args, kwargs in calls]
         self._wanted = self._outputs()
         if not all(bool(value.isfinite().all()) for call in self._wanted for value in call):
             raise CalibrationError(
@@ -244,7 +244,7 @@ class Network:
         if quantized and not used:
             return None
         each = zip(found, self._wanted, self._masks, strict=True)
-        return [statistics.fmean(_errors(found, wanted, masks)) for found, wanted, masks in each]
+        return [statistics.fmean(_errors(found, wanted, mask)) for found, wanted, mask in each]
 
     def effects(
         self, quantized: Mapping[str, Callable[[], QuantizedWeight]], measured: Measured, kind: str
@@ -288,16 +288,16 @@ def _quantized(products: Mapping[int, QuantizedWeight]) -> Iterator[set[int]]:
         yield used
 
 
-def _errors(found: Sequence[Tensor], wanted: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> list[float]:
+def _errors(found: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None = None) -> list[float]:
     """Return the relative squared error of each tensor that is not zero everywhere, over the tokens that count."""
-    pairs = [_counted(a, b, masks) for a, b in zip(found, wanted, strict=True)]
-    pairs = [(a, b) for a, b in pairs if b.any()]
+    every = [(a, b) for a, b in zip(found, wanted, strict=True) if b.any()]
+    pairs = [(a, b) for a, b in (_counted(a, b, mask) for a, b in every) if b.any()] or every
     return [float((a - b).square().sum() / b.square().sum().clamp(min=1e-30)) for a, b in pairs]
 
 
-def _counted(a: Tensor, b: Tensor, masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    kept = kept_tokens(masks, a.shape[:-1]) if a.dim() > 2 else None
-    return (a, b) if kept is None else (a[kept.to(a.device)], b[kept.to(b.device)])
+def _counted(a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    kept = kept_tokens(mask, a)
+    return (a, b) if kept is None else (a[kept], b[kept])
 
 
 def _floating(value: Any) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,47 @@ def test_of_several_processes_one_compiles(monkeypatch, tmp_path):
     assert [process.exitcode for process in running] == [0, 0] and builds.value == 2
     (path,) = (tmp_path / "tahf4").glob("*.so")
     assert build._build() == path and isinstance(build._load(path, build._SIGNATURES), ctypes.CDLL)
+
+
+@compiled
+@pytest.mark.usefixtures("_no_library", "_short")
+def test_where_a_compiler_fails_those_that_wait_do_not_try_too(monkeypatch):
+    from torch._inductor.cpp_builder import CppBuilder
+
+    fork = multiprocessing.get_context("fork")
+    builds, together = fork.Value("i", 0), fork.Barrier(2)
+
+    def failing(self):
+        with builds.get_lock():
+            builds.value += 1
+        time.sleep(2)  # the other one waits by then
+        raise RuntimeError("a compiler that fails")
+
+    def run():
+        together.wait(300)
+        with pytest.raises(RuntimeError, match="fail"):
+            build._build()
+
+    monkeypatch.setattr(CppBuilder, "build", failing)
+    running = [fork.Process(target=run) for _ in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0] and builds.value == 1
+    with pytest.raises(RuntimeError, match="a compiler that fails"):
+        build._build()  # later it is tried again
+    assert builds.value == 2
+
+
+@compiled
+@pytest.mark.usefixtures("_no_library", "_short")
+def test_a_lock_of_another_user_stops_nobody(monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError("another user's")
+
+    monkeypatch.setattr(build.FileLock, "acquire", refuse)
+    assert build._build().exists()
 
 
 def test_importing_compiles_nothing(tmp_path):
