@@ -43,6 +43,10 @@ MORE = {
             *(*registry.quantize(x.view(2, 3, 100), None, 0, 8), *w, None, torch.bfloat16, [7]),
             *([x[:3, :7].contiguous(), f[0]], "v0: float32 = add(y, x0)\nv1: float32 = mul(v0, x1)", torch.float32),
         ),
+        lambda x, w, f: (
+            *(*registry.quantize(x), *w, None, torch.float32, [7], [x[:, 20:29], f[:63].view(7, 9).t()]),
+            *("v0: float32 = matmul(x0, x1)\nv1: float32 = add(y, v0)", torch.float32),
+        ),
     ],
     "linear_quantize": [
         lambda x, w, f: (*registry.quantize(x), *w, None, torch.bfloat16, [x[:1, :7]], "v0: float32 = mul(y, x0)",
