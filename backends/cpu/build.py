@@ -17,12 +17,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 from ...errors import OptionError
 from ...torch_private.inductor import cache_folder, is_gcc, library_builder
@@ -237,8 +238,13 @@ def _build() -> Path:
             for copy, text in zip(copies, texts, strict=True):
                 copy.write_bytes(text)
             try:
+                files = [copy for copy in copies if copy.suffix == ".cpp"]
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    objects = list(pool.map(compiled, [copy for copy in copies if copy.suffix == ".cpp"]))
+                    made = [pool.submit(compiled, file) for file in files]
+                    # Shown only when it takes more than a second.
+                    for one in tqdm(as_completed(made), "C++ kernels", len(made), unit="file", delay=1.0):
+                        one.result()
+                    objects = [one.result() for one in made]
                 work = builder(objects, Path(temporary))
                 work.build()
             except Exception:
