@@ -12,7 +12,7 @@ a cache left out, is not said.
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
 import sys
 import threading
 import weakref
@@ -21,33 +21,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.attachments import attached_keep, changes
-from ..model.linears import named_linears, plain_path
-from ..model.reasons import Cause
+from ..model.attachments import changes
 from ..packed.linear import HiF4Linear
-from ..packed.plan import left_out, plan_modules, why_nothing
-from ..pipeline.context import Decision
 from ..torch_private.calls import Around, around_calls
-from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
 from ..torch_private.frames import outermost_that_holds, python_linears
+from .messages import is_said, say_copied, say_functional, say_left_out, say_nothing, say_outside, say_used
 from .wanted import Wanted
 
-__all__ = ["lacks_4_bits", "mark_copied", "ran", "say_off", "say_overruled", "say_transformed", "watch", "watcher"]
-
-log = logging.getLogger(__name__)
+__all__ = ["function_watcher", "mark_copied", "ran", "watch", "watcher"]
 
 # A cache leaves blocks out in some calls, for both branches of guidance, and not in others.
 _LOOKS = 16
 _AGAIN = 61  # calls, an odd number: what was left out for so long may be called outside of graphs now
 _COPIED = "_tahf4_copied"
-_said: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
-_functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
-_off = False  # said that the compiler is off
-
-USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
-"""Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
 
 _Read = dict[int, tuple[weakref.ref[Any], str]]
 
@@ -57,6 +43,7 @@ class _Ran(threading.local):
         self.planned: set[int] = set()
         self.read: _Read = {}
         self.quantized = 0
+        self.function: _Function | None = None  # that runs now
 
 
 _ran = _Ran()
@@ -79,72 +66,141 @@ def watch(model: nn.Module, keep: Sequence[str]) -> None:
     """Collect the weights in the graphs of a model's calls, and warn once in its life about linears outside of graphs.
 
     Args:
-        model: a call of it runs compiled now.
+        model: a call of it runs compiled now, or a compiled function that calls it does.
         keep: patterns of linears that stay in high precision.
     """
-    if model not in _said:
-        around_calls(model, watcher(model, keep))
+    if not is_said(model) and not around_calls(model, watcher(model, keep)) and _ran.function is not None:
+        _ran.function.found(model, keep)
 
 
-def mark_copied(model: nn.Module) -> None:
-    """Warn where a model is copied that ``model.compile()`` compiles now."""
+def mark_copied(model: nn.Module, compiled: Callable[[nn.Module], bool]) -> None:
+    """Warn where a model is copied that ``model.compile()`` compiles now.
+
+    Args:
+        model: that is compiled now.
+        compiled: tells of a model whether ``model.compile()`` compiled it with this backend.
+    """
     held = model.__dict__.get(_COPIED)  # a shallow copy has that of the original
-    model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model)
+    model.__dict__[_COPIED] = held if isinstance(held, _Copied) and held.of(model) else _Copied(model, compiled)
 
 
 def watcher(model: nn.Module, keep: Sequence[str]) -> Around:
     """Return what :func:`watch` lets the calls go through."""
-    tree: Wanted | None = None
-    wanted: dict[int, str] = {}
-    explained: set[frozenset[str]] = set()  # missing in calls that were looked at, and Python called none of them
-    met: set[frozenset[str]] = set()
-    look = 0  # at so many calls more
-    calls = 0
+    return functools.partial(_Watch(keep).call, model)
 
-    def around(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
-        nonlocal look, tree, wanted, calls
+
+def function_watcher(model: nn.Module | None, keep: Sequence[str]) -> Around:
+    """Return what the calls of a compiled function go through; it warns as :func:`watch` does.
+
+    Args:
+        model: whose method the function is, or None: then the models that Dynamo meets in a call are watched in the
+            calls after it.
+        keep: patterns of linears that stay in high precision.
+    """
+    return _Function(model, keep).call
+
+
+class _Watch:
+    """What the calls of a model, or of a function that calls it, have shown. It does not keep the model alive."""
+
+    def __init__(self, keep: Sequence[str], among: bool = False) -> None:
+        self._keep = keep
+        self.alike = False  # others of its class are watched in calls of one function
+        self._among = among  # what a compiled function calls, which may leave a model as it is, or call only a part
+        self._tree: Wanted | None = None
+        self._wanted: dict[int, str] = {}
+        self._explained: set[frozenset[str]] = set()  # missing in calls that were looked at; Python called none of it
+        self._met: set[frozenset[str]] = set()
+        self._look = 0  # at so many calls more
+        self._calls = 0
+
+    def call(
+        self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, bool]:
+        """Run a call; return its result, and whether this was the last one to be watched."""
         quantized = _ran.quantized
-        looks = look > 0 and sys.getprofile() is None  # a profiler has that place, and would not see this one's calls
+        # A profiler has that place, and would not see this one's calls.
+        looks = self._look > 0 and sys.getprofile() is None
         outside: set[nn.Module] = set()
         functional: set[str] = set()
-        classes = tree.classes if tree is not None else ()
+        classes = self._tree.classes if self._tree is not None else ()
         watched = python_linears(outside, functional, classes) if looks else contextlib.nullcontext()
         with _collected() as (planned, read), watched:
             result = call(*args, **kwargs)
-        calls += 1
-        again = calls % _AGAIN == 0
+        self._calls += 1
+        again = self._calls % _AGAIN == 0
+        tree = self._tree
         if tree is None:
-            tree = Wanted(model, keep)
-            if text := left_out(model):
-                log.warning("%s: %s", type(model).__name__, text)
-            if not tree.planned and _ran.quantized == quantized:
-                _say_nothing(model)
-            wanted = {id(weight): path for path, weight in tree.weights()}
-        elif looks or again or tree.changes != changes() or tree.missing(wanted, planned, read):
-            tree = tree if tree.stands(model) else Wanted(model, keep)
-            wanted = {id(weight): path for path, weight in tree.weights()}  # offloading replaces them
-        missing = tree.missing(wanted, planned, read)
+            tree = Wanted(model, self._keep)
+            if not self._among:
+                say_left_out(model)
+            if not self._among and not tree.planned and _ran.quantized == quantized:
+                say_nothing(model)
+            self._wanted = {id(weight): path for path, weight in tree.weights()}
+        elif looks or again or tree.changes != changes() or tree.missing(self._wanted, planned, read):
+            tree = tree if tree.stands(model) else Wanted(model, self._keep)
+            self._wanted = {id(weight): path for path, weight in tree.weights()}  # offloading replaces them
+        self._tree = tree
+        missing = tree.missing(self._wanted, planned, read)
         found: list[str] = []
-        if missing and (looks or missing not in explained or again):
-            met.add(missing)
+        if missing and (looks or missing not in self._explained or again):
+            self._met.add(missing)
             used = {path: _why(weight, read) for path, weight in tree.weights() if path in missing}
             unread = {path for path, why in used.items() if why is None}
             if looks:
                 found = tree.run_by(outside, unread)
-            elif not look:
-                look = _LOOKS if missing not in explained else 2
-            _say_used(model, {path: why for path, why in used.items() if why is not None})
+            elif not self._look:
+                self._look = _LOOKS if missing not in self._explained else 2
+            say_used(model, {path: why for path, why in used.items() if why is not None})
             if functional and (rest := [path for path in used if path in unread and path not in found]):
-                _say_functional(model, rest, sorted(functional))
-        look -= looks
-        if looks and not look:
-            explained.update(met)
-        if found and (whole := outermost_that_holds(model)) not in _said:
-            _said.update((model, whole))
-            _say(whole, model, found)
+                say_functional(model, rest, sorted(functional))
+        self._look -= looks
+        if looks and not self._look:
+            self._explained.update(self._met)
+        if found and not is_said(whole := outermost_that_holds(model)):
+            say_outside(whole, model, found, self.alike or whole is not model)
         return result, bool(found)
 
-    return around
+
+class _Function:
+    """The models that are watched in the calls of a compiled function."""
+
+    def __init__(self, model: nn.Module | None, keep: Sequence[str]) -> None:
+        self._method = model is not None
+        self._said: set[type[nn.Module]] = set()  # blocks that a function calls one by one are said once
+        self._watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
+        if model is not None:
+            self._watches[model] = _Watch(keep, among=True)
+
+    def found(self, model: nn.Module, keep: Sequence[str]) -> None:
+        """Watch a model from the next call on, unless one is watched that holds it or one like it was said."""
+        held = any(model in set(other.modules()) for other in self._watches)
+        if self._method or type(model) in self._said or held:
+            return
+        for part in [part for part in self._watches if part in set(model.modules())]:
+            del self._watches[part]
+        self._watches[model] = _Watch(keep, among=True)
+        same = [watched for other, watched in self._watches.items() if type(other) is type(model)]
+        for watched in same:
+            watched.alike = len(same) > 1
+
+    def call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+        """Run a call; never the last one, since another model may come."""
+        outer, _ran.function = _ran.function, self
+        try:
+            for model, watched in list(self._watches.items()):
+                call = functools.partial(self._through, model, watched, call)
+            return call(*args, **kwargs), False
+        finally:
+            _ran.function = outer
+
+    def _through(self, model: nn.Module, watched: _Watch, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result, last = watched.call(model, call, args, kwargs)
+        if last:
+            self._said.add(type(model))
+            for alike in [other for other in self._watches if type(other) is type(model)]:
+                del self._watches[alike]
+        return result
 
 
 @contextlib.contextmanager
@@ -169,15 +225,16 @@ def _why(weight: Tensor, read: _Read) -> str | None:
 class _Copied:
     """An attribute of a model that was compiled; warns where the model is copied without its compilation."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, compiled: Callable[[nn.Module], bool]) -> None:
         self._model = weakref.ref(model)
+        self._compiled = compiled
 
     def of(self, model: nn.Module) -> bool:
         return self._model() is model
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> None:
         model = self._model()
-        if model is None or model._compiled_call_impl is None:
+        if model is None or not self._compiled(model):  # it was compiled anew with another backend
             return
         if any(isinstance(module, HiF4Linear) for module in model.modules()):
             return  # the copy of a packed model runs in 4 bits as well
@@ -185,133 +242,7 @@ class _Copied:
             return  # so does the original
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
-        log.warning(
-            "%s: PyTorch leaves the compilation by model.compile() out of a deep copy, which runs in the original "
-            'precision. Compile the copy as well: copy.compile(backend="tahf4").',
-            type(model).__name__,
-        )
+        say_copied(model)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bool, ()  # what is pickled loads where tahf4 is not
-
-
-def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bool:
-    """Return whether a plan puts nothing in 4 bits, and not because of the step, of adapters, or of a boundary.
-
-    Args:
-        plan: of a model or of a graph.
-        outside: whether a linear is boundary in the model around what the plan is of.
-    """
-    meant = bool(plan) and all(
-        d.cause in (Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module)) for d in plan
-    )
-    return not meant and not any(d.decision == "hif4" for d in plan)
-
-
-def _say_nothing(model: nn.Module) -> None:
-    """Warn if a model's tree puts nothing in 4 bits, unless a model around it left all of it, as an embedder."""
-    plan = plan_modules(model)
-    weights = {path: linear._parameters.get("weight") for path, linear in named_linears(model)}
-    counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
-    if lacks_4_bits(counted, lambda path: attached_keep(weights[path]) is not None):
-        log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
-
-
-def _say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
-    if not reasons or model in _used:
-        return
-    _used.add(model)
-    now = {d.module: str(d.reason) for d in plan_modules(model) if d.decision != "hif4"}  # weights were cast since
-    reasons = {path: reason or now.get(path, "") for path, reason in reasons.items()}
-    others = [path for path, reason in reasons.items() if not reason]
-    texts = [f"{path}: {reason}" for path, reason in reasons.items() if reason][:3]
-    if others:
-        texts.append(
-            f"{_listed(others)}: used otherwise than in a linear, as in einsum, bmm or an operator of somebody else, "
-            "or as a part or a multiple; torch.nn.functional.linear(x, weight, bias) runs in 4 bits"
-        )
-    log.warning(
-        "%s: %d linears of its repeated blocks run in high precision, because of how graphs use their weights (%s)",
-        type(model).__name__,
-        len(reasons),
-        "; ".join(texts),
-    )
-
-
-def _say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[str]) -> None:
-    if model in _functional:
-        return
-    _functional.add(model)
-    log.warning(
-        "%s: %d linears of its repeated blocks stand in no graph (%s), and code that Dynamo did not hand to tahf4 "
-        "calls torch.nn.functional.linear (%s). With their weights, it runs in high precision. Let Dynamo see this "
-        "code, or call the modules there: what runs so is named.",
-        type(model).__name__,
-        len(paths),
-        _listed(paths),
-        "; ".join(callers[:3]),
-    )
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
-
-
-def say_overruled(model: nn.Module, parts: Sequence[nn.Module]) -> None:
-    """Warn once that another backend compiles a model, parts of which were compiled in place with tahf4."""
-    if model in _overruled or not any(Wanted(part, ()).linears for part in parts):
-        return
-    _overruled.add(model)
-    log.warning(
-        "%s: is compiled with another backend than tahf4, and PyTorch hands it the code of what is inside, also of %d "
-        "modules that were compiled with tahf4 (the first is a %s). They run in the original precision there. Compile "
-        'the whole with backend="tahf4", or not at all.',
-        type(model).__name__,
-        len(parts),
-        type(parts[0]).__name__,
-    )
-
-
-def say_off() -> None:
-    """Warn once if PyTorch compiles nothing in this process."""
-    global _off
-    if compiler_is_off() and not _off:
-        _off = True
-        log.warning(
-            'torch.compile(backend="tahf4") compiles nothing: PyTorch\'s compiler is off (TORCH_COMPILE_DISABLE, '
-            "TORCHDYNAMO_DISABLE or torch._dynamo.config.disable). Models run in the original precision."
-        )
-
-
-def say_transformed(model: nn.Module) -> None:
-    """Warn once that Dynamo compiles nothing of a model under a transform of functions that was called around it."""
-    if model in _said:
-        return
-    _said.add(model)
-    log.warning(
-        "%s: called under torch.vmap or torch.func, where Dynamo compiles nothing. This call runs in high precision, "
-        "and so does what it called until torch._dynamo.reset(). Compile the transform with the model: "
-        'torch.compile(lambda x: torch.vmap(lambda row: model(row))(x), backend="tahf4").',
-        type(model).__name__,
-    )
-
-
-def _say(whole: nn.Module, model: nn.Module, paths: Sequence[str]) -> None:
-    prefix = next(f"{path}." if path else "" for path, module in whole.named_modules() if module is model)
-    alike = "" if whole is model else f"; other {type(model).__name__}s that were compiled one by one may be alike"
-    if compiler_is_off():
-        causes = "its compiler is off now (torch._dynamo.config.disable, TORCHDYNAMO_DISABLE)"
-    elif (stance := compiler_stance()) != "default":
-        causes = f"torch.compiler.set_stance({stance!r})"
-    else:
-        causes = "; ".join(graph_breaks()[:2]) or "none, as where a whole forward is under torch.compiler.disable"
-    log.warning(
-        "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
-        "(%s%s). Dynamo's reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
-        "fullgraph=True turns a graph break into an error. What Dynamo gave up stays so until torch._dynamo.reset().",
-        type(whole).__name__,
-        len(paths),
-        _listed([plain_path(prefix + path) for path in paths]),
-        alike,
-        causes,
-    )

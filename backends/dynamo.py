@@ -27,22 +27,13 @@ from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
 from ..torch_private.calls import Around
-from ..torch_private.dynamo import before_frames, when_compiled, when_not_compiled
+from ..torch_private.dynamo import before_frames, compiled_in_place, when_compiled, when_not_compiled
 from ..torch_private.frames import caller_that_holds
 from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import (
-    USED_OTHERWISE,
-    lacks_4_bits,
-    mark_copied,
-    ran,
-    say_off,
-    say_overruled,
-    say_transformed,
-    watch,
-    watcher,
-)
+from .coverage import function_watcher, mark_copied, ran, watch, watcher
+from .messages import USED_OTHERWISE, lacks_4_bits, say_off, say_overruled, say_transformed
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -95,16 +86,28 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
 
 def _given(model: nn.Module, keywords: Mapping[str, Any]) -> Around | None:
     """Watch a model from its first call on: it may be that Dynamo does not even begin."""
-    mark_copied(model)
+    mark_copied(model, lambda model: compiled_in_place(model, tahf4))
+    keep = _watched(keywords)
+    return None if keep is None else watcher(model, keep)
+
+
+def _given_function(model: nn.Module | None, keywords: Mapping[str, Any]) -> Around | None:
+    """Watch what a function calls, and the model whose method it is."""
+    keep = _watched(keywords)
+    return None if keep is None else function_watcher(model, keep)
+
+
+def _watched(keywords: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the patterns of linears that are kept, or None if nothing is watched."""
     try:
         options = Options.parse(keywords.get("options"), keywords.get("mode"))
     except Tahf4Error:  # raised again where Dynamo comes to the backend
         return None
-    return watcher(model, options.keep) if options.pipeline == "default" else None
+    return options.keep if options.pipeline == "default" else None
 
 
 before_frames(tahf4, _begin, say_overruled)
-when_compiled(tahf4, _given)
+when_compiled(tahf4, _given, _given_function)
 when_not_compiled(tahf4, say_off)
 say_off()  # PyTorch imports this module where a model is compiled, also when it compiles nothing
 

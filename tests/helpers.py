@@ -17,7 +17,7 @@ GRAPH = {"inductor": False, "rotate.block": 0}
 """Options that run the lowered graph as it is, without a rotation: what ``expected`` computes, before Inductor."""
 
 
-def said(caplog: Any, module: str = "backends.coverage") -> list[str]:
+def said(caplog: Any, module: str = "backends.messages") -> list[str]:
     """Return what a module of the package logged."""
     return [record.getMessage() for record in caplog.records if record.name == f"tahf4_compiler.{module}"]
 

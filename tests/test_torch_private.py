@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 
 import pytest
@@ -373,10 +374,10 @@ def test_dynamo_begins_again_with_floats_as_constants():
         fakes = [dynamo.fake_input(context, value) for value in example_inputs]
         reads = [node for node in graph_module.graph.nodes if node.target == "item"]
         numbers = [fake.item() for fake in fakes if fake.ndim == 0]
-        copies = [fake.detach() for fake in fakes if fake.ndim == 0]
-        for fake, copy in zip([fake for fake in fakes if fake.ndim == 0], copies, strict=True):
-            dynamo.keep_number(fake, copy)
-            assert str(copy.item()) == str(fake.item())
+        twins = [fake.detach() for fake in fakes if fake.ndim == 0]
+        for fake, twin in zip([fake for fake in fakes if fake.ndim == 0], twins, strict=True):
+            dynamo.keep_number(fake, twin)
+            assert str(twin.item()) == str(fake.item())
         symbols = set().union(*map(dynamo.changing_floats, numbers))
         found.append((len(reads), len(symbols)))
         if symbols:
@@ -417,18 +418,48 @@ def test_a_module_is_told_where_it_is_compiled_and_its_calls_go_through_a_functi
         told.append(what)
         return around
 
-    told, seen, x = [], [], torch.randn(3, 64)
+    told, functions, seen, x = [], [], [], torch.randn(3, 64)
     monkeypatch.setattr(OptimizeContext, "__call__", OptimizeContext.__call__)
-    dynamo.when_compiled(mine, tell)
+    dynamo.when_compiled(mine, tell, lambda *what: functions.append(what))
     torch.compile(Stack(depth=1), backend="eager")(x)
-    torch.compile(lambda x: x + 1, backend=mine)(x)
+    torch.compile(lambda x: x + 1, backend="eager")(x)
     assert told == []
     model = Stack(depth=1)
     want = torch.compile(model, backend=mine, options={"some": 1})(x)
     model.blocks[0].compile(backend=mine)
+    assert functions == []
     assert told == [(model, {"options": {"some": 1}}), (model.blocks[0], {})] and seen == [model]
     assert torch.equal(model(x), want) and seen == [model, model]
     assert frames.outermost_that_holds(model) is model
+
+
+def test_a_function_is_told_where_it_is_compiled_with_the_module_whose_method_it_is(monkeypatch):
+    from torch._dynamo.eval_frame import OptimizeContext
+
+    def mine(graph_module, example_inputs, options=None):
+        return graph_module.forward
+
+    def around(call, args, kwargs):
+        seen.append(args)
+        return call(*args, **kwargs), True  # there is no last call of a function: who holds it goes on calling it
+
+    def tell(*what):
+        told.append(what)
+        return around
+
+    told, modules, seen, x = [], [], [], torch.randn(3, 64)
+    monkeypatch.setattr(OptimizeContext, "__call__", OptimizeContext.__call__)
+    dynamo.when_compiled(mine, lambda *what: modules.append(what), tell)
+    model, plain = Stack(depth=1), nn.Sequential(nn.Linear(64, 64))
+    forward = torch.compile(model.forward, backend=mine, options={"some": 1})
+    step = torch.compile(lambda x: model(x) + 1, backend=mine)
+    assert told == [(model, {"options": {"some": 1}}), (None, {})]
+    assert torch.equal(step(x), forward(x) + 1) and torch.equal(step(x), forward(x) + 1) and len(seen) == 4
+    assert not modules
+    torch.compile(plain, backend=mine)(x)  # PyTorch wraps the forward of its own modules into a function
+    copy.deepcopy(torch.compile(model, backend=mine))(x)
+    plain.compile(backend=mine)
+    assert len(told) == 2 and [what[0] for what in modules] == [plain, model, plain]
 
 
 def test_a_model_that_is_handed_back_uncompiled_is_told_with_the_backend(monkeypatch):

@@ -26,7 +26,7 @@ Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tupl
 """Takes a compiled call with its arguments; returns the result, and whether this was the last one to go through it."""
 
 
-def around_calls(model: nn.Module, around: Around) -> None:
+def around_calls(model: nn.Module, around: Around) -> bool:
     """Let the calls of a compiled module, which runs now, go through a function until it has seen enough.
 
     Nothing happens if the module was not compiled itself, as where a function that calls it was, or if its calls go
@@ -35,6 +35,9 @@ def around_calls(model: nn.Module, around: Around) -> None:
     Args:
         model: as it was before ``torch.compile``.
         around: see :data:`Around`.
+
+    Returns:
+        Whether the module was compiled itself.
     """
     for caller in callers():
         host = caller.variable("self")
@@ -45,19 +48,29 @@ def around_calls(model: nn.Module, around: Around) -> None:
             name = "_compiled_call_impl"
             break
     else:
-        return
+        return False
     if not hasattr(getattr(host, name), "_tahf4_around"):
-        setattr(host, name, going_through(around, host, name, getattr(host, name)))
+        setattr(host, name, going_through(around, getattr(host, name), host, name))
+    return True
 
 
-def going_through(around: Around, host: nn.Module, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what is to stand in an attribute of a module in the place of a compiled call."""
+def going_through(
+    around: Around, original: Callable[..., Any], host: nn.Module | None = None, name: str = ""
+) -> Callable[..., Any]:
+    """Return what is to stand in the place of a compiled call.
+
+    Args:
+        around: see :data:`Around`.
+        original: the compiled call.
+        host: a module that holds the result as an attribute until the last call, or None.
+        name: of the attribute.
+    """
     from torch._dynamo.eval_frame import skip_code
 
     @functools.wraps(original)  # Dynamo, where it traces a call, finds there what stands behind
     def call(*args: Any, **kwargs: Any) -> Any:
         result, last = around(original, args, kwargs)
-        if last and host.__dict__.get(name) is call:
+        if last and host is not None and host.__dict__.get(name) is call:
             setattr(host, name, original)
         return result
 

@@ -25,6 +25,7 @@ __all__ = [
     "changing_floats",
     "compilation",
     "compile_for_values",
+    "compiled_in_place",
     "compiler_is_off",
     "compiler_stance",
     "debug_folder",
@@ -155,34 +156,48 @@ def graph_breaks() -> list[str]:
 
 
 def when_compiled(
-    backend: Callable[..., Any], function: Callable[[nn.Module, Mapping[str, Any]], Around | None]
+    backend: Callable[..., Any],
+    module: Callable[[nn.Module, Mapping[str, Any]], Around | None],
+    function: Callable[[nn.Module | None, Mapping[str, Any]], Around | None],
 ) -> None:
-    """Call a function where a module is given to ``torch.compile``, from now on until the process ends.
+    """Call a function where something is given to ``torch.compile``, from now on until the process ends.
 
     A backend is told of graphs alone. Of a module whose code Dynamo never begins to compile, there is none.
 
     Args:
-        backend: that the module is compiled with.
-        function: takes the module and the keywords of the backend (``options``, ``mode``); returns what the compiled
-            calls are to go through, or None.
+        backend: that it is compiled with.
+        module: is called where it is a module. Takes the module and the keywords of the backend (``options``,
+            ``mode``); returns what the compiled calls are to go through, or None.
+        function: the same where it is a function. Takes the module whose method it is, or None.
     """
+    from torch._dynamo import external_utils
     from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
 
     context: Any = OptimizeContext
     own = context.__call__
+    inner = [const for const in external_utils.wrap_inline.__code__.co_consts if inspect.iscode(const)]
 
     @functools.wraps(own)
     def compiled(self: Any, given: Any) -> Any:
         result, compiler = own(self, given), innermost_backend(self.callback)
-        model = given if isinstance(given, nn.Module) else getattr(given, "__self__", None)
-        called = model is given or getattr(given, "__name__", "") == "_call_impl"  # which nn.Module.compile compiles
-        if isinstance(model, nn.Module) and called and _is(compiler, backend):
-            around = function(model, getattr(compiler, "kwargs", {}))
-            if around is not None and model is given:
-                result.forward = going_through(around, result, "forward", result.forward)
-            elif around is not None:
-                result = going_through(around, model, "_compiled_call_impl", result)
-        return result
+        if not _is(compiler, backend):
+            return result
+        keywords = getattr(compiler, "kwargs", {})
+        if isinstance(given, nn.Module):
+            if (around := module(given, keywords)) is not None:
+                result.forward = going_through(around, result.forward, result, "forward")
+            return result
+        model, name = getattr(given, "__self__", None), getattr(given, "__name__", "")
+        model = model if isinstance(model, nn.Module) else None
+        if model is not None and name == "_call_impl":  # which nn.Module.compile compiles
+            around = module(model, keywords)
+            return result if around is None else going_through(around, result, model, "_compiled_call_impl")
+        code = getattr(given, "__code__", None)
+        of_module = name in ("_call_impl", "_wrapped_call_impl") or code in inner
+        if of_module or not inspect.isfunction(result):  # what PyTorch itself makes where a module or class is given
+            return result
+        around = function(model, keywords)
+        return result if around is None else going_through(around, result)
 
     context.__call__ = compiled
 
@@ -237,12 +252,6 @@ def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[...,
     from torch._dynamo.convert_frame import _compile
     from torch._dynamo.eval_frame import innermost_backend
 
-    def in_place(module: nn.Module) -> bool:
-        call: Any = module._compiled_call_impl
-        call = call.__wrapped__ if hasattr(call, "_tahf4_around") else call
-        held = inspect.getclosurevars(call).nonlocals if inspect.isfunction(call) else {}
-        return "self" in held and _is(innermost_backend(held["self"].callback), backend)
-
     def notice(_: Any) -> None:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         compiling = next((caller for caller in callers() if caller.code is _compile.__code__), None)
@@ -254,10 +263,20 @@ def _notice(backend: Any, function: Callable[..., Any], overruled: Callable[...,
         inside = module.modules() if module is not None else ()
         if module is not None and _is(compiler, backend):
             function(caller_that_holds(module) or module, getattr(compiler, "kwargs", {}), transformed)
-        elif parts := [m for m in inside if m._compiled_call_impl is not None and in_place(m)]:
+        elif parts := [m for m in inside if compiled_in_place(m, backend)]:
             overruled(module, parts)
 
     return notice
+
+
+def compiled_in_place(module: nn.Module, backend: Callable[..., Any]) -> bool:
+    """Whether ``module.compile`` compiled a module, the last time, with a backend."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    call: Any = module._compiled_call_impl
+    call = call.__wrapped__ if hasattr(call, "_tahf4_around") else call
+    held = inspect.getclosurevars(call).nonlocals if inspect.isfunction(call) else {}
+    return "self" in held and _is(innermost_backend(held["self"].callback), backend)
 
 
 def compilation() -> Any:

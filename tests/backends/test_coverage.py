@@ -16,7 +16,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from helpers import GRAPH, said
 from models import Stack
-from tahf4_compiler.backends import coverage, dynamo
+from tahf4_compiler.backends import dynamo, messages
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
@@ -105,6 +105,16 @@ def kept_model():
     return model
 
 
+def test_a_model_that_was_compiled_anew_with_another_backend_is_copied_in_silence(caplog):
+    model = compiled(Stack().eval(), whole=False)
+    model(torch.randn(4, 64))
+    model.compile(backend="eager")
+    copy.deepcopy(model)
+    assert not said(caplog)
+    copy.deepcopy(compiled(model, whole=False))
+    assert len(said(caplog)) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "wanted"), [(lambda: Stack().eval(), True), (lambda: nn.Linear(16, 16), False), (kept_model, False)]
 )
@@ -161,7 +171,7 @@ def test_a_model_of_which_dynamo_hands_over_nothing_is_said(whole, caplog):
     for options in ({"keep": ["up", "down"]}, {}):
         torch._dynamo.reset()
         # As torch.compile(backend="tahf4") does first
-        before_frames(dynamo.tahf4, dynamo._begin, coverage.say_overruled)
+        before_frames(dynamo.tahf4, dynamo._begin, messages.say_overruled)
         call = compiled(copy.deepcopy(model), whole, **options)
         for _ in range(3):
             assert torch.equal(call(x), model(x))
@@ -285,7 +295,7 @@ def test_what_dynamo_gives_up_later_is_said_once(give_up, whole, caplog):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("how", ["vmap", "jvp", "grad"])
 def test_a_first_call_under_a_transform_is_said_once(how, whole, caplog):
-    before_frames(dynamo.tahf4, dynamo._begin, coverage.say_overruled)  # as torch.compile(backend="tahf4") does first
+    before_frames(dynamo.tahf4, dynamo._begin, messages.say_overruled)  # as torch.compile(backend="tahf4") does first
     call, x = compiled(Stack().eval().requires_grad_(False), whole), torch.randn(4, 64)
     calls = {
         "vmap": lambda: torch.vmap(call)(x),
@@ -552,7 +562,7 @@ def test_a_process_whose_compiler_is_off_is_said():
 @pytest.mark.parametrize("called", [False, True])
 def test_another_backend_around_blocks_that_are_compiled_with_tahf4_is_said_once(called, caplog):
     model, x = Stack().eval(), torch.randn(4, 64)
-    before_frames(dynamo.tahf4, dynamo._begin, coverage.say_overruled)  # as torch.compile(backend="tahf4") does first
+    before_frames(dynamo.tahf4, dynamo._begin, messages.say_overruled)  # as torch.compile(backend="tahf4") does first
     for block in model.blocks:
         compiled(block, False)
     if called:
@@ -580,9 +590,9 @@ def test_another_backend_around_a_model_that_is_compiled_in_place_gets_nothing_o
 
 
 def test_another_backend_around_parts_without_linears_is_not_said(caplog):
-    coverage.say_overruled(nn.Sequential(), [nn.ReLU()])
+    messages.say_overruled(nn.Sequential(), [nn.ReLU()])
     assert not said(caplog)
-    coverage.say_overruled(nn.Sequential(), [nn.ReLU(), Stack()])
+    messages.say_overruled(nn.Sequential(), [nn.ReLU(), Stack()])
     assert "2 modules that were compiled with tahf4 (the first is a ReLU)" in said(caplog)[0]
 
 

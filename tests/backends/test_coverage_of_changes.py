@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import GRAPH
 from models import Block, Stack
-from tahf4_compiler.backends import coverage
+from tahf4_compiler.backends import messages
 from torch import nn
 
 import tahf4_compiler as tahf4
@@ -22,7 +22,7 @@ def _no_grad():
 
 
 def said(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == coverage.__name__]
+    return [record.getMessage() for record in caplog.records if record.name == messages.__name__]
 
 
 def compiled(model: nn.Module) -> nn.Module:

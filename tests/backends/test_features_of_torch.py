@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import GRAPH
 from models import Stack
-from tahf4_compiler.backends import coverage, dynamo
+from tahf4_compiler.backends import dynamo, messages
 from torch import nn
 
 from tahf4_compiler.torch_private.dynamo import before_frames
@@ -18,7 +18,7 @@ from tahf4_compiler.torch_private.dynamo import before_frames
 
 @pytest.fixture(autouse=True)
 def _no_grad():
-    before_frames(dynamo.tahf4, dynamo._begin, coverage.say_overruled)  # as torch.compile(backend="tahf4") does first
+    before_frames(dynamo.tahf4, dynamo._begin, messages.say_overruled)  # as torch.compile(backend="tahf4") does first
     with torch.no_grad():
         yield
 
@@ -37,7 +37,7 @@ def test_calls_that_a_stance_leaves_uncompiled_are_said_once(stance, caplog):
     with torch.compiler.set_stance(stance):
         for _ in range(3):
             assert torch.equal(call(x), model(x)), "it runs as it is"
-    (message,) = [r.getMessage() for r in caplog.records if r.name == coverage.__name__]
+    (message,) = [r.getMessage() for r in caplog.records if r.name == messages.__name__]
     assert "6 linears of its repeated blocks run in high precision, because Dynamo did not hand" in message
     assert not torch.equal(call(x), model(x))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import GRAPH, said
 from models import Stack
-from tahf4_compiler.backends import coverage
+from tahf4_compiler.backends import messages
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,7 +139,7 @@ def test_a_compiler_that_is_switched_off_later_is_said_once(off, when, caplog):
 
 @pytest.mark.parametrize("how", ["whole", "in place"])
 def test_an_environment_that_switches_the_compiler_off_later_is_said_once(how, caplog, monkeypatch):
-    monkeypatch.setattr(coverage, "_off", False)
+    monkeypatch.setattr(messages, "_off", False)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     torch.compile(Stack(), backend="eager")
     torch.compile(Stack(), backend="tahf4", disable=True)

@@ -1,0 +1,153 @@
+"""What a compiled function or method calls is watched like a compiled model."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import GRAPH, said
+from models import Stack
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+SETTINGS = {"backend": "tahf4", "options": GRAPH}
+
+
+class Hidden(Stack):
+    """Blocks with a linear that is hidden from Dynamo, as hooks of libraries do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.down.forward = torch.compiler.disable(block.down.forward)
+
+
+class Pipeline:
+    """No module, but holds one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.model(x) + x
+
+
+def made(how: str, model: nn.Module):
+    if how == "forward":
+        model.forward = torch.compile(model.forward, **SETTINGS)
+        return model
+    if how == "method of a pipeline":
+        return torch.compile(Pipeline(model).step, **SETTINGS)
+    if how == "argument":
+        step = torch.compile(lambda model, x: model(x) + x, **SETTINGS)
+        return lambda x: step(model, x)
+    return torch.compile(lambda x: model(x) + x, **SETTINGS)
+
+
+WAYS = ["forward", "closure", "argument", "method of a pipeline"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_linears_outside_of_the_graphs_are_said_once(how, caplog):
+    call, x = made(how, Hidden().eval()), torch.randn(4, 64)
+    want = call(x)
+    for _ in range(4):
+        assert torch.equal(call(x), want)
+    (message,) = said(caplog)
+    assert message.startswith("Hidden: 3 linears of its repeated blocks run in high precision, because Dynamo did not")
+    assert "(blocks.0.down, blocks.1.down, blocks.2.down)" in message
+
+
+@pytest.mark.parametrize("how", WAYS[:2])
+def test_what_runs_in_4_bits_is_not_said(how, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    plain = model(x) + (x if how != "forward" else 0)
+    call = made(how, model)
+    for _ in range(3):
+        assert 0 < (call(x) - plain).norm() < 0.3 * plain.norm()
+    assert not said(caplog)
+
+
+def test_a_method_that_dynamo_never_begins_is_said(caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    forward = torch.compiler.disable(type(model).forward)
+    type(model).encode = lambda self, x: forward(self, x)
+    try:
+        encode = torch.compile(model.encode, **SETTINGS)
+        for _ in range(3):
+            encode(x)
+    finally:
+        del type(model).encode
+    (message,) = said(caplog)
+    assert message.startswith("Stack: 6 linears of its repeated blocks run in high precision")
+
+
+def test_a_method_that_calls_a_part_says_nothing_of_the_rest(caplog):
+    class Encoder(Stack):
+        def encode(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+    model, x = Encoder().eval(), torch.randn(4, 64)
+    encode = torch.compile(model.encode, **SETTINGS)
+    for _ in range(20):
+        encode(x)
+    assert not said(caplog)
+
+
+def test_models_of_one_class_that_a_function_calls_are_said_once(caplog):
+    model, x = Hidden().eval(), torch.randn(4, 64)
+
+    def parts(x: Tensor) -> Tensor:
+        for block in model.blocks:
+            x = block(x)
+        return x
+
+    step = torch.compile(parts, **SETTINGS)
+    for _ in range(8):
+        step(x)
+    (message,) = said(caplog)
+    assert message.startswith("Block: 1 linears")
+    assert "(down; other Blocks that are compiled or called one by one may be alike)" in message
+
+
+def test_a_model_with_parts_that_were_met_before_is_said_by_its_own_name(caplog):
+    model, x = Hidden().eval(), torch.randn(4, 64)
+    step = torch.compile(lambda x, whole: model(x) if whole else model.blocks[0](x), **SETTINGS)
+    step(x, False)
+    for _ in range(3):
+        step(x, True)
+    (message,) = said(caplog)
+    assert message.startswith("Hidden: 3 linears")
+
+
+def test_a_function_does_not_keep_the_models_that_it_was_called_with():
+    step = torch.compile(lambda model, x: model(x), **SETTINGS)
+    model = Stack(depth=1).eval()
+    gone = weakref.ref(model)
+    step(model, torch.randn(4, 64))
+    step(model, torch.randn(4, 64))
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+def test_another_compilation_traces_through_a_compiled_function():
+    model, x = Stack(depth=1).eval(), torch.randn(4, 64)
+    step = torch.compile(lambda x: model(x) + x, **SETTINGS)
+    step(x)
+    outer = torch.compile(lambda x: step(x) * 2, backend="eager", fullgraph=True)
+    assert torch.allclose(outer(x), (model(x) + x) * 2)
+
+
+def test_classes_and_modules_that_are_compiled_are_no_functions(caplog):
+    @torch.compile(**SETTINGS)
+    class Model(Stack):
+        pass
+
+    model, x = Model().eval(), torch.randn(4, 64)
+    assert torch.isfinite(model(x)).all()
+    assert not said(caplog)
