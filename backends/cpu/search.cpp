@@ -348,7 +348,7 @@ void tahf4_search(const float* x, int64_t rows, int64_t k, int64_t row_stride, c
   }
 }
 
-// One unit of a reconstructed weight: _round_unit of tahf4_compiler/format/reconstruct.py, bit for bit. Rows do not meet.
+// One unit of a reconstructed weight: round_unit of tahf4_compiler/format/reconstruct.py, bit for bit. Rows do not meet.
 void tahf4_round_unit(float* values, int64_t rows, const float* steps, const float* factor, uint8_t* codes,
                       float* errors, int threads) {
 #pragma omp parallel for schedule(static) num_threads(team_of(rows * kUnit * kUnit, threads))
@@ -368,7 +368,7 @@ void tahf4_round_unit(float* values, int64_t rows, const float* steps, const flo
   }
 }
 
-// _descend_unit of the same file, bit for bit.
+// descend_unit of the same file, bit for bit.
 void tahf4_descend_unit(float* rounded, int64_t rows, float* slopes, const float* steps, const float* moments,
                         int threads) {
 #pragma omp parallel for schedule(static) num_threads(team_of(rows * kUnit * kUnit, threads))

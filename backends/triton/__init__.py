@@ -301,6 +301,24 @@ def register() -> None:
         )
     host.register("dequantize", _expands, torch.ops.tahf4_triton.dequantize.default)
     host.register("checksums", _reads, checksums)
+    host.register("round_unit", _rounds, round_unit)
+    host.register("descend_unit", _rounds, descend_unit)
+
+
+def round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Round one unit of a reconstructed weight: see :func:`.rounding.round_unit`."""
+    from . import rounding
+
+    results, launch = rounding.round_unit(values, steps, factor)
+    run([launch])
+    return results
+
+
+def descend_unit(rounded: Tensor, slopes: Tensor, steps: Tensor, moments: Tensor) -> None:
+    """Round one unit of a reconstructed weight again, in place: see :func:`.rounding.descend_unit`."""
+    from . import rounding
+
+    run([rounding.descend_unit(rounded, slopes, steps, moments)])
 
 
 def checksums(data: Sequence[Tensor], factors: Tensor) -> list[int]:
@@ -322,6 +340,10 @@ def checksums(data: Sequence[Tensor], factors: Tensor) -> list[int]:
 
 def _reads(data: Sequence[Tensor]) -> bool:
     return bool(data) and all(part.is_cuda and type(part) is Tensor for part in data) and available(data[0].device)
+
+
+def _rounds(values: Tensor) -> bool:
+    return values.is_cuda and type(values) is Tensor and available(values.device)
 
 
 def _expands(codes: Tensor) -> bool:

@@ -25,7 +25,7 @@ from ..plugins import host
 from . import hif4
 from .scale_search import search_exponents, search_scales
 
-__all__ = ["DAMPING", "Reconstruction", "damped_factor", "moment_error", "reconstruct"]
+__all__ = ["DAMPING", "Reconstruction", "damped_factor", "descend_unit", "moment_error", "reconstruct", "round_unit"]
 
 DAMPING = 0.1
 """Share of the mean diagonal that is added to the diagonal of the moments."""
@@ -174,15 +174,24 @@ def _round(values: Tensor, factor: Tensor, level1: Tensor | None) -> hif4.Packed
         else:
             found = search_exponents(unit, level1[:, first // hif4.UNIT], importance)[:, None]
         fast = host.find("round_unit", unit)
-        part, errors = (fast or _round_unit)(unit, _steps(found), mine)
+        part, errors = (fast or round_unit)(unit, _steps(found), mine)
         rest[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
         codes.append(part)
         scales.append(found)
     return hif4.Packed(torch.cat(codes, 1), torch.cat(scales, 1), values.shape[1])
 
 
-def _round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Round ``[N, 64]`` (overwritten) channel by channel; return codes ``[N, 32]`` and errors ``[N, 64]``."""
+def round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Round one unit channel by channel; each error moves into the channels that are not rounded yet.
+
+    Args:
+        values: float32 ``[N, 64]``; overwritten.
+        steps: float32 ``[N, 64]``: of elements, which are -7 to 7 steps.
+        factor: float32 ``[64, 64]``: the unit's part of :func:`damped_factor`.
+
+    Returns:
+        Codes uint8 ``[N, 32]``, and what the units to come make up for, float32 ``[N, 64]``.
+    """
     magnitudes, errors = torch.empty_like(values), torch.empty_like(values)
     for j in range(hif4.UNIT):
         value = values[:, j]
@@ -206,15 +215,19 @@ def _descend(values: Tensor, found: hif4.Packed, moments: Tensor) -> hif4.Packed
             unit = slice(first, first + hif4.UNIT)
             mine, slopes = rounded[:, unit].contiguous(), errors @ moments[:, unit]
             fast = host.find("descend_unit", mine)
-            (fast or _descend_unit)(mine, slopes, steps[:, unit], moments[unit, unit])
+            (fast or descend_unit)(mine, slopes, steps[:, unit], moments[unit, unit])
             rounded[:, unit], errors[:, unit] = mine, mine - values[:, unit]
     return hif4.Packed(hif4.codes_for(rounded, found.scales, "half_away"), found.scales, found.k)
 
 
-def _descend_unit(rounded: Tensor, slopes: Tensor, steps: Tensor, moments: Tensor) -> None:
-    """Round ``[N, 64]`` again, in place, channel by channel.
+def descend_unit(rounded: Tensor, slopes: Tensor, steps: Tensor, moments: Tensor) -> None:
+    """Round each value of one unit again, given all others, where that lessens the error of its row.
 
-    ``slopes``: half the derivative of the error of a row by each value, ``[N, 64]``; overwritten.
+    Args:
+        rounded: float32 ``[N, 64]``; overwritten.
+        slopes: float32 ``[N, 64]``: half the derivative of the error of a row by each value; overwritten.
+        steps: float32 ``[N, 64]``: of elements, which are -7 to 7 steps.
+        moments: float32 ``[64, 64]``: the unit's part of the damped moments.
     """
     for j in range(hif4.UNIT):
         value, curvature = rounded[:, j].clone(), moments[j, j]

@@ -113,12 +113,22 @@ def test_models_of_one_class_that_a_function_calls_are_said_once(caplog):
     assert "(down; other Blocks that are compiled or called one by one may be alike)" in message
 
 
-def test_a_model_with_parts_that_were_met_before_is_said_by_its_own_name(caplog):
+@pytest.mark.parametrize("first", [False, True])
+def test_a_model_and_a_part_of_it_are_said_by_the_name_of_the_model(first, caplog):
     model, x = Hidden().eval(), torch.randn(4, 64)
     step = torch.compile(lambda x, whole: model(x) if whole else model.blocks[0](x), **SETTINGS)
-    step(x, False)
     for _ in range(3):
-        step(x, True)
+        step(x, first)
+        step(x, not first)
+    (message,) = said(caplog)
+    assert message.startswith("Hidden: ")
+
+
+def test_another_model_of_a_class_that_was_said_is_not_said(caplog):
+    step, x = torch.compile(lambda model, x: model(x), **SETTINGS), torch.randn(4, 64)
+    for model in (Hidden().eval(), Hidden().eval()):
+        for _ in range(4):
+            step(model, x)
     (message,) = said(caplog)
     assert message.startswith("Hidden: 3 linears")
 

@@ -292,3 +292,15 @@ def test_a_checksum_is_one_launch_that_fits_the_chip(capability):
     _, (call,) = checksum.calls([weight], torch.empty(4096, dtype=torch.int64, device="meta"))
     found = compile_call(call, capability)
     assert found.spills == 0 and found.registers <= 255 and found.counts["loads of 16 bytes"] > 0
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 120))])
+def test_units_of_reconstructed_weights_fit_the_chip(capability):
+    from tahf4_compiler.backends.triton import rounding
+    from tahf4_compiler.backends.triton.targets import compile_call
+
+    values, square = torch.empty(5120, 64, device="meta"), torch.empty(64, 64, device="meta")
+    _, first = rounding.round_unit(values, values, square)
+    for call in (first, rounding.descend_unit(values, values, values, square)):
+        found = compile_call(call, capability)
+        assert found.spills == 0 and found.registers <= 255

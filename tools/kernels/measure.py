@@ -15,6 +15,7 @@ from ...format.hif4 import UNIT
 from ...ops import registry
 from .attention import check_attention, time_attention
 from .block import WanBlock, rotary_of
+from .rounding import check_rounding
 from .wan import A14B, GATE, GELU, MODULATE, NORM, Model
 
 __all__ = ["check", "check_products", "check_quantizing", "facts", "judged", "measure"]
@@ -65,6 +66,7 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
     yield from check_quantizing(device, k)
     yield from check_products(device, k, rows)
     yield from check_attention(device)
+    yield from check_rounding(device)
     if device.type == "cuda":
         yield from _check_tiles(device)
 
