@@ -133,7 +133,7 @@ def test_adapters_are_fused_one_after_the_other_and_one_that_was_deleted_or_unlo
     model.set_adapter("b")
     model.merge_and_unload()
     assert linear.rank == 10 and not hasattr(linear, "lora_A")
-    again = get_peft_model(model.base_model.model, lora(targets=["up"])).eval()
+    again = get_peft_model(model.base_model.model, lora(targets=["up"], lora_bias=True), adapter_name="b").eval()
     before = held(again)
     again.merge_adapter()
     assert linear.rank == 15
