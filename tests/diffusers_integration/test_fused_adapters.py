@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.hooks import apply_group_offloading
 from helpers import relative
 from models import Stack, branched, masked_recipe, output, wan
 from peft import LoraConfig, get_peft_model
@@ -264,6 +265,10 @@ def test_an_adapter_is_fused_before_the_model_is_offloaded(packed_wan):
     late.enable_group_offload(**offload, offload_type="leaf_level")
     with pytest.raises(tahf4.PackedError, match="Fuse the adapter first"):
         late.fuse_lora()
+    leaves, _ = stack()  # the linears are hooked, and nothing around them
+    apply_group_offloading(leaves, **offload, offload_type="leaf_level")
+    with pytest.raises(tahf4.PackedError, match=r"offloaded by .*\.base_layer"):
+        leaves.merge_adapter()
     model.fuse_lora()
     want = output(model(**inputs))
     model.enable_group_offload(**offload, offload_type="leaf_level")
