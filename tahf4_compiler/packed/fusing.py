@@ -47,6 +47,7 @@ def register() -> None:
     """Fuse into packed linears from now on, and check a whole model before the first is changed."""
     when_imported("peft.tuners.lora.layer", _take_over)
     when_imported("peft.tuners.tuners_utils", _ask_before_peft)
+    when_imported("peft.tuners.mixed.model", _ask_before_mixed)
     when_imported("diffusers.loaders.peft", _ask_before_models)
     when_imported("diffusers.loaders.lora_base", _ask_before_pipelines)
 
@@ -72,14 +73,21 @@ def _ask_before_peft() -> None:
     def merges(tuner: Any, adapter_names: Any = None, safe_merge: bool = False) -> None:
         _check([tuner.model], adapter_names, safe_merge)
 
-    def unloads(
-        tuner: Any, merge: bool = True, _: bool = False, safe_merge: bool = False, adapter_names: Any = None, **kw: Any
-    ) -> None:
-        if merge:
-            _check([tuner.model], adapter_names, safe_merge)
-
     ask_before(BaseTuner, "merge_adapter", merges)
-    ask_before(BaseTuner, "_unload_and_optionally_merge", unloads)
+    ask_before(BaseTuner, "_unload_and_optionally_merge", _unloads)
+
+
+def _ask_before_mixed() -> None:
+    from peft.tuners.mixed.model import MixedModel
+
+    ask_before(MixedModel, "_unload_and_optionally_merge", _unloads)
+
+
+def _unloads(
+    tuner: Any, merge: bool = True, _: bool = False, safe_merge: bool = False, adapter_names: Any = None, **kwargs: Any
+) -> None:
+    if merge:
+        _check([tuner.model], adapter_names, safe_merge)
 
 
 def _ask_before_models() -> None:

@@ -228,6 +228,15 @@ def test_adapters_that_are_no_lora_are_refused(kind):
         model.base_model.model.blocks[0].down.merge()
 
 
+def test_adapters_of_several_kinds_are_refused_together():
+    model = Stack(depth=1).requires_grad_(False)
+    tahf4.quantize_(model)
+    model = peft.get_peft_model(model, lora(targets=["up"]), "a", mixed=True)
+    model.add_adapter("b", peft.LoHaConfig(target_modules=["down"], r=4))
+    model.set_adapter(["a", "b"])
+    refused(model, held(model), "down.*takes a plain LoRA alone", call="merge_and_unload")
+
+
 def test_variants_and_biases_that_have_no_place_are_refused():
     model, _ = stack(alora_invocation_tokens=[1])
     refused(model, held(model), "ALoraLinearVariant")
