@@ -30,6 +30,7 @@ from .lowering import Lowered, lower
 from .model.attachments import keep
 from .ops.registry import Kernel, register_kernel
 from .options import Options
+from .packed import fusing
 from .packed.config import TaHF4Config
 from .packed.convert import dequantize_, quantize_, set_activation_bits
 from .packed.guards import guard
@@ -111,5 +112,6 @@ def _join_transformers() -> None:
 
 
 guard()
+fusing.register()
 when_imported("diffusers.quantizers.auto", _join_diffusers)
 when_imported("transformers.quantizers.auto", _join_transformers)

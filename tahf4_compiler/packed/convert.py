@@ -32,7 +32,15 @@ from .plan import left_out, plan_modules, plan_transforms, why_nothing
 from .steps import attach_steps, steps_of
 from .transform import Transform
 
-__all__ = ["PackingObserver", "dequantize_", "observers", "packed_linears", "quantize_", "set_activation_bits"]
+__all__ = [
+    "PackingObserver",
+    "dequantize_",
+    "observers",
+    "offloader",
+    "packed_linears",
+    "quantize_",
+    "set_activation_bits",
+]
 
 
 class PackingObserver(Protocol):
@@ -315,23 +323,36 @@ def _check_ready(model: nn.Module, paths: Iterable[str]) -> None:
 
 def _check_around(model: nn.Module, path: str) -> None:
     """Raise :class:`PackedError` for a linear whose weight a module around it moves away or will subtract from."""
-    parts = path.split(".")
-    for outer in (".".join(parts[:i]) for i in range(len(parts))):
-        module = model.get_submodule(outer)
-        hook = getattr(module, "_hf_hook", None)  # accelerate
-        offloads = any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
-        registry = getattr(module, "_diffusers_hook", None)
-        if offloads or (registry is not None and registry.get_hook("group_offloading") is not None):
-            raise PackedError(
-                f"{path} is offloaded by {outer or 'the whole model'}. Pack the model first and enable offloading "
-                "afterwards."
-            )
+    if (outer := offloader(model, path)) is not None:
+        raise PackedError(
+            f"{path} is offloaded by {outer or 'the whole model'}. Pack the model first and enable offloading "
+            "afterwards."
+        )
+    for _, module in _around(model, path):
         if merged := getattr(module, "merged_adapters", ()):  # peft
             raise PackedError(
                 f"the weight of {path} has adapters fused into it ({', '.join(map(str, merged))}), and nothing takes "
                 "them out of a packed one. Unfuse them first (unfuse_lora, unmerge_adapter): they run beside the 4-bit "
                 "product. Or unload them (unload_lora_weights, merge_and_unload): then the fused weight is packed."
             )
+
+
+def offloader(model: nn.Module, path: str) -> str | None:
+    """Return the path of what moves the parameters of a module to the device and away: itself, another, or None."""
+    for outer, module in _around(model, path):
+        hook = getattr(module, "_hf_hook", None)  # accelerate
+        offloads = any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+        registry = getattr(module, "_diffusers_hook", None)
+        if offloads or (registry is not None and registry.get_hook("group_offloading") is not None):
+            return outer
+    return None
+
+
+def _around(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules around one and itself, with their paths."""
+    parts = path.split(".")
+    for outer in (".".join(parts[:i]) for i in range(len(parts) + 1)):
+        yield outer, model.get_submodule(outer)
 
 
 def _check_not_hooked(path: str, linear: nn.Module, advice: str) -> None:

@@ -22,20 +22,21 @@ from torch.optim.swa_utils import AveragedModel
 from ..errors import GradientError, PackedError
 from .linear import HiF4Linear
 
-__all__ = ["guard"]
+__all__ = ["ask_before", "guard"]
 
 
 def guard() -> None:
     """Ask the checks below before PyTorch's own methods run, from now on until the process ends."""
-    _ask_before(nn.Module, "requires_grad_", _check_frozen)
-    _ask_before(nn.Module, "load_state_dict", _check_state)
-    _ask_before(AveragedModel, "__init__", _check_averaged)
+    ask_before(nn.Module, "requires_grad_", _check_frozen)
+    ask_before(nn.Module, "load_state_dict", _check_state)
+    ask_before(AveragedModel, "__init__", _check_averaged)
     for owner, name in ((SpectralNorm, "apply"), (WeightNorm, "apply"), (parametrize, "register_parametrization")):
-        _ask_before(owner, name, _check_computed)
-    _ask_before(BasePruningMethod, "apply", lambda _, *args, **kwargs: _check_computed(*args, **kwargs))
+        ask_before(owner, name, _check_computed)
+    ask_before(BasePruningMethod, "apply", lambda _, *args, **kwargs: _check_computed(*args, **kwargs))
 
 
-def _ask_before(owner: Any, name: str, check: Callable[..., None]) -> None:
+def ask_before(owner: Any, name: str, check: Callable[..., None]) -> None:
+    """Call a check with the arguments of a method of a class before the method runs, until the process ends."""
     held = owner.__dict__[name]
     own = held.__func__ if isinstance(held, classmethod) else getattr(owner, name)
 

@@ -58,6 +58,7 @@ class HiF4Linear(nn.Linear):
         span: units of a row of the weight that share a level-1 scale, as those of an activation of 4 bits then do: 1, 2
             or 4, or 0 for all.
         rounding: of the activation's elements, see :func:`tahf4_compiler.hif4.quantize`.
+        fused: what :mod:`tahf4_compiler.packed.fusing` keeps to take adapters out of the branch again, or None.
     """
 
     weight_codes: nn.Parameter
@@ -68,6 +69,7 @@ class HiF4Linear(nn.Linear):
     weight_requires_grad = False
     activation_bits = 4  # of one that was pickled by an earlier version, too
     span, rounding = 1, "half_away"
+    fused: Any = None
 
     def __init__(
         self,
@@ -276,7 +278,7 @@ class HiF4Linear(nn.Linear):
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
         own = {"hadamard_block", "activation", "weight_dtype", "weight_requires_grad", "activation_bits"}
-        own |= {"span", "rounding"}
+        own |= {"span", "rounding", "fused"}
         linear.__dict__.update({key: value for key, value in _carried(self).items() if key not in own})
         gradients = self.weight_requires_grad and (self.bias is None or self.bias.requires_grad)
         linear.weight = nn.Parameter(self.dequantized(), requires_grad=gradients)

@@ -61,7 +61,7 @@ def _refused(func: Any) -> NoWeightError:
     what = getattr(getattr(func, "__self__", func), "__name__", func)
     return NoWeightError(
         f"this linear is packed: it has weight_codes and weight_scales, and no weight for {what!r} to read or write. "
-        "An adapter stays unfused and runs beside the 4-bit product; to fuse it, call "
+        "An adapter runs beside the 4-bit product; only a plain LoRA can be fused into it. To fuse another, call "
         "tahf4_compiler.dequantize_(model) or load the original, fuse, and call tahf4_compiler.quantize_(model). "
         "An adapter that reads the weight (DoRA) must be there before quantize_, which then leaves the linear as it is."
     )

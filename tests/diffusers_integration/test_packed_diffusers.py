@@ -299,9 +299,10 @@ def test_adapters_run_beside_packed_products_and_are_not_fused(tmp_path):
     assert isinstance(base, tahf4.HiF4Linear)
     adapted = generate(pipe)
     assert relative(adapted, without) > 1e-3
-    with pytest.raises(tahf4.PackedError, match="unfused"):
-        pipe.fuse_lora()
-    assert torch.equal(generate(pipe), adapted), "a refused fusion leaves the model as it is"
+    pipe.fuse_lora()
+    assert base.rank == 4 and relative(generate(pipe), adapted) < 0.05, "rounded to bfloat16 elsewhere"
+    pipe.unfuse_lora()
+    assert torch.equal(generate(pipe), adapted)
     # Fused norms round in another order, which these random adapters amplify from step to step.
     pipe.transformer.compile_repeated_blocks(backend="tahf4", options={**GRAPH, "disable_passes": ["fuse"]})
     assert relative(generate(pipe), adapted) < 0.05

@@ -14,8 +14,6 @@ from walk_networks import DTYPES
 from walk_oracle import base, linears
 from walk_state import State
 
-import tahf4_compiler as tahf4
-
 __all__ = ["Weights"]
 
 ADAPTED = ["to_q", "to_v", "down"]
@@ -127,20 +125,21 @@ class Weights(State):
     @precondition(lambda self: self.wrapped and self.oracle.adapted and not self.merged and not self.hooks)
     @rule()
     def fuses_adapter(self) -> None:
-        def act() -> None:
-            if self.diffusers:
-                self.model.fuse_lora()
-            else:
-                for module in self.tuners():
-                    module.merge()
-            self.merged = True
-            for held in self.oracle.held.values():
-                if held.adapter is not None:
-                    held.weight = held.weight + _fused(*held.adapter)
-            self.oracle.adapted = False
-
-        packed = any(h.packed is not None and h.adapter is not None for h in self.oracle.held.values())
-        self.attempt(act, tahf4.PackedError, "unfused" if packed else None)
+        """Fuse it, and unfuse it again where it went into a branch, which the oracle does not know."""
+        if self.diffusers:
+            self.model.fuse_lora()
+        else:
+            for module in self.tuners():
+                module.merge()
+        self.merged = True
+        for held in self.oracle.held.values():
+            if held.adapter is not None:
+                held.weight = held.weight + _fused(*held.adapter)
+        self.oracle.adapted = False
+        if self.oracle.is_packed():
+            self.unfuses_adapter()
+        else:
+            self.check()
 
     @precondition(lambda self: self.merged and not self.hooks)
     @rule()
