@@ -171,7 +171,8 @@ def _obstacle(wrapper: Any, name: str) -> str | None:
         return "it has a bias (lora_bias), and the linear has none that is a parameter"
     if linear.weight_dtype.itemsize == 1:
         return f"the linear is stored in {linear.weight_dtype} (enable_layerwise_casting), which would round it"
-    if linear.weight_codes.is_meta or type(linear.weight_codes) is not nn.Parameter:
+    whole = wrapper.lora_A[name].weight.shape[1] == k and wrapper.lora_B[name].weight.shape[0] == n
+    if not whole or linear.weight_codes.is_meta or type(linear.weight_codes) is not nn.Parameter:
         return "the linear is offloaded or divided among ranks, which can follow but not come before"
     return None
 
