@@ -37,7 +37,7 @@ _NAMES = (
     *("operators.cpp", "linear.cpp", "sets.cpp", "kernels.cpp", "search.cpp", "histogram.cpp", "attention.cpp"),
     *("common.h", "attention.inc", "attention_operator.inc", "operands.inc", "units.inc", "programs.inc"),
     *("units_avx2.inc", "units_avx512.inc"),
-    *("expand.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
+    *("expand.inc", "branches.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 PREBUILT = Path(__file__).with_name("kernels.so")

@@ -103,7 +103,7 @@ class _Described:
         axes = len(shape)
         held = [x.resolve_neg() for x in given]
         for i in (i for i in range(len(given)) if factors >> i & 1):
-            held[i], held[i + 1] = held[i].to(torch.float32).contiguous(), _panels(held[i + 1])
+            held[i], held[i + 1] = held[i].to(torch.float32).contiguous(), held[i + 1].contiguous()
         self._held = [x if x.dim() == 0 or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous() for x in held]
         self._sizes = (_int64 * max(1, axes - 1))(*(shape[:-1] or (1,)))
         self._strides, self._list = [], (_Input * max(1, len(given)))()
@@ -111,7 +111,7 @@ class _Described:
             steps = [0] * (axes - x.dim())
             steps += [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
             if (factors | factors << 1) >> i & 1:  # the rank
-                steps = [*x.stride()[:-1], x.shape[-1]] if factors >> i & 1 else [0] * (axes - 1) + [x.shape[1]]
+                steps = [0] * (axes - 1) + [x.shape[-1] if factors >> i & 1 else 0]
             self._strides.append((_int64 * max(1, axes - 1))(*(steps[:-1] or (0,))))
             self._list[i] = _Input(x.data_ptr(), DTYPES[x.dtype], steps[-1], ctypes.addressof(self._strides[-1]))
         self.struct = _Inputs(ctypes.addressof(self._list), ctypes.addressof(self._sizes), len(given), max(1, axes - 1))
@@ -330,14 +330,6 @@ def _shared(span: int, units: int, bits: int = 4) -> int:
     if span == 0 and units > MOST_UNITS:
         return 0
     return 1 if bits != 4 else span or max(1, units)
-
-
-def _panels(factor: Tensor) -> Tensor:
-    """Return ``[r, N]`` as ``struct Input`` wants it."""
-    rank, columns = factor.shape
-    wide = torch.zeros((rank, hif4.units(columns), hif4.UNIT), dtype=torch.float32, device="cpu")
-    wide.flatten(1)[:, :columns] = factor
-    return wide.transpose(0, 1).contiguous()
 
 
 def _plain(values: Tensor | None) -> Tensor | None:

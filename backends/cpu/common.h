@@ -128,7 +128,7 @@ enum Op : int32_t {
   kSquare,
   kNormalize,  // (a - mean) * factor [* b] [+ c]
   kMean,
-  kMatmul,  // input a times input b, see Input
+  kMatmul,  // input a times input b: see Input, and branches.inc
 };
 
 // Slot `to` becomes op(slots a, b, c), rounded to a dtype. Slots hold 64 values.
@@ -147,12 +147,12 @@ struct Program {
   float epsilon;
 };
 
-// A tensor that broadcasts to [sizes..., columns]; or a factor of kMatmul, in float32: the first [sizes..., r], the second
-// [r, columns] as panels [columns / 64, r, 64], the last one filled up with zeros.
+// A tensor that broadcasts to [sizes..., columns]; or a factor of kMatmul, without holes: the first [sizes..., r] in
+// float32, the second [r, columns].
 struct Input {
   const void* data;
-  int32_t dtype, column_stride;  // 0 or 1; r of a factor
-  const int64_t* strides;        // of the leading axes
+  int32_t dtype, column_stride;  // 0 or 1; r of a first factor
+  const int64_t* strides;        // of the leading axes; none of a factor
 };
 
 struct Inputs {
@@ -237,6 +237,8 @@ struct Functions {
   void (*finish)(const Program* program, const Inputs& inputs, int64_t row, int64_t column, int64_t count,
                  const float* bias, int dtype, float* slots, float* values);
   void (*store)(const float* values, int64_t count, int dtype, void* out);
+  // Rows of r values times [r, 64], to rows `stride` apart.
+  void (*multiply)(const float* left, int64_t rows, int64_t r, const float* right, float* out, int64_t stride);
   // See attention.inc.
   void (*attend)(const Attention& x, const Panels& panels, int64_t head, int64_t first, int64_t count,
                  const uint8_t* rows, const float* factors, float* sums);

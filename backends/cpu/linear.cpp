@@ -10,6 +10,8 @@
 // An activation in 8 bits fits into int16 no more than pair by pair. Sums over units run in the order of
 // K for each output alone: neither the number of threads nor the other rows change a bit.
 
+#include <deque>
+
 #include "common.h"
 
 using namespace tahf4;
@@ -188,9 +190,11 @@ const Variant* variant_of(int isa, int64_t m, int bits, bool joint) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The product.
 
+#include "branches.inc"
+
 // One row of a group to its place.
-void write(const Operands& x, const Result& result, const Functions& functions, int64_t row, int64_t column,
-           int64_t count, float* slots, float* values) {
+void write(const Operands& x, const Result& result, const Inputs& inputs, const Functions& functions, int64_t row,
+           int64_t column, int64_t count, float* slots, float* values) {
   if (!result.target.codes) {
     // Rows lie far apart: without this each write would wait for memory.
     const int64_t size = result.dtype == kFloat32 ? 4 : 2;
@@ -208,7 +212,7 @@ void write(const Operands& x, const Result& result, const Functions& functions, 
   }
   for (int64_t i = 0; i < count; i += kUnit) {
     const int64_t part = std::min<int64_t>(kUnit, count - i), at = column + i;
-    functions.finish(result.program, *result.inputs, row, at, part, x.bias ? x.bias + at : nullptr, x.dtype, slots,
+    functions.finish(result.program, inputs, row, at, part, x.bias ? x.bias + at : nullptr, x.dtype, slots,
                      values + i);
     if (!result.target.codes) {
       char* out = static_cast<char*>(result.out) + (row * x.n + at) * (result.dtype == kFloat32 ? 4 : 2);
@@ -242,6 +246,7 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
   {
     const Buffer panel(width * units * kUnit), panel_scales(width * units * 4), scratch(share * group * 4);
     const Slots slots(result.program);
+    Branches branches(result.program, *result.inputs, n, group);
     if (variant.amx) begin_tiles();
     for (int64_t first = 0; first < m; first += block) {
       const int64_t height = std::min(block, m - first);
@@ -280,8 +285,13 @@ void product(const Operands& x, const Result& result, int isa, int threads) {
                                                                     group);
           }
         }
+        const int64_t count = std::min(group, n - column);
+        branches.take_columns(column, count);
         for (int64_t r = begin; r < end; ++r) {
-          write(x, result, functions, first + r, column, std::min(group, n - column), slots.values(),
+          const int64_t behind = (r - begin) % Branches::kRows;
+          if (!behind) branches.multiply(functions, first + r, std::min(Branches::kRows, end - r), column, count);
+          branches.show(behind);
+          write(x, result, branches.inputs, functions, first + r, column, count, slots.values(),
                 scratch.as<float>() + (r - begin) * group);
         }
       }

@@ -179,6 +179,20 @@ def test_a_branch_of_low_rank_is_added_to_its_product(dtype, m, n, r):
         assert torch.equal(a, b)
 
 
+def test_factors_are_read_at_each_call_and_each_row_is_multiplied_alone():
+    args, program = product_args(6, 64, 130, torch.float32), text((FLOAT, "matmul(x0, x1)"), (FLOAT, "add(y, v0)"))
+    left, right = torch.randn(6, 24), torch.randn(24, 130)
+
+    def call(rows=slice(None)):
+        given = (*(x[rows] for x in args[:2]), *args[2:], [130], [left[rows], right], program, torch.float32)
+        return cpu_operators.fused_linear(*given)[0]
+
+    before = call()
+    assert torch.equal(before, torch.cat([call(slice(i, i + 1)) for i in range(6)]))
+    right.numpy()[:] += 1  # no counter of versions sees this
+    assert relative(call() - before, left.sum(1, keepdim=True).expand(6, 130)) < 1e-5
+
+
 def test_factors_that_do_not_fit_are_refused():
     args, program = product_args(2, 64, 8, torch.float32), text((FLOAT, "matmul(x0, x1)"), (FLOAT, "add(y, v0)"))
     left, right = torch.randn(2, 16), torch.randn(16, 8)

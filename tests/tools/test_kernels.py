@@ -91,3 +91,20 @@ def test_the_roofline_of_attention_in_8_bits_counts_operations_instructions_and_
         # q, k and v: 2 bytes read and 1 written; then 1 read of each and a result of 2.
         assert eight.seconds["memory"] == pytest.approx((3 * 3 + 3 + 2) * tokens * d / chip.bandwidth)
     assert "| RTX 4090 | 10.64 | matrix |" in roofline.page(A14B)
+
+
+def test_the_roofline_of_branches_counts_what_they_add():
+    chip, m, d, rank = next(c for c in roofline.CHIPS if c.name == "RTX 4090"), 32760, A14B.dim, 32
+    found = roofline.parts(A14B, m, chip, "w4a4", rank)
+    assert sum("x A" in part.name for part in found) == 10  # q, k, v and the output twice, and the feed-forward
+    plain, part = ({p.name: p.seconds for p in parts} for parts in (roofline.parts(A14B, m, chip, "w4a4"), found))
+    name, product = "attn1 out, gate, residual", 2 * m * d * rank / chip.bf16
+    assert part[f"{name}: x A"]["matrix"] == pytest.approx(product)
+    assert part[name]["matrix"] - plain[name]["matrix"] == pytest.approx(product)
+    assert part[f"{name}: x A"]["memory"] == pytest.approx(2 * (m * d + d * rank + m * rank) / chip.bandwidth)
+    more = part[name]["memory"] - plain[name]["memory"]
+    assert more == pytest.approx(2 * (m + d) * rank / chip.bandwidth)
+    # The norm and GELU write 16 bits, which the quantizations read.
+    assert part["norm2 -> quantize: norm"]["memory"] == pytest.approx(4 * m * d / chip.bandwidth)
+    assert part["ffn 1, GELU -> quantize"]["memory"] == pytest.approx(m * A14B.ffn * (2 + 36 / 64) / chip.bandwidth)
+    assert "| RTX 4090 | 13.73 | 1.04 | 1.05 | 3.09 | 1.20 | 1.21 |" in roofline.page(A14B)

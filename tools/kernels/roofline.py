@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,9 @@ for sm_80, sm_90 and sm_120 (942 to 973), for the 32 scores of a thread in it.""
 EPILOGUE_INSTRUCTIONS = 75
 """Instructions an output of a product whose result is rotated and quantized."""
 
+RANKS = (32, 64)
+"""Of branches; a product computes those of up to 64."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -66,13 +70,15 @@ def _after(step: Step) -> int:
     return int("residual" in step.name)
 
 
+def _quantization(name: str, values: int, chip: Chip, kind: str = "plain") -> Part:
+    lanes = values * QUANTIZE_INSTRUCTIONS[kind] / chip.lanes
+    return Part(name, {"memory": values * (2 + HIF4) / chip.bandwidth, "lanes": lanes})
+
+
 def _w4a4(step: Step, chip: Chip) -> list[Part]:
     m, k, n = step.rows, step.k, step.n
     if n == 0:
-        instructions = QUANTIZE_INSTRUCTIONS["norm" if "norm" in step.name else "plain"]
-        return [
-            Part(step.name, {"memory": m * k * (2 + HIF4) / chip.bandwidth, "lanes": m * k * instructions / chip.lanes})
-        ]
+        return [_quantization(step.name, m * k, chip, "norm" if "norm" in step.name else "plain")]
     wide = 1 + 4 / 64 if chip.path == "int8" else 2
     values = (m + n) * k
     expand = Part(f"{step.name}: expand", {"memory": values * (HIF4 + wide) / chip.bandwidth})
@@ -87,6 +93,25 @@ def _w4a4(step: Step, chip: Chip) -> list[Part]:
         "lanes": lanes / chip.lanes,
     }
     return [expand, Part(step.name, product)]
+
+
+def _branched(step: Step, chip: Chip, rank: int) -> list[Part]:
+    """Return the kernels of a step in W4A4 whose linears have branches ``(x A) B``.
+
+    ``x A`` is a product of PyTorch, and ``(x A) B`` runs in the 4-bit one. What both read is written in 16 bits, so
+    norms and GELU stay apart from quantizations. Linears are not merged.
+    """
+    m, k, n = step.rows, step.k, step.n // step.linears
+    if n == 0:
+        norm = [Part(f"{step.name}: norm", {"memory": m * k * 4 / chip.bandwidth})] if "norm" in step.name else []
+        return [*norm, _quantization(step.name, m * k, chip)]
+    alone = replace(step, n=n, name=step.name.replace("-> quantize", "").strip())
+    down = {"memory": 2 * (m * k + k * rank + m * rank) / chip.bandwidth, "matrix": 2 * m * k * rank / chip.bf16}
+    expand, product = _w4a4(alone, chip)
+    up = {"memory": 2 * (m + n) * rank / chip.bandwidth, "matrix": 2 * m * n * rank / chip.bf16}
+    with_up = {bound: least + up.get(bound, 0.0) for bound, least in product.seconds.items()}
+    found = [Part(f"{alone.name}: x A", down), expand, Part(alone.name, with_up)] * step.linears
+    return found if alone.name == step.name else [*found, _quantization(step.name, m * n, chip)]
 
 
 def _bf16(step: Step, chip: Chip) -> list[Part]:
@@ -132,7 +157,7 @@ def attention(model: Model, tokens: int, chip: Chip) -> tuple[Part, Part]:
     return Part("self-attention core", core), Part("self-attention core in 8 bits", eight)
 
 
-def parts(model: Model, tokens: int, chip: Chip, precision: str) -> list[Part]:
+def parts(model: Model, tokens: int, chip: Chip, precision: str, rank: int = 0) -> list[Part]:
     """Return the kernels of one block, one call.
 
     Args:
@@ -140,8 +165,9 @@ def parts(model: Model, tokens: int, chip: Chip, precision: str) -> list[Part]:
         tokens: of the video.
         chip: where.
         precision: ``"bf16"`` or ``"w4a4"``.
+        rank: of a branch of each linear in W4A4, 0 for none.
     """
-    one = _w4a4 if precision == "w4a4" else _bf16
+    one = functools.partial(_branched, rank=rank) if rank else _w4a4 if precision == "w4a4" else _bf16
     return [part for step in block_steps(model, tokens) for part in one(step, chip)] + _rest(model, tokens, chip)
 
 
@@ -155,6 +181,23 @@ def linears_ratio(model: Model, chip: Chip, tokens: int = RESOLUTIONS[0][1]) -> 
     both = [parts(model, tokens, chip, precision) for precision in ("bf16", "w4a4")]
     plain, packed = (sum(p.least for p in found if p.name != "self-attention core") for found in both)
     return plain / packed
+
+
+def _branches(model: Model, tokens: int) -> list[str]:
+    """Return the lines of a table: seconds of a step in W4A4, and times as long with branches."""
+    columns = " | ".join(f"rank {rank}" for rank in RANKS)
+    lines = [
+        f"| chip | W4A4 s/step | {columns} | without self-attention: W4A4 | {columns} |",
+        "|---" * (3 + 2 * len(RANKS)) + "|",
+    ]
+    for chip in CHIPS:
+        all_parts = [parts(model, tokens, chip, "w4a4", rank) for rank in (0, *RANKS)]
+        cells = []
+        for left_out in ("", "self-attention core"):
+            first, *more = (step_seconds(model, [p for p in found if p.name != left_out]) for found in all_parts)
+            cells += [f"{first:.2f}", *(f"{seconds / first:.2f}" for seconds in more)]
+        lines.append(f"| {chip.name} | {' | '.join(cells)} |")
+    return lines
 
 
 def page(model: Model) -> str:
@@ -204,6 +247,12 @@ def page(model: Model) -> str:
         core, eight = attention(model, RESOLUTIONS[0][1], chip)
         cells = [f"{step_seconds(model, [part]):.2f} | {part.bound}" for part in (core, eight)]
         lines.append(f"| {chip.name} | {' | '.join(cells)} | {core.least / eight.least:.2f} |")
+    lines += [
+        "",
+        f"## Branches of low rank at each linear, {RESOLUTIONS[0][0]}: times as long",
+        "",
+        *_branches(model, RESOLUTIONS[0][1]),
+    ]
     for chip in CHIPS:
         name, tokens = RESOLUTIONS[0]
         lines += [

@@ -76,6 +76,7 @@ class Step:
         rows: of the product or quantization.
         k: its inner size, or the width that is quantized.
         n: columns of a product, 0 for a quantization.
+        linears: whose products are merged.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Step:
     rows: int
     k: int
     n: int
+    linears: int = 1
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -132,7 +134,7 @@ def block_steps(model: Model, tokens: int, *, block: int = 64) -> list[Step]:
                 capability=capability, processors=processors,
             )[1]  # fmt: skip
 
-        found.append(Step(name, calls, rows, k, n))
+        found.append(Step(name, calls, rows, k, n, len(sizes)))
 
     quantization("norm1, modulation -> quantize", [x, part(1), part(0)], MODULATE)
     product("attn1 q, k, v", tokens, d, [d, d, d], [], "")
