@@ -428,7 +428,9 @@ def test_a_profiler_may_watch_while_calls_are_looked_at(profile, caplog):
         theirs = sys.getprofile()
         for _ in range(3):
             want = call(x)
-        assert theirs is not None and sys.getprofile() is theirs
+        assert sys.getprofile() is theirs
+    # From Python 3.12 on cProfile has a place of its own.
+    assert theirs is not None or (profile is cProfile.Profile and sys.version_info >= (3, 12))
     for _ in range(3):
         assert torch.equal(call(x), want)
     assert len(said(caplog)) == 1 and sys.getprofile() is None
