@@ -7,8 +7,6 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..errors import RecipeError
 from ..torch_private.tensors import hidden_from_dynamo
 
