@@ -14,6 +14,11 @@ os.environ.pop("TAHF4_DUMP_DIR", None)
 import pytest
 import registries
 import torch
+import torch._dynamo.guards
+
+# Dynamo measures the guards of each graph that it compiles, for its log, and empties the caches of the CPU before: half
+# of the time of a small compilation.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -124,9 +124,7 @@ def _searched(x: Tensor, weights: Tensor | None, candidates: int, step: int) -> 
     return hif4.Packed(codes, scales, x.shape[-1])
 
 
-def _rounded(
-    x: Tensor, found: hif4.Packed, importance: Tensor | None, rounding: str, span: int
-) -> hif4.Packed:
+def _rounded(x: Tensor, found: hif4.Packed, importance: Tensor | None, rounding: str, span: int) -> hif4.Packed:
     """Round the elements of what was searched in another way, where that is better than ``hif4.quantize`` still."""
     x = x.detach()
     default = hif4.quantize(x, rounding=rounding, span=span or "row")

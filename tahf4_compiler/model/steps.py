@@ -7,9 +7,8 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..errors import RecipeError
+from ..torch_private.tensors import hidden_from_dynamo
 
 __all__ = ["StepCounter", "StepPrecision"]
 
@@ -80,7 +79,7 @@ class _Counted:
         """What diffusers' pipelines look at before they pass optional arguments."""
         return inspect.signature(getattr(type(self.scheduler), self.name).__get__(self.scheduler))
 
-    @torch.compiler.disable  # a loop over steps that is compiled is divided here: each step's graph asks anew
+    @hidden_from_dynamo  # a loop over steps that is compiled is divided here: each step's graph asks anew
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scheduler = self.scheduler
         result = getattr(type(scheduler), self.name)(scheduler, *args, **kwargs)

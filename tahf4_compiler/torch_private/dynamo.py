@@ -13,9 +13,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .calls import Around, going_through
 from .frames import caller_that_holds, callers
@@ -83,11 +80,16 @@ def changing_floats(value: Any) -> set[str]:
     """Return the symbols, of Python floats that change between calls, that a symbolic number depends on."""
     if not isinstance(value, torch.SymFloat | torch.SymInt | torch.SymBool):
         return set()
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
     return {str(symbol) for symbol in value.node.expr.free_symbols if symbol_is_type(symbol, SymT.FLOAT)}
 
 
 def compile_for_values(symbols: Iterable[str]) -> NoReturn:
     """Let Dynamo begin again with the floats of these symbols as constants, with a guard on their values."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
     for symbol in symbols:
         TensorifyState.specialize(symbol)
     raise TensorifyScalarRestartAnalysis

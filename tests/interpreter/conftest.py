@@ -27,3 +27,24 @@ def operators():
     from tahf4_compiler.ops import registry
 
     registry.kernels()  # registers them
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_launch_prepares_the_language_once():
+    """The interpreter replaces the functions of Triton's language at each launch, and looks through all of them again
+    at each call of a function inside of it: a quarter of the time of these tests.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+
+    def replace_once(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if languages and not any(isinstance(language.range, type) for language in languages):  # as Triton has it
+            return None
+        return replace(function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield

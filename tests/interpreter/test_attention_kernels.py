@@ -78,10 +78,12 @@ def test_masks_scales_and_shared_heads():
     added = torch.randn(2, 4, 5, 130, generator=torch.Generator().manual_seed(1))
     seen = added > -0.5
     seen[0, 1, 3], seen[:, 2, 4, 64:128], seen[0, 0, :, :64] = False, False, False
-    for mask in (added, seen[:, :1], added[:1, :, :1].bfloat16(), added[0, :, :, :1]):
+    assert_same(exact(*given, added, False, None, True), reference(*given, added, False, None, True))
+    given = tuple(x[:, : x.shape[1] // 2] for x in given)
+    for mask in (seen[:, :1], added[:1, :2, :1].bfloat16()):
         assert_same(exact(*given, mask, False, None, True), reference(*given, mask, False, None, True))
-    given = tuple(x[:1, : x.shape[1] // 2] for x in given)
-    for mask in (seen[:1, :2], seen[0, 0, 0]):
+    given = tuple(x[:1] for x in given)
+    for mask in (seen[:1, :2], seen[0, 0, 0], added[0, :2, :, :1]):
         assert_same(exact(*given, mask, False, None, True), reference(*given, mask, False, None, True))
     for scale in (-2.0, 0.0):
         assert_same(exact(*given, None, False, scale, True), reference(*given, None, False, scale, True))
@@ -129,12 +131,12 @@ def test_large_and_small_values(factor):
 
 
 def test_memory_may_lie_in_any_way():
-    q, k, v = (torch.cat([x, x], -1)[..., ::2] for x in operands(batch=2, rows=9, keys=90))
+    q, k, v = (torch.cat([x, x], -1)[..., ::2] for x in operands(batch=2, rows=9, keys=70, heads=1))
     assert_same(exact(q, k, v), reference(q, k, v))
     assert_same(exact(q.contiguous(), k, v), reference(q.contiguous(), k, v))
-    mask = (torch.rand(90, 9, generator=torch.Generator().manual_seed(2)) < 0.5).t()
+    mask = (torch.rand(70, 9, generator=torch.Generator().manual_seed(2)) < 0.5).t()
     assert_same(exact(q, k, v, mask), reference(q, k, v, mask))
-    v = v[:, :, :1].expand(-1, -1, 90, -1)
+    v = v[:, :, :1].expand(-1, -1, 70, -1)
     assert_same(exact(q, k, v), reference(q, k, v))
 
 

@@ -31,7 +31,7 @@ def exact(codes, scales, weight_codes, weight_scales):
     return left @ hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k), torch.float64).t()
 
 
-SHAPES = [((2, 9), 96, 192), ((5,), 130, 100), ((1,), 64, 1024), ((3, 70), 200, 256), ((), 10, 64)]
+SHAPES = [((2, 9), 96, 192), ((5,), 130, 100), ((1,), 64, 1024), ((3, 23), 130, 128), ((), 10, 64)]
 
 
 @pytest.mark.parametrize("lead, n, k", SHAPES)
@@ -103,7 +103,7 @@ def test_a_branch_of_low_rank(path, dtype, rank, rows):
 
 
 @pytest.mark.parametrize(
-    "lead, n, block", [*(((2, 9), 256, block) for block in (0, 16, 64, 128)), ((5,), 130, 64), ((1,), 512, 0)]
+    "lead, n, block", [*(((2, 9), 128, block) for block in (0, 16, 64, 128)), ((5,), 130, 64), ((1,), 256, 0)]
 )
 def test_product_gelu_quantize(path, lead, n, block):
     operands = sides(lead, n, 192)
@@ -201,7 +201,7 @@ def test_the_measured_choice_is_what_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "_do_bench", clock)
     monkeypatch.setattr(backend, "_device_facts", lambda device: ((9, 0), 4))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
-    operands = sides((200,), 128, 128)
+    operands = sides((192,), 128, 64)
     bias = torch.randn(128)
     got = triton.linear(*operands, bias, torch.float32)
     assert len(timed) == 7
@@ -212,7 +212,7 @@ def test_the_measured_choice_is_what_runs(monkeypatch, tmp_path):
     assert torch.equal(triton.linear(*operands, bias, torch.float32), got) and len(timed) == 7
     args = (*operands, bias, torch.bfloat16, [], "v0: bfloat16 = silu(y)", None, 64)
     again = triton.linear_quantize(*args)
-    assert again[0].shape == (200, 64) and len(timed) > 7
+    assert again[0].shape == (192, 64) and len(timed) > 7
     tune._memory.cache_clear()
 
 

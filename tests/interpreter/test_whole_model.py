@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from helpers import relative
+from models import Stack
 from tahf4_compiler.tools.generation import load_pipeline
 from tahf4_compiler.tools.tiny_wan import settings
 
@@ -58,12 +60,11 @@ def test_a_step_of_the_tiny_wan_equals_the_reference(example, tmp_path, monkeypa
     assert "tahf4_compiler" not in text  # it stands alone
 
 
-def test_torch_compile_runs_the_kernels_for_other_sizes_without_compiling_again(example):
-    model, args, _ = example
+def test_torch_compile_runs_the_kernels_for_other_sizes_without_compiling_again():
+    model = Stack().eval().requires_grad_(False)
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="tahf4", dynamic=True, options={"inductor": False})
-    with torch.no_grad():
-        for height, width in ((4, 6), (8, 2)):
-            x = torch.randn(1, model.config.in_channels, 2, height, width)
-            assert compiled(x, *args[1:])[0].isfinite().all()
+    for rows in (6, 9):
+        x = torch.randn(rows, 64)
+        assert 0 < relative(compiled(x), model(x)) < 0.2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
