@@ -6,9 +6,9 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 INSTALL := -c constraints.txt
 WORKERS ?= 2
-# Of `make walk`: the first round, and how many; a round is 100 walks.
+# Of `make walk`: the first round, and how many; a round is 300 walks.
 SEED ?= 0
-ROUNDS ?= 200
+ROUNDS ?= 67
 # Folders of tests that need no compilation and no model.
 FAST := tests/passes
 # Images of containers often set it; each worker, and each process that a test starts, would compile every file anew.
@@ -77,7 +77,7 @@ $(DOCS_STAMP): $(STAMP)
 fuzz: $(STAMP) ## Load 10,000 damaged recipes and checkpoints: each is read or refused by an error of our own
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/files/test_files_hostile.py 10000
 
-walk: $(STAMP) ## Walk at random over load, pack, compile, adapt, offload, cast, save, copy; each step is compared (SEED=0 ROUNDS=200: 20,000 walks)
+walk: $(STAMP) ## Walk at random over load, pack, compile, adapt, offload, cast, save, copy; each step is compared (SEED=0 ROUNDS=67: 20,100 walks)
 	OMP_NUM_THREADS=1 TAHF4_WALK_SEED=$(SEED) TAHF4_WALK_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -v tests/walk
 
 sanitize: $(STAMP) ## Run the tests of the C++ kernels under the address and undefined-behaviour sanitizers (GCC)

@@ -15,16 +15,16 @@ from walk_weights import Weights
 __all__ = ["WALKS", "Walk"]
 
 WALKS = {
-    ("module", True): 2,
-    ("diffusers", True): 2,
+    ("module", True): 3,
+    ("diffusers", True): 4,
     ("norms", True): 2,
     ("wan", True): 2,
-    ("module", False): 30,
-    ("diffusers", False): 35,
-    ("norms", False): 17,
-    ("wan", False): 10,
+    ("module", False): 95,
+    ("diffusers", False): 112,
+    ("norms", False): 53,
+    ("wan", False): 30,
 }
-"""How many walks a round has of each network, compiled or not. The first walk of each is the shortest there is."""
+"""How many walks a round has of each network, compiled or not."""
 
 
 class Walk(Running, Packing, Weights, Copies):
