@@ -8,6 +8,7 @@ everything else keeps its bytes. peft's own methods come here for packed linears
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ def _ask_before_peft() -> None:
 
     ask_before(BaseTuner, "merge_adapter", merges)
     ask_before(BaseTuner, "_unload_and_optionally_merge", _unloads)
+    ask_before(BaseTuner, "unmerge_adapter", lambda tuner: _check_unfusing([tuner.model]))
 
 
 def _ask_before_mixed() -> None:
@@ -97,34 +99,90 @@ def _ask_before_models() -> None:
         _check([model], adapter_names, safe_fusing)
 
     ask_before(PeftAdapterMixin, "fuse_lora", fuses)
+    ask_before(PeftAdapterMixin, "unfuse_lora", lambda model: _check_unfusing([model]))
 
 
 def _ask_before_pipelines() -> None:
     from diffusers.loaders.lora_base import LoraBaseMixin
 
+    def named(pipe: Any, components: Iterable[str] | None) -> list[nn.Module]:
+        models = (getattr(pipe, name, None) for name in components or ())
+        return [model for model in models if isinstance(model, nn.Module)]
+
     def fuses(
-        pipe: Any, components: Iterable[str] = (), _: float = 1.0, safe_fusing: bool = False, adapter_names: Any = None,
+        pipe: Any, components: Any = (), _: float = 1.0, safe_fusing: bool = False, adapter_names: Any = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        models = (getattr(pipe, name, None) for name in components)
-        _check([model for model in models if isinstance(model, nn.Module)], adapter_names, safe_fusing)
+        _check(named(pipe, components), adapter_names, safe_fusing)
+
+    def unfuses(pipe: Any, components: Any = (), **kwargs: Any) -> None:
+        _check_unfusing(named(pipe, components))
 
     ask_before(LoraBaseMixin, "fuse_lora", fuses)
+    ask_before(LoraBaseMixin, "unfuse_lora", unfuses)
+
+
+def _wrapped(models: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
+    """Return the layers of peft in some models, each with its model and path, if one of them stands around HiF4."""
+    if sys.modules.get("peft") is None:  # nothing has adapters; diffusers says what is missing
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(m, path, layer) for m in models for path, layer in m.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return found if any(isinstance(layer.get_base_layer(), HiF4Linear) for _, _, layer in found) else []
 
 
 def _check(models: Iterable[nn.Module], adapter_names: list[str] | None, safe: bool) -> None:
     """Raise :class:`PackedError` if an adapter cannot be fused into a packed linear of some models."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    for model, path, wrapper in _wrapped(models):
+        if isinstance(wrapper.get_base_layer(), HiF4Linear):
+            _check_one(wrapper, adapter_names, safe, path)
+            if _chosen(wrapper, adapter_names) and (outer := offloader(model, f"{path}.base_layer")) is not None:
+                raise PackedError(
+                    f"{path} is offloaded by {outer or 'the whole model'}, which would not move a branch that is "
+                    "made now. Fuse the adapter first and enable offloading afterwards."
+                )
+        elif safe:
+            _check_finite(wrapper, adapter_names, path)
 
-    for model in models:
-        for path, wrapper in model.named_modules():
-            if isinstance(wrapper, BaseTunerLayer) and isinstance(wrapper.get_base_layer(), HiF4Linear):
-                _check_one(wrapper, adapter_names, safe, path)
-                if _chosen(wrapper, adapter_names) and (outer := offloader(model, f"{path}.base_layer")) is not None:
-                    raise PackedError(
-                        f"{path} is offloaded by {outer or 'the whole model'}, which would not move a branch that is "
-                        "made now. Fuse the adapter first and enable offloading afterwards."
-                    )
+
+def _check_unfusing(models: Iterable[nn.Module]) -> None:
+    """Raise :class:`PackedError` if an adapter cannot be taken out of a packed linear of some models."""
+    for model, path, wrapper in _wrapped(models):
+        if isinstance(wrapper.get_base_layer(), HiF4Linear) and wrapper.merged_adapters:
+            if (outer := offloader(model, f"{path}.base_layer")) is not None:
+                raise PackedError(
+                    f"{path} is offloaded by {outer or 'the whole model'}, and its branch is not in memory. Take the "
+                    "offloading off, unfuse the adapter, and enable offloading again."
+                )
+            _check_whole(wrapper.get_base_layer(), path)
+
+
+def _check_whole(linear: HiF4Linear, path: str = "a linear") -> None:
+    """Raise for a linear whose bias has an adapter and is not in memory, or a part."""
+    bias = linear._parameters.get("bias")
+    held = [linear._parameters.get(leaf) for leaf in BRANCH]
+    parted = False
+    if linear.fused is not None and linear.fused.bias is not None and bias is not None:
+        parted = type(bias) is not nn.Parameter or bias.shape != linear.fused.bias.shape
+    if parted or any(value is not None and value.is_meta for value in (bias, *held)):
+        raise PackedError(
+            f"{path} is offloaded or divided among ranks, and what is fused into it cannot be taken out. Unfuse the "
+            "adapter first, and offload or divide the model afterwards."
+        )
+
+
+def _check_finite(wrapper: Any, adapter_names: list[str] | None, path: str) -> None:
+    """Raise :class:`FormatError`, with peft's words, if an adapter holds NaN or infinities."""
+    for name in _chosen(wrapper, adapter_names):
+        layers = (getattr(wrapper, attribute) for attribute in wrapper.adapter_layer_names)
+        held = [each[name] for each in layers if name in each]
+        values = [v for each in held for v in (each.parameters() if isinstance(each, nn.Module) else (each,))]
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise FormatError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken ({path}); nothing was "
+                "fused"
+            )
 
 
 def _chosen(wrapper: Any, adapter_names: list[str] | None) -> list[str]:
@@ -147,12 +205,8 @@ def _check_one(wrapper: Any, adapter_names: list[str] | None, safe: bool, path: 
                 f"adapter {name!r} cannot be fused into {path}, which is packed: {obstacle}. It runs beside the 4-bit "
                 "product as long as it is not fused. To fuse it, load the original, fuse, and pack."
             )
-        factors = (value for value in _factors(wrapper, name) if value is not None)
-        if safe and not all(bool(torch.isfinite(value).all()) for value in factors):
-            raise FormatError(
-                f"NaNs detected in the merged weights. The adapter {name} seems to be broken ({path}); nothing was "
-                "fused"
-            )
+    if safe:
+        _check_finite(wrapper, adapter_names, path)
 
 
 def _obstacle(wrapper: Any, name: str) -> str | None:
@@ -217,11 +271,16 @@ def _fuse(wrapper: Any, safe_merge: bool = False, adapter_names: list[str] | Non
 
 
 def _unfuse(wrapper: Any) -> None:
-    """Do what peft's ``Linear.unmerge`` does, on a packed linear; an adapter that was deleted stays, as there."""
+    """Do what peft's ``Linear.unmerge`` does, on a packed linear; an adapter that was deleted stays, as there.
+
+    Raises:
+        PackedError: the linear is offloaded or divided; nothing is changed then.
+    """
     if not wrapper.merged_adapters:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         return
     linear: HiF4Linear = wrapper.get_base_layer()
+    _check_whole(linear)
     fused, factors = linear.fused, [linear.get_parameter(leaf).detach() for leaf in BRANCH]
     ranks = [part.rank for part in fused.parts]
     sizes = [linear.rank - sum(ranks), *ranks]

@@ -276,7 +276,7 @@ def compiled_in_place(module: nn.Module, backend: Callable[..., Any]) -> bool:
     from torch._dynamo.eval_frame import innermost_backend
 
     call: Any = module._compiled_call_impl
-    call = call.__wrapped__ if hasattr(call, "_tahf4_around") else call
+    call = getattr(call, "_tahf4_around", call)
     held = inspect.getclosurevars(call).nonlocals if inspect.isfunction(call) else {}
     return "self" in held and _is(innermost_backend(held["self"].callback), backend)
 

@@ -100,6 +100,8 @@ def python_linears(modules: set[nn.Module], functional: set[str], others: Iterab
         functional: is told of each function.
         others: classes of modules whose ``forward`` counts as well.
     """
+    from torch._dynamo.eval_frame import skip_code
+
     forwards = [inspect.unwrap(cls.forward) for cls in (nn.Linear, *others)]  # type: ignore[attr-defined]
     codes = {forward.__code__ for forward in forwards if inspect.isfunction(forward)}
 
@@ -119,6 +121,7 @@ def python_linears(modules: set[nn.Module], functional: set[str], others: Iterab
             found = frame.f_code
             functional.add(f"{found.co_name}, {os.path.basename(found.co_filename)}:{found.co_firstlineno}")
 
+    skip_code(called.__code__)  # Dynamo would compile it like any function that runs inside of what is compiled
     sys.setprofile(called)
     try:
         yield

@@ -161,3 +161,37 @@ def test_classes_and_modules_that_are_compiled_are_no_functions(caplog):
     model, x = Model().eval(), torch.randn(4, 64)
     assert torch.isfinite(model(x)).all()
     assert not said(caplog)
+
+
+def test_a_compiled_function_may_be_compiled_explained_and_wrapped_again():
+    model, x = Stack(depth=1).eval(), torch.randn(4, 64)
+
+    def step(x: Tensor) -> Tensor:
+        return model(x) + x
+
+    call = torch.compile(step, **SETTINGS)
+    want = call(x)
+    assert call.__wrapped__ is step
+    assert torch.equal(torch.compile(call, **SETTINGS)(x), want)
+    assert torch.allclose(torch.compile(call, backend="eager")(x), step(x))
+    assert torch._dynamo.explain(call)(x).graph_count == 1
+    for _ in range(2):  # as where a setup runs twice
+        model.forward = torch.compile(model.forward, **SETTINGS)
+    assert torch.equal(model(x) + x, want)
+
+
+def test_dynamo_does_not_compile_what_watches(caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+
+    def step(x: Tensor, whole: bool) -> Tensor:
+        for block in model.blocks[: None if whole else 1]:
+            x = block(x)
+        return x
+
+    call = torch.compile(step, **SETTINGS)
+    for whole in (True, False):
+        call(x, whole)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for whole in (True, False, False, False):
+            call(x, whole)
+    assert not said(caplog)

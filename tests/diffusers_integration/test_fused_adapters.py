@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import peft
 import pytest
@@ -285,6 +286,47 @@ def test_an_adapter_is_fused_before_the_model_is_offloaded(packed_wan):
     want = output(model(**inputs))
     model.enable_group_offload(**offload, offload_type="leaf_level")
     assert torch.equal(output(model(**inputs)), want)
+    before, pipe = held(model), WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), model)
+    for unfuse in (model.unfuse_lora, pipe.unfuse_lora):
+        with pytest.raises(tahf4.PackedError, match="Take the offloading off, unfuse"):
+            unfuse()
+    assert same(held(model), before) and torch.equal(output(model(**inputs)), want)
+
+
+def test_what_is_fused_stays_in_a_linear_that_is_not_in_memory_or_a_part():
+    model, _ = stack(lora_bias=True)
+    model.merge_adapter()
+    linear = model.base_model.model.blocks[0].up.base_layer
+    bias = linear.bias
+    linear.bias = nn.Parameter(bias[:64].clone(), requires_grad=False)  # as of a rank of tensor parallelism
+    before = held(model)
+    with pytest.raises(tahf4.PackedError, match="up is offloaded or divided among ranks"):
+        model.unmerge_adapter()
+    with pytest.raises(tahf4.PackedError, match="a linear is offloaded or divided among ranks"):
+        model.base_model.model.blocks[0].up.unmerge()
+    assert same(held(model), before)
+    linear.bias = bias
+    model.unmerge_adapter()
+    assert linear.rank == 0
+
+
+def test_broken_adapters_of_plain_linears_are_refused_before_a_packed_one_is_fused(packed_wan):
+    model = adapted(packed_wan[0])
+    before = held(model)
+    model.get_submodule(PLAIN).lora_A["style"].weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match=f"NaNs detected.*adapter style.*{PLAIN}"):
+        model.fuse_lora(safe_fusing=True)
+    assert same(held(model), before)
+    with pytest.raises(ValueError, match="components"):
+        WanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), model).fuse_lora(components=None)
+
+
+def test_without_peft_the_error_is_that_of_diffusers(packed_wan, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("diffusers.loaders.peft.USE_PEFT_BACKEND", False)
+    with pytest.raises(ValueError, match="PEFT backend is required"):
+        packed_wan[0].fuse_lora()
 
 
 def test_a_linear_that_only_stores_its_values_in_fewer_bits_takes_no_adapter():
