@@ -77,7 +77,7 @@ def going_through(
     around = torch.compiler.disable(around)  # another compilation around this one gets nothing more than before
     skip_code(call.__code__)  # type: ignore[attr-defined]
     call._tahf4_around = original  # type: ignore[attr-defined]
-    call.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
+    call.__wrapped__ = getattr(original, "__wrapped__", original)
     call._torchdynamo_wrapper_id = id(call)  # type: ignore[attr-defined]  # else nothing compiles it again
     return call
 
