@@ -81,9 +81,14 @@ int detect() {
 
 }  // namespace
 
-const Functions* functions_of(int isa) {
-  return isa >= kAvx512Vnni ? &avx512::functions : isa == kNone ? nullptr : &avx2::functions;
-}
+// Quantization is that of AVX2: it works on several units at a time, and the wide one waits for each.
+const Functions wide = [] {
+  Functions found = avx512::functions;
+  found.quantize = avx2::quantize;
+  return found;
+}();
+
+const Functions* functions_of(int isa) { return isa >= kAvx512Vnni ? &wide : isa == kNone ? nullptr : &avx2::functions; }
 
 }  // namespace tahf4
 
