@@ -24,7 +24,7 @@ def round_unit(values, steps, factor, codes, errors, rows, ROWS: tl.constexpr):
     column = tl.arange(0, 64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * 64 + column[None, :]
-    mask = (row < rows)[:, None] & (column < 64)[None, :]
+    mask = (row < rows)[:, None]
     value = tl.load(values + at, mask=mask, other=0.0)
     step = tl.load(steps + at, mask=mask, other=1.0)
     magnitudes = tl.zeros((ROWS, 64), tl.float32)
@@ -45,7 +45,7 @@ def round_unit(values, steps, factor, codes, errors, rows, ROWS: tl.constexpr):
     sign = (value.to(tl.int32, bitcast=True) >> 28) & 8
     even, odd = tl.split(tl.reshape(magnitudes.to(tl.int32) + sign, (ROWS, 32, 2)))
     byte = row[:, None] * 32 + tl.arange(0, 32)[None, :]
-    tl.store(codes + byte, (even + (odd << 4)).to(tl.uint8), mask=(row < rows)[:, None] & (byte >= 0))
+    tl.store(codes + byte, (even + (odd << 4)).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def descend_unit(rounded, slopes, steps, moments, rows, ROWS: tl.constexpr):
     column = tl.arange(0, 64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * 64 + column[None, :]
-    mask = (row < rows)[:, None] & (column < 64)[None, :]
+    mask = (row < rows)[:, None]
     value = tl.load(rounded + at, mask=mask, other=0.0)
     slope = tl.load(slopes + at, mask=mask, other=0.0)
     step = tl.load(steps + at, mask=mask, other=1.0)

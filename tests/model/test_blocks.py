@@ -198,6 +198,9 @@ def test_towers_in_a_list_are_none():
     # Stages go on at the width that the one before has written.
     stages = [tree(blocks=members(*UP_DOWN), down=nn.Linear(64, 128)), tree(blocks=members((128, 128), (128, 128)))]
     assert module_blocks(tree(stages=nn.ModuleList(stages), last=LAST)).keys() == {"stages.0", "stages.1"}
+    # The first brings its input to the width at which the others read and write.
+    stages = [tree(widen=nn.Linear(48, 64), blocks=members(*UP_DOWN)), tree(blocks=members(*UP_DOWN))]
+    assert module_blocks(tree(stages=nn.ModuleList(stages), last=LAST)).keys() == {"stages.0", "stages.1"}
     assert module_blocks(nn.Sequential(nn.Linear(64, 48), tower(48, 48))).keys() == {"1.blocks.0", "1.blocks.1"}
 
 
