@@ -101,7 +101,8 @@ def compiled_whole(
 ) -> Iterator[None]:
     """Let the calls of a module run compiled with other settings, and then as before.
 
-    PyTorch's own modules are compiled as well, whose files Dynamo skips unless they are inlined.
+    PyTorch's own modules are compiled as well, whose files Dynamo skips unless they are inlined. By default Dynamo does
+    not look whether a module has hooks: it would run what it compiled for another model of the class, without them.
 
     Args:
         module: as it is, or what ``torch.compile(module)`` returned.
@@ -120,6 +121,7 @@ def compiled_whole(
         else:
             inner.compile(**settings)
             call = inner._compiled_call_impl
+        call = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)(call)
         inner._compiled_call_impl = around(call)
         own_forward = module.__dict__.get("forward")
         if inner is not module:

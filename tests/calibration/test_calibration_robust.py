@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -53,6 +54,18 @@ def test_the_rank_of_a_percentile_is_exact():
         sketch.update(x)
         assert sketch.percentile(99.9).item() < 2
         assert sketch.percentile(100).item() == 1000
+
+
+def test_a_hook_of_one_model_is_run_behind_the_calibration_of_another_of_its_class():
+    plain, x = Stack().eval(), torch.randn(8, 64)
+    hooked = copy.deepcopy(plain)
+    hooked.blocks[0].up.register_forward_pre_hook(lambda module, args: (args[0] * 10,))
+    seen = []
+    for model in (plain, hooked, plain):
+        with tahf4.calibrate(model, options=GRAPH) as calibration:
+            model(x)
+        seen.append(calibration.sketch("blocks.0.up").percentile(100))
+    assert torch.allclose(seen[1], 10 * seen[0]) and torch.equal(seen[2], seen[0])
 
 
 def test_a_prompt_that_was_interrupted_counts_once(tmp_path):
