@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,17 @@ GRAPH = {"inductor": False, "rotate.block": 0}
 def said(caplog: Any, module: str = "backends.messages") -> list[str]:
     """Return what a module of the package logged."""
     return [record.getMessage() for record in caplog.records if record.name == f"tahf4_compiler.{module}"]
+
+
+def by_turns(names: str, cases: Iterable[Any], ids: list[str] | None = None) -> Any:
+    """Run a test for each case compiled whole or in place, by turns; the other way is a slow test."""
+    turns = [
+        pytest.param(*(case if "," in names else (case,)), whole, marks=() if (i + whole) % 2 else pytest.mark.slow,
+                     id=f"{ids[i] if ids else getattr(case, '__name__', case)}-{whole}")
+        for i, case in enumerate(cases)
+        for whole in (False, True)
+    ]  # fmt: skip
+    return pytest.mark.parametrize(f"{names}, whole", turns)
 
 
 class FakeLinear(nn.Module):

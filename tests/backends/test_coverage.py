@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from helpers import GRAPH, said
+from helpers import GRAPH, by_turns, said
 from models import Stack
 from tahf4_compiler.backends import dynamo, messages
 from torch import Tensor, nn
@@ -143,8 +143,7 @@ class Cached(Stack):
         return x
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("pattern", ["y", "yn", "ynn", "yyn", "ynnnnnnnnn"])
+@by_turns("pattern", ["y", "yn", "ynn", "yyn", "ynnnnnnnnn"])
 def test_blocks_outside_of_graphs_are_said_however_often_a_cache_leaves_them_out(pattern, whole, caplog):
     model, x = Cached().eval(), torch.randn(4, 64)
     model.pattern = pattern
@@ -276,8 +275,7 @@ def under_vmap(call, model, x):
     return x
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("give_up", [with_hooks_of_accelerate, beyond_the_recompile_limit, under_vmap])
+@by_turns("give_up", [with_hooks_of_accelerate, beyond_the_recompile_limit, under_vmap])
 def test_what_dynamo_gives_up_later_is_said_once(give_up, whole, caplog):
     model, x = Stack().eval(), torch.randn(4, 64)
     call = compiled(model, whole)
@@ -292,8 +290,7 @@ def test_what_dynamo_gives_up_later_is_said_once(give_up, whole, caplog):
     assert f"Stack: {text}" in message
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("how", ["vmap", "jvp", "grad"])
+@by_turns("how", ["vmap", "jvp", "grad"])
 def test_a_first_call_under_a_transform_is_said_once(how, whole, caplog):
     before_frames(dynamo.tahf4, dynamo._begin, messages.say_overruled)  # as torch.compile(backend="tahf4") does first
     call, x = compiled(Stack().eval().requires_grad_(False), whole), torch.randn(4, 64)
@@ -343,8 +340,7 @@ class Products(Stack):
                 linear.forward = lambda x, linear=linear: product(x, linear)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(
+@by_turns(
     "product",
     [
         lambda x, m: torch.einsum("bk,nk->bn", x, m.weight) + m.bias,
@@ -389,8 +385,7 @@ def test_weights_in_a_branch_or_of_a_type_that_is_not_held_are_said_with_this_ca
     assert "otherwise than in a linear" not in message
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("more", ["twice", "adapter", "a cache before"])
+@by_turns("more", ["twice", "adapter", "a cache before"])
 def test_what_else_is_counted_hides_no_linear(more, whole, caplog):
     class Skipped(Stack):
         looped, left_out = 1, 0
@@ -420,7 +415,11 @@ def test_what_else_is_counted_hides_no_linear(more, whole, caplog):
     assert "Skipped: 2 linears" in message and "(blocks.1.up, blocks.1.down)" in message
 
 
-@pytest.mark.parametrize("profile", [cProfile.Profile, lambda: torch.profiler.profile(with_stack=True)])
+@pytest.mark.parametrize(
+    "profile",
+    # PyTorch's takes ten seconds to write down the stacks.
+    [cProfile.Profile, pytest.param(lambda: torch.profiler.profile(with_stack=True), marks=pytest.mark.slow)],
+)
 def test_a_profiler_may_watch_while_calls_are_looked_at(profile, caplog):
     model, x = Hidden().eval(), torch.randn(4, 64)
     call = compiled(model, True)
@@ -470,9 +469,8 @@ def test_a_model_without_any_linear_in_4_bits_is_said_as_by_quantize(whole, capl
     assert "Wrapped: nothing runs in 4 bits: 1 of 1 linears: " in message
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(
-    ("script", "adapter", "cause"),
+@by_turns(
+    "script, adapter, cause",
     [
         (False, False, "its repeated blocks hold no other nn.Linear (6 Raw), and no other"),
         (True, False, "it holds TorchScript, of which PyTorch compiles nothing"),

@@ -21,6 +21,7 @@ def units():
 
 @pytest.mark.parametrize("rounding", [*published.ROUNDINGS, published.SEARCHED])
 def test_arithmetic_is_that_of_the_published_rules(units, rounding):
+    units = units[::3] if rounding == published.SEARCHED else units  # five times as long in fractions
     found = hif4.quantize(units, rounding=rounding)
     wanted = [published.row(values, rounding) for values in units.tolist()]
     metadata = torch.tensor([m for m, _ in wanted], dtype=torch.int64)
