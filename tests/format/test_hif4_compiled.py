@@ -104,7 +104,7 @@ def test_compiled_float32_quantization_gives_the_bits_of_eager_mode_under_both_r
     assert_same(compiled(function)(x), function(x))
 
 
-@pytest.mark.slow  # what is quantized between float operations, below, is bfloat16 as well
+@pytest.mark.slow
 def test_compiled_bfloat16_quantization_gives_the_bits_of_eager_mode() -> None:
     x = rows_of(64, torch.bfloat16)
     assert_same(compiled(quantize)(x), quantize(x))
@@ -136,6 +136,7 @@ def test_two_dynamic_compilations_serve_any_number_of_rows_with_and_without_an_u
     assert len(graphs) <= 2, f"{len(graphs)} compilations for 6 shapes"
 
 
+@pytest.mark.slow
 def test_compiled_fake_quantization_of_bfloat16_between_float_operations_gives_the_bits_of_eager_mode() -> (
     None
 ):

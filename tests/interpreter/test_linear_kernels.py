@@ -78,8 +78,7 @@ def test_several_outputs(path, sizes):
         assert torch.allclose(g, w, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", ["clip", "token", "channel"])
-@pytest.mark.parametrize("rows", [9, 75])
+@pytest.mark.parametrize("gate, rows", [("clip", 9), ("clip", 75), ("token", 75), ("channel", 9)])
 def test_gate_and_residual(path, gate, rows):
     operands = sides((2, rows), 96, 192)
     shape = {"clip": (2, 1, 96), "token": (2, rows, 96), "channel": (96,)}[gate]
@@ -91,8 +90,7 @@ def test_gate_and_residual(path, gate, rows):
     assert torch.allclose(got.float(), wanted.float(), rtol=2**-6, atol=2**-6)
 
 
-@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 24), (torch.bfloat16, 8)])
-@pytest.mark.parametrize("rows", [9, 75])
+@pytest.mark.parametrize("dtype, rank, rows", [(torch.float32, 24, 9), (torch.bfloat16, 8, 75)])
 def test_a_branch_of_low_rank(path, dtype, rank, rows):
     operands, name = sides((2, rows), 96, 192), str(dtype)[6:]
     left, right = torch.randn(2, rows, 2 * rank).to(dtype)[..., :rank], torch.randn(rank, 96).to(dtype)

@@ -160,7 +160,10 @@ def test_a_step_in_high_precision_has_its_attention_so(calls):
     assert found == [0, 2]
 
 
-@pytest.mark.parametrize(("bits", "of_all", "wanted"), [(None, 4, [0, 2]), (8, 4, [2, 2]), (None, 16, [0, 2])])
+@pytest.mark.parametrize(
+    "bits, of_all, wanted",
+    [(None, 4, [0, 2]), (8, 4, [2, 2]), pytest.param(None, 16, [0, 2], marks=pytest.mark.slow)],
+)
 def test_a_step_of_a_packed_model_in_high_precision_has_its_attention_so(calls, bits, of_all, wanted):
     class Pipe:
         scheduler = FlowMatchEulerDiscreteScheduler()
