@@ -219,8 +219,8 @@ class CompiledGraph:
             where, keep = self._captured.surroundings, self._options.keep
             paths = [where.path(weight) or name for weight, name in zip(weights, self._weights.values(), strict=True)]
             decisions = [
-                (decision, matching(keep, path) is not None, where.block_of(path) is not None)
-                for decision, path in zip(decisions, paths, strict=True)
+                (decision, matching(keep, path, *where.names(weight)) is not None, where.block_of(path) is not None)
+                for decision, path, weight in zip(decisions, paths, weights, strict=True)
             ]
         planned = frozenset(id(weight) for i, weight in zip(self._weights, weights, strict=True) if i in self._planned)
         reasons = [self._reasons.get(i, "") for i in self._weights]

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from ..model.attachments import attached, changes
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import adapters, matching, plain_path
+from ..model.linears import adapters, matching, names_of, plain_path
 from ..model.reasons import Cause
 from ..packed.plan import NO_LINEARS, READ_BY_PARENT, plan_modules
 from ..pipeline.rules import MIN_FEATURES
@@ -34,9 +34,14 @@ class Wanted:
     def __init__(self, model: nn.Module, keep: Sequence[str]) -> None:
         """Read the tree of a model that was compiled with some patterns of ``keep``."""
         self.changes = changes()
-        plan = [d for d in plan_modules(model) if matching(keep, d.module) is None]
-        inside = _inside(model, keep)
+        names = names_of(model)
+
+        def kept(path: str, weight: object) -> bool:
+            return matching(keep, path, *names.get(id(weight), ())) is not None
+
+        inside = _inside(model, kept)
         around = {plain_path(path): module for path, module in model.named_modules()}
+        plan = [d for d in plan_modules(model) if not kept(d.module, around[d.module]._parameters.get("weight"))]
         linears = {d.module: around[d.module] for d in plan if d.decision == "hif4" and d.cause is not Cause.PACKED}
         self.planned = bool(linears)
         shown = {d.module: around[d.module] for d in plan if d.cause is Cause.CLASS}
@@ -99,7 +104,7 @@ def _matrices(model: nn.Module, inside: Callable[[str, Tensor], bool]) -> Iterat
                 yield path, module, leaf
 
 
-def _inside(model: nn.Module, keep: Sequence[str]) -> Callable[[str, Tensor | None], bool]:
+def _inside(model: nn.Module, kept: Callable[[str, object], bool]) -> Callable[[str, Tensor | None], bool]:
     """Return what tells whether a weight, if it is one of a linear, is to run in 4 bits where it stands."""
     blocks = module_blocks(model)
 
@@ -107,7 +112,7 @@ def _inside(model: nn.Module, keep: Sequence[str]) -> Callable[[str, Tensor | No
         if weight is None or is_lazy(weight) or weight.dim() != 2 or not weight.is_floating_point():
             return False
         said = attached(weight)
-        left = matching(keep, path) is not None or (said is not None and said.decision == "high_precision")
+        left = kept(path, weight) or (said is not None and said.decision == "high_precision")
         body = not blocks or block_of(f"{path}.", blocks) is not None
         return body and not left and min(weight.shape) >= MIN_FEATURES
 

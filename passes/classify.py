@@ -136,8 +136,12 @@ class Classify(Pass):
             block = context.surroundings.block_of(path) if path is not None else None
             if block is not None:
                 held[block[0]].add(_source(node))
+        paths = context.surroundings.linear_paths
+        whole = {block: sum(path.startswith(f"{block}.") for path in paths) for block in context.surroundings.blocks}
         return {
-            block.rpartition(".")[0] for block in context.surroundings.blocks if len(held[block]) < self.min_linears
+            block.rpartition(".")[0]
+            for block, size in whole.items()
+            if len(held[block]) < min(self.min_linears, max(size, MIN_LINEARS))
         }
 
 

@@ -12,7 +12,7 @@ from torch import fx
 from ..format.spans import units_of
 from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput
 from ..graph.nodes import LINEAR, node_arg, weight_input
-from ..ops.registry import arguments
+from ..ops.registry import all_arguments
 from ..pipeline.activations import call
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
@@ -82,7 +82,7 @@ def _adopt(graph: fx.Graph) -> list[fx.Node]:
         The products that were written or whose weights were marked.
     """
     for node in graph.find_nodes(op="call_function", target=tahf4.quantize.default):
-        *values, form = _given(node)
+        *values, form = all_arguments(node)
         node.args, node.kwargs = (*values, *([form] if form != 1 else [])), {}
     packed = graph.find_nodes(op="call_function", target=tahf4.packed_linear.default)
     found = dict.fromkeys(_expand(graph, node) for node in packed)
@@ -97,15 +97,9 @@ def _adopt(graph: fx.Graph) -> list[fx.Node]:
     return list(found)
 
 
-def _given(node: fx.Node) -> list[Any]:
-    """Return all arguments of an operator; a trace leaves out what has its default, and passes read by position."""
-    defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
-    return list({**defaults, **arguments(node), **node.kwargs}.values())
-
-
 def _expand(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Put ``tahf4.quantize`` and ``tahf4.linear`` in the place of ``tahf4.packed_linear``; return the latter."""
-    x, multiplier, block, *operands, dtype, bits, form, _, _ = _given(node)
+    x, multiplier, block, *operands, dtype, bits, form, _, _ = all_arguments(node)
     forms = ((span,) if span != 1 else () for span in (form, units_of(form)))
     with graph.inserting_before(node):
         quantization = call(node, tahf4.quantize.default, (x, multiplier, block, bits, *next(forms)))

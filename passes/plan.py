@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +122,8 @@ class Plan(Pass):
         if region is not None:
             obstacle = Reason(Cause.REGION, f"region: inside of {region.target}, which stays as it is")
         said = attached(example)
-        facts = Facts(module, k, n, obstacle, said, node.meta.get(ROLE), beside_packed, has_recipe)
+        names = context.surroundings.names(example)
+        facts = Facts(module, k, n, obstacle, said, node.meta.get(ROLE), beside_packed, has_recipe, names)
         chosen, reason = decide(facts, context.options.keep, self.min_features)
         if source is not None:
             value = source.meta["val"]
@@ -139,7 +141,7 @@ class Plan(Pass):
             flops=2 * _rows(node) * k * n,
             node=(region or node).name,
             weight_index=source.meta[INPUT].index if source is not None else -1,
-            activation_bits=_bits(module, context, said, said.activation_bits if said is not None else 4),
+            activation_bits=_bits((module, *names), context, said, said.activation_bits if said is not None else 4),
             rank=rank,
         )
 
@@ -182,15 +184,16 @@ def _held(node: fx.Node, context: Context) -> Decision:
     """Return the decision for a product whose weight the model holds in HiF4."""
     codes = node_arg(node, 2)
     source = codes.meta[INPUT]
-    module = context.path_of(source.positions[0])
-    if (pattern := matching(context.options.keep, module)) is not None:
+    module, held = context.path_of(source.positions[0]), context.inputs[source.positions[0]]
+    names = context.surroundings.names(held)
+    if (pattern := matching(context.options.keep, module, *names)) is not None:
         raise PackedError(
             f"keep pattern {pattern!r} matches {module}, which is packed: its original weight is gone. Name it when "
             "the model is packed, tahf4.quantize_(model, keep=[...])."
         )
     n, units = (size_hint(size) for size in node_arg(node, 3).meta["val"].shape)
     k = units * hif4.UNIT
-    said = attached(context.inputs[source.positions[0]])
+    said = attached(held)
     # The branch of a packed linear is no product of this compiler: its second factor tells how large it is.
     beside = f"{context.paths.get(source.positions[0])}.low_rank_b"
     branches = [context.inputs[index] for index, path in context.paths.items() if path == beside]
@@ -199,7 +202,7 @@ def _held(node: fx.Node, context: Context) -> Decision:
     if (quantization := quantization_of(node)) is not None:
         k, bits = size_hint(node_arg(quantization, 0).meta["val"].shape[-1]), bits_of(quantization)
         form = form_of(quantization)
-    bits = _bits(module, context, said, bits)
+    bits = _bits((module, *names), context, said, bits)
     return Decision(
         module=module,
         k=k,
@@ -224,9 +227,9 @@ def _packed(role: Role | None) -> Reason:
     return Reason(Cause.PACKED, "packed, and the graph shows it outside of the repeated blocks" if beyond else "packed")
 
 
-def _bits(module: str, context: Context, said: Attachment | None, default: int) -> int:
+def _bits(names: Iterable[str], context: Context, said: Attachment | None, default: int) -> int:
     """Return the bits of a linear's activation: the option's, else the default; at least those of the step at hand."""
-    bits = bits_for(module, context.options.activation_bits, default)
+    bits = bits_for(names, context.options.activation_bits, default)
     return max(bits, said.activation_bits) if said is not None and cause_of(said.reason) is Cause.STEP else bits
 
 

@@ -87,10 +87,11 @@ class Share(Pass):
     def _merge_products(self, graph: fx.Graph, context: Context) -> int:
         groups: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
-            codes, scales, _, _, bias, dtype = node.args[:6]
+            codes, scales, _, _, bias, *rest = node.args
             weight = packed_weight(node)
             if weight is not None and not weight.rank:
-                groups[(codes, scales, dtype, bias is None)].append(node)
+                alike = replace(weight, weights=())  # one packing of all rows
+                groups[(codes, scales, bias is None, *rest, alike)].append(node)
         merged = 0
         for nodes in groups.values():
             biases = [node_arg(node, 4) for node in nodes if node.args[4] is not None]

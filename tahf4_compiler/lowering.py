@@ -24,6 +24,7 @@ from .pipeline.manager import PassManager
 from .pipeline.order import build_pipeline
 from .pipeline.records import PassRecord, readable
 from .plugins import entry_points
+from .recipe.recipe import Recipe
 from .reporting.compact import graph_json
 from .reporting.dump import GraphDump, dump_folder, new_graph_dump, trace_artifacts
 from .reporting.report import plan_json, report
@@ -224,15 +225,22 @@ class Lowered:
         """Return the plan as a table, what each pass did, and totals.
 
         Args:
-            path: of a self-contained HTML file to write besides: the graph after each pass, every linear, and plots.
+            path: of a file to write besides. ``.html``: the graph after each pass, every linear, and plots, without
+                links to other files. Plug-ins may bring other kinds.
             recipe: a :class:`tahf4_compiler.Recipe` whose numbers the file shows.
             calibration: path of the checkpoint of a calibration, for the distribution of activations.
 
         Raises:
             CommandError: the file cannot be written, or the calibration cannot be read.
+            OptionError: nothing writes this kind of file, or ``recipe`` is none.
         """
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise OptionError(f"recipe is {recipe!r}; expected a Recipe (tahf4.Recipe.load reads a file)")
         if path is not None:
-            write = entry_points.load(entry_points.REPORTS)["html"]
+            kinds, suffix = entry_points.load(entry_points.REPORTS), Path(path).suffix.lstrip(".").lower()
+            write = kinds.get("html" if suffix in ("", "htm") else suffix)
+            if write is None:
+                raise OptionError(f"{path}: no report is written as .{suffix}; expected {', '.join(kinds)}")
             write(self, Path(path), recipe, Path(calibration) if calibration is not None else None)
         return self._lowered.report()
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,9 +190,9 @@ def activation_bits(name: str, value: Any) -> tuple[tuple[str, int], ...]:
     return tuple(given.items())
 
 
-def bits_for(path: str, given: Sequence[tuple[str, int]], default: int = 4) -> int:
-    """Return the bits of the activation of a linear, of what :func:`activation_bits` returned."""
-    return next((bits for pattern, bits in given if re.search(pattern, path)), default)
+def bits_for(paths: Iterable[str], given: Sequence[tuple[str, int]], default: int = 4) -> int:
+    """Return the bits of the activation of a linear that has some paths, of what :func:`activation_bits` returned."""
+    return next((bits for pattern, bits in given if any(re.search(pattern, path) for path in paths)), default)
 
 
 def scale_span(name: str, value: Any) -> int:

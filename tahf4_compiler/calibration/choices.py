@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
+from ..graph.inputs import SEARCHES
 from ..options import ACTIVATION_BITS, check_protecting_bits
 from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
@@ -16,7 +17,6 @@ from .statistics import check_percentile
 __all__ = ["COMBINE", "MASKS", "SEARCHES", "Choices", "check_choices"]
 
 MASKS = (None, "max", "percentile", "layer_search", "network_search")
-SEARCHES = ("", "squared", "weighted", "reconstruct")
 COMBINE = ("max", "mean", "merged")
 
 

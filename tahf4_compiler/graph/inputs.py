@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BESIDE", "DECISION", "INPUT", "NUMBERS", "ROLE", "GraphInput", "HeldWeight", "PackedInput", "PackedWeight"]
+__all__ = [
+    "BESIDE", "DECISION", "INPUT", "NUMBERS", "ROLE", "SEARCHES", "GraphInput", "HeldWeight", "PackedInput",
+    "PackedWeight",
+]  # fmt: skip
 
 INPUT = "tahf4_input"
 """Key in ``node.meta`` of a placeholder: its :class:`GraphInput` or :class:`PackedInput`."""
 
 BESIDE = ("multiplier", "observer", "low_rank_a", "low_rank_b")
 """Parts of a :class:`PackedInput` that are looked up beside a packed weight, and are none of its own."""
+
+SEARCHES = ("", "squared", "weighted", "reconstruct")
+"""How the scales of a :class:`PackedWeight` may be chosen."""
 
 DECISION = "tahf4_decision"
 """Key in ``node.meta`` of a planned linear, and of what stands for it later: a tuple of

@@ -165,9 +165,9 @@ def _linears_inside(model: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
     for path in adapters(model):
         shapes.pop(path, None)
     members_of = [path for path in modules if in_container(path, containers)]
-    lacking = [path for path in members_of if not any(f"{held}.".startswith(f"{path}.") for held in shapes)]
+    lacking = [path for path in members_of if sum(f"{held}.".startswith(f"{path}.") for held in shapes) < MIN_LINEARS]
     for path, matrix in raw_matrices(model):
-        if any(path.startswith(f"{member}.") for member in lacking):  # a block without any module of a linear
+        if any(path.startswith(f"{member}.") for member in lacking):  # a block of too few modules of linears
             shapes[path] = matrix.shape[0], matrix.shape[1]
     order = {path: i for i, path in enumerate(modules)}
     shapes = dict(sorted(shapes.items(), key=lambda e: order.get(e[0], order.get(e[0].rpartition(".")[0], 0))))

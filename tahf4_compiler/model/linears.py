@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -10,7 +11,10 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import PatternError
 
-__all__ = ["adapters", "linear_weights", "named_linears", "packed_weights", "place_of", "plain_path", "raw_matrices"]
+__all__ = [
+    "adapters", "linear_weights", "named_linears", "names_of", "packed_weights", "place_of", "plain_path",
+    "raw_matrices",
+]  # fmt: skip
 
 
 def plain_path(path: str) -> str:
@@ -79,9 +83,17 @@ def place_of(path: str) -> str:
     return path
 
 
-def matching(patterns: Sequence[str], path: str) -> str | None:
-    """Return the first pattern that is found in a module path."""
-    return next((pattern for pattern in patterns if re.search(pattern, path)), None)
+def names_of(model: nn.Module) -> dict[int, list[str]]:
+    """Return the paths of everything that may be the weight of a linear, by its identity: a tied one has several."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for path, weight in (*linear_weights(model), *raw_matrices(model), *packed_weights(model)):
+        found[id(weight)].append(path)
+    return found
+
+
+def matching(patterns: Sequence[str], *paths: str) -> str | None:
+    """Return the first pattern that is found in one of the module paths of a linear."""
+    return next((pattern for pattern in patterns for path in paths if re.search(pattern, path)), None)
 
 
 def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str, option: str = "keep") -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ class Surroundings:
         self._paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._beside: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._roots: list[weakref.ref[nn.Module]] = []
         self.linear_paths: list[str] = []
         self.blocks: dict[str, str] = {}
@@ -82,6 +83,7 @@ class Surroundings:
         self.watch(module)
         for path, weight in reversed([*linear_weights(module), *raw_matrices(module), *packed_weights(module)]):
             self._paths[weight] = path
+            self._names[weight] = {path: None, **self._names.get(weight, {})}
             if self.block_of(path):
                 self._places[weight] = path
 
@@ -97,6 +99,10 @@ class Surroundings:
     def path(self, weight: object) -> str | None:
         """Return the module path of a weight, or None if it belongs to another module."""
         return self._paths.get(weight) if isinstance(weight, torch.Tensor) else None
+
+    def names(self, weight: object) -> Iterable[str]:
+        """Return all module paths of a weight: a tied one has several."""
+        return self._names.get(weight, ()) if isinstance(weight, torch.Tensor) else ()
 
     def place(self, weight: object) -> str | None:
         """Return the module path of a weight inside a repeated block if it has one there, otherwise its path."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import OptionError
+from ..errors import OptionError, PipelineError
+from ..graph.nodes import node_words
 from ..options import reference_forced
 from ..plugins import host
 from . import attention, fused  # noqa: F401  (they define torch.ops.tahf4)
@@ -24,6 +25,7 @@ __all__ = [
     "KERNEL",
     "OPERATORS",
     "Kernel",
+    "all_arguments",
     "arguments",
     "dispatch",
     "generated_sources",
@@ -48,7 +50,8 @@ class Kernel:
         name: for the report.
         operator: the operator that it serves: one of ours, or a plug-in's own.
         target: the operator (``torch.library``) that runs in its place.
-        serves: whether it can run a node (its device, dtypes and shapes are in ``meta["val"]``).
+        serves: whether it can run a node. Device, dtypes and shapes are in ``meta["val"]`` of what the node reads; a
+            node that a pass is trying has no value of its own yet.
         sources: the text of what is generated for a node, by name of the file, or None if nothing is.
         eager: whether it runs calls outside of a graph on a device and dtype, or None if it does not.
     """
@@ -106,6 +109,8 @@ def register_kernel(
     """
     host.load_backends()
     _check_operators(name, operator, target)
+    if not isinstance(name, str) or not name or not callable(serves):
+        raise OptionError(f"kernel {name!r} with serves={serves!r}; expected a name and a function of a node")
     if any(kernel.name == name and kernel.operator is operator for kernel in _kernels):
         raise OptionError(f"a kernel named {name!r} serves {operator} already; choose another name")
     kernel = Kernel(name, operator, target, serves, sources, eager)
@@ -172,8 +177,19 @@ def dispatch(operator: Any, given: fx.Node | torch.Tensor, *, reference: bool = 
     if reference:
         return next(kernel for kernel in mine if kernel.name == "reference")
     if isinstance(given, fx.Node):
-        return next(kernel for kernel in mine if kernel.serves(given))
+        return next(kernel for kernel in mine if _serves(kernel, given))
     return _eager(operator, given.device, given.dtype)
+
+
+def _serves(kernel: Kernel, node: fx.Node) -> bool:
+    try:
+        return kernel.serves(node)
+    except Exception as error:
+        raise PipelineError(
+            f"kernel {kernel.name!r} for {kernel.operator} failed when it was asked for node {node_words(node)}: "
+            f'{type(error).__name__}: {error}. Look at meta["val"] of what the node reads; a node that a pass is '
+            "trying has no value of its own yet."
+        ) from error
 
 
 @functools.cache
@@ -184,6 +200,12 @@ def _eager(operator: torch._ops.OpOverload, device: torch.device, dtype: torch.d
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the positional arguments of an operator's node by name."""
     return dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+
+
+def all_arguments(node: fx.Node) -> list[Any]:
+    """Return all arguments of an operator's node in order, with the defaults of those that it leaves out."""
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    return list({**defaults, **arguments(node), **node.kwargs}.values())
 
 
 def in_16_bits(node: fx.Node) -> bool:

@@ -292,7 +292,7 @@ def set_activation_bits(model: Any, bits: int | Mapping[str, int]) -> dict[str, 
         )
     require_matches([pattern for pattern, _ in given], list(found), type(model).__name__, "activation_bits")
     for path, linear in found.items():
-        linear.activation_bits = bits_for(path, given, linear.activation_bits)
+        linear.activation_bits = bits_for((path,), given, linear.activation_bits)
     return {path: linear.activation_bits for path, linear in found.items()}
 
 

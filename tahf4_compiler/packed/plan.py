@@ -8,6 +8,7 @@ two differ.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +21,7 @@ from ..format.spans import joined, parted
 from ..format.transforms import SEED, hadamard_block
 from ..model.attachments import Attachment, attached_keep, attached_recipe, refresh
 from ..model.blocks import block_of, module_blocks
-from ..model.linears import adapters, linear_weights, matching, named_linears, plain_path, require_matches
+from ..model.linears import adapters, linear_weights, matching, named_linears, names_of, plain_path, require_matches
 from ..model.reasons import Cause, Reason
 from ..options import patterns
 from ..pipeline.context import Decision, branch_bytes
@@ -83,16 +84,18 @@ def plan_modules(
     checked = patterns("keep", keep)
     refresh(model)  # a copy has other parameters than those that something was attached to
     linears = dict(named_linears(model))
-    require_matches(checked, list(linears), type(model).__name__)
+    named = names_of(model)
+    names = {path: named.get(id(_held(linear)), []) for path, linear in linears.items()}
+    require_matches(checked, [*linears, *itertools.chain(*names.values())], type(model).__name__)
     given = (
         recipe_attachments(model, recipe, expert=expert, check_weights=check_weights) if recipe is not None else None
     )
     blocks, beside = module_blocks(model), adapters(model)
     one_block = "" if blocks else "the model has no repeated blocks and counts as one block"
-    names = model.named_modules(remove_duplicate=False)  # a module with several is in a block by any of them
-    around = {module: block for name, module in names if (block := block_of(plain_path(name), blocks)) is not None}
-    named = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
-    shared = {id(weight): block for weight, block in named if block is not None}  # one weight may have several names
+    modules = model.named_modules(remove_duplicate=False)  # one with several names is in a block by any of them
+    around = {module: block for name, module in modules if (block := block_of(plain_path(name), blocks)) is not None}
+    places = ((weight, block_of(path, blocks)) for path, weight in linear_weights(model))
+    shared = {id(weight): block for weight, block in places if block is not None}  # one weight may have several names
     has_recipe = given is not None or any(attached_recipe(weight) is not None for _, weight in linear_weights(model))
     others = {
         id(weight): f"{type(owner).__name__} {name}"
@@ -111,9 +114,15 @@ def plan_modules(
             role_of(around.get(module) or shared.get(id(module._parameters.get("weight"))), one_block),
             min_features,
             has_recipe,
+            names[path],
         )
         for path, module in linears.items()
     ]
+
+
+def _held(linear: nn.Linear) -> object:
+    """Return the parameter that a weight is known by: the codes, where the linear is packed."""
+    return linear._parameters.get("weight_codes" if isinstance(linear, HiF4Linear) else "weight")
 
 
 def attachment_of(path: str, module: nn.Linear, given: Mapping[str, Attachment] | None) -> Attachment | None:
@@ -255,11 +264,12 @@ def _decide(
     role: Role,
     min_features: int,
     has_recipe: bool,
+    names: Sequence[str],
 ) -> Decision:
     n, k = module.out_features, module.in_features
     after = n * hif4.units(k) * hif4.BYTES_PER_UNIT
     if isinstance(module, HiF4Linear):
-        if (pattern := matching(keep, path)) is not None:
+        if (pattern := matching(keep, path, *names)) is not None:
             raise PackedError(
                 f"keep pattern {pattern!r} matches {path}, which is packed: its original weight is gone. "
                 "Name it when the model is packed, quantize_(model, keep=[...])."
@@ -271,7 +281,8 @@ def _decide(
         found = Decision(path, k, n, "hif4", packed, n * k * size, after, 2 * k * n, activation_bits=bits, rank=rank)
         found.span, found.rounding = module.span if bits == 4 else 1, module.rounding
         return found
-    chosen, reason = decide(Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe), keep, min_features)
+    facts = Facts(path, k, n, obstacle, attachment, role, has_recipe=has_recipe, names=names)
+    chosen, reason = decide(facts, keep, min_features)
     # A weight that is no parameter is computed when it is read, so its type is taken from what it is computed of.
     held = [module._parameters.get("weight"), *module.parameters(), *module.buffers()]
     size = next((tensor.element_size() for tensor in held if tensor is not None), 0)

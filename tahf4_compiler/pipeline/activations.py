@@ -13,6 +13,7 @@ from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..graph.inputs import INPUT, NUMBERS, HeldWeight, PackedInput, PackedWeight
 from ..graph.nodes import node_arg, weight_input
 from ..model.attachments import Attachment, attached_recipe
+from ..ops.registry import all_arguments
 from .context import Context
 
 
@@ -150,6 +151,15 @@ def span_of(product: fx.Node) -> int:
     span = product.args[6] if len(product.args) > 6 else product.kwargs.get("span", 1)
     assert isinstance(span, int)
     return span
+
+
+def spell_out(graph: fx.Graph) -> None:
+    """Write quantizations and products with the arguments that passes read by position."""
+    for target, least in ((torch.ops.tahf4.quantize.default, 3), (torch.ops.tahf4.linear.default, 6)):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if node.kwargs or len(node.args) < least:
+                *values, span = all_arguments(node)
+                node.args, node.kwargs = (*values, *([span] if span != 1 else [])), {}
 
 
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:

@@ -58,6 +58,12 @@ class Pass:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Name the pass after its class."""
         super().__init_subclass__(**kwargs)
+        for names in ("after", "before"):
+            if isinstance(given := cls.__dict__.get(names), str):
+                setattr(cls, names, (given,))
+        for conditions in ("requires", "ensures"):
+            if callable(given := cls.__dict__.get(conditions)):
+                setattr(cls, conditions, (given,))
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
@@ -76,7 +82,7 @@ class Pass:
             OptionError: a name that is no field of the pass, a value of another type than its default, or one below
                 ``metadata={"least": ...}`` of the field.
         """
-        known = self.options()
+        known, checked = self.options(), dict[str, Any]()
         least = {f.name: f.metadata["least"] for f in dataclasses.fields(self) if "least" in f.metadata}
         for option, value in values.items():
             if option not in known:
@@ -89,15 +95,17 @@ class Pass:
                     f"pass {self.name!r} has no option {option!r}; it has {', '.join(sorted(known)) or 'none'}"
                 )
             expected = type(known[option])
+            value = list(value) if expected is list and type(value) is tuple else value  # as options hold it
             fits = type(value) is expected or (expected is float and type(value) is int)
             if known[option] is not None and not fits:
                 raise OptionError(
                     f"option {self.name}.{option} is {value!r}; expected {expected.__name__}, "
                     f"as its default {known[option]!r}"
                 )
-            if option in least and value < least[option]:
+            if option in least and not value >= least[option]:  # nor is NaN
                 raise OptionError(f"option {self.name}.{option} is {value!r}; expected at least {least[option]}")
-        return dataclasses.replace(self, **values)
+            checked[option] = value
+        return dataclasses.replace(self, **checked)
 
 
 def _undecorated(cls: type[Pass], option: str) -> type[Pass] | None:

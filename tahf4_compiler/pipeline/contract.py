@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import PassError
-from ..graph.inputs import INPUT, GraphInput
+from ..errors import FormatError, PassError
+from ..format.spans import check_form
+from ..graph.inputs import BESIDE, INPUT, SEARCHES, GraphInput, HeldWeight, PackedInput
 from ..graph.nodes import is_written, node_words, tensor_meta
 from .base import Pass
 from .context import Context
@@ -31,6 +32,10 @@ def check(item: Pass, graph_module: fx.GraphModule, context: Context, before: In
             f"pass {item.name!r} added the input {strange[0].name!r} without a PackedInput in node.meta[{INPUT!r}], or "
             "dropped the metadata of an input; nothing says what it is called with"
         )
+    for node in graph.find_nodes(op="placeholder"):
+        source = node.meta[INPUT]
+        if isinstance(source, PackedInput) and (wrong := _wrong(source, len(context.inputs))):
+            raise PassError(f"pass {item.name!r} added the input {node.name!r}, a PackedInput whose {wrong}")
     try:
         graph.lint()
     except Exception as error:
@@ -40,8 +45,8 @@ def check(item: Pass, graph_module: fx.GraphModule, context: Context, before: In
     for node in graph.nodes:
         if node.op in ("call_module", "call_method"):
             raise PassError(
-                f"pass {item.name!r} added the {node.op} {node_words(node)}; a graph holds calls of operators only "
-                "(torch.ops.aten...)"
+                f"pass {item.name!r} added the {node.op} {node_words(node)}; a graph holds calls of functions only "
+                "(operators such as torch.ops.aten...)"
             )
     if written := sorted((_written(graph) & before.placeholders) - before.written):  # its own new inputs are its own
         raise PassError(
@@ -69,6 +74,26 @@ def check(item: Pass, graph_module: fx.GraphModule, context: Context, before: In
             if old != new
         ] or [f"{len(before.outputs)} outputs became {len(after.outputs)}"]
         raise PassError(f"pass {item.name!r} changed the graph's outputs: {'; '.join(changed)}")
+
+
+def _wrong(source: PackedInput, inputs: int) -> str:
+    """Say which field of a packed input is none that it can have; an empty string if all are."""
+    how = source.weight
+    if not source.positions or any(not 0 <= position < inputs for position in source.positions):
+        return f"weights are {source.weights}; expected positions among the {inputs} inputs of the captured graph"
+    if isinstance(how, HeldWeight) or how.format:
+        return ""  # a format of a plug-in says itself which parts it has
+    if source.part not in (parts := ("codes", "scales", *BESIDE)):
+        return f"part is {source.part!r}; expected one of {', '.join(parts)}"
+    if how.search not in SEARCHES:
+        return f"search is {how.search!r}; expected one of {', '.join(map(repr, SEARCHES))}"
+    if how.seed is not None and not (type(how.seed) is int and how.seed >= 0):
+        return f"seed is {how.seed!r}; expected an int from 0 on, or None"
+    try:
+        check_form(how.span)
+    except FormatError as error:
+        return f"span is {how.span!r}: {error}"
+    return ""
 
 
 def _dangling(graph: fx.Graph) -> tuple[fx.Node, fx.Node] | None:

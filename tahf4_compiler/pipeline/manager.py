@@ -15,6 +15,7 @@ from torch import fx
 
 from ..errors import PassError, Tahf4Error
 from ..graph.nodes import node_words
+from .activations import spell_out
 from .base import Pass, PassResult
 from .context import Context
 from .contract import check, check_conditions, interface_of
@@ -75,6 +76,7 @@ class PassManager:
             before = interface_of(graph_module)
             result = self._call(item, graph_module, context)
             graph_module = result.graph_module
+            spell_out(graph_module.graph)
             check(item, graph_module, context, before)
             if self.keep_text and not same_shown(shown, shown_nodes(graph_module)):
                 text = readable(graph_module)
@@ -106,9 +108,11 @@ class PassManager:
         return PassRecord(name, nodes=len(graph_module.graph.nodes), readable=text)
 
     def _call(self, item: Pass, graph_module: fx.GraphModule, context: Context) -> PassResult:
-        check_conditions(item, "requires", graph_module, context)
         try:
+            check_conditions(item, "requires", graph_module, context)
             result = item(graph_module, context)
+            if isinstance(result, PassResult) and isinstance(result.graph_module, fx.GraphModule):
+                check_conditions(item, "ensures", result.graph_module, context)
         except Tahf4Error as error:
             if type(item).__module__.startswith("tahf4_compiler.") or repr(item.name) in str(error):
                 raise
@@ -124,7 +128,6 @@ class PassManager:
             raise PassError(
                 f"pass {item.name!r} returned {type(found).__name__}; expected PassResult(graph_module, modified)"
             )
-        check_conditions(item, "ensures", result.graph_module, context)
         return result
 
 

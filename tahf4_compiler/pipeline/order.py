@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def named_pipeline(name: str) -> list[Pass]:
     known = entry_points.load(entry_points.PIPELINES)
     if name not in known:
         raise PipelineError(f"no pipeline is named {name!r}; there are {', '.join(known) or 'none'}")
+    if not isinstance(known[name], Sequence):
+        raise PipelineError(f"the pipeline {name!r} is {known[name]!r}; expected a list of passes")
     return [_instance(item) for item in known[name]]
 
 
@@ -118,10 +121,24 @@ def plain(value: Any) -> Any:
 
 def _instance(item: Any) -> Pass:
     if isinstance(item, type) and issubclass(item, Pass):
-        return item()
+        item = _made(item)
+    if isinstance(item, Pass) and not re.fullmatch(r"[\w-]+", item.name):
+        raise PipelineError(
+            f"a pass is named {item.name!r}; expected letters, digits, _ and -: it stands in options and names of files"
+        )
     if isinstance(item, Pass):
         return item
     raise PipelineError(f"{item!r} is not a pass; expected a subclass of tahf4_compiler.Pass or an instance of one")
+
+
+def _made(cls: type[Pass]) -> Pass:
+    lacking = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if lacking:
+        raise PipelineError(
+            f"pass {cls.name!r} ({cls.__qualname__}) has options without a default: {', '.join(lacking)}. Give each "
+            "one, or add an instance of the pass."
+        )
+    return cls()
 
 
 def order(passes: Sequence[Pass], known: set[str] | None = None) -> list[Pass]:

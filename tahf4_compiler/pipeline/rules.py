@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,7 @@ class Facts:
         role: where it stands, or None if nobody looked.
         beside_packed: whether its model was packed, and nothing tells which linears were left.
         has_recipe: whether there is a recipe, which may not know this one.
+        names: further paths of its weight, as a tied one has.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Facts:
     role: Role | None
     beside_packed: bool = False
     has_recipe: bool = False
+    names: Iterable[str] = ()
 
 
 def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) -> tuple[bool, str]:
@@ -94,12 +96,12 @@ def decide(facts: Facts, keep: Sequence[str], min_features: int = MIN_FEATURES) 
 
     Args:
         facts: about it.
-        keep: regular expressions, searched in its path.
+        keep: regular expressions, searched in its paths.
         min_features: with fewer input or output features it stays in high precision, unless a recipe names it.
     """
     if facts.obstacle is not None:
         return False, facts.obstacle
-    if (pattern := matching(keep, facts.path)) is not None:
+    if (pattern := matching(keep, facts.path, *facts.names)) is not None:
         return False, Reason(Cause.KEPT, f"kept: {pattern!r} matches")
     said = facts.attachment
     if said is not None and said.decision == "high_precision":

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import PipelineError
 from . import entry_points
 
 __all__ = ["find", "load_backends", "register"]
@@ -42,7 +43,7 @@ def load_backends() -> None:
     """Let the backends that are installed register what they bring, once.
 
     Raises:
-        PipelineError: one of them cannot be imported. Every later call raises it again.
+        PipelineError: one of them cannot be imported, or fails. Every later call raises it again.
     """
     global _loaded, _loading
     if _loaded:
@@ -52,8 +53,18 @@ def load_backends() -> None:
             return
         _loading = True
         try:
-            for join in entry_points.load(entry_points.KERNELS).values():
-                join()
+            for name, join in entry_points.load(entry_points.KERNELS).items():
+                _join(name, join)
             _loaded = True
         finally:
             _loading = False
+
+
+def _join(name: str, join: Callable[[], Any]) -> None:
+    try:
+        join()
+    except Exception as error:
+        raise PipelineError(
+            f"the plug-in {name!r} of {entry_points.KERNELS!r} failed to register its kernels: "
+            f"{type(error).__name__}: {error}. Mend it or uninstall it."
+        ) from error

@@ -70,7 +70,7 @@ def new_graph_dump(dump_dir: Path, name: str) -> GraphDump:
     try:
         dump_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"cannot write to dump_dir {str(dump_dir)!r}: {error}. Choose another folder.") from error
+        raise _unwritable(dump_dir, error) from error
     numbers = (re.match(r"graph_(\d+)_", entry.name) for entry in dump_dir.iterdir())
     start = max((int(match.group(1)) for match in numbers if match), default=-1) + 1
     for number in itertools.count(start):
@@ -79,8 +79,14 @@ def new_graph_dump(dump_dir: Path, name: str) -> GraphDump:
             folder.mkdir()
         except FileExistsError:  # another process was faster
             continue
+        except OSError as error:
+            raise _unwritable(dump_dir, error) from error
         return GraphDump(folder)
     raise AssertionError  # itertools.count does not end
+
+
+def _unwritable(dump_dir: Path, error: OSError) -> OptionError:
+    return OptionError(f"cannot write to dump_dir {str(dump_dir)!r}: {error}. Choose another folder.")
 
 
 def trace_artifacts(history: Sequence[PassRecord]) -> None:

@@ -134,6 +134,15 @@ class Attributes(nn.Module):
         return self.late(self.middle(self.early(self.entry(x))))
 
 
+@pytest.mark.parametrize(("least", "wanted"), [(2, 6), (3, 0)])
+def test_blocks_of_fewer_linears_than_asked_for_are_none(least, wanted):
+    captured = tahf4.capture(Stack().eval(), (torch.randn(4, 64),))
+    given = {"classify.min_linears": least, "classify.min_linears_alone": 4, **GRAPH}
+    plan = tahf4.lower(captured, options=given).plan
+    assert sum(d.decision == "hif4" for d in plan) == wanted
+
+
+
 def test_blocks_need_no_container(tmp_path):
     plan, _ = compiled_plan(Attributes().eval(), {"x": torch.randn(4, 64)}, tmp_path)
     assert kept(plan) == {"entry"}

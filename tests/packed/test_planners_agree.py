@@ -270,6 +270,19 @@ def test_a_weight_of_several_names(tied):
     assert all(modules[path] == modules["shared"] for path in modules if path.endswith("shared"))
 
 
+@pytest.mark.parametrize("name", ["shared", r"blocks\.1\.shared"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_weight_of_several_names_is_kept_by_any(tied, name):
+    model = Sharing(tied).requires_grad_(False)
+    lowered = tahf4.lower(tahf4.capture(model, (torch.randn(4, 64),)), options={"keep": [f"^{name}$"]})
+    for plan in (lowered.plan, tahf4.plan_modules(model, keep=[f"^{name}$"])):
+        assert {d.cause for d in plan if d.module.endswith("shared")} == {Cause.KEPT}
+        assert {d.decision for d in plan if not d.module.endswith("shared")} == {"hif4"}
+    captured = tahf4.capture(model, (torch.randn(4, 64),))
+    bits = tahf4.lower(captured, options={"activation_bits": {f"^{name}$": 8}}).plan
+    assert {d.module: d.activation_bits for d in bits if d.activation_bits != 4} == {"shared": 8}
+
+
 class Gated(Block):
     """A block whose last linear is a gate."""
 
@@ -410,6 +423,26 @@ def test_weights_that_blocks_hold_themselves():
     graph, modules = plans(model, (torch.randn(4, 64),))
     assert graph["blocks.1.w2"] == ("hif4", Cause.BODY)
     assert modules == dict.fromkeys(("first", "last"), ("high_precision", Cause.BOUNDARY))
+    assert modules.items() <= graph.items()
+
+
+class Half(nn.Module):
+    """A block of a linear and of a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.matrix = nn.Linear(64, 128), nn.Parameter(torch.randn(64, 128) / 8)
+
+    def forward(self, x):
+        return x + nn.functional.linear(self.up(x).relu(), self.matrix)
+
+
+def test_weights_that_blocks_hold_beside_a_linear():
+    model = Stack(2).eval()
+    model.blocks = nn.ModuleList(Half() for _ in range(3))
+    graph, modules = plans(model, (torch.randn(4, 64),))
+    assert modules["first"] == graph["first"] == ("high_precision", Cause.BOUNDARY)
+    assert modules["blocks.1.up"] == graph["blocks.1.up"] == ("hif4", Cause.BODY)
     assert modules.items() <= graph.items()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import DECISION, Attachment, LowRank, assert_pass
 from tahf4_compiler.passes.normalize import Normalize
+from tahf4_compiler.passes.quantize import Quantize
 from tahf4_compiler.passes.share import Share
 
 QK = """
@@ -326,3 +327,19 @@ def test_a_packed_linear_and_one_that_is_packed_by_this_compilation_stay_apart()
     assert_pass(
         text.format(*given), Share(), text.format("qc: held codes of qc", "qs: held scales of qs"), first=[Normalize()]
     )
+
+
+def test_what_is_left_out_has_its_default():
+    text = """
+    c, s = tahf4.quantize(x)
+    y = tahf4.linear(c, s, q, None, f32)
+    d, t = tahf4.quantize(x)
+    z = tahf4.linear(d, t, k, None, f32)
+    """
+    together = MERGED.replace("None, 0", "None, 0, 4").format(None)
+    assert_pass(QK + text + READ, Share(), merged_inputs(QK) + together + READ, first=[Quantize()])
+
+
+def test_products_whose_weights_are_packed_in_other_ways_stay_apart():
+    given = QK.replace("q: hif4[64, 64]", "q: hif4[64, 64] searched by squared")
+    assert_pass(given + TWICE.format(None, None) + READ, Share(), given + SHARED.format(None, None) + READ)
