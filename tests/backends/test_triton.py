@@ -112,6 +112,58 @@ def test_a_branch_of_low_rank_stays_in_registers(capability, dtype, rows, quanti
     assert found.registers <= 255 and found.shared <= SHARED_LIMIT[capability]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("span", [2, 4, 0])
+def test_products_over_a_span_stay_in_registers(capability, span):
+    """Several results, which need most registers, in each tile; a result that is quantized; a branch of low rank."""
+    from tahf4_compiler.backends.triton import linear, tiling
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, n, chip = 32760, 5120, divmod(capability, 10)
+    operands = (empty(rows, 2560, dtype=torch.uint8), empty(rows, 80, dtype=torch.int32))
+    operands += (empty(n, 2560, dtype=torch.uint8), empty(n, 80, dtype=torch.int32), empty(n), torch.bfloat16)
+    branch = "v0: bfloat16 = matmul(x0, x1)\nv1: bfloat16 = add(y, v0)"
+    several = ([2560, 1280, 1280], [], "", torch.bfloat16)
+    quantized = ([n], [], "v0: bfloat16 = gelu_tanh(y)", None, empty(n, dtype=torch.float32), 64)
+    added = ([n], [empty(rows, 32), empty(32, n)], branch, torch.bfloat16)
+    known = tiling.candidates(rows, n, 80, chip, 132, 0, False, span)
+    kinds = [(several, tile) for path, tile in known if path == "int8"]
+    for after, tile in kinds[:1] if span == 2 else [*kinds, (quantized, None), (added, None)]:  # 2 is like 4
+        where = {"capability": chip, "processors": 132, "path": "int8", "tile": tile}
+        found = compile_call(linear.calls(*operands, *after, span=span, **where)[1][-1], capability)
+        print(after[2], tile, found)
+        assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability]
+        assert found.counts["wgmma" if capability == 90 else "mma"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "bits", "units", "shared"),
+    [
+        *(("int8", 4, 5, True), ("int8", 4, 6, False), ("int8", 4, 0, False)),
+        *(("int8", 8, 5, False), ("packed", 4, 5, False), ("bf16", 4, 5, False)),
+    ],
+)
+def test_which_products_add_integers_over_a_row(path, bits, units, shared, monkeypatch):
+    """Not those of other paths or of activations of 8 bits, nor rows whose dot may not fit into 32 bits, or is none."""
+    from tahf4_compiler.backends.triton import linear
+
+    monkeypatch.setattr(linear, "MOST_UNITS", 5)
+
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    left = (empty(3, 32 * units, dtype=torch.uint8), empty(3, units))
+    left = left if bits == 4 else (empty(3, 64 * units, dtype=torch.int8), empty(3, units, dtype=torch.float32))
+    args = (*left, empty(9, 32 * units, dtype=torch.uint8), empty(9, units), None, torch.float32, [9], [], "")
+    where = {"capability": (9, 0), "processors": 132, "path": path}
+    texts = [linear.calls(*args, torch.float32, span=span, **where)[1][-1].text for span in (0, 1)]
+    assert (texts[0] != texts[1]) == shared
+
+
 def test_factors_that_do_not_fit_are_refused():
     from tahf4_compiler.backends.triton.expressions import operands
 
