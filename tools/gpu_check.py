@@ -82,6 +82,14 @@ def markdown(found: dict[str, Any]) -> str:
         cells += [f"{row['expanded_bf16_ms']:.3f}", f"{row['default_ms']:.3f}", f"{row['speedup']:.2f}x"]
         cells.append(f"{row['speedup_with_quantization']:.2f}x")
         lines.append(f"| {row['m']}, {row['k']}, {row['n']} | " + " | ".join(cells) + " |")
+    lines += ["", "By the units that share a level-1 scale:", "", "| M, K, N | ms of |"]
+    names = list(found["spans"][0]["linear_ms"])
+    lines[-1] += "".join(f" {name} |" for name in names)
+    lines.append("|---" * (2 + len(names)) + "|")
+    for row in found["spans"]:
+        for what in ("linear", "quantize"):
+            times = " | ".join(f"{ms:.3f}" for ms in row[f"{what}_ms"].values())
+            lines.append(f"| {row['m']}, {row['k']}, {row['n']} | {what} | {times} |")
     attention = found["attention"]
     times = f"{attention['sdpa_ms']:.3f} ms in bfloat16 (SDPA), {attention['int8_ms']:.3f} ms in 8 bits"
     lines += ["", f"Self-attention with its quantization: {times}, {attention['speedup']:.2f}x."]

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ... import ops
 from ...errors import FormatError
 from ...format import hif4, int8
-from ...format.spans import ROUNDED, alone, check_form
+from ...format.spans import ROUNDED, alone, check_form, units_of
 from ...ops import fused
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
@@ -144,7 +144,7 @@ def _fused_linear(
     result_dtype: torch.dtype,
     span: int = 1,
 ) -> tuple[Any, list[Call]]:
-    hif4.check_span(span)  # no kernel here uses it yet
+    hif4.check_span(span)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     fused.check_sizes(sizes, len(weight_codes), program)
     statements = Program.parse(program).statements
@@ -152,7 +152,7 @@ def _fused_linear(
     if found != result_dtype:
         raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")
     operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
-    return _product(*operands, sizes, inputs, program, result_dtype)
+    return _product(*operands, sizes, inputs, program, result_dtype, span=span)
 
 
 def _linear_quantize(
@@ -175,7 +175,8 @@ def _linear_quantize(
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
     operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
-    results, calls = _product(*operands, [n], inputs, program, None, _dense(multiplier), hadamard_block, bits, rounding)
+    after = (program, None, _dense(multiplier), hadamard_block, bits, rounding)
+    results, calls = _product(*operands, [n], inputs, *after, span=units_of(span))
     return tuple(results), calls
 
 
@@ -190,7 +191,7 @@ def _dense(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], list[Call]]:
+def _product(codes: Tensor, scales: Tensor, *args: Any, span: int) -> tuple[list[Tensor], list[Call]]:
     from . import linear, tiling, tune
 
     int8.check_bits(ops.activation_bits(codes), quantized=True)
@@ -198,15 +199,16 @@ def _product(codes: Tensor, scales: Tensor, *args: Any) -> tuple[list[Tensor], l
     capability, processors = _device_facts(device)
 
     def launched(path: str | None = None, tile: Any = None) -> tuple[list[Tensor], list[Call]]:
-        return linear.calls(codes, scales, *args, capability=capability, processors=processors, path=path, tile=tile)
+        how: dict[str, Any] = {"span": span, "path": path, "tile": tile}
+        return linear.calls(codes, scales, *args, capability=capability, processors=processors, **how)
 
     if not tune.wanted(device, rows):
         return launched()
     weight_codes, block = args[0], args[9] if len(args) > 9 else 0
     n, count = weight_codes.shape[0], scales.shape[-1]
-    key = linear.key_of(codes, scales, *args)
+    key = linear.key_of(codes, scales, *args, span=span)
     assert capability is not None
-    known = tiling.candidates(rows, n, count, capability, processors, block, args[7] is None)
+    known = tiling.candidates(rows, n, count, capability, processors, block, args[7] is None, span)
     chip = torch.cuda.get_device_name(device)
     path, tile = tune.choose(tune.key_of(key, rows, n, count), chip, known, lambda choice: launched(*choice)[1])
     return launched(path, tile)

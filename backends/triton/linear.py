@@ -8,7 +8,8 @@ Three ways to compute the same sums, all exact inside a unit (:data:`PATHS`):
     of the chip reads; the parts are added in a fixed order by a second kernel, which also has the epilogue.
 ``int8``
     Both sides are expanded beforehand to int8 and one float32 scale a unit; one int8 product of K = 64 a unit, exact
-    in int32, times both scales. At least twice the rate of bfloat16, on GeForce cards four times.
+    in int32, times both scales. At least twice the rate of bfloat16, on GeForce cards four times. Where units share
+    their scales over a span, its integers are added first: the reference's bits.
 ``bf16``
     Both sides are expanded beforehand to bfloat16. On compute capability 10 and 11, where Triton has no int8 product on
     the tensor memory.
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...format.spans import MOST_UNITS
 from ...ops.reference import activation_bits, empty_units
 from .call import Call
 from .expand import expand
@@ -57,11 +59,13 @@ def key_of(
     block: int = 0,
     bits: int = 4,
     rounding: int = 0,
+    *,
+    span: int = 1,
 ) -> LinearKernel:
     """Return the kernel of a product as :func:`calls` would make it, but for the path."""
     shape = (*codes.shape[:-1], weight_codes.shape[0])
     leaves = tuple(o.leaf for o in operands(program, inputs, shape))
-    after = (program, leaves, result_dtype, multiplier is not None, block, activation_bits(codes), bits, rounding)
+    after = (program, leaves, result_dtype, multiplier is not None, block, activation_bits(codes), bits, rounding, span)
     return kernel_for("", len(sizes), bias is not None, out_dtype, *after)
 
 
@@ -81,6 +85,7 @@ def calls(
     bits: int = 4,
     rounding: int = 0,
     *,
+    span: int = 1,
     capability: tuple[int, int] | None,
     processors: int,
     tile: Tile | None = None,
@@ -103,6 +108,7 @@ def calls(
         block: of that quantization.
         bits: of that quantization.
         rounding: of that, an index of ``FORM_ROUNDINGS``.
+        span: of the operands, as for ``tahf4::linear``.
         capability: of the device, None for the interpreter.
         processors: of the device.
         tile: in place of the default.
@@ -120,7 +126,10 @@ def calls(
     given = operands(program, inputs, (*lead, n))
     leaves = tuple(o.leaf for o in given)
     activation = activation_bits(codes)
-    what = (program, leaves, result_dtype, multiplier is not None, block, activation, bits, rounding)
+    # Other paths have no scales in their loop. A row's dot may be too large for 32 bits, or none.
+    if path != "int8" or activation != 4 or (span == 0 and not 0 < count <= MOST_UNITS):
+        span = 1
+    what = (program, leaves, result_dtype, multiplier is not None, block, activation, bits, rounding, span)
     kernel = kernel_for(path, len(sizes), bias is not None, out_dtype, *what)
     before: list[Call] = []
     sides: list[Tensor] = []

@@ -37,6 +37,8 @@ class LinearKernel:
         activation: bits of the activation: 4 for HiF4, or 8.
         bits: of the result, where that is quantized.
         rounding: of that, an index of ``FORM_ROUNDINGS``.
+        span: units whose integers are added before they are scaled, 0 for a row. It is 1 but for the path ``int8`` and
+            activations of 4 bits.
     """
 
     path: str
@@ -51,6 +53,7 @@ class LinearKernel:
     activation: int = 4
     bits: int = 4
     rounding: int = 0
+    span: int = 1
 
     def targets(self) -> list[str]:
         """Return the parameters of what is written."""
@@ -194,6 +197,41 @@ _LOOPS = {
 """,
 }
 
+_OVER_SPANS = """
+    k = tl.arange(0, 64)
+    a_at = a + a_row[:, None] * (U * 64) + k[None, :]
+    b_at = b + b_row[None, :] * (U * 64) + k[:, None]
+    a_scale_at = a_scales + row
+    b_scale_at = b_scales + start + column
+    total = tl.zeros((BM, BN), tl.float32)
+    dot = tl.full((BM, BN), {zero}, tl.int32)
+    for u in range(U):
+        dot = tl.dot(tl.load(a_at), tl.load(b_at), dot, out_dtype=tl.int32)
+        a_at += 64
+        b_at += 64
+{scaled}
+"""
+
+# Sums of four units stay below 2**22, as those of one. The weight's scale comes first, as in the reference: what it
+# gives is rounded.
+_SPAN = """
+        if (u % {span} == {span} - 1) | (u == U - 1):
+            a_scale = tl.load(a_scale_at, mask=row < rows, other=0.0)[:, None]
+            b_scale = tl.load(b_scale_at, mask=column < width, other=0.0)[None, :]
+            scaled = tl.fma(dot.to(tl.float32, bitcast=True), b_scale, b_scale * -12582912.0)
+            total = tl.fma(scaled, a_scale, total)
+            dot = tl.full((BM, BN), 0x4B400000, tl.int32)
+            a_scale_at += {span} * rows
+            b_scale_at += {span} * ({all})
+"""
+
+# An addition of 0, because a product alone would be rounded together with the bias.
+_ROW = """
+    a_scale = tl.load(a_scale_at, mask=row < rows, other=0.0)[:, None]
+    b_scale = tl.load(b_scale_at, mask=column < width, other=0.0)[None, :]
+    total = tl.fma(dot.to(tl.float32) * b_scale, a_scale, total)
+"""
+
 
 def _text(kernel: LinearKernel) -> str:
     left = "a matrix in HiF4" if kernel.activation == 4 else "an int8 matrix with a scale a unit"
@@ -211,12 +249,19 @@ def _text(kernel: LinearKernel) -> str:
         return _WHERE.format(tiles=tiles, output=_output(kernel)).strip("\n")
 
     def loop(first: str, last: str) -> str:
+        if kernel.span == 0:
+            return _OVER_SPANS.format(zero="0", scaled=_ROW.strip("\n")).strip("\n")
+        if kernel.span > 1:
+            scaled = _SPAN.format(span=kernel.span, all=every)
+            return _OVER_SPANS.format(zero="0x4B400000", scaled=scaled.strip("\n")).strip("\n")
         return _LOOPS[kernel.path, kernel.activation].format(first=first, last=last, all=every).strip("\n")
 
     constants = ", BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr"
     epilogue = textwrap.indent("\n".join(_epilogue(kernel)), "    ")
     one = f"@triton.jit\ndef kernel({', '.join(kernel.parameters('kernel'))}{constants}):\n"
     one += f"{where()}\n{loop('0', 'U')}\n{epilogue}"
+    if kernel.span != 1:  # not split along K
+        return source.module_text(what, needed, one)
     partial = f"@triton.jit\ndef partial({', '.join(kernel.parameters('partial'))}{constants}, SPLIT: tl.constexpr):\n"
     partial += f"{where()}\n    part = tl.program_id(1)\n    share = tl.cdiv(U, SPLIT)\n    from_unit = part * share\n"
     partial += f"    to_unit = tl.minimum(from_unit + share, U)\n{loop('from_unit', 'to_unit')}\n"

@@ -64,7 +64,14 @@ def is_tight(capability: tuple[int, int] | None, quantized: bool) -> bool:
 
 
 def tiles(
-    path: str, rows: int, columns: int, unit_count: int, processors: int, block: int = 0, tight: bool = False
+    path: str,
+    rows: int,
+    columns: int,
+    unit_count: int,
+    processors: int,
+    block: int = 0,
+    tight: bool = False,
+    span: int = 1,
 ) -> list[Tile]:
     """Return the sizes to try for a product, the default first.
 
@@ -76,6 +83,7 @@ def tiles(
         processors: of the chip.
         block: Hadamard block of a result that is quantized: a tile holds whole ones.
         tight: see :func:`is_tight`: smaller tiles, so that nothing spills.
+        span: units whose integers are added before they are scaled, 0 for a row.
     """
     width = max(64, block)
     if path != "packed" and tight:
@@ -83,7 +91,7 @@ def tiles(
         return [wide, Tile(64, width, 4, 3) if block > 64 else Tile(128, 64, 8, 3)]
     if path != "packed":
         many = [Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(128, width, 4, 4)]
-        if path == "bf16":
+        if path == "bf16" or span == 0:  # one accumulator an output, which others have beside what they scale
             many.append(Tile(128, 256, 8, 3))
         return [Tile(64, width, 4, 3), *many[1:]] if rows < 512 and columns < 1024 else many
     height = 16 if rows <= 16 else 32 if rows <= 32 else 64
@@ -100,6 +108,7 @@ def candidates(
     processors: int,
     block: int,
     quantized: bool,
+    span: int = 1,
 ) -> list[tuple[str, Tile]]:
     """Return the paths and tiles to measure for a product, the default first."""
     default = choose_path(rows, capability)
@@ -108,5 +117,5 @@ def candidates(
         # Two instructions a sum and unit for the scales may cost what the faster product of int8 gains.
         known = ("int8", "bf16") if capability[0] not in TCGEN05 else ("bf16",)
         paths += [path for path in known if path != default]
-    sizes = (rows, columns, unit_count, processors, block, is_tight(capability, quantized))
+    sizes = (rows, columns, unit_count, processors, block, is_tight(capability, quantized), span)
     return [(path, tile) for path in paths for tile in tiles(path, *sizes)]

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tahf4_compiler.backends.triton import linear_source, tiling, tune
+from tahf4_compiler.backends.triton import linear, linear_source, tiling, tune
 from tahf4_compiler.backends.triton.tiling import Tile
 
 FAST, SLOW, BROKEN = ("int8", Tile(128, 128, 8, 3)), ("bf16", Tile(128, 128, 8, 4)), ("int8", Tile(128, 64, 4, 4))
@@ -82,6 +82,19 @@ def test_candidates_start_with_the_default_and_stay_few():
         for _, tile in tiling.candidates(32760, 5120, 80, capability, 132, 128, quantized=True):
             assert tile.columns % 128 == 0, "whole Hadamard blocks"
     assert {p for p, _ in tiling.candidates(1, 5120, 80, (9, 0), 132, 64, quantized=False)} == {"packed"}
+
+
+def test_with_one_scale_a_row_both_paths_try_wide_tiles():
+    wide = Tile(128, 256, 8, 3)
+    for span, paths in ((0, {"int8", "bf16"}), (4, {"bf16"})):
+        found = tiling.candidates(32760, 5120, 80, (9, 0), 132, 64, False, span)
+        assert {path for path, tile in found if tile == wide} == paths
+
+
+def test_products_with_a_span_are_measured_apart():
+    empty = [torch.empty(2, size, dtype=dtype) for size, dtype in ((32, torch.uint8), (1, torch.int32))]
+    after = (*empty, *empty, None, torch.float32, [2], [], "", torch.float32)
+    assert len({tune.key_of(linear.key_of(*after, span=span), 1024, 2, 1) for span in (0, 1, 2, 4)}) == 4
 
 
 def test_a_cpu_is_never_measured():

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tahf4_compiler.backends.triton import attention, attention_kernels, functions, source
+from tahf4_compiler.backends.triton import attention, attention_kernels, functions, linear_source, source
 from tahf4_compiler.tools import gpu_check
 from tahf4_compiler.tools.kernels import measure
 from tahf4_compiler.tools.kernels.attention import check_attention
+from tahf4_compiler.tools.kernels.spans import check_spans
 from tahf4_compiler.tools.kernels.wan import Model
 
 CPU = torch.device("cpu")
@@ -76,8 +77,9 @@ def test_measurements_have_every_figure_and_a_page(tmp_path, monkeypatch):
     assert found["block"]["weights"]["smaller"] == pytest.approx(16 / 4.5)
     found |= {"facts": measure.facts(CPU), "checks": [{"name": "x", "ok": True, "detail": ""}]}
     page = gpu_check.markdown(json.loads(json.dumps(found)))
-    assert "TFLOP/s" in page and "| block |" in page and page.count("|---") == 19
+    assert "TFLOP/s" in page and "| block |" in page and page.count("|---") == 25
     assert any("linear 16 x 64 x 192" in line for line in lines)
+    assert any(line.startswith("quantize 16 x 128 x 64 by its span: 1 ") for line in lines) and "| quantize |" in page
     assert any(line.startswith("attention: SDPA ") for line in lines) and "Self-attention with its" in page
 
 
@@ -100,6 +102,25 @@ def test_a_wrong_activation_in_a_product_is_found(monkeypatch):
     found = {r["name"]: r["ok"] for r in measure.check_products(CPU, 64, (1,))}
     assert not any(ok for name, ok in found.items() if name.endswith("gelu_tanh"))
     assert all(ok for name, ok in found.items() if "gelu_tanh" not in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loop", "old", "new", "wrong"),
+    [
+        ("_SPAN", "| (u == U - 1)", "", {"2", "4"}),
+        ("_ROW", "tl.fma(dot.to(tl.float32) * b_scale, a_scale, total)", "dot.to(tl.float32) * a_scale", {"row"}),
+    ],
+)
+def test_a_wrong_loop_over_spans_is_noticed(loop, old, new, wrong, monkeypatch):
+    assert old in getattr(linear_source, loop)
+    monkeypatch.setattr(linear_source, loop, getattr(linear_source, loop).replace(old, new))
+    linear_source.kernel_for.cache_clear()
+    try:
+        found = {r["name"].split()[3].strip(",") for r in check_spans(CPU, 192, (1,)) if not r["ok"]}
+    finally:
+        linear_source.kernel_for.cache_clear()
+    assert found == wrong
 
 
 @pytest.mark.parametrize(

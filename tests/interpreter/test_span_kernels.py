@@ -71,6 +71,59 @@ def test_products_of_operands_that_hold_a_span(span):
     assert torch.equal(scales, reference.quantize(found)[1])
 
 
+@pytest.fixture
+def many_rows(monkeypatch):
+    """The path that adds integers over a span, whatever the number of rows."""
+    monkeypatch.setenv("TAHF4_LINEAR_PATH", "int8")
+
+
+def operands(rows, n, k, span):
+    return [part for size in (rows, n) for part in reference.quantize(wide(size, k), None, 0, 4, span)]
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize(("rows", "n", "units", "dtype"), [(1, 64, 1, torch.float32), (3, 10, 7, torch.bfloat16)])
+def test_with_many_rows_products_are_those_of_the_reference(many_rows, rows, n, units, dtype, span):
+    args = (*operands(rows, n, 64 * units, span), torch.randn(n), dtype, span)
+    assert torch.equal(triton.linear(*args), reference.linear(*args))
+
+
+@pytest.mark.parametrize(("span", "units"), [(2, 7), (4, 7), (0, 90), pytest.param(0, 340, marks=pytest.mark.slow)])
+def test_the_largest_sums_are_exact(many_rows, span, units):
+    # The dot of 90 units is above 2**22, that of 340 above 2**24: it does not fit into the mantissa of a float32.
+    left, right = (torch.full((rows, 32 * units), 0x77, dtype=torch.uint8) for rows in (1, 3))
+    right[1], right[2, 7] = 0xFF, 0x35
+    scales = torch.full((3, units), -256 | 193, dtype=torch.int32)  # scale 1.25, all exponents set
+    args = (left, scales[:1], right, scales, None, torch.float32, span)
+    assert torch.equal(triton.linear(*args), reference.linear(*args))
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_scales_at_both_ends_of_their_range_and_rows_that_are_no_numbers(many_rows, span):
+    x, w = wide(5, 448) * torch.tensor([1e-20, 1e4, 1.0, 1e-6, 1.0])[:, None], wide(9, 448) * 1e3
+    x[2, 100], w[3, 447] = torch.nan, torch.inf
+    args = (*reference.quantize(x, None, 0, 4, span), *reference.quantize(w, None, 0, 4, span), None, torch.float32)
+    found, wanted = (f.linear(*args, span) for f in (triton, reference))
+    assert found[2].isnan().all() and found[:, 3].isnan().all() and found.isnan().sum() == 9 + 5 - 1
+    assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_with_many_rows_what_follows_a_product_is_that_of_the_reference(many_rows, span):
+    given, bias = operands(3, 64, 320, span), torch.randn(64)
+    parts = (*given, bias, torch.float32, [20, 44], [], "", torch.float32, span)
+    assert all(map(torch.equal, triton.fused_linear(*parts), reference.fused_linear(*parts)))
+    gate = "v0: float32 = mul(y, x0)\nv1: float32 = add(v0, x1)"
+    gated = (*given, bias, torch.bfloat16, [64], [torch.randn(64), torch.randn(3, 64)], gate, torch.float32, span)
+    same(triton.fused_linear(*gated) * 2, reference.fused_linear(*gated) * 2)
+    branch = [torch.randint(-8, 9, size).float() for size in ((3, 4), (4, 64))]
+    program = "v0: float32 = matmul(x0, x1)\nv1: float32 = add(y, v0)"
+    added = (*given, None, torch.float32, [64], branch, program, torch.float32, span)
+    same(triton.fused_linear(*added) * 2, reference.fused_linear(*added) * 2)
+    whole = (*given, bias, torch.float32, [], "", None, 64, 4, span)
+    same(triton.linear_quantize(*whole), reference.linear_quantize(*whole))
+
+
 def test_another_span_is_refused():
     with pytest.raises(FormatError, match="expected 1, 2 or 4 units"):
         triton.quantize(torch.randn(3, 64), None, 0, 4, 3)

@@ -16,12 +16,15 @@ from tahf4_compiler.tools.kernels.block import WanBlock
 from tahf4_compiler.tools.kernels.wan import A14B, TI2V_5B, block_steps
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.format.spans import check_span
 
 FUSED = ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize")
 
 
-@pytest.mark.parametrize("expand_timesteps", [False, True])
-def test_the_listed_kernels_are_those_of_the_graph(expand_timesteps):
+@pytest.mark.parametrize(("expand_timesteps", "span"), [(False, 1), (True, 1), (False, "row")])
+def test_the_listed_kernels_are_those_of_the_graph(expand_timesteps, span, monkeypatch):
+    if span != 1:  # which counts for many rows
+        monkeypatch.setenv("TAHF4_LINEAR_PATH", "int8")
     model, args = wan()
     # As diffusers loads it in bfloat16: norms, tables and the time embedding stay in float32.
     keep = ("norm", "scale_shift_table", "time_embedder")
@@ -31,12 +34,12 @@ def test_the_listed_kernels_are_those_of_the_graph(expand_timesteps):
     args = {k: v.to(torch.bfloat16) if v.is_floating_point() and v.dim() > 1 else v for k, v in args.items()}
     if expand_timesteps:
         args["timestep"] = torch.full((1, 32), 10.0)
-    low = tahf4.lower(tahf4.capture(model, (), args), options={"fuse.always": True})
+    low = tahf4.lower(tahf4.capture(model, (), args), options={"fuse.always": True, "scale_span": span})
     nodes = low.graph_module.graph.nodes
     inside = [n for n in nodes if str(n.target).startswith("tahf4") and n.target._opname in FUSED]
     launched = {call.text for node in inside for call in calls_of(node)}
     sizes = dataclasses.replace(TI2V_5B if expand_timesteps else A14B, text=12)
-    steps = block_steps(sizes, 32)
+    steps = block_steps(sizes, 32, span=check_span(span))
     listed = {call.text for step in steps for call in step.calls((9, 0), 132)}
     assert launched == listed
 
@@ -108,3 +111,22 @@ def test_the_roofline_of_branches_counts_what_they_add():
     assert part["norm2 -> quantize: norm"]["memory"] == pytest.approx(4 * m * d / chip.bandwidth)
     assert part["ffn 1, GELU -> quantize"]["memory"] == pytest.approx(m * A14B.ffn * (2 + 36 / 64) / chip.bandwidth)
     assert "| RTX 4090 | 13.73 | 1.04 | 1.05 | 3.09 | 1.20 | 1.21 |" in roofline.page(A14B)
+
+
+def test_the_roofline_of_one_scale_a_row_counts_a_scaling_for_each_output_and_two_kernels_for_each_quantization():
+    chip, m, d, f = next(c for c in roofline.CHIPS if c.name == "RTX 4090"), 32760, A14B.dim, A14B.ffn
+    found = [roofline.parts(A14B, m, chip, "w4a4", row=row) for row in (False, True)]
+    plain, row = ({part.name: part.seconds for part in parts} for parts in found)
+    assert row["attn2 q"]["lanes"] == pytest.approx(3 * m * d / chip.lanes)
+    assert plain["attn2 q"]["lanes"] == pytest.approx(d / 64 * row["attn2 q"]["lanes"])
+    assert row["attn2 q"]["matrix"] == plain["attn2 q"]["matrix"]
+    assert row["attn2 q"]["memory"] == pytest.approx(((m + d) * d + 2 * m * d) / chip.bandwidth)
+    assert row["ffn 1, GELU"]["memory"] == pytest.approx(((m + f) * d + 2 * m * f) / chip.bandwidth)
+    name, units = "ffn 1 output -> quantize", m * f / 64
+    assert row[f"{name}: magnitudes"]["memory"] == pytest.approx((2 * m * f + 4 * units) / chip.bandwidth)
+    assert row[f"{name}: magnitudes"]["lanes"] == pytest.approx(15 * m * f / chip.lanes)
+    assert row[name]["memory"] == pytest.approx(((2 + 36 / 64) * m * f + 4 * units) / chip.bandwidth)
+    assert row[name]["lanes"] == pytest.approx((29 * m * f + 9 * units * f / 64) / chip.lanes)
+    product = next(part for part in found[0] if part.name == "attn2 q")
+    assert product.least_apart == pytest.approx(product.seconds["matrix"] + product.seconds["lanes"])
+    assert "| RTX 4090 | 13.73 | 14.04 | 0.98 | 3.09 | 3.40 | 0.91 | 4.05 | 3.41 | 1.19 |" in roofline.page(A14B)

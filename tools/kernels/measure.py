@@ -16,6 +16,8 @@ from ...ops import registry
 from .attention import check_attention, time_attention
 from .block import WanBlock, rotary_of
 from .rounding import check_rounding
+from .running import own_on_path
+from .spans import check_spans, time_spans
 from .wan import A14B, GATE, GELU, MODULATE, NORM, Model
 
 __all__ = ["check", "check_products", "check_quantizing", "facts", "judged", "measure"]
@@ -67,6 +69,7 @@ def check(device: torch.device, *, k: int = 5120, rows: Sequence[int] = (1, 48, 
     yield from check_products(device, k, rows)
     yield from check_attention(device)
     yield from check_rounding(device)
+    yield from check_spans(device, k, rows)
     if device.type == "cuda":
         yield from _check_tiles(device)
 
@@ -194,20 +197,6 @@ def _exact(codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: T
     return left @ hif4.dequantize(hif4.Packed(weight_codes, weight_scales, k), torch.float64).t()
 
 
-def own_on_path(path: str, codes: Tensor, *args: Any, tile: Any = None) -> list[Tensor]:
-    """Run a product on a path, whatever the sizes."""
-    from ...backends.triton import linear
-    from ...backends.triton import run as run_calls
-
-    capability, processors = None, 4
-    if codes.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(codes.device)
-        processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
-    results, calls = linear.calls(codes, *args, capability=capability, processors=processors, path=path, tile=tile)
-    run_calls(calls)
-    return results
-
-
 # Speed
 
 
@@ -244,6 +233,7 @@ def measure(
         show(f"ceilings: copy {ceilings['copy_gb_s']:.0f} GB/s, bf16 {ceilings['bf16_tflops']:.0f} TFLOP/s")
         found["quantize"] = _quantizing(device, model, tokens, ceilings["copy_gb_s"], timer, show)
         found["linear"] = _products(device, model, tokens, few, ceilings["bf16_tflops"], timer, show)
+        found["spans"] = time_spans(device, model, tokens, timer, show)
         found["attention"] = time_attention(device, model, tokens, timer, show)
         found["block"] = _block(device, model, tokens, timer, show)
     return found

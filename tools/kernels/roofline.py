@@ -28,8 +28,16 @@ RESOLUTIONS = (("480p (832 x 480), 81 frames", 32760), ("720p (1280 x 720), 81 f
 QUANTIZE_INSTRUCTIONS = {"norm": 37, "plain": 25}
 """Instructions a value, from the table of ``tahf4 kernels`` (sm_90)."""
 
+ROW_INSTRUCTIONS = {"norm": (27, 41), "plain": (15, 29)}
+"""The same for one level-1 scale a row: of the kernel that writes the largest magnitudes of units, and of the one that
+converts."""
+
+LOOK_INSTRUCTIONS = 9
+"""Instructions for which that one looks at one magnitude, for each unit at each of its row (sm_90)."""
+
 SCALE_INSTRUCTIONS = 3
-"""Instructions for each output and unit on the int8 path: start of the accumulator and two fused multiply-adds."""
+"""Instructions for each output and unit on the int8 path: start of the accumulator and two fused multiply-adds. With
+one level-1 scale a row for each output: a conversion, a multiplication and a fused multiply-add."""
 
 ATTENTION_INSTRUCTIONS = 30
 """Instructions a score of attention in 8 bits, with heads of 128: those of a warp in the loop over keys, as compiled
@@ -64,6 +72,11 @@ class Part:
         """Least seconds."""
         return max(self.seconds.values())
 
+    @property
+    def least_apart(self) -> float:
+        """Least seconds where the lanes wait for the matrix units, and these for the lanes."""
+        return max(self.seconds["memory"], self.seconds.get("matrix", 0.0) + self.seconds.get("lanes", 0.0))
+
 
 def _after(step: Step) -> int:
     """Return how many tensors of the output's size a product's epilogue reads."""
@@ -75,20 +88,35 @@ def _quantization(name: str, values: int, chip: Chip, kind: str = "plain") -> Pa
     return Part(name, {"memory": values * (2 + HIF4) / chip.bandwidth, "lanes": lanes})
 
 
-def _w4a4(step: Step, chip: Chip) -> list[Part]:
+def _row_quantization(name: str, rows: int, k: int, chip: Chip, kind: str) -> list[Part]:
+    values, units = rows * k, rows * (k // 64)
+    magnitudes, convert = ROW_INSTRUCTIONS[kind]
+    first = {"memory": (values * 2 + units * 4) / chip.bandwidth, "lanes": values * magnitudes / chip.lanes}
+    lanes = values * convert + units * (k // 64) * LOOK_INSTRUCTIONS
+    second = {"memory": (values * (2 + HIF4) + units * 4) / chip.bandwidth, "lanes": lanes / chip.lanes}
+    return [Part(f"{name}: magnitudes", first), Part(name, second)]
+
+
+def _w4a4(step: Step, chip: Chip, row: bool = False) -> list[Part]:
+    """Return the kernels of a step in W4A4, with a level-1 scale a unit or a row."""
     m, k, n = step.rows, step.k, step.n
     if n == 0:
-        return [_quantization(step.name, m * k, chip, "norm" if "norm" in step.name else "plain")]
+        kind = "norm" if "norm" in step.name else "plain"
+        if row:
+            return _row_quantization(step.name, m, k, chip, kind)
+        return [_quantization(step.name, m * k, chip, kind)]
     wide = 1 + 4 / 64 if chip.path == "int8" else 2
     values = (m + n) * k
     expand = Part(f"{step.name}: expand", {"memory": values * (HIF4 + wide) / chip.bandwidth})
     quantizes = "quantize" in step.name
     out = m * n * (HIF4 if quantizes else 2) + _after(step) * m * n * 2
-    lanes = m * n * (k / 64) * SCALE_INSTRUCTIONS if chip.path == "int8" else 0.0
+    scaled = 1 if row else k / 64
+    read = values * (1 if row and chip.path == "int8" else wide)
+    lanes = m * n * scaled * SCALE_INSTRUCTIONS if chip.path == "int8" else 0.0
     lanes += m * n * EPILOGUE_INSTRUCTIONS if quantizes else 0.0
     rate = chip.int8 if chip.path == "int8" else chip.bf16
     product = {
-        "memory": (values * wide + out) / chip.bandwidth,
+        "memory": (read + out) / chip.bandwidth,
         "matrix": 2 * m * n * k / rate,
         "lanes": lanes / chip.lanes,
     }
@@ -157,7 +185,7 @@ def attention(model: Model, tokens: int, chip: Chip) -> tuple[Part, Part]:
     return Part("self-attention core", core), Part("self-attention core in 8 bits", eight)
 
 
-def parts(model: Model, tokens: int, chip: Chip, precision: str, rank: int = 0) -> list[Part]:
+def parts(model: Model, tokens: int, chip: Chip, precision: str, rank: int = 0, row: bool = False) -> list[Part]:
     """Return the kernels of one block, one call.
 
     Args:
@@ -166,9 +194,11 @@ def parts(model: Model, tokens: int, chip: Chip, precision: str, rank: int = 0) 
         chip: where.
         precision: ``"bf16"`` or ``"w4a4"``.
         rank: of a branch of each linear in W4A4, 0 for none.
+        row: whether operands have one level-1 scale a row, in W4A4 without branches.
     """
-    one = functools.partial(_branched, rank=rank) if rank else _w4a4 if precision == "w4a4" else _bf16
-    return [part for step in block_steps(model, tokens) for part in one(step, chip)] + _rest(model, tokens, chip)
+    packed = functools.partial(_branched, rank=rank) if rank else functools.partial(_w4a4, row=row)
+    one, steps = packed if precision == "w4a4" else _bf16, block_steps(model, tokens, span=0 if row else 1)
+    return [part for step in steps for part in one(step, chip)] + _rest(model, tokens, chip)
 
 
 def step_seconds(model: Model, found: Sequence[Part], calls: int = GUIDANCE) -> float:
@@ -197,6 +227,23 @@ def _branches(model: Model, tokens: int) -> list[str]:
             first, *more = (step_seconds(model, [p for p in found if p.name != left_out]) for found in all_parts)
             cells += [f"{first:.2f}", *(f"{seconds / first:.2f}" for seconds in more)]
         lines.append(f"| {chip.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _rows(model: Model) -> list[str]:
+    """Return the lines of a table: seconds of a step in W4A4 with a level-1 scale a unit, and a row."""
+    columns = "W4A4 | span row | ratio"
+    lines = [
+        f"| chip | {columns} | without self-attention: {columns} | one after the other: {columns} |",
+        "|---" * 10 + "|",
+    ]
+    for chip in CHIPS:
+        both = [parts(model, RESOLUTIONS[0][1], chip, "w4a4", row=row) for row in (False, True)]
+        less = [[part for part in found if part.name != "self-attention core"] for found in both]
+        cells = [[step_seconds(model, found) for found in pair] for pair in (both, less)]
+        cells.append([GUIDANCE * model.layers * sum(part.least_apart for part in found) for found in less])
+        texts = [f"{unit:.2f} | {row:.2f} | {unit / row:.2f}" for unit, row in cells]
+        lines.append(f"| {chip.name} | {' | '.join(texts)} |")
     return lines
 
 
@@ -252,6 +299,12 @@ def page(model: Model) -> str:
         f"## Branches of low rank at each linear, {RESOLUTIONS[0][0]}: times as long",
         "",
         *_branches(model, RESOLUTIONS[0][1]),
+        "",
+        f"## One level-1 scale a row, {RESOLUTIONS[0][0]}: a step, seconds",
+        "",
+        "In the last columns lanes and matrix units wait for each other; elsewhere the longer of the two counts.",
+        "",
+        *_rows(model),
     ]
     for chip in CHIPS:
         name, tokens = RESOLUTIONS[0]
@@ -259,11 +312,13 @@ def page(model: Model) -> str:
             "",
             f"## {chip.name}, {name}: one block, milliseconds",
             "",
-            "| kernel | bf16 | bound | W4A4 | bound |",
-            "|---|---|---|---|---|",
+            "| kernel | bf16 | bound | W4A4 | bound | span row | bound |",
+            "|---|---|---|---|---|---|---|",
         ]
-        tables = [{p.name: p for p in parts(model, tokens, chip, precision)} for precision in ("bf16", "w4a4")]
-        for part in dict.fromkeys([*tables[1], *tables[0]]):
+        columns = [parts(model, tokens, chip, precision) for precision in ("bf16", "w4a4")]
+        columns.append(parts(model, tokens, chip, "w4a4", row=True))
+        tables = [{p.name: p for p in found} for found in columns]
+        for part in dict.fromkeys([*tables[1], *tables[2], *tables[0]]):
             cells = [f"{t[part].least * 1e3:.3f} | {t[part].bound}" if part in t else " | " for t in tables]
             lines.append(f"| {part} | {' | '.join(cells)} |")
     bytes_bf16 = sum(2 * s.k * s.n for s in block_steps(model, 64)) * model.layers

@@ -43,13 +43,15 @@ class Entry:
 def entries(capability: int) -> list[Entry]:
     """Return the distinct kernels that Wan2.2 launches on an architecture, each with its default configuration."""
     found: dict[tuple[object, ...], Entry] = {}
-    for model, tokens in ((A14B, TOKENS), (TI2V_5B, TOKENS), (A14B, SMALL_TOKENS)):
-        for step in block_steps(model, tokens):
+    for model, tokens, span in ((A14B, TOKENS, 1), (TI2V_5B, TOKENS, 1), (A14B, SMALL_TOKENS, 1), (A14B, TOKENS, 0)):
+        for step in block_steps(model, tokens, span=span):
             for call in step.calls((capability // 10, capability % 10), 132):
                 name = step.name if step.n == 0 else f"{step.name}: {call_name(call)}"
                 name = f"codes {call_name(call)}" if "out" in call.arguments else name
                 name += " (few rows)" if tokens == SMALL_TOKENS else ""
                 name += f" ({model.name})" if model is not A14B else ""
+                if not span:
+                    name += " (span row, magnitudes)" if next(iter(call.arguments)) == "maxima" else " (span row)"
                 found.setdefault(_key(call), Entry(name, model, call))
     for call in attention_calls(A14B, TOKENS):
         found.setdefault(_key(call), Entry(f"attention in 8 bits: {ATTENTION[call.name]}", A14B, call))
@@ -105,7 +107,8 @@ def kernels(
 _HEAD = """# Kernels
 
 Made by `{command}` with Triton {triton}: each kernel that a block of Wan2.2 launches (A14B and TI2V-5B at 32,760
-tokens, and few rows), compiled in its default configuration. Nothing here was timed: these are compilers' figures.
+tokens, and few rows; A14B with one level-1 scale a row), compiled in its default configuration. Nothing here was timed:
+these are compilers' figures.
 
 `tile` is rows x columns of a product; quantizing kernels give each thread whole units of 64 values. `spills` counts
 instructions that read or write local memory, `matrix` matrix instructions; wide loads and stores are of 16 bytes.

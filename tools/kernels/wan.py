@@ -95,13 +95,14 @@ def _float(*shape: int) -> Tensor:
     return _empty(*shape, dtype=torch.float32)
 
 
-def block_steps(model: Model, tokens: int, *, block: int = 64) -> list[Step]:
+def block_steps(model: Model, tokens: int, *, block: int = 64, span: int = 1) -> list[Step]:
     """Return the fused operators of one block, in order; attention cores and q/k norms are not among them.
 
     Args:
         model: whose block.
         tokens: of the video, for one clip.
         block: Hadamard block.
+        span: units that share a level-1 scale, 0 for a row.
     """
     d, f = model.dim, model.ffn
     modulation = _float(1, tokens, 6, d) if model.per_token else _float(1, 6, d)
@@ -116,7 +117,7 @@ def block_steps(model: Model, tokens: int, *, block: int = 64) -> list[Step]:
         rows, k = inputs[0].shape[-2], inputs[0].shape[-1]
 
         def calls(capability: tuple[int, int], processors: int) -> list[Call]:
-            return quantize.call(inputs, program, _float(k), block)[1]
+            return quantize.call(inputs, program, _float(k), block, 4, span)[1]
 
         found.append(Step(name, calls, rows, k, 0))
 
@@ -131,7 +132,7 @@ def block_steps(model: Model, tokens: int, *, block: int = 64) -> list[Step]:
             return linear.calls(
                 codes, scales, *weight, _empty(n), torch.bfloat16, sizes, inputs, program,
                 None if to_codes else torch.bfloat16, _float(n) if to_codes else None, block if to_codes else 0,
-                capability=capability, processors=processors,
+                span=span, capability=capability, processors=processors,
             )[1]  # fmt: skip
 
         found.append(Step(name, calls, rows, k, n, len(sizes)))
@@ -147,7 +148,11 @@ def block_steps(model: Model, tokens: int, *, block: int = 64) -> list[Step]:
     quantization("attn2 output -> quantize", [x], "")
     product("attn2 out, residual", tokens, d, [d], [x], RESIDUAL)
     quantization("norm3, modulation -> quantize", [x, part(4), part(3)], MODULATE)
-    product("ffn 1, GELU -> quantize", tokens, d, [f], [], GELU, to_codes=True)
+    if span == 1:
+        product("ffn 1, GELU -> quantize", tokens, d, [f], [], GELU, to_codes=True)
+    else:
+        product("ffn 1, GELU", tokens, d, [f], [], GELU)
+        quantization("ffn 1 output -> quantize", [_empty(1, tokens, f)], "")
     product("ffn 2, gate, residual", tokens, f, [d], [part(5), x], GATE_FFN)
     return found
 
