@@ -23,14 +23,17 @@ def same(got, wanted):
     assert torch.equal(got[1], wanted[1])
 
 
-@pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(
-    "k, block, dtype",
+    "k, block, dtype, span",
     [
-        *((256, 0, torch.float32), (640, 64, torch.bfloat16), (640, 128, torch.float16)),
-        *((300, 64, torch.float32), (33, 2, torch.float32)),
+        pytest.param(k, block, dtype, span, marks=() if span in quick else pytest.mark.slow)
+        for k, block, dtype, quick in (
+            (256, 0, torch.float32, (2,)), (640, 64, torch.bfloat16, (4,)), (640, 128, torch.float16, (0,)),
+            (300, 64, torch.float32, (2, 0)), (33, 2, torch.float32, SPANS),
+        )
+        for span in SPANS
     ],
-)
+)  # fmt: skip
 def test_codes_and_scales_are_bit_for_bit_those_of_the_reference(k, block, dtype, span):
     x = wide(3, 2, k).to(dtype)
     x[0, 0, k // 2], x[1, 1, 0] = torch.nan, torch.inf
