@@ -52,7 +52,7 @@ def widest_span(
     def sqnr(parts: Mapping[str, hif4.Packed], span: int) -> float:
         return sqnr_db(sum(output_error(layer.rows, layer.weights, layer.product(mask, search, parts, span=span))))
 
-    unit, refused = sqnr(packed, form), []
+    unit, refused = sqnr(packed, form), list[str]()
     rounding = "half_away" if choices.rounding == "least_error" else choices.rounding
     made = (calibration, layer.cells, layer.weights, mask, layer.seed, layer.block)
     for span in (0, *(units for units in (4, 2) if units < count)):
