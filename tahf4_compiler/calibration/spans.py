@@ -17,7 +17,7 @@ from .sensitivity import output_error, sqnr_db
 
 __all__ = ["TOLERANCE", "widest_span"]
 
-TOLERANCE = 0.4
+TOLERANCE = 0.8
 """In dB of the output's error of the linears that read an activation."""
 
 
@@ -59,8 +59,8 @@ def widest_span(
         wide = joined(span, rounding)
         parts = reconstructed(*made, wide) if packed else {}
         cost = unit - sqnr(parts, wide)
-        words = f"{span_name(span)}: {cost:.2f} dB more error than a scale for each unit"
         if cost <= choices.span_tolerance:
-            return wide, parts, "; ".join([f"span {words}", *refused])
-        refused.append(f"{words}, refused")
-    return form, dict(packed), "; ".join(["span 1", *refused])
+            words = f"span {span_name(span)}: {cost:.2f} dB more error than with a scale for each unit"
+            return wide, parts, f"{words}; refused: {', '.join(refused)}" if refused else words
+        refused.append(f"{span_name(span)} {cost:+.2f} dB")
+    return form, dict(packed), f"span 1; refused: {', '.join(refused)}"
