@@ -18,7 +18,7 @@ from .sensitivity import output_error, sqnr_db
 __all__ = ["TOLERANCE", "widest_span"]
 
 TOLERANCE = 0.8
-"""In dB of the output's error of the linears that read an activation."""
+"""In dB of the output's error of the linears that read an activation: about what a row costs where units are alike."""
 
 
 def widest_span(
