@@ -199,6 +199,11 @@ def scale_span(name: str, value: Any) -> int:
     """Return a span as a number of units, 0 for a row; checked."""
     if value == "row":
         return 0
+    if value == "auto":
+        raise OptionError(
+            f"{name} is 'auto', which chooses by errors that only a calibration measures: make a recipe with "
+            "calibration.recipe(scale_span='auto'), and leave the option out, or give 1, 2, 4 or 'row'"
+        )
     if type(value) is not int or value not in (1, 2, 4):
         raise OptionError(f"{name} is {value!r}; expected 1, 2 or 4 units that share a level-1 scale, or 'row' for all")
     return value
@@ -211,7 +216,7 @@ def rounding(name: str, value: Any, scale_span: int | str = 1) -> str:
     if value == "least_error" and scale_span != 1:
         raise OptionError(
             f"{name} is 'least_error', which chooses a level-1 scale for each unit, and scale_span is "
-            f"{scale_span or 'row'!r}, so that units share one; leave one of the two out"
+            f"{scale_span or 'row'!r}, so that units may share one; leave one of the two out"
         )
     return str(value)
 

@@ -60,8 +60,13 @@ def calibrate(
         typer.Option(help="Rank of a branch beside each 4-bit product, in percent of the weight's smaller side."),
     ] = None,
     scale_span: Annotated[
-        str, typer.Option(help="Units of 64 values of a row that share a level-1 scale: 1, 2, 4 or row.")
+        str,
+        typer.Option(help="Units of 64 values of a row that share a level-1 scale: 1, 2, 4, row, or auto: by error."),
     ] = "1",
+    span_tolerance: Annotated[
+        float | None,
+        typer.Option(help="Of --scale-span auto: dB that linears' output error may be above that of a scale a unit."),
+    ] = None,
     rounding: Annotated[
         str | None,
         typer.Option(help="half_away, bfloat16_half_away as hardware for HiF4 does, or least_error, the default."),
@@ -124,6 +129,8 @@ def calibrate(
         "high_precision_steps": high_precision_step or [],
         "step_activation_bits": step_activation_bits,
     }
+    if span_tolerance is not None:
+        choices["span_tolerance"] = span_tolerance
     if keep_linears is not None:
         choices["max_high_precision_linears"] = keep_linears
     if keep_blocks is not None:

@@ -42,6 +42,9 @@ def quantize(
     rounding: Annotated[
         str, typer.Option(help="half_away, bfloat16_half_away as hardware for HiF4 does, or least_error.")
     ] = "half_away",
+    scale_span: Annotated[
+        str, typer.Option(help="Units of 64 values of a row that share a level-1 scale: 1, 2, 4 or row.")
+    ] = "1",
 ) -> None:
     """Quantize a model on disk, tensor by tensor: the whole model is never in memory.
 
@@ -67,6 +70,7 @@ def quantize(
         hard_link=hard_link,
         threads=threads,
         rounding=rounding,
+        scale_span=int(scale_span) if scale_span.isdigit() else scale_span,
     )
     for name, plan in done.plans.items():
         packed = [d for d in plan if d.decision == "hif4"]

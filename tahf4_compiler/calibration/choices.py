@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ class Choices:
             norm (``"norm"``), which the searches take.
         low_rank: rank of the branches, in percent of each weight's smaller side; None for none.
         scale_span: units of a row that share a level-1 scale; 0 for all.
+        span_tolerance: where not None, each activation has the widest span that costs at most so many dB more than
+            ``scale_span``, which is 1.
         rounding: see :func:`tahf4_compiler.hif4.quantize`.
     """
 
@@ -43,6 +46,7 @@ class Choices:
     low_rank: float | None = None
     scale_span: int = 1
     rounding: str = "half_away"
+    span_tolerance: float | None = None
 
 
 def check_choices(
@@ -59,6 +63,7 @@ def check_choices(
     protect_bits: Any = None,
     low_rank: Any = None,
     scale_span: Any = 1,
+    span_tolerance: Any = 0.0,
     rounding: Any = None,
     **budget: Any,
 ) -> None:
@@ -85,7 +90,11 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
-    check_scale_span("scale_span", scale_span)
+    if scale_span != "auto":
+        check_scale_span("scale_span", scale_span)
+    number = isinstance(span_tolerance, int | float) and not isinstance(span_tolerance, bool)
+    if not (number and 0 <= span_tolerance < math.inf):
+        raise OptionError(f"span_tolerance is {span_tolerance!r}; expected a number of dB of at least 0")
     if rounding is not None:
         check_rounding("rounding", rounding, scale_span)
     check_protecting_bits("step_activation_bits", step_activation_bits)

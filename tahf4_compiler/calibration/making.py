@@ -19,7 +19,7 @@ from ..files.memo import Measured
 from ..format import hif4
 from ..format.low_rank import LowRank
 from ..format.precision import full_precision
-from ..format.spans import check_span, joined
+from ..format.spans import check_span, joined, parted
 from ..model.parts import class_name
 from ..pipeline.order import provenance
 from ..pipeline.rules import effective_span
@@ -35,6 +35,7 @@ from .masks import EXPONENTS, SEARCHED
 from .reconstruction import reconstructed
 from .seen import Seen
 from .sensitivity import Network, QuantizedWeight, sqnr_db, squares
+from .spans import TOLERANCE, widest_span
 from .statistics import Cells
 
 __all__ = ["make_recipe"]
@@ -61,6 +62,7 @@ def make_recipe(
     protect_bits: int | None = None,
     low_rank: float | None = None,
     scale_span: int | str = 1,
+    span_tolerance: float = TOLERANCE,
     rounding: str | None = None,
     **budget: Any,
 ) -> Recipe:
@@ -90,7 +92,10 @@ def make_recipe(
         protect_bits: as for :meth:`Recipe.plan`.
         scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
             for all. An activation without mask and rotation, or of other than 4 bits, has a scale for each unit; the
-            report of a compilation says so.
+            report of a compilation says so. ``"auto"``: for each activation the widest of them whose error of the
+            linears' output on sample rows is within ``span_tolerance``; the reason of these linears says the errors.
+            Masks are searched before, and branches of low rank added afterwards.
+        span_tolerance: for ``scale_span="auto"``: how many dB the error may be above that of a scale for each unit.
         rounding: of activations and weights: ``"half_away"``, ``"bfloat16_half_away"`` or ``"least_error"``
             (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in any.
             None: ``"least_error"``, or ``"half_away"`` where units share a level-1 scale.
@@ -110,14 +115,15 @@ def make_recipe(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
         scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
         activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, scale_span=scale_span,
-        rounding=rounding, **budget,
+        span_tolerance=span_tolerance, rounding=rounding, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
     column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
-    rounding = rounding or ("least_error" if check_span(scale_span) == 1 else "half_away")
-    form = (scale_search, activation_bits, column, low_rank, check_span(scale_span), rounding)
+    tolerance, span = (span_tolerance, 1) if scale_span == "auto" else (None, check_span(scale_span))
+    rounding = rounding or ("least_error" if span == 1 else "half_away")
+    form = (scale_search, activation_bits, column, low_rank, span, rounding, tolerance)
     choices = Choices(mask, percent, weight_exponent, combine, width, *form)
     measured = calibration.measured()
     network = functools.cache(functools.partial(_network, calibration))
@@ -187,10 +193,13 @@ def _entry(
                 best, mask = value, candidate
                 percentile, exponent = percent, alpha
     search, packed = choices.scale_search, dict[str, hif4.Packed]()
-    span = layer.form(mask)
+    span, kept, why = layer.form(mask), (choices.scale_span, choices.rounding), ""
     if search == "reconstruct":
         packed = reconstructed(calibration, cells, weights, mask, seed, block, span)
         search = search if packed else "squared"
+    if choices.span_tolerance is not None:
+        span, packed, why = widest_span(calibration, layer, mask, search, packed)
+        kept = parted(span)
     branches, refused = dict[str, LowRank](), dict[str, str]()
     if choices.low_rank is not None:
         branches, packed, refused = with_branches(calibration, layer, mask, search, packed, span)
@@ -218,8 +227,8 @@ def _entry(
         layer.moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
         packed,
         branches,
-        choices.scale_span,
-        choices.rounding,
+        *kept,
+        why,
     )
 
 
@@ -246,7 +255,11 @@ def _noise(
 def _search_network(
     calibration: Seen, expert: str, choices: Choices, measured: Measured, network_of: Networks
 ) -> Choices:
-    """Return the choices with the mask of least error of the network's output, everything quantized."""
+    """Return the choices with the mask of least error of the network's output, everything quantized.
+
+    Spans that are to be chosen are chosen afterwards: masks are compared with a level-1 scale for each unit.
+    """
+    tolerance, choices = choices.span_tolerance, dataclasses.replace(choices, span_tolerance=None)
     network = network_of(expert)
     if network is None:
         called = any(expert == name for name, _ in calibration.kept.seen)
@@ -282,7 +295,7 @@ def _search_network(
             errors[candidate] = error
     chosen = min(errors, key=errors.__getitem__) if errors else choices
     log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
-    return chosen
+    return dataclasses.replace(chosen, span_tolerance=tolerance)
 
 
 def _percentiles(calibration: Seen, activations: Sequence[Cells], choices: Choices) -> dict[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 def reconstructed(
     calibration: Seen,
     cells: Cells,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     mask: Tensor | None,
     seed: int | None,
     block: int,

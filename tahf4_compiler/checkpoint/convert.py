@@ -18,6 +18,7 @@ from ..errors import CheckpointError, RecipeError
 from ..files.reading import read_header
 from ..format.spans import joined, span_name
 from ..options import rounding as check_rounding
+from ..options import scale_span as check_scale_span
 from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
@@ -80,6 +81,7 @@ def quantize_checkpoint(
     hard_link: bool = False,
     threads: int | None = None,
     rounding: str = "half_away",
+    scale_span: int | str = 1,
 ) -> Converted:
     """Quantize a model on disk: what :func:`tahf4_compiler.quantize_` makes of it, bit for bit, in bounded memory.
 
@@ -100,14 +102,15 @@ def quantize_checkpoint(
         hard_link: link files that do not change instead of copying them.
         threads: that read and pack; None for one a core, four at most.
         rounding: as for :func:`tahf4_compiler.quantize_`.
+        scale_span: the same.
 
     Raises:
         CheckpointError: something cannot be read or written; ``out_dir`` is as it was.
         RecipeError: the recipe belongs to another model; ``out_dir`` is as it was.
         PatternError: a pattern of ``keep`` matches nothing.
-        OptionError: the rounding is unknown.
+        OptionError: rounding or span is unknown, or they do not go together.
     """
-    form = joined(1, check_rounding("rounding", rounding))
+    form = joined(check_scale_span("scale_span", scale_span), check_rounding("rounding", rounding, scale_span))
     folder, out = Path(model_dir), Path(os.path.abspath(out_dir))
     if out.is_symlink() and out.exists():
         out = out.resolve()  # the folder is renamed, and a link cannot be replaced by one

@@ -167,12 +167,13 @@ def _attachments(entries: Mapping[str, RecipeEntry], steps: StepPrecision | None
     for name, entry in entries.items():
         for path, linear in entry.linears.items():
             branch = entry.low_rank.get(path)
-            cause = Cause.RECIPE if linear.decision == "hif4" else Cause.SENSITIVITY
+            packed = linear.decision == "hif4"
+            words = (linear.reason, linear.no_branch, entry.span_reason if packed else "")
             yield (
                 path,
                 Attachment(
                     linear.decision,
-                    Reason(cause, "; ".join(filter(None, (linear.reason, linear.no_branch)))),
+                    Reason(Cause.RECIPE if packed else Cause.SENSITIVITY, "; ".join(filter(None, words))),
                     masked=entry.mask is not None,
                     hadamard_block=entry.hadamard_block,
                     search=entry.search,

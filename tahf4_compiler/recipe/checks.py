@@ -70,6 +70,8 @@ def check_entry(entry: RecipeEntry, where: str, cause: str = "the file is damage
         raise RecipeError(damaged.format(f"the search is {entry.search!r}"))
     if type(entry.span) is not int or entry.span not in (0, 1, 2, 4):
         raise RecipeError(damaged.format(f"the span is {entry.span!r}, expected 1, 2 or 4 units, or 0 for a row"))
+    if not isinstance(entry.span_reason, str):
+        raise RecipeError(damaged.format(f"the reason of the span is {entry.span_reason!r}, expected a text"))
     if entry.rounding not in FORM_ROUNDINGS:
         known = ", ".join(map(repr, FORM_ROUNDINGS))
         raise RecipeError(damaged.format(f"the rounding is {entry.rounding!r}, expected one of {known}"))

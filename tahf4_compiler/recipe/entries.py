@@ -81,6 +81,7 @@ class RecipeEntry:
             for all of a row. Where there is neither mask nor rotation, or the activation has other than 4 bits, it is
             refused.
         rounding: of their elements, see :func:`tahf4_compiler.hif4.quantize`.
+        span_reason: why it is this span, where the span was chosen by measured error.
     """
 
     linears: Mapping[str, LinearEntry]
@@ -95,3 +96,4 @@ class RecipeEntry:
     low_rank: Mapping[str, LowRank] = field(default_factory=dict, repr=False)
     span: int = 1
     rounding: str = "half_away"
+    span_reason: str = ""

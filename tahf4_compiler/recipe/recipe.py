@@ -135,6 +135,8 @@ class Recipe:
                     del values["span"]
                 if entry.rounding == "half_away":
                     del values["rounding"]
+                if not entry.span_reason:
+                    del values["span_reason"]
                 if not values["low_rank"]:
                     del values["low_rank"]
                 else:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.checkpoint.convert import quantize_checkpoint
 from tahf4_compiler.distributed import sharding, styles
 from tahf4_compiler.errors import PackedError, RecipeError
 from tahf4_compiler.format import hif4
@@ -109,16 +110,19 @@ def test_state_dicts(x):
 def test_a_folder_keeps_it(tmp_path):
     torch.manual_seed(0)
     model = wan()[0].eval().requires_grad_(False)
+    model.save_pretrained(tmp_path / "plain")
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "disk", scale_span="row")
     tahf4.quantize_(model, scale_span="row")
-    model.save_pretrained(tmp_path)
-    loaded = WanTransformer3DModel.from_pretrained(tmp_path)
-    found = packed_linears(loaded)
-    assert found and all(linear.span == 0 for linear in found.values())
-    said = loaded.config.quantization_config
-    said = said if isinstance(said, dict) else said.to_dict()
-    assert {v["scale_span"] for v in said["linears"].values()} == {"row"}
-    state, wanted = loaded.state_dict(), model.state_dict()
-    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    model.save_pretrained(tmp_path / "memory")
+    for name in ("disk", "memory"):
+        loaded = WanTransformer3DModel.from_pretrained(tmp_path / name)
+        found = packed_linears(loaded)
+        assert found and all(linear.span == 0 for linear in found.values())
+        said = loaded.config.quantization_config
+        said = said if isinstance(said, dict) else said.to_dict()
+        assert {v["scale_span"] for v in said["linears"].values()} == {"row"}
+        state, wanted = loaded.state_dict(), model.state_dict()
+        assert all(torch.equal(state[key], wanted[key]) for key in wanted)
 
 
 def test_a_damaged_folder_is_refused(tmp_path):

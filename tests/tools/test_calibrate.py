@@ -47,7 +47,7 @@ def test_calibrate_writes_a_recipe_that_applies(tmp_path, prompts):
     out = tmp_path / "recipe.safetensors"
     arguments = ["calibrate", str(settings.PIPELINE_DIR), "--prompts", str(prompts), "-o", str(out), "--steps", "4"]
     arguments += ["--dtype", "float32", "--no-inductor", "--mask", "percentile", "--keep-linears", "2"]
-    arguments += ["--low-rank", "8"]
+    arguments += ["--low-rank", "8", "--scale-span", "auto", "--span-tolerance", "99"]
     arguments += ["--high-precision-step", "0", "--high-precision-step", "-1", "--step-activation-bits", "8"]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -58,6 +58,7 @@ def test_calibrate_writes_a_recipe_that_applies(tmp_path, prompts):
     assert recipe.provenance["budget"] == {"max_high_precision_linears": 2}
     assert recipe.high_precision_steps == (0, -1) and recipe.step_activation_bits == 8
     branches = [branch for entry in recipe.experts["transformer"].values() for branch in entry.low_rank.values()]
+    assert {(e.span, e.span_reason[:9]) for e in recipe.experts["transformer"].values()} == {(0, "span row:")}
     assert len(branches) > 15 and {branch.rank for branch in branches} == {16}
     assert {"name": "rotate", "class": "tahf4_compiler.passes.rotate.Rotate", "options": {"block": 64}} in (
         recipe.provenance["passes"]
