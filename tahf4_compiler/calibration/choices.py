@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
-from ..options import ACTIVATION_BITS, check_protecting_bits
+from ..options import ACTIVATION_BITS, ATTENTION, check_protecting_bits
 from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
 from ..recipe.budget import check_budget
@@ -60,6 +60,8 @@ def check_choices(
     low_rank: Any = None,
     scale_span: Any = 1,
     rounding: Any = None,
+    attention: Any = None,
+    attention_tolerance: Any = 1,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -85,6 +87,13 @@ def check_choices(
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
+    if attention not in (None, *ATTENTION):
+        raise OptionError(f"attention is {attention!r}; expected one of {', '.join(map(repr, ATTENTION))}, or None")
+    tolerance = attention_tolerance
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise OptionError(
+            f"attention_tolerance is {tolerance!r}; expected a relative squared error of at least 0, such as 0.01"
+        )
     check_scale_span("scale_span", scale_span)
     if rounding is not None:
         check_rounding("rounding", rounding, scale_span)
