@@ -30,7 +30,7 @@ TOLERANCE = 0.01
 """Relative squared error of an attention (20 dB): about what a linear in 4 bits has."""
 
 QUERIES = 256
-"""Of each head, evenly spread. A row of queries is on its own, so that these have the errors that they have among all."""
+"""Of each head, evenly spread. A row of queries is on its own, so these have the errors that they have among all."""
 
 _INT8 = torch.ops.tahf4.attention.default
 

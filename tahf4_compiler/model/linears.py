@@ -11,7 +11,16 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import PatternError
 
-__all__ = ["adapters", "linear_weights", "named_linears", "module_around", "packed_weights", "place_of", "plain_path", "raw_matrices"]
+__all__ = [
+    "adapters",
+    "linear_weights",
+    "module_around",
+    "named_linears",
+    "packed_weights",
+    "place_of",
+    "plain_path",
+    "raw_matrices",
+]
 
 
 def plain_path(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Which attentions of a packed model stay in high precision: its packed linears carry that, in memory and in folders."""
+"""Which attentions of a packed model stay in high precision: its linears carry that, in memory and in folders."""
 
 from __future__ import annotations
 
