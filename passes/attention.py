@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -44,8 +44,8 @@ class Attention(Pass):
         min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
     """
 
-    after = ("plan", "quantize", "share", "scale_search")
-    before = ("upcast",)
+    after: ClassVar[tuple[str, ...]] = ("plan", "quantize", "share", "scale_search")
+    before: ClassVar[tuple[str, ...]] = ("upcast",)
     min_tokens: int = field(default=128, metadata={"least": 1})
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:

@@ -61,7 +61,7 @@ def attention_entries(calibration: Seen, expert: str, tolerance: float) -> dict[
             f"attention='int8' is measured where one process holds {name} whole, and ranks divide it or its sequences "
             "here. Make the recipe with attention='high_precision', or on one process"
         )
-    sums: dict[tuple[str, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    sums: dict[tuple[str, ...], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     reference = reference_forced() or calibration.options.kernels == "reference"
     heard = 0
 
@@ -72,7 +72,8 @@ def attention_entries(calibration: Seen, expert: str, tolerance: float) -> dict[
             nonlocal heard
             heard += 1
             if not isinstance(x, Tensor) and linears:  # a tensor is an activation of linears
-                sums[linears] = [a + b for a, b in zip(sums[linears], _squares(*x, reference), strict=True)]
+                error, norm = _squares(x, reference)
+                sums[linears] = sums[linears][0] + error, sums[linears][1] + norm
 
         return observe
 
@@ -101,14 +102,16 @@ def _entry(linears: tuple[str, ...], error: float, norm: float, tolerance: float
     return AttentionEntry(linears, db, "high_precision", reason)
 
 
-def _squares(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None,
-    enable_gqa: bool, reference: bool,
-) -> tuple[float, float]:  # fmt: skip
+def _squares(operands: tuple[Any, ...], reference: bool) -> tuple[float, float]:
     """Return the sum of squares of the error of an attention in 8 bits, and of the attention, on some of its queries.
 
     They are at most :data:`QUERIES` rows of at most :data:`ENTRIES` entries of the batch, with all their keys.
+
+    Args:
+        operands: what ``tahf4::observe_attention`` is given.
+        reference: whether the operator runs as its reference.
     """
+    query, key, value, mask, is_causal, scale, enable_gqa = operands
     count = query.shape[2]
     rows = torch.arange(0, count, math.ceil(count / QUERIES), dtype=torch.int64, device=query.device)
     if is_causal:
@@ -118,8 +121,9 @@ def _squares(
     if mask is not None and mask.dim() == 4:
         mask = mask[:ENTRIES]
     query, key, value = query[:ENTRIES, :, rows], key[:ENTRIES], value[:ENTRIES]
-    given = {"scale": scale, "enable_gqa": enable_gqa}
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, **given)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scale, enable_gqa=enable_gqa
+    )
     kernel = dispatch(_INT8, query, reference=reference)
     found = kernel.target(query, key, value, mask, False, scale, enable_gqa)
     error = (found.to(torch.float32) - wanted.to(torch.float32)).square().sum()

@@ -169,8 +169,8 @@ def make_recipe(
     recipe = Recipe(found, tuple(high_precision_steps), made, step_activation_bits=step_activation_bits)
     if (attention or calibration.options.attention) == "int8":
         made["choices"] |= {"attention": "int8", "attention_tolerance": attention_tolerance}
-        entries = {expert: attention_entries(calibration, expert, attention_tolerance) for expert in found}
-        recipe = dataclasses.replace(recipe, attention=entries)
+        errors = {expert: attention_entries(calibration, expert, attention_tolerance) for expert in found}
+        recipe = dataclasses.replace(recipe, attention=errors)
     recipe = recipe.plan(protect_bits=protect_bits, **budget) if budget else recipe
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe
 

@@ -120,7 +120,7 @@ def test_some_queries_have_the_errors_that_they_have_among_all(mask, monkeypatch
     wanted = sdpa(q, k, v, masks.get(mask), enable_gqa=True)[:, :, ::3]
     eight = torch.ops.tahf4.attention(q, k, v, masks.get(mask), False, None, True)[:, :, ::3]
     given = None if mask == "causal" else masks.get(mask)
-    error, norm = measuring._squares(q, k, v, given, mask == "causal", None, True, True)
+    error, norm = measuring._squares((q, k, v, given, mask == "causal", None, True), True)
     assert norm == pytest.approx(float(wanted.square().sum()), rel=1e-5)
     assert error == pytest.approx(float((eight - wanted).square().sum()), rel=1e-3)
 
