@@ -20,7 +20,7 @@ from ..graph.nodes import linear_path, linears
 from ..graph_capture.captured import Capture
 from ..graph_capture.dynamo import capture_dynamo
 from ..lowering import LoweredGraph, lower_graph
-from ..model.attachments import attached, attached_recipe, changes, owner_of
+from ..model.attachments import attached, attached_attention, attached_recipe, changes, owner_of
 from ..model.linears import matching
 from ..model.steps import StepPrecision
 from ..model.tree import Surroundings
@@ -215,6 +215,9 @@ class CompiledGraph:
         decisions: list[Any] = [
             (a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held
         ]
+        if self._options.attention == "int8":
+            stays = (attached_attention(weight) is not None for weight in weights)
+            decisions = list(zip(decisions, stays, strict=True))
         if self._piece:
             where, keep = self._captured.surroundings, self._options.keep
             paths = [where.path(weight) or name for weight, name in zip(weights, self._weights.values(), strict=True)]

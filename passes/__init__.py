@@ -6,6 +6,7 @@ from .fuse import Fuse
 from .lower import Lower
 from .normalize import Normalize
 from .observe import Observe
+from .observe_attention import ObserveAttention
 from .plan import Plan
 from .quantize import Quantize
 from .rotate import Rotate
@@ -34,5 +35,5 @@ DEFAULT = (
 )
 """What compiles a model: one language, decisions, the rewrite, transforms, kernels."""
 
-CALIBRATION = (Normalize, Classify, Plan, Observe)
-"""What shows a model's activations to a calibration, in place of the rewrite."""
+CALIBRATION = (Normalize, Classify, Plan, Observe, ObserveAttention)
+"""What shows a model's activations, and its attentions, to a calibration, in place of the rewrite."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from ..errors import FormatError
 from ..graph.nodes import module_classes, size_hint
+from ..model.attachments import attached_attention
+from ..model.linears import module_around
 from ..model.reasons import Cause, Reason
 from ..ops import check_attention
 from ..ops.registry import dispatch
@@ -35,15 +37,15 @@ class Attention(Pass):
         y = tahf4.attention(q, k, v, mask, False, scale, False)
 
     An attention goes with the linears of its module: where none of them runs in 4 bits, because the user keeps them, a
-    recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. The report
-    has a line for each attention.
+    recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. So it does
+    where a recipe measured its error and found it too large. The report has a line for each attention.
 
     Attributes:
         min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
     """
 
-    after = ("plan", "quantize", "share", "scale_search")
-    before = ("upcast",)
+    after: ClassVar[tuple[str, ...]] = ("plan", "quantize", "share", "scale_search")
+    before: ClassVar[tuple[str, ...]] = ("upcast",)
     min_tokens: int = field(default=128, metadata={"least": 1})
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
@@ -56,7 +58,7 @@ class Attention(Pass):
         chosen = _chosen_by_diffusers(context)
         for node in found:
             given = _arguments(node)
-            reason = chosen or self._obstacle(node, given)
+            reason = chosen or self._said(node, context) or self._obstacle(node, given)
             if reason is None:
                 with graph.inserting_before(node):
                     new = call(node, INT8, tuple(value for name, value in given.items() if name != "dropout_p"))
@@ -66,18 +68,28 @@ class Attention(Pass):
                     device = given["query"].meta["val"].device
                     reason = Reason(Cause.OTHER, f"kernel: there is none for {device} here")
                 else:
-                    node.replace_all_uses_with(new)
-                    graph.erase_node(node)
-                    context.matched(new)
+                    self._put(node, new, context)
                     modified = True
             context.note(f"{_words(node, given)}: {f'high precision, {reason}' if reason else 'int8'}")
         return PassResult(graph_module, modified)
 
-    def _obstacle(self, node: fx.Node, given: dict[str, Any]) -> Reason | None:
-        """Return why an attention stays in high precision, or None."""
-        linears = list(_linears_around(node))
+    def _put(self, node: fx.Node, new: fx.Node, context: Context) -> None:
+        """Put an attention in 8 bits in the place of one in high precision."""
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+        context.matched(new)
+
+    def _said(self, node: fx.Node, context: Context) -> Reason | None:
+        """Return why a user or a recipe lets an attention stay in high precision, or None."""
+        linears = list(linears_around(node))
         if linears and all(_in_high_precision(linear) for linear in linears):
             return Reason(linears[0].cause, f"its linears stay: {linears[0].reason}")
+        weights = (context.inputs[linear.weight_index] for linear in linears if linear.weight_index >= 0)
+        found = (attached_attention(weight) for weight in weights)
+        return next((Reason(Cause.SENSITIVITY, said.reason) for said in found if said is not None), None)
+
+    def _obstacle(self, node: fx.Node, given: dict[str, Any]) -> Reason | None:
+        """Return why an attention cannot run in 8 bits, or None."""
         if given["dropout_p"] != 0:
             return Reason(Cause.OTHER, "dropout")
         if isinstance(given["scale"], fx.Node):
@@ -104,12 +116,16 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return {a.name: given.get(a.name, a.default_value) for a in arguments}
 
 
-def _linears_around(node: fx.Node) -> Iterator[Decision]:
-    """Yield the decisions about the linears of the innermost module around a node that has some."""
-    for path in reversed(module_classes(node)):
-        found = [d for other in node.graph.nodes if path in module_classes(other) for d in decisions_of(other)]
+def linears_around(node: fx.Node) -> Iterator[Decision]:
+    """Yield the decisions about the linears of the innermost module around a node that has some.
+
+    The outermost one is what was compiled, which the graph does not name: a block that holds its attention itself.
+    """
+    planned = [other for other in node.graph.nodes if decisions_of(other)]
+    for path in (*reversed(module_classes(node)), None):
+        found = [other for other in planned if path is None or path in module_classes(other)]
         if found:
-            yield from found
+            yield from (decision for other in found for decision in decisions_of(other))
             return
 
 
@@ -129,8 +145,8 @@ def _chosen_by_diffusers(context: Context) -> Reason | None:
 
 
 def _words(node: fx.Node, given: dict[str, Any]) -> str:
-    """Name an attention and its sizes."""
-    path = next(reversed(module_classes(node)), node.name)
+    """Name an attention, as a recipe does, and its sizes."""
+    path = module_around([d.module for d in linears_around(node)]) or next(reversed(module_classes(node)), node.name)
     q, k = ([size_hint(size) for size in given[name].meta["val"].shape] for name in ("query", "key"))
     heads = f", {q[-3]} heads of {q[-1]}" if len(q) > 2 else ""
     return f"{path} ({q[-2]} x {k[-2]} tokens{heads})"

@@ -58,7 +58,7 @@ class Observe(Pass):
         return PassResult(graph_module, bool(readers))
 
 
-_BY_CHOICE = (Cause.KEPT, Cause.SENSITIVITY, Cause.STEP)
+BY_CHOICE = (Cause.KEPT, Cause.SENSITIVITY, Cause.STEP)
 
 
 def _candidates(graph: fx.Graph) -> list[fx.Node]:
@@ -67,6 +67,6 @@ def _candidates(graph: fx.Graph) -> list[fx.Node]:
         role, decisions = node.meta.get(ROLE), decisions_of(node)
         if role is None or not role.body or not decisions or decisions[0].weight_index < 0:
             continue
-        if decisions[0].decision == "hif4" or decisions[0].cause in _BY_CHOICE:
+        if decisions[0].decision == "hif4" or decisions[0].cause in BY_CHOICE:
             found.append(node)
     return found

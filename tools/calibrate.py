@@ -71,6 +71,13 @@ def calibrate(
         str | None,
         typer.Option(help="half_away, bfloat16_half_away as hardware for HiF4 does, or least_error, the default."),
     ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(help="int8 measures each attention in 8 bits, and keeps what is above the tolerance as it is."),
+    ] = None,
+    attention_tolerance: Annotated[
+        float, typer.Option(min=0, help="Relative squared error of an attention's output.")
+    ] = 0.01,
     high_precision_step: Annotated[
         list[int] | None,
         typer.Option(help="Index of a denoising step in high precision, negative from the end; repeat it for more."),
@@ -126,6 +133,8 @@ def calibrate(
         "low_rank": low_rank,
         "scale_span": int(scale_span) if scale_span.isdigit() else scale_span,
         "rounding": rounding,
+        "attention": attention,
+        "attention_tolerance": attention_tolerance,
         "high_precision_steps": high_precision_step or [],
         "step_activation_bits": step_activation_bits,
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..graph.inputs import SEARCHES
-from ..options import ACTIVATION_BITS, check_protecting_bits
+from ..options import ACTIVATION_BITS, ATTENTION, check_protecting_bits
 from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
 from ..recipe.budget import check_budget
@@ -65,6 +65,8 @@ def check_choices(
     scale_span: Any = 1,
     span_tolerance: Any = 0.0,
     rounding: Any = None,
+    attention: Any = None,
+    attention_tolerance: Any = 1,
     **budget: Any,
 ) -> None:
     """Check choices of :func:`make_recipe`, before anything is run.
@@ -95,6 +97,13 @@ def check_choices(
     number = isinstance(span_tolerance, int | float) and not isinstance(span_tolerance, bool)
     if not (number and 0 <= span_tolerance < math.inf):
         raise OptionError(f"span_tolerance is {span_tolerance!r}; expected a number of dB of at least 0")
+    if attention not in (None, *ATTENTION):
+        raise OptionError(f"attention is {attention!r}; expected one of {', '.join(map(repr, ATTENTION))}, or None")
+    tolerance = attention_tolerance
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise OptionError(
+            f"attention_tolerance is {tolerance!r}; expected a relative squared error of at least 0, such as 0.01"
+        )
     if rounding is not None:
         check_rounding("rounding", rounding, scale_span)
     check_protecting_bits("step_activation_bits", step_activation_bits)

@@ -76,6 +76,7 @@ def observed(module: nn.Module, options: Options, listen: Listener) -> Iterator[
         return heard
 
     # Equal options are one backend for Dynamo, which keeps what each compiled, up to a limit.
-    settings: dict[str, Any] = {"backend": "tahf4", "options": replace(options, pipeline="calibration")}
+    options = replace(options, pipeline="calibration", attention="high_precision")
+    settings: dict[str, Any] = {"backend": "tahf4", "options": options}
     with compiled_whole(module, around, **settings):
         yield

@@ -27,6 +27,7 @@ from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.packing import moment_as_quantized
+from .attention import ATTENTION_TOLERANCE, attention_entries
 from .branches import with_branches
 from .choices import Choices, check_choices
 from .gaps import unseen, warn_of_range
@@ -35,7 +36,7 @@ from .masks import EXPONENTS, SEARCHED
 from .reconstruction import reconstructed
 from .seen import Seen
 from .sensitivity import Network, QuantizedWeight, sqnr_db, squares
-from .spans import TOLERANCE, widest_span
+from .spans import SPAN_TOLERANCE, widest_span
 from .statistics import Cells
 
 __all__ = ["make_recipe"]
@@ -62,8 +63,10 @@ def make_recipe(
     protect_bits: int | None = None,
     low_rank: float | None = None,
     scale_span: int | str = 1,
-    span_tolerance: float = TOLERANCE,
+    span_tolerance: float = SPAN_TOLERANCE,
     rounding: str | None = None,
+    attention: str | None = None,
+    attention_tolerance: float = ATTENTION_TOLERANCE,
     **budget: Any,
 ) -> Recipe:
     """Turn statistics into a recipe.
@@ -102,6 +105,10 @@ def make_recipe(
         low_rank: a branch of low rank beside each 4-bit product, in 16 bits: its rank in percent of the smaller side of
             the weight, in multiples of 8 and at least 8. A linear whose output error on sample rows it does not lower
             by a twentieth gets none, and its reason says so. None: no branches.
+        attention: ``"int8"`` measures the error of each attention in 8 bits, on the calls that the calibration kept.
+            Those above the tolerance stay in high precision where the option ``attention`` asks for 8 bits.
+            ``"high_precision"`` measures none. None: as the options of the calibration say.
+        attention_tolerance: relative squared error of an attention's output.
         budget: as for :meth:`Recipe.plan`.
 
     Returns:
@@ -115,7 +122,8 @@ def make_recipe(
         mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
         scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
         activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, scale_span=scale_span,
-        span_tolerance=span_tolerance, rounding=rounding, **budget,
+        span_tolerance=span_tolerance, rounding=rounding, attention=attention,
+        attention_tolerance=attention_tolerance, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
@@ -166,6 +174,10 @@ def make_recipe(
     if any(missing.values()):
         made["calibration"]["unseen"] = missing
     recipe = Recipe(found, tuple(high_precision_steps), made, step_activation_bits=step_activation_bits)
+    if (attention or calibration.options.attention) == "int8":
+        made["choices"] |= {"attention": "int8", "attention_tolerance": attention_tolerance}
+        errors = {expert: attention_entries(calibration, expert, attention_tolerance) for expert in found}
+        recipe = dataclasses.replace(recipe, attention=errors)
     recipe = recipe.plan(protect_bits=protect_bits, **budget) if budget else recipe
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe
 

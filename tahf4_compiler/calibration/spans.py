@@ -15,9 +15,9 @@ from .reconstruction import reconstructed
 from .seen import Seen
 from .sensitivity import output_error, sqnr_db
 
-__all__ = ["TOLERANCE", "widest_span"]
+__all__ = ["SPAN_TOLERANCE", "widest_span"]
 
-TOLERANCE = 0.8
+SPAN_TOLERANCE = 0.8
 """In dB of the output's error of the linears that read an activation: about what a row costs where units are alike."""
 
 

@@ -22,6 +22,7 @@ from ..options import scale_span as check_scale_span
 from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
+from ..recipe.apply import recipe_attention
 from ..recipe.recipe import Recipe
 from .fp4 import paths_of
 from .layout import Shard, shards_of
@@ -156,6 +157,7 @@ def _parts(
         transforms = plan_transforms(component.model, plan, mine, expert=name, span=form)
         shards, index = shards_of(component, plan, transforms, limit)
         chosen = {d.module: d for d in plan if d.module in transforms}
+        attention = recipe_attention(component.model, mine, expert=name) if mine is not None else {}
         linears = {
             path: {
                 "k": d.k,
@@ -168,6 +170,7 @@ def _parts(
                 **({"rank": d.rank} if d.rank else {}),
                 **({"scale_span": span_name(d.span)} if d.span != 1 else {}),
                 **({"rounding": d.rounding} if d.rounding != "half_away" else {}),
+                **({"attention": str(attention[path].reason)} if path in attention else {}),
             }
             for path, d in chosen.items()
         }

@@ -24,9 +24,11 @@ from .reasons import Cause, Reason, cause_of
 from .steps import StepPrecision
 
 __all__ = [
+    "ATTENTION",
     "Attachment",
     "attach",
     "attached",
+    "attached_attention",
     "attached_keep",
     "attached_recipe",
     "by_step",
@@ -84,6 +86,9 @@ class Attachment:
 _KEPT = "_tahf4_kept"
 _PACKED = "_tahf4_packed"
 _RECIPE = "_tahf4_recipe"
+ATTENTION = "_tahf4_attention"
+"""The kind of what is attached to the linears around an attention that stays in high precision."""
+_KINDS = (_KEPT, _PACKED, _RECIPE, ATTENTION)
 _STEP = Attachment("high_precision", Reason(Cause.STEP, "this step runs in high precision"))
 _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _changes = 0
@@ -121,7 +126,7 @@ def attach(model: nn.Module, attachments: Mapping[str, Attachment], kind: str = 
     Args:
         model: any module.
         attachments: by module path, as :func:`linear_weights` names them.
-        kind: a recipe's, or those of :func:`keep` and of a packed model, which come first.
+        kind: a recipe's, or those of :func:`keep` and of a packed model, which come first; or :data:`ATTENTION`.
     """
     for module in model.modules():
         module.__dict__.pop(kind, None)
@@ -149,7 +154,7 @@ def owner_of(weight: object) -> tuple[weakref.ref[nn.Module], str] | None:
 def refresh(model: nn.Module) -> None:
     """Read what is attached to a model's modules again, for the parameters that they own now."""
     for module in model.modules():
-        for kind in (_KEPT, _PACKED, _RECIPE):
+        for kind in _KINDS:
             for name in module.__dict__.get(kind, {}):
                 if (parameter := _parameter(module, name)) is None:
                     continue
@@ -251,15 +256,20 @@ def attached_recipe(weight: object) -> Attachment | None:
     return _find(weight).get(_RECIPE)
 
 
+def attached_attention(weight: object) -> Attachment | None:
+    """Return why the attention of a linear's module stays in high precision, as a recipe says, or None."""
+    return _find(weight).get(ATTENTION)
+
+
 def _find(weight: object) -> dict[str, Attachment]:
     """Return what is attached to a parameter, by kind."""
     if not isinstance(weight, torch.Tensor) or (entry := _attachments.get(weight)) is None:
         return {}
     reference, name = entry
     owner = reference()
-    held = owner is not None and any(part in owner.__dict__ for part in (_KEPT, _PACKED, _RECIPE))
+    held = owner is not None and any(part in owner.__dict__ for part in _KINDS)
     if owner is not None and held and _parameter(owner, name) is weight:
-        kinds = ((kind, owner.__dict__.get(kind, {}).get(name)) for kind in (_KEPT, _PACKED, _RECIPE))
+        kinds = ((kind, owner.__dict__.get(kind, {}).get(name)) for kind in _KINDS)
         return {kind: found for kind, found in kinds if found is not None}
     _count()
     del _attachments[weight]  # the module owns another parameter now, or nothing is attached to it any more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from ..errors import PatternError
 
 __all__ = [
-    "adapters", "linear_weights", "named_linears", "names_of", "packed_weights", "place_of", "plain_path",
-    "raw_matrices",
+    "adapters", "linear_weights", "module_around", "named_linears", "names_of", "packed_weights", "place_of",
+    "plain_path", "raw_matrices",
 ]  # fmt: skip
 
 
@@ -81,6 +82,13 @@ def place_of(path: str) -> str:
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
+
+
+def module_around(paths: Sequence[str]) -> str:
+    """Return the path of the innermost module around some linears, of their paths."""
+    outer = [path.split(".")[:-1] for path in paths]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*outer, strict=False))
+    return ".".join(parts[0] for parts in same)
 
 
 def names_of(model: nn.Module) -> dict[int, list[str]]:

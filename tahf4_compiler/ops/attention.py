@@ -20,8 +20,9 @@ from ..errors import FormatError
 from ..format import hif4, int8
 from ..format.transforms import hadamard_block, transform
 from .define import operator
+from .observers import take
 
-__all__ = ["MOST_CHANNELS", "attention", "check_attention", "empty_result"]
+__all__ = ["MOST_CHANNELS", "attention", "check_attention", "empty_result", "observe_attention"]
 
 MOST_CHANNELS = 1024
 """Of a head: the widest rotation."""
@@ -114,6 +115,40 @@ def _(
 ) -> Tensor:
     check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
     return empty_result(query, value)
+
+
+@torch.library.custom_op("tahf4::observe_attention", mutates_args=("handle",))
+def observe_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    handle: Tensor,
+) -> None:
+    """Show the operands of an attention to who measures it (:mod:`tahf4_compiler.calibration.attention`).
+
+    Args:
+        query: and the others, as for ``tahf4::attention``; nothing is changed.
+        handle: as for ``tahf4::observe``.
+    """
+    take((query, key, value, attn_mask, is_causal, scale, enable_gqa), handle)
+
+
+@observe_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    handle: Tensor,
+) -> None:
+    return None
 
 
 def check_attention(

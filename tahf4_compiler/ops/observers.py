@@ -7,6 +7,7 @@ a *handle* at each call, looked up by the identity of the weights, as packed wei
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["Handles", "handle_of"]
 
-Observer = Callable[[Tensor], None]
+Observer = Callable[[Any], None]
 
 _current: Handles | None = None
 _NOBODY = -1
@@ -74,8 +75,8 @@ def _handle(number: int) -> Tensor:
     return torch.tensor([number, 0], dtype=torch.int64, device="cpu")
 
 
-def take(x: Tensor, handle: Tensor) -> None:
-    """Give an activation to the observer of a handle (the body of ``tahf4::observe``)."""
+def take(x: Any, handle: Tensor) -> None:
+    """Give an activation, or the operands of an attention, to the observer of a handle."""
     number = int(handle[0])
     if _current is not None and number != _NOBODY:
         _current.observers[number](x)

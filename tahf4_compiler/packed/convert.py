@@ -24,9 +24,10 @@ from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
 from ..pipeline.context import Decision
 from ..pipeline.rules import span_obstacle
-from ..recipe.apply import recipe_experts
+from ..recipe.apply import recipe_attention, recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
+from .attention import attach_attention, attention_of
 from .linear import HiF4Linear
 from .plan import left_out, plan_modules, plan_transforms, why_nothing
 from .steps import attach_steps, steps_of
@@ -106,7 +107,7 @@ def quantize_(
         if recipe.high_precision_steps:
             clock = model if getattr(model, "scheduler", None) is not None else None
             given = StepPrecision(clock, recipe.high_precision_steps, recipe.step_activation_bits)
-    work, steps = [], {}
+    work, steps, attention = [], {}, {}
     for name, module in models.items():
         mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
@@ -116,6 +117,8 @@ def quantize_(
         # What is attached to the linears that stay is not for those that were packed before.
         coming = given if mine is not None else _steps_to_come(module) if work[-1][-1] else None
         steps[name] = coming or steps_of(module)
+        said = recipe_attention(module, mine, expert=part) if mine is not None else {}
+        attention[name] = {**attention_of(module), **said}
     todo = sum(d.k * d.n for _, _, plan, transforms in work for d in plan if d.module in transforms)
     with torch.no_grad(), tqdm(total=todo, desc="HiF4 weights", unit="value", unit_scale=True, delay=1.0) as bar:
         flaws = {name: Flaws() for name in models}
@@ -124,6 +127,7 @@ def quantize_(
         for name, module, _, _ in work:
             stack.enter_context(_replaced(module, made[name].values()))
         for name, module, _, _ in work:
+            attach_attention(module, attention[name])
             flaws[name].warn(name)
             for observer in observers if packed_linears(module) else ():
                 observer.packed(module, recipe, keep)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from ..errors import PackedError, RecipeError
 from ..format import hif4
 from ..format.spans import span_name
-from ..model.attachments import leave_as_they_are
+from ..model.attachments import Attachment, leave_as_they_are
 from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
+from ..recipe.apply import recipe_attention
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
 from ..weights.flaws import Flaws
+from .attention import attach_attention, attention_said
 from .config import Method, TaHF4Config, arguments, describe
 from .convert import observers, pack_modules, packed_linears
 from .linear import HiF4Linear
@@ -44,6 +46,7 @@ class Loading:
         self.transforms: dict[str, Transform] = {}
         self._reasons: dict[str, str] = {}
         self._sums: dict[str, int] = {}
+        self._attention: dict[str, Attachment] = {}
         self._flaws = Flaws()
 
     def begin(self, model: nn.Module, packed: bool, keys: Set[str] = frozenset()) -> None:
@@ -62,6 +65,8 @@ class Loading:
         config = self.config
         if packed:
             _put_empty(model, config, keys)
+            listed = config.linears.items()
+            self._attention = {path: attention_said(v["attention"]) for path, v in listed if v.get("attention")}
             return
         if config.linears:
             raise PackedError(
@@ -71,6 +76,8 @@ class Loading:
         plan = plan_modules(model, config.recipe, config.keep, expert=config.expert)
         self.transforms = plan_transforms(model, plan, config.recipe, expert=config.expert, span=config.form)
         self._reasons = {d.module: d.reason for d in plan if d.decision != "hif4"}
+        if config.recipe is not None:
+            self._attention = recipe_attention(model, config.recipe, expert=config.expert)
         if config.recipe is not None and config.check_weights:
             name = config.expert if config.expert is not None else next(iter(config.recipe.experts))
             self._sums = {path: linear.weight_sum for path, linear in config.recipe.linears(name).items()}
@@ -152,6 +159,7 @@ class Loading:
         if packed:
             self._reasons = not_packed(model)
         leave_as_they_are(model, self._reasons)
+        attach_attention(model, self._attention)
         if self.config.high_precision_steps:  # nobody counts them yet: see set_high_precision_steps
             bits = self.config.step_activation_bits
             attach_steps(model, StepPrecision(None, self.config.high_precision_steps, bits))

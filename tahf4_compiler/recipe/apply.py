@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from ..errors import RecipeError
 from ..format.reconstruct import Reconstruction
 from ..format.spans import joined
-from ..model.attachments import Attachment, attach
+from ..model.attachments import ATTENTION, Attachment, attach
 from ..model.components import experts
 from ..model.linears import linear_weights, place_of
 from ..model.reasons import Cause, Reason
@@ -21,7 +22,7 @@ from .checks import check_entry
 from .entries import RecipeEntry
 from .recipe import Recipe
 
-__all__ = ["apply_recipe", "recipe_attachments", "recipe_experts"]
+__all__ = ["apply_recipe", "recipe_attachments", "recipe_attention", "recipe_experts"]
 
 
 def apply_recipe(
@@ -49,6 +50,7 @@ def apply_recipe(
     if recipe is None:
         for module in models.values():
             attach(module, {})
+            attach(module, {}, ATTENTION)
         return
     parts = recipe_experts(model, models, recipe, expert)
     steps = None
@@ -66,6 +68,7 @@ def apply_recipe(
         _check_fits(models[name], entries, check_weights, name)
     for name, entries in parts.items():
         attach(models[name], dict(_attachments(entries, steps)))
+        attach(models[name], recipe_attention(models[name], recipe, expert=name or expert), ATTENTION)
 
 
 def recipe_experts(
@@ -84,7 +87,7 @@ def recipe_experts(
     """
     parts = dict(recipe.experts)
     if set(models) == {""}:
-        name = expert if expert is not None else next(iter(parts), "") if len(parts) == 1 else ""
+        name = _only_expert(recipe, expert)
         if name not in parts:
             raise RecipeError(
                 f"the recipe has the experts {', '.join(map(repr, parts)) or 'none'}, not {name!r}; say which one "
@@ -121,13 +124,37 @@ def recipe_attachments(
     return {path: shared[id(weight)] for path, weight in weights.items() if id(weight) in shared}
 
 
-def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping[str, RecipeEntry]:
-    """Return entries with the paths that linears have now: an adapter of peft moves one to ``base_layer``, or did."""
+def recipe_attention(model: nn.Module, recipe: Recipe, *, expert: str | None = None) -> dict[str, Attachment]:
+    """Return what a recipe says about the linears around attentions that stay in high precision, by module path.
+
+    Args:
+        model: a module.
+        recipe: see :class:`Recipe`.
+        expert: as for :func:`apply_recipe`.
+    """
     known = dict(linear_weights(model))
+    return {
+        now: Attachment("high_precision", Reason(Cause.SENSITIVITY, entry.reason))
+        for entry in recipe.attention.get(_only_expert(recipe, expert), {}).values()
+        if entry.decision == "high_precision"
+        for path in entry.linears
+        if (now := _path_now(path, known)) in known
+    }
 
-    def path_now(path: str) -> str:
-        return next((p for p in (path, f"{path}.base_layer", place_of(path)) if p in known), path)
 
+def _only_expert(recipe: Recipe, expert: str | None) -> str:
+    """Return the name of the expert that a module is, which a recipe of one expert need not be told."""
+    return expert if expert is not None else next(iter(recipe.experts), "") if len(recipe.experts) == 1 else ""
+
+
+def _path_now(path: str, known: Container[str]) -> str:
+    """Return the path that a linear has now: an adapter of peft moves one to ``base_layer``, or did."""
+    return next((p for p in (path, f"{path}.base_layer", place_of(path)) if p in known), path)
+
+
+def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping[str, RecipeEntry]:
+    """Return entries with the paths that linears have now."""
+    path_now = functools.partial(_path_now, known=dict(linear_weights(model)))
     return {
         name: dataclasses.replace(
             entry,

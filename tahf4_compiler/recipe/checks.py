@@ -12,7 +12,7 @@ from ..errors import RecipeError
 from ..format import hif4
 from ..format.spans import FORM_ROUNDINGS
 from ..options import ACTIVATION_BITS, PROTECTING_BITS
-from .entries import CallError, LinearEntry, RecipeEntry
+from .entries import AttentionEntry, CallError, LinearEntry, RecipeEntry
 
 
 def read_linear(values: Mapping[str, Any]) -> LinearEntry:
@@ -26,6 +26,15 @@ def read_call_error(values: Mapping[str, Any], where: str) -> CallError:
     found = CallError(**values)
     if not (_is_number(found.error) and type(found.step) is type(found.steps) is int and 0 <= found.step < found.steps):
         raise RecipeError(f"{where}: the error of a call is {dict(values)}; the file is damaged or was edited")
+    return found
+
+
+def read_attention(values: Mapping[str, Any], where: str) -> AttentionEntry:
+    """Return an attention of a recipe from what a file holds; raise :class:`RecipeError` if it is damaged."""
+    found = AttentionEntry(**{**values, "linears": tuple(values["linears"])})
+    texts = all(isinstance(text, str) for text in (*found.linears, found.reason))
+    if not (texts and found.linears and _is_number(found.sqnr_db) and found.decision in ("int8", "high_precision")):
+        raise RecipeError(f"{where}: an attention is {dict(values)}; the file is damaged or was edited")
     return found
 
 

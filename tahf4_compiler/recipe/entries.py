@@ -1,4 +1,4 @@
-"""What a recipe says about one activation, one linear, one call."""
+"""What a recipe says about one activation, one linear, one attention, one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..format.hif4 import Packed
 from ..format.low_rank import LowRank
 
-__all__ = ["CallError", "LinearEntry", "RecipeEntry"]
+__all__ = ["AttentionEntry", "CallError", "LinearEntry", "RecipeEntry"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ class LinearEntry:
     step_sqnr_db: tuple[float | None, ...] = ()
     activation_bits: int = 4
     no_branch: str = ""
+
+
+@dataclass(frozen=True)
+class AttentionEntry:
+    """An attention of a recipe, or several of one module, which share a decision.
+
+    Attributes:
+        linears: module paths of the linears of its module, which carry the decision.
+        sqnr_db: of its output in 8 bits against the original, on the calls that the calibration kept.
+        decision: ``"int8"``, where attention in 8 bits is asked for, or ``"high_precision"``.
+        reason: in words, for the report, where it stays.
+    """
+
+    linears: tuple[str, ...]
+    sqnr_db: float
+    decision: str = "int8"
+    reason: str = ""
 
 
 @dataclass(frozen=True)

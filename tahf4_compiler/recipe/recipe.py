@@ -19,8 +19,8 @@ from ..format.hif4 import Packed
 from ..format.low_rank import LowRank
 from ..options import ACTIVATION_BITS
 from .budget import check_budget, choose
-from .checks import check_entry, check_steps, read_call_error, read_linear
-from .entries import CallError, LinearEntry, RecipeEntry
+from .checks import check_entry, check_steps, read_attention, read_call_error, read_linear
+from .entries import AttentionEntry, CallError, LinearEntry, RecipeEntry
 
 __all__ = ["Recipe"]
 
@@ -39,6 +39,8 @@ class Recipe:
             were planned otherwise since.
         step_activation_bits: 8 or 16 if the weights stay in HiF4 in these steps, and the activations have so many bits;
             None for the original weights (a packed model has none: there the activations have 16 bits).
+        attention: ``expert -> module path of an attention -> entry`` of those that attention in 8 bits was measured
+            for.
     """
 
     experts: Mapping[str, Mapping[str, RecipeEntry]]
@@ -46,6 +48,7 @@ class Recipe:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     errors: Mapping[str, tuple[CallError, ...]] = field(default_factory=dict)
     step_activation_bits: int | None = None
+    attention: Mapping[str, Mapping[str, AttentionEntry]] = field(default_factory=dict)
 
     def linears(self, expert: str) -> dict[str, LinearEntry]:
         """Return an expert's linears by module path."""
@@ -149,6 +152,7 @@ class Recipe:
             **({} if (bits := self.step_activation_bits) is None else {"step_activation_bits": bits}),
             "provenance": dict(self.provenance),
             "errors": {expert: [dataclasses.asdict(e) for e in errors] for expert, errors in self.errors.items()},
+            **({"attention": _attention(self.attention)} if self.attention else {}),
         }
         save_tensors(Path(path), tensors, FORMAT, header, RecipeError)
 
@@ -186,9 +190,21 @@ class Recipe:
                 for expert, listed in header.get("errors", {}).items()
             }
             steps, bits = check_steps(header["high_precision_steps"], header.get("step_activation_bits"), str(path))
-            return cls(found, steps, header["provenance"], errors, bits)
+            attention = {
+                expert: {name: read_attention(entry, f"{path}: {expert}/{name}") for name, entry in entries.items()}
+                for expert, entries in header.get("attention", {}).items()
+            }
+            return cls(found, steps, header["provenance"], errors, bits, attention)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} is damaged: its header lacks or misspells {error}") from error
+
+
+def _attention(experts: Mapping[str, Mapping[str, AttentionEntry]]) -> dict[str, Any]:
+    """Return the attentions of all experts for the file."""
+    return {
+        expert: {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+        for expert, entries in experts.items()
+    }
 
 
 def _written(linear: LinearEntry) -> dict[str, Any]:

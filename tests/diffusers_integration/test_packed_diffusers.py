@@ -19,7 +19,10 @@ from tahf4_compiler.tools import tiny_wan
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.checkpoint.convert import quantize_checkpoint
+from tahf4_compiler.packed.attention import attention_of
 from tahf4_compiler.packed.convert import packed_linears
+from tahf4_compiler.recipe.entries import AttentionEntry
 
 GRAPH = {"inductor": False}
 PIPELINE = Path(tiny_wan.__file__).parent / "pipeline"
@@ -107,6 +110,27 @@ def test_a_model_saved_after_compiled_calls_loads_again(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     again = WanTransformer3DModel.from_pretrained(tmp_path)
     assert equal(again, model) and relative(output(again(**inputs)), want) < 1e-5
+
+
+def test_a_folder_says_which_attentions_stay_in_high_precision(tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    model, _ = wan(num_layers=1)
+    linears = tuple(f"blocks.0.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+    entry = AttentionEntry(linears, 10.0, "high_precision", "sensitivity: SQNR 10.0 dB")
+    recipe = tahf4.Recipe({"": {}}, attention={"": {"blocks.0.attn2": entry}})
+    model.save_pretrained(tmp_path / "plain")
+    while_loading = WanTransformer3DModel.from_pretrained(
+        tmp_path / "plain", quantization_config=tahf4.TaHF4Config(recipe)
+    )
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "streamed", recipe)
+    tahf4.quantize_(model, recipe)
+    model.save_pretrained(tmp_path / "packed")
+    loaded = [WanTransformer3DModel.from_pretrained(tmp_path / name) for name in ("packed", "streamed")]
+    for each in (while_loading, *loaded):
+        assert {path: str(said.reason) for path, said in attention_of(each).items()} == dict.fromkeys(
+            linears, "sensitivity: SQNR 10.0 dB"
+        )
 
 
 def test_quantizing_while_loading_gives_the_same_and_sets_experts_apart(packed_pipe, tmp_path):
