@@ -151,9 +151,11 @@ class _Watch:
                 found = tree.run_by(outside, unread)
             elif not self._look:
                 self._look = _LOOKS if missing not in self._explained else 2
-            say_used(model, {path: why for path, why in used.items() if why is not None})
+            say_used(model, {**tree.computed, **{path: why for path, why in used.items() if why is not None}})
             if functional and (rest := [path for path in used if path in unread and path not in found]):
                 say_functional(model, rest, sorted(functional))
+        if not self._among:
+            say_used(model, tree.computed)
         self._look -= looks
         if looks and not self._look:
             self._explained.update(self._met)

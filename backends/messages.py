@@ -11,7 +11,7 @@ from torch import nn
 from ..model.attachments import attached_keep
 from ..model.linears import named_linears, plain_path
 from ..model.reasons import Cause
-from ..packed.plan import left_out, plan_modules, why_nothing
+from ..packed.plan import UNFIT, left_out, plan_modules, why_nothing
 from ..pipeline.context import Decision
 from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
 from .wanted import Wanted
@@ -39,7 +39,7 @@ _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that gr
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 _off = False  # said that the compiler is off
 
-USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
+USED_OTHERWISE = UNFIT | {Cause.REGION}
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
 from .linear import HiF4Linear
-from .plan import left_out, plan_modules, plan_transforms, why_nothing
+from .plan import left_out, plan_modules, plan_transforms, unfit_in_blocks, why_nothing
 from .steps import attach_steps, steps_of
 from .transform import Transform
 
@@ -135,6 +135,13 @@ def quantize_(
         some = any(d.decision == "hif4" for d in plan)
         if not some:
             log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, why_nothing(module, plan))
+        elif unfit := unfit_in_blocks(module, plan):
+            log.warning(
+                "%s: %d linears of its repeated blocks cannot be packed and stay in high precision (%s)",
+                name or type(module).__name__,
+                len(unfit),
+                "; ".join(f"{count}: {reason}" for reason, count in Counter(map(str, unfit.values())).most_common(3)),
+            )
         if text := left_out(module, matrices=some):
             log.warning("%s: %s", name or type(module).__name__, text)
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]

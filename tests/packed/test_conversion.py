@@ -89,7 +89,7 @@ CHANGES = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_linear_that_computes_its_weight_or_bias_stays_and_the_others_are_packed(name):
+def test_a_linear_that_computes_its_weight_or_bias_stays_and_the_others_are_packed(name, caplog):
     change, cause = CHANGES[name]
     model, x = Stack().eval(), torch.randn(4, 64)
     for block in model.blocks:
@@ -100,6 +100,10 @@ def test_a_linear_that_computes_its_weight_or_bias_stays_and_the_others_are_pack
     plan = {d.module: d for d in tahf4.quantize_(model)}
     assert set(packed_linears(model)) == {f"blocks.{i}.down" for i in range(3)}
     assert all(plan[f"blocks.{i}.up"].cause is cause for i in range(3))
+    (message,) = [record.getMessage() for record in caplog.records]
+    reason = plan["blocks.0.up"].reason
+    assert message.startswith("Stack: 3 linears of its repeated blocks cannot be packed and stay")
+    assert f"(3: {reason})" in message
     assert plan["first"].cause is Cause.BOUNDARY, "blocks are found all the same"
     assert relative(model(x), want) < 0.3
     after = model.state_dict()
@@ -246,6 +250,20 @@ def test_a_conversion_that_packs_nothing_says_so_and_why(caplog):
     for _ in range(2):
         tahf4.quantize_(model)
     assert not caplog.records
+
+
+def test_what_cannot_be_packed_is_said_of_linears_in_blocks_that_would_be(caplog):
+    model = Stack()
+    model.first.weight = Marked(model.first.weight.detach())
+    for block in model.blocks:
+        block.up = nn.Linear(64, 48)
+        block.up.weight = Marked(block.up.weight.detach())
+    tahf4.quantize_(model)
+    assert not caplog.records, "a boundary, and linears that are too small"
+    model = Stack()
+    model.blocks[0].up.weight = nn.Parameter(torch.zeros(128, 64, dtype=torch.uint8), requires_grad=False)
+    tahf4.quantize_(model)
+    assert not caplog.records, "somebody else quantized it"
 
 
 class Hook:
