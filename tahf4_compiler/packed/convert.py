@@ -195,6 +195,8 @@ def _packed(
     done: Callable[[int], Any] = lambda values: None,
 ) -> dict[str, tuple[nn.Linear, HiF4Linear]]:
     """Return linears and their packed forms, by module path; ``done`` is told how many values were converted."""
+    if transforms:
+        _check_own_forward()
     found = {}
     for path, transform in transforms.items():
         linear = model.get_submodule(path)
@@ -360,6 +362,19 @@ def _around(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     parts = path.split(".")
     for outer in (".".join(parts[:i]) for i in range(len(parts) + 1)):
         yield outer, model.get_submodule(outer)
+
+
+def _check_own_forward() -> None:
+    """Raise :class:`PackedError` if somebody replaced the ``forward`` of all linears: packed ones have their own."""
+    forward: Any = nn.Linear.forward
+    source = getattr(forward, "__globals__", {}).get("__name__")  # a wrapper may pretend to be what it wraps
+    if source != nn.Linear.__module__:
+        raise PackedError(
+            f"torch.nn.Linear.forward is replaced for the whole process (by {source or type(forward).__name__}, as "
+            "some extensions do to add a LoRA), and packed linears would not do what it does. Put PyTorch's own "
+            "function back and pack then, and load a LoRA with load_lora_weights or peft. Or compile the model as it "
+            'is: torch.compile(model, backend="tahf4") sees what replaces it.'
+        )
 
 
 def _check_not_hooked(path: str, linear: nn.Module, advice: str) -> None:
