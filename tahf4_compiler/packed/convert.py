@@ -27,6 +27,7 @@ from ..pipeline.rules import span_obstacle
 from ..recipe.apply import recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
+from .adapters import leave_what_adapters_read
 from .linear import HiF4Linear
 from .plan import left_out, plan_modules, plan_transforms, unfit_in_blocks, why_nothing
 from .steps import attach_steps, steps_of
@@ -111,6 +112,7 @@ def quantize_(
         mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
         _check_packed(module, span)
+        leave_what_adapters_read(module, plan)
         work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part, span=span)))
         _check_ready(module, work[-1][-1])
         # What is attached to the linears that stay is not for those that were packed before.
