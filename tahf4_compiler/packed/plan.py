@@ -340,6 +340,8 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         return Reason(Cause.CLASS, text)
     if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
         return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")
+    if "bias" not in module._parameters and getattr(module, "bias", None) is not None:
+        return Reason(Cause.CLASS, "class: its bias is a buffer or a plain attribute, no parameter of the linear")
     bias = module._parameters.get("bias")
     if bias is not None and (reason := bias_obstacle(bias.shape, module.out_features)) is not None:
         return reason

@@ -56,6 +56,11 @@ def _buffer(linear):
     linear.register_buffer("weight", linear._parameters.pop("weight"))
 
 
+def _bias(linear, how):
+    value = linear._parameters.pop("bias").detach()
+    setattr(linear, "bias", value) if how == "attribute" else linear.register_buffer("bias", value)
+
+
 def _replaced(cls):
     def change(linear):
         linear.__class__ = cls
@@ -80,6 +85,8 @@ CHANGES = {
     "property": (_compute, Cause.WEIGHT),
     "tensor of another class": (lambda m: setattr(m, "weight", Marked(m.weight.detach())), Cause.WEIGHT),
     "parametrized bias": (lambda m: parametrize.register_parametrization(m, "bias", Doubled()), Cause.CLASS),
+    "bias in a buffer": (lambda m: _bias(m, "buffer"), Cause.CLASS),
+    "bias in an attribute": (lambda m: _bias(m, "attribute"), Cause.CLASS),
     "pruned bias": (lambda m: prune.l1_unstructured(m, "bias", 0.5), Cause.CLASS),
     "parameter of its own": (lambda m: m.register_parameter("gain", nn.Parameter(torch.ones(1))), Cause.CLASS),
     "subclass": (_replaced(Scaled), Cause.CLASS),
@@ -264,6 +271,12 @@ def test_what_cannot_be_packed_is_said_of_linears_in_blocks_that_would_be(caplog
     model.blocks[0].up.weight = nn.Parameter(torch.zeros(128, 64, dtype=torch.uint8), requires_grad=False)
     tahf4.quantize_(model)
     assert not caplog.records, "somebody else quantized it"
+    model = Stack()
+    for block, change in zip(model.blocks, (torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn), strict=False):
+        block.up.weight = nn.Parameter(change(block.up.weight.detach()), requires_grad=False)
+    tahf4.quantize_(model)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "(1: weight: its layout is sparse_csr; 1: weight: its layout is _mkldnn)" in message
 
 
 class Hook:
