@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model.attachments import changes
+from ..model.tree import is_boundary
 from ..packed.linear import HiF4Linear
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.frames import outermost_that_holds, python_linears
@@ -130,6 +131,8 @@ class _Watch:
         self._calls += 1
         again = self._calls % _AGAIN == 0
         tree = self._tree
+        if tree is None and not self._among and is_boundary(model):
+            return result, True  # nothing of it is to run in 4 bits
         if tree is None:
             tree = Wanted(model, self._keep)
             if not self._among:

@@ -44,14 +44,15 @@ USED_OTHERWISE = UNFIT | {Cause.REGION}
 
 
 def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bool:
-    """Return whether a plan puts nothing in 4 bits, and not because of the step, of adapters, or of a boundary.
+    """Return whether a plan puts nothing in 4 bits, and not because of the user, the step, adapters, or a boundary.
 
     Args:
         plan: of a model or of a graph.
         outside: whether a linear is boundary in the model around what the plan is of.
     """
     meant = bool(plan) and all(
-        d.cause in (Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module)) for d in plan
+        d.cause in (Cause.KEPT, Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module))
+        for d in plan
     )
     return not meant and not any(d.decision == "hif4" for d in plan)
 
