@@ -195,7 +195,10 @@ def say_outside(whole: nn.Module, model: nn.Module, paths: Sequence[str], alike:
     elif (stance := compiler_stance()) != "default":
         causes = f"torch.compiler.set_stance({stance!r})"
     else:
-        causes = "; ".join(graph_breaks()[:2]) or "none, as where a whole forward is under torch.compiler.disable"
+        causes = "; ".join(graph_breaks()[:2]) or (
+            "none, as where a whole forward is under torch.compiler.disable, or where a TorchDispatchMode "
+            "(FlopCounterMode) was around the first call, or suppress_errors hides an error"
+        )
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
         "(%s%s). Dynamo's reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "
