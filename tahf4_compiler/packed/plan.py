@@ -219,7 +219,7 @@ def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
     return "; ".join([*texts, f"{what} nn.Linear ({others}), and no other module is packed"])
 
 
-def unfit_in_blocks(model: nn.Module, plan: Sequence[Decision]) -> dict[str, Reason]:
+def unfit_in_blocks(model: nn.Module, plan: Sequence[Decision]) -> dict[str, str]:
     """Return the reasons, by path, of linears in a model's repeated blocks that a plan leaves as they cannot be packed.
 
     One that somebody else quantized is not in high precision, and is none of these.
