@@ -13,6 +13,7 @@ from models import Block, Stack, encoder, flux, output, pixart, sd3, wan
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.model.tree import is_boundary
 
 WAN_BOUNDARY = {
     "condition_embedder.time_embedder.linear_1",
@@ -274,6 +275,17 @@ def test_a_network_that_a_larger_one_calls_keeps_its_boundary(tmp_path):
         net.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
     model(torch.randn(4, 64))
     assert all(kept(plan) == {"first", "last"} for plan in plans(tmp_path))
+
+
+def test_what_stands_in_blocks_or_around_them_is_no_boundary():
+    model, found = Stack(), []
+    model.last = Stack()
+    parts = (model.first, model.blocks[0], model.blocks[0].up, model.last)
+    for part in parts:
+        part.register_forward_pre_hook(lambda module, _: found.append(is_boundary(module)))
+    model(torch.randn(4, 64))
+    assert found == [True, False, False, False]
+    assert not any(map(is_boundary, parts)), "no model runs"
 
 
 class Residual(Holder):
