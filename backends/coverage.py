@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model.attachments import changes
+from ..model.tree import is_boundary
 from ..packed.linear import HiF4Linear
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.frames import outermost_that_holds, python_linears
@@ -130,6 +131,8 @@ class _Watch:
         self._calls += 1
         again = self._calls % _AGAIN == 0
         tree = self._tree
+        if tree is None and not self._among and is_boundary(model):
+            return result, True  # nothing of it is to run in 4 bits
         if tree is None:
             tree = Wanted(model, self._keep)
             if not self._among:
@@ -151,9 +154,11 @@ class _Watch:
                 found = tree.run_by(outside, unread)
             elif not self._look:
                 self._look = _LOOKS if missing not in self._explained else 2
-            say_used(model, {path: why for path, why in used.items() if why is not None})
+            say_used(model, {**tree.computed, **{path: why for path, why in used.items() if why is not None}})
             if functional and (rest := [path for path in used if path in unread and path not in found]):
                 say_functional(model, rest, sorted(functional))
+        if not self._among:
+            say_used(model, tree.computed)
         self._look -= looks
         if looks and not self._look:
             self._explained.update(self._met)

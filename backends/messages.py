@@ -11,7 +11,7 @@ from torch import nn
 from ..model.attachments import attached_keep
 from ..model.linears import named_linears, plain_path
 from ..model.reasons import Cause
-from ..packed.plan import left_out, plan_modules, why_nothing
+from ..packed.plan import UNFIT, left_out, plan_modules, why_nothing
 from ..pipeline.context import Decision
 from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
 from .wanted import Wanted
@@ -39,19 +39,20 @@ _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that gr
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 _off = False  # said that the compiler is off
 
-USED_OTHERWISE = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS, Cause.REGION})
+USED_OTHERWISE = UNFIT | {Cause.REGION}
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
 
 
 def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bool:
-    """Return whether a plan puts nothing in 4 bits, and not because of the step, of adapters, or of a boundary.
+    """Return whether a plan puts nothing in 4 bits, and not because of the user, the step, adapters, or a boundary.
 
     Args:
         plan: of a model or of a graph.
         outside: whether a linear is boundary in the model around what the plan is of.
     """
     meant = bool(plan) and all(
-        d.cause in (Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module)) for d in plan
+        d.cause in (Cause.KEPT, Cause.STEP, Cause.ADAPTER) or (d.cause is Cause.BOUNDARY and outside(d.module))
+        for d in plan
     )
     return not meant and not any(d.decision == "hif4" for d in plan)
 
@@ -194,7 +195,10 @@ def say_outside(whole: nn.Module, model: nn.Module, paths: Sequence[str], alike:
     elif (stance := compiler_stance()) != "default":
         causes = f"torch.compiler.set_stance({stance!r})"
     else:
-        causes = "; ".join(graph_breaks()[:2]) or "none, as where a whole forward is under torch.compiler.disable"
+        causes = "; ".join(graph_breaks()[:2]) or (
+            "none, as where a whole forward is under torch.compiler.disable, or where a TorchDispatchMode "
+            "(FlopCounterMode) was around the first call, or suppress_errors hides an error"
+        )
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "
         "(%s%s). Dynamo's reasons in this process: %s. TORCH_LOGS=graph_breaks,recompiles shows all; "

@@ -13,7 +13,7 @@ from ..model.attachments import attached, changes
 from ..model.blocks import block_of, module_blocks
 from ..model.linears import adapters, matching, names_of, plain_path
 from ..model.reasons import Cause
-from ..packed.plan import NO_LINEARS, READ_BY_PARENT, plan_modules
+from ..packed.plan import NO_LINEARS, READ_BY_PARENT, UNFIT, plan_modules, unfit_in_blocks
 from ..pipeline.rules import MIN_FEATURES
 
 __all__ = ["Wanted"]
@@ -23,8 +23,9 @@ class Wanted:
     """What a graph of a whole model would put in 4 bits, by path. What is replaced by others is not kept alive.
 
     Attributes:
-        linears: its linears, those among them whose class is not packed: a graph shows how they read their weights.
+        linears: its linears, those among them that are not packed: a graph shows how it reads their weights.
         planned: whether there are linears but those.
+        computed: reasons of linears whose weights nothing holds, so that no graph reads them, by path.
         matrices: what may be the weight of a linear without an ``nn.Linear``, each with its owner and its name there.
         readers: modules around a weight that read it themselves, by its path.
         classes: of the linears and of the readers.
@@ -44,9 +45,13 @@ class Wanted:
         plan = [d for d in plan_modules(model) if not kept(d.module, around[d.module]._parameters.get("weight"))]
         linears = {d.module: around[d.module] for d in plan if d.decision == "hif4" and d.cause is not Cause.PACKED}
         self.planned = bool(linears)
-        shown = {d.module: around[d.module] for d in plan if d.cause is Cause.CLASS}
+        causes = UNFIT if self.planned else {Cause.CLASS}  # of nothing at all another warning tells
+        shown = {d.module: around[d.module] for d in plan if d.cause in causes}
         linears |= {path: linear for path, linear in shown.items() if inside(path, linear._parameters.get("weight"))}
         self.linears = {path: weakref.ref(module) for path, module in linears.items()}
+        packed = any(d.cause is Cause.PACKED for d in plan)  # quantize_ said what it left
+        unfit = unfit_in_blocks(model, plan) if self.planned and not packed else {}
+        self.computed = {path: why for path, why in unfit.items() if around[path]._parameters.get("weight") is None}
         self.matrices = {path: (weakref.ref(owner), leaf) for path, owner, leaf in _matrices(model, inside)}
         self.readers: dict[str, list[weakref.ref[nn.Module]]] = {}
         for path in (*self.linears, *self.matrices):

@@ -44,6 +44,9 @@ class Classify(Pass):
     repetition; or if it returns its input and what it adds to that, in the width of the parts that repeat, and these
     are neither members of a container that follow each other nor the only one of theirs.
 
+    None is body in a part that a model calls which has its repeated blocks elsewhere, as where embedders, blocks and
+    head are compiled one by one.
+
     A linear belongs to the modules around its weight's name, however the forward came to it. Where no module is known,
     it belongs to those that were called.
     """
@@ -57,7 +60,9 @@ class Classify(Pass):
         model = context.surroundings.within
         blocks, order = self.repeated_blocks(graph, context)
         one_block = ""
-        if model and order != "listed":
+        if context.surroundings.is_boundary and order != "listed":
+            blocks, order = {}, ""
+        elif model and order != "listed":
             blocks, one_block = {}, f"in a repeated block of {model}"
         elif not blocks and not context.surroundings.blocks:
             one_block = "the graph has no repeated blocks and counts as one block"

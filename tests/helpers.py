@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ GRAPH = {"inductor": False, "rotate.block": 0}
 def said(caplog: Any, module: str = "backends.messages") -> list[str]:
     """Return what a module of the package logged."""
     return [record.getMessage() for record in caplog.records if record.name == f"tahf4_compiler.{module}"]
+
+
+def warned(caplog: Any) -> list[str]:
+    """Return what any module of the package warned of."""
+    own = [record for record in caplog.records if record.name.startswith("tahf4_compiler.")]
+    return [record.getMessage() for record in own if record.levelno >= logging.WARNING]
 
 
 def by_turns(names: str, cases: Iterable[Any], ids: list[str] | None = None) -> Any:

@@ -121,9 +121,17 @@ def test_inductor_without_its_cpp_wrapper(given, caplog):
     assert any("cpp_wrapper" in record.getMessage() for record in caplog.records)
 
 
-def test_freezing_is_refused_by_name(given):
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (inductor, "freezing"),
+        (torch._dynamo.config, "install_free_tensors"),
+        (torch._dynamo.config, "prepare_freezing"),
+    ],
+)
+def test_constant_weights_are_refused_by_the_name_of_their_setting(config, name, given):
     model, x = given
-    with inductor.patch(freezing=True), pytest.raises(Exception, match="config.freezing is on"):
+    with config.patch(**{name: True}), pytest.raises(Exception, match=f"config.{name} is on"):
         torch.compile(model, backend="tahf4", options=GRAPH)(x)
 
 

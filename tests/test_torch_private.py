@@ -322,14 +322,18 @@ def test_dynamo_says_when_it_makes_weights_constants():
     found = []
 
     def backend(graph_module, example_inputs):
-        found.append((dynamo.weights_are_constants(), len(list(graph_module.parameters()))))
+        found.append((dynamo.constant_weights().rpartition(".")[2], len(list(graph_module.parameters()))))
         return graph_module.forward
 
-    for freezing in (True, False):
+    of_dynamo = ("install_free_tensors", "prepare_freezing")
+    settings = ((torch._inductor, "freezing"), *((torch._dynamo, name) for name in of_dynamo))
+    for where, name in settings:
         torch._dynamo.reset()
-        with torch._inductor.config.patch(freezing=freezing):
+        with where.config.patch(**{name: True}):
             torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
-    assert found == [(True, 2), (False, 0)]
+    torch._dynamo.reset()
+    torch.compile(nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    assert found == [(name, 2) for _, name in settings] + [("", 0)]
 
 
 def test_a_derivative_is_asked_for_by_gradients_and_by_tangents():

@@ -19,11 +19,11 @@ from ..torch_private.dynamo import (
     changing_floats,
     compilation,
     compile_for_values,
+    constant_weights,
     dynamo_scope,
     dynamo_source,
     fake_input,
     keep_number,
-    weights_are_constants,
 )
 from .captured import Capture
 from .decompositions import DECOMPOSITIONS
@@ -75,9 +75,9 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
                 "tensors with tahf4_compiler.distributed.tensor_parallel, or HiF4ColwiseParallel(local=True) and "
                 "HiF4RowwiseParallel(local=True). FSDP2 and context parallelism need nothing of the kind."
             ) from error
-        if weights_are_constants():
+        if setting := constant_weights():
             raise CaptureError(
-                "torch._inductor.config.freezing is on: Dynamo gives the graph its weights as constants, but tahf4 "
+                f"{setting} is on: Dynamo gives the graph its weights as constants, but tahf4 "
                 "looks weights up at each call. Switch it off; tahf4 packs the weights once without it."
             ) from error
         raise CaptureError(

@@ -21,7 +21,7 @@ from .blocks import block_of, container_paths, module_blocks
 from .linears import adapters, linear_weights, packed_weights, plain_path, raw_matrices
 from .parts import class_name, full_class_name
 
-__all__ = ["Surroundings"]
+__all__ = ["Surroundings", "is_boundary"]
 
 
 class Surroundings:
@@ -35,6 +35,7 @@ class Surroundings:
         containers: paths of its ``ModuleList`` and ``ModuleDict``.
         within: class name of the model that called it, if it is one of several repeated blocks of that model, or a part
             of one; otherwise ``""``.
+        is_boundary: see :func:`is_boundary`; it has no blocks then.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -48,7 +49,7 @@ class Surroundings:
         self.blocks: dict[str, str] = {}
         self.classes: dict[str, str] = {}
         self.containers: set[str] = set()
-        self.within = ""
+        self.within, self.is_boundary = "", False
         if module is not None:
             self.blocks = module_blocks(module)
             self.containers = container_paths(module)
@@ -71,6 +72,8 @@ class Surroundings:
         found = cls(module := holders.pop() if len(holders) == 1 else None)
         if module is not None:
             found.within = next((class_name(m) for m in running_around(module) if _in_a_block(module, m)), "")
+            if not found.within and is_boundary(module):
+                found.is_boundary, found.blocks = True, {}
         return found
 
     @property
@@ -131,6 +134,20 @@ class Surroundings:
         for weight in weights:
             if self.path(weight) is None and (module := caller_that_holds(weight)) is not None:
                 self.add(module)
+
+
+def is_boundary(module: nn.Module) -> bool:
+    """Whether a module is a part that stands beside the repeated blocks of a model that runs now and holds it.
+
+    One with listed blocks of its own, as an encoder beside a denoiser, holds some of these, and is none.
+    """
+    for model in running_around(module):
+        blocks = [f"{path}." for path in module_blocks(model)]
+        named = model.named_modules(remove_duplicate=False)
+        paths = [f"{plain_path(path)}." for path, inner in named if inner is module]
+        if blocks and not any(b.startswith(p) or p.startswith(b) for b in blocks for p in paths):
+            return True
+    return False
 
 
 def _in_a_block(module: nn.Module, model: nn.Module) -> bool:

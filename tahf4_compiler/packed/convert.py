@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -27,9 +27,10 @@ from ..pipeline.rules import span_obstacle
 from ..recipe.apply import recipe_attention, recipe_experts
 from ..recipe.recipe import Recipe
 from ..weights.flaws import Flaws
+from .adapters import leave_what_adapters_read
 from .attention import attach_attention, attention_of
 from .linear import HiF4Linear
-from .plan import left_out, plan_modules, plan_transforms, why_nothing
+from .plan import left_out, plan_modules, plan_transforms, unfit_in_blocks, why_nothing
 from .steps import attach_steps, steps_of
 from .transform import Transform
 
@@ -112,6 +113,7 @@ def quantize_(
         mine, part = (recipe, expert if name == "" else name) if name in named else (None, None)
         plan = plan_modules(module, mine, keep, expert=part, check_weights=check_weights)
         _check_packed(module, span)
+        leave_what_adapters_read(module, plan)
         work.append((name, module, plan, plan_transforms(module, plan, mine, expert=part, span=span)))
         _check_ready(module, work[-1][-1])
         # What is attached to the linears that stay is not for those that were packed before.
@@ -139,6 +141,13 @@ def quantize_(
         some = any(d.decision == "hif4" for d in plan)
         if not some:
             log.warning("%s: nothing runs in 4 bits: %s", name or type(module).__name__, why_nothing(module, plan))
+        elif unfit := unfit_in_blocks(module, plan):
+            log.warning(
+                "%s: %d linears of its repeated blocks cannot be packed and stay in high precision (%s)",
+                name or type(module).__name__,
+                len(unfit),
+                "; ".join(f"{count}: {reason}" for reason, count in Counter(map(str, unfit.values())).most_common(3)),
+            )
         if text := left_out(module, matrices=some):
             log.warning("%s: %s", name or type(module).__name__, text)
         decisions += [replace(d, module=f"{name}.{d.module}" if name else d.module) for d in plan]
@@ -192,6 +201,8 @@ def _packed(
     done: Callable[[int], Any] = lambda values: None,
 ) -> dict[str, tuple[nn.Linear, HiF4Linear]]:
     """Return linears and their packed forms, by module path; ``done`` is told how many values were converted."""
+    if transforms:
+        _check_own_forward()
     found = {}
     for path, transform in transforms.items():
         linear = model.get_submodule(path)
@@ -357,6 +368,19 @@ def _around(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     parts = path.split(".")
     for outer in (".".join(parts[:i]) for i in range(len(parts) + 1)):
         yield outer, model.get_submodule(outer)
+
+
+def _check_own_forward() -> None:
+    """Raise :class:`PackedError` if somebody replaced the ``forward`` of all linears: packed ones have their own."""
+    forward: Any = nn.Linear.forward
+    source = getattr(forward, "__globals__", {}).get("__name__")  # a wrapper may pretend to be what it wraps
+    if source != nn.Linear.__module__:
+        raise PackedError(
+            f"torch.nn.Linear.forward is replaced for the whole process (by {source or type(forward).__name__}, as "
+            "some extensions do to add a LoRA), and packed linears would not do what it does. Put PyTorch's own "
+            "function back and pack then, and load a LoRA with load_lora_weights or peft. Or compile the model as it "
+            'is: torch.compile(model, backend="tahf4") sees what replaces it.'
+        )
 
 
 def _check_not_hooked(path: str, linear: nn.Module, advice: str) -> None:

@@ -261,9 +261,10 @@ class Saving:
             _check_same(_shapes(model), _shapes(again), type(model).__name__)
         except PackedError as error:
             raise PackedError(
-                f"the saved folder could not be loaded: {error}. A folder holds a model in the structure that its "
-                "class gives it. Take adapters off first (unload_lora; peft.get_peft_model_state_dict gives their own "
-                "state to save), and undo fused projections (unfuse_qkv_projections)."
+                f"the saved folder could not be loaded: {str(error).removesuffix('.')}. A folder holds a model in the "
+                "structure that its class gives it. Take adapters off first (unload_lora of diffusers, unload of a "
+                "PeftModel; peft.get_peft_model_state_dict gives their own state to save), and undo fused projections "
+                "(unfuse_qkv_projections)."
             ) from error
 
     def _models(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -43,12 +43,23 @@ from ..recipe.recipe import Recipe
 from .linear import HiF4Linear
 from .transform import Transform
 
-__all__ = ["NO_LINEARS", "READ_BY_PARENT", "left_out", "plan_modules", "plan_transforms", "why_nothing"]
+__all__ = [
+    "NO_LINEARS",
+    "READ_BY_PARENT",
+    "UNFIT",
+    "left_out",
+    "plan_modules",
+    "plan_transforms",
+    "unfit_in_blocks",
+    "why_nothing",
+]
 
 NO_LINEARS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 """Modules whose weights are those of no linear."""
 READ_BY_PARENT = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
 """Modules that read the weights of linears inside of them themselves."""
+UNFIT = frozenset({Cause.WEIGHT, Cause.SHAPE, Cause.DTYPE, Cause.CLASS})
+"""Why a linear of a block stays in high precision that nobody chose to leave."""
 
 
 def plan_modules(
@@ -217,6 +228,22 @@ def why_nothing(model: nn.Module, plan: Sequence[Decision]) -> str:
     return "; ".join([*texts, f"{what} nn.Linear ({others}), and no other module is packed"])
 
 
+def unfit_in_blocks(model: nn.Module, plan: Sequence[Decision]) -> dict[str, str]:
+    """Return the reasons, by path, of linears in a model's repeated blocks that a plan leaves as they cannot be packed.
+
+    One that somebody else quantized is not in high precision, and is none of these.
+    """
+    unfit = [d for d in plan if d.cause in UNFIT and min(d.k, d.n) >= MIN_FEATURES]
+    blocks = module_blocks(model) if unfit else {}
+    weights = {path: linear._parameters.get("weight") for path, linear in named_linears(model)}
+    return {
+        d.module: d.reason
+        for d in unfit
+        if ((weight := weights[d.module]) is None or weight.is_floating_point())
+        and (not blocks or block_of(f"{d.module}.", blocks) is not None)
+    }
+
+
 def left_out(model: nn.Module, matrices: bool = False) -> str:
     """Return what to say about weights in a model's repeated blocks that no plan has; "" if there are none.
 
@@ -324,6 +351,8 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         return Reason(Cause.CLASS, text)
     if tuple(weight.shape) != (want := (module.out_features, module.in_features)):
         return Reason(Cause.SHAPE, f"shape: the weight is {tuple(weight.shape)}, expected {want}")
+    if "bias" not in module._parameters and getattr(module, "bias", None) is not None:
+        return Reason(Cause.CLASS, "class: its bias is a buffer or a plain attribute, no parameter of the linear")
     bias = module._parameters.get("bias")
     if bias is not None and (reason := bias_obstacle(bias.shape, module.out_features)) is not None:
         return reason

@@ -138,8 +138,12 @@ def adapter_obstacle(linear: str | None) -> Reason | None:
 
 
 def tensor_obstacle(weight: object) -> Reason | None:
-    """Return why a weight cannot be packed if it is a tensor of some other class, whose values may lie elsewhere."""
-    if not isinstance(weight, torch.Tensor) or type(weight) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
+    """Return why a weight cannot be packed if it is a tensor of some other class or layout, or None."""
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if weight.layout is not torch.strided:
+        return Reason(Cause.WEIGHT, f"weight: its layout is {str(weight.layout).removeprefix('torch.')}")
+    if type(weight) in (torch.Tensor, torch.nn.Parameter, FakeTensor):
         return None
     return Reason(Cause.WEIGHT, f"weight: a {type(weight).__name__}, not a plain tensor")
 

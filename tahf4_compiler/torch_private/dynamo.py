@@ -25,6 +25,7 @@ __all__ = [
     "compiled_in_place",
     "compiler_is_off",
     "compiler_stance",
+    "constant_weights",
     "debug_folder",
     "dynamo_scope",
     "dynamo_source",
@@ -35,7 +36,6 @@ __all__ = [
     "logs_artifacts",
     "tracing",
     "transformed_regions",
-    "weights_are_constants",
     "when_compiled",
     "when_not_compiled",
 ]
@@ -130,11 +130,14 @@ def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:
     return found
 
 
-def weights_are_constants() -> bool:
-    """Whether Dynamo, as it is set now, puts parameters into its graphs as constants."""
+def constant_weights() -> str:
+    """Return the setting by which Dynamo, as it is set now, puts parameters into its graphs as constants, or ``""``."""
     from torch._dynamo.utils import is_parameter_freezing
 
-    return bool(is_parameter_freezing())
+    if is_parameter_freezing():
+        return "torch._inductor.config.freezing"
+    names = ("install_free_tensors", "prepare_freezing")
+    return next((f"torch._dynamo.config.{name}" for name in names if getattr(torch._dynamo.config, name, False)), "")
 
 
 def graph_breaks() -> list[str]:

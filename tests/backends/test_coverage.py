@@ -385,6 +385,34 @@ def test_weights_in_a_branch_or_of_a_type_that_is_not_held_are_said_with_this_ca
     assert "otherwise than in a linear" not in message
 
 
+class Marked(nn.Parameter):
+    """A parameter of a class of its own."""
+
+
+CANNOT = [
+    (lambda m: setattr(m.weight, "data", m.weight.data.to(torch.float8_e4m3fn)), "dtype: weight is float8_e4m3fn"),
+    (lambda m: setattr(m, "weight", Marked(m.weight.detach())), "weight: a Marked, not a plain tensor"),
+    (lambda m: setattr(m, "bias", nn.Parameter(m.bias[None])), "shape: the bias is (1, 128), expected (128,)"),
+    (nn.utils.parametrizations.weight_norm, "weight: no parameter of the linear; a parametrization, a hook or"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), CANNOT, ids=[reason.partition(" ")[2] for _, reason in CANNOT])
+def test_linears_of_blocks_that_cannot_be_packed_from_the_first_call_on_are_said_with_the_reason(
+    change, reason, caplog
+):
+    model = Stack().eval()
+    for linear in (model.first, *(block.up for block in model.blocks[:2])):
+        change(linear)
+        linear.forward = lambda x, m=linear: nn.functional.linear(x, m.weight.to(x.dtype), m.bias)
+    call = torch.compile(model, backend="tahf4", options={**GRAPH, "keep": ["blocks.0"]})
+    for _ in range(2):
+        call(torch.randn(4, 64))
+    (message,) = said(caplog)
+    assert "Stack: 1 linears of its repeated blocks run in high precision, because of" in message
+    assert f"(blocks.1.up: {reason}" in message
+
+
 @by_turns("more", ["twice", "adapter", "a cache before"])
 def test_what_else_is_counted_hides_no_linear(more, whole, caplog):
     class Skipped(Stack):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from helpers import GRAPH, said
+from helpers import GRAPH, said, warned
 from models import Stack
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -130,3 +130,18 @@ def test_what_is_kept_or_left_is_not_said(by, caplog):
     for _ in range(4):
         call(x)
     assert not said(caplog)
+
+
+def test_a_model_that_is_kept_whole_is_not_said(caplog):
+    model = Stack(depth=2).eval()
+    tahf4.keep(model, ["first", "last", "blocks"])
+    torch.compile(model, backend="tahf4", options=GRAPH)(torch.randn(4, 64))
+    assert not warned(caplog)
+
+
+def test_a_linear_of_the_boundary_that_pytorch_compiles_nothing_of_is_not_said_to_be_in_a_block(caplog):
+    model, x = Stack(depth=2).eval(), torch.randn(4, 64)
+    model.first.compile(backend="tahf4", options=GRAPH)
+    for _ in range(3):
+        assert torch.equal(model(x), Stack.forward(model, x))
+    assert not warned(caplog)

@@ -11,6 +11,7 @@ from models import Stack
 from tahf4_compiler.backends import messages
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 REASON = "because Dynamo did not hand their code to tahf4"
 
@@ -47,6 +48,18 @@ def test_a_forward_that_is_disabled_is_said_once(how, caplog):
         assert message.startswith("Stack: 2 linears") and "(blocks.0.up, blocks.0.down; other Blocks that" in message
     else:
         assert message.startswith("Stack: 6 linears") and "blocks.2.up, ...)" in message
+
+
+def test_a_mode_around_the_first_call_is_named_among_what_gives_no_reason(caplog):
+    model, x = Stack(depth=2).eval(), torch.randn(4, 64)
+    call = compiled(model, "whole")
+    with FlopCounterMode(display=False), pytest.warns(UserWarning, match="global hooks"):
+        call(x)
+    for _ in range(3):
+        assert torch.equal(call(x), model(x)), "Dynamo has given it up"
+    (message,) = said(caplog)
+    assert "reasons in this process: none, as where a whole forward is under" in message
+    assert "or where a TorchDispatchMode (FlopCounterMode)" in message
 
 
 def test_one_block_that_is_disabled_is_named_and_the_others_run_in_4_bits(caplog):

@@ -130,6 +130,37 @@ def test_a_linear_under_dora_stays_and_one_that_is_packed_refuses_it():
     assert torch.equal(output(model(**inputs)), before)
 
 
+READ = {
+    "HRAConfig": {},
+    "ShiraConfig": {},
+    "MissConfig": {"init_weights": "bat", "r": 8},
+    "HiraConfig": {},
+    "GloraConfig": {},
+    "PeanutConfig": {},
+    "LoraConfig": {"target_parameters": ["up.weight"]},
+}
+
+
+@pytest.mark.parametrize("kind", [*READ, "MissConfig beside"])
+def test_what_an_adapter_computes_with_stays_and_what_it_runs_beside_is_packed(kind, caplog):
+    model, x = Stack(1).eval().requires_grad_(False), torch.randn(7, 64)
+    extra = {"target_modules": ["up"]} | READ.get(kind, {})
+    if "target_parameters" in extra:
+        del extra["target_modules"]
+    adapted = peft.get_peft_model(model, getattr(peft, kind.partition(" ")[0])(**extra)).eval().requires_grad_(False)
+    want = adapted(x)
+    linear = model.blocks[0].up.base_layer
+    plan = {d.module.rpartition("blocks.0.")[2]: d for d in tahf4.quantize_(adapted)}
+    assert relative(adapted(x), want) < 0.2
+    assert plan["down"].decision == "hif4"
+    if kind in READ:
+        assert model.blocks[0].up.base_layer is linear
+        assert f"class: an adapter (peft.tuners.{kind.removesuffix('Config').lower()}." in plan["up.base_layer"].reason
+        assert "1 linears of its repeated blocks cannot be packed" in caplog.text
+    else:
+        assert plan["up.base_layer"].decision == "hif4" and not caplog.text
+
+
 def test_no_matrix_of_dora_is_quantized_in_the_frames_below_a_graph_break(tmp_path):
     model = Stack(2).eval()
     inject_adapter_in_model(

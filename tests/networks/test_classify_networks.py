@@ -7,11 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import GRAPH, expected, plans, relative, said
+from accelerate.utils import compile_regions
+from helpers import GRAPH, block_linears, expected, plans, relative, said, warned
 from models import Block, Stack, encoder, flux, output, pixart, sd3, wan
 from torch import Tensor, nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.model.tree import is_boundary
 
 WAN_BOUNDARY = {
     "condition_embedder.time_embedder.linear_1",
@@ -220,7 +222,7 @@ def test_a_block_that_holds_repetition_is_all_body_where_its_model_calls_it(list
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_what_a_model_calls_outside_of_its_blocks_is_planned_by_itself(single, tmp_path):
+def test_what_a_model_calls_outside_of_its_blocks_is_its_boundary(single, tmp_path, caplog):
     model = Stack(2)
     model.last = Holder(False)
     if single:  # of its class in a container, with most weights: a block if all is compiled, but it may be a model
@@ -230,7 +232,39 @@ def test_what_a_model_calls_outside_of_its_blocks_is_planned_by_itself(single, t
     part.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
     model(torch.randn(4, 64))
     (plan,) = plans(tmp_path)
-    assert kept(plan) == {"attn"} and len(plan) == 5
+    assert len(kept(plan)) == (1 if single else 5) and len(plan) == 5
+    assert len(warned(caplog)) == single, "it may be a block of a larger model"
+
+
+class Alike(nn.Module):
+    """Embedders of one class, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+class Normed(Stack):
+    """A model with embedders, and with a part without linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = Alike(), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(self.embed(x)))
+
+
+def test_the_children_of_a_model_that_are_compiled_one_by_one_have_the_plan_of_the_whole(caplog):
+    model, x = Normed().eval().requires_grad_(False), torch.randn(4, 64)
+    want = expected(model, block_linears(model))(x)
+    regions = compile_regions(model, backend="tahf4", options=GRAPH)
+    for _ in range(2):
+        assert relative(regions(x), want) < 1e-5
+    assert not warned(caplog)
 
 
 class Pair(nn.Module):
@@ -250,6 +284,17 @@ def test_a_network_that_a_larger_one_calls_keeps_its_boundary(tmp_path):
         net.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
     model(torch.randn(4, 64))
     assert all(kept(plan) == {"first", "last"} for plan in plans(tmp_path))
+
+
+def test_what_stands_in_blocks_or_around_them_is_no_boundary():
+    model, found = Stack(), []
+    model.last = Stack()
+    parts = (model.first, model.blocks[0], model.blocks[0].up, model.last)
+    for part in parts:
+        part.register_forward_pre_hook(lambda module, _: found.append(is_boundary(module)))
+    model(torch.randn(4, 64))
+    assert found == [True, False, False, False]
+    assert not any(map(is_boundary, parts)), "no model runs"
 
 
 class Residual(Holder):

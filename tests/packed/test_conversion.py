@@ -56,6 +56,11 @@ def _buffer(linear):
     linear.register_buffer("weight", linear._parameters.pop("weight"))
 
 
+def _bias(linear, how):
+    value = linear._parameters.pop("bias").detach()
+    setattr(linear, "bias", value) if how == "attribute" else linear.register_buffer("bias", value)
+
+
 def _replaced(cls):
     def change(linear):
         linear.__class__ = cls
@@ -80,6 +85,8 @@ CHANGES = {
     "property": (_compute, Cause.WEIGHT),
     "tensor of another class": (lambda m: setattr(m, "weight", Marked(m.weight.detach())), Cause.WEIGHT),
     "parametrized bias": (lambda m: parametrize.register_parametrization(m, "bias", Doubled()), Cause.CLASS),
+    "bias in a buffer": (lambda m: _bias(m, "buffer"), Cause.CLASS),
+    "bias in an attribute": (lambda m: _bias(m, "attribute"), Cause.CLASS),
     "pruned bias": (lambda m: prune.l1_unstructured(m, "bias", 0.5), Cause.CLASS),
     "parameter of its own": (lambda m: m.register_parameter("gain", nn.Parameter(torch.ones(1))), Cause.CLASS),
     "subclass": (_replaced(Scaled), Cause.CLASS),
@@ -89,7 +96,7 @@ CHANGES = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_linear_that_computes_its_weight_or_bias_stays_and_the_others_are_packed(name):
+def test_a_linear_that_computes_its_weight_or_bias_stays_and_the_others_are_packed(name, caplog):
     change, cause = CHANGES[name]
     model, x = Stack().eval(), torch.randn(4, 64)
     for block in model.blocks:
@@ -100,6 +107,10 @@ def test_a_linear_that_computes_its_weight_or_bias_stays_and_the_others_are_pack
     plan = {d.module: d for d in tahf4.quantize_(model)}
     assert set(packed_linears(model)) == {f"blocks.{i}.down" for i in range(3)}
     assert all(plan[f"blocks.{i}.up"].cause is cause for i in range(3))
+    (message,) = [record.getMessage() for record in caplog.records]
+    reason = plan["blocks.0.up"].reason
+    assert message.startswith("Stack: 3 linears of its repeated blocks cannot be packed and stay")
+    assert f"(3: {reason})" in message
     assert plan["first"].cause is Cause.BOUNDARY, "blocks are found all the same"
     assert relative(model(x), want) < 0.3
     after = model.state_dict()
@@ -246,6 +257,26 @@ def test_a_conversion_that_packs_nothing_says_so_and_why(caplog):
     for _ in range(2):
         tahf4.quantize_(model)
     assert not caplog.records
+
+
+def test_what_cannot_be_packed_is_said_of_linears_in_blocks_that_would_be(caplog):
+    model = Stack()
+    model.first.weight = Marked(model.first.weight.detach())
+    for block in model.blocks:
+        block.up = nn.Linear(64, 48)
+        block.up.weight = Marked(block.up.weight.detach())
+    tahf4.quantize_(model)
+    assert not caplog.records, "a boundary, and linears that are too small"
+    model = Stack()
+    model.blocks[0].up.weight = nn.Parameter(torch.zeros(128, 64, dtype=torch.uint8), requires_grad=False)
+    tahf4.quantize_(model)
+    assert not caplog.records, "somebody else quantized it"
+    model = Stack()
+    for block, change in zip(model.blocks, (torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn), strict=False):
+        block.up.weight = nn.Parameter(change(block.up.weight.detach()), requires_grad=False)
+    tahf4.quantize_(model)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "(1: weight: its layout is sparse_csr; 1: weight: its layout is _mkldnn)" in message
 
 
 class Hook:

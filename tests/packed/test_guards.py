@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import peft
 import pytest
@@ -216,3 +217,21 @@ def test_options_that_cannot_reach_what_is_packed_are_refused_by_name():
     same = packed(scale_span=2, rounding=ROUNDED)
     tahf4.set_activation_bits(same, {"up": 8})
     assert len(tahf4.quantize_(same, scale_span=2, rounding=ROUNDED)) == len(tahf4.quantize_(same))
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_forward_of_all_linears_that_somebody_replaced_is_refused(wraps, monkeypatch):
+    own = nn.Linear.forward
+
+    def forward(self, x):
+        return own(self, x) + getattr(self, "delta", 0)
+
+    monkeypatch.setattr(nn.Linear, "forward", functools.wraps(own)(forward) if wraps else forward)
+    model = Stack()
+    with pytest.raises(tahf4.PackedError, match=rf"Linear.forward is replaced for the whole .* \(by {__name__}, "):
+        tahf4.quantize_(model)
+    assert not packed_linears(model)
+    tahf4.quantize_(nn.Sequential(nn.Linear(8, 8)))  # nothing to pack
+    monkeypatch.undo()
+    tahf4.quantize_(model)
+    assert len(packed_linears(model)) == 6
