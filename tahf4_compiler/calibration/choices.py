@@ -63,7 +63,7 @@ def check_choices(
     protect_bits: Any = None,
     low_rank: Any = None,
     scale_span: Any = 1,
-    span_tolerance: Any = 0.0,
+    span_tolerance: Any = None,
     rounding: Any = None,
     attention: Any = None,
     attention_tolerance: Any = 1,
@@ -95,8 +95,13 @@ def check_choices(
     if scale_span != "auto":
         check_scale_span("scale_span", scale_span)
     number = isinstance(span_tolerance, int | float) and not isinstance(span_tolerance, bool)
-    if not (number and 0 <= span_tolerance < math.inf):
+    if span_tolerance is not None and not (number and 0 <= span_tolerance < math.inf):
         raise OptionError(f"span_tolerance is {span_tolerance!r}; expected a number of dB of at least 0")
+    if span_tolerance is not None and scale_span != "auto":
+        raise OptionError(
+            f'span_tolerance={span_tolerance!r} is for scale_span="auto", and scale_span is {scale_span!r}; leave one '
+            "of them out"
+        )
     if attention not in (None, *ATTENTION):
         raise OptionError(f"attention is {attention!r}; expected one of {', '.join(map(repr, ATTENTION))}, or None")
     tolerance = attention_tolerance

@@ -63,7 +63,7 @@ def make_recipe(
     protect_bits: int | None = None,
     low_rank: float | None = None,
     scale_span: int | str = 1,
-    span_tolerance: float = SPAN_TOLERANCE,
+    span_tolerance: float | None = None,
     rounding: str | None = None,
     attention: str | None = None,
     attention_tolerance: float = ATTENTION_TOLERANCE,
@@ -99,6 +99,7 @@ def make_recipe(
             linears' output on sample rows is within ``span_tolerance``; the reason of these linears says the errors.
             Masks are searched before, and branches of low rank added afterwards.
         span_tolerance: for ``scale_span="auto"``: how many dB the error may be above that of a scale for each unit.
+            None: 0.8.
         rounding: of activations and weights: ``"half_away"``, ``"bfloat16_half_away"`` or ``"least_error"``
             (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in any.
             None: ``"least_error"``, or ``"half_away"`` where units share a level-1 scale.
@@ -129,7 +130,11 @@ def make_recipe(
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
     column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
-    tolerance, span = (span_tolerance, 1) if scale_span == "auto" else (None, check_span(scale_span))
+    tolerance, span = None, 1
+    if scale_span == "auto":
+        tolerance = SPAN_TOLERANCE if span_tolerance is None else float(span_tolerance)
+    else:
+        span = check_span(scale_span)
     rounding = rounding or ("least_error" if span == 1 else "half_away")
     form = (scale_search, activation_bits, column, low_rank, span, rounding, tolerance)
     choices = Choices(mask, percent, weight_exponent, combine, width, *form)

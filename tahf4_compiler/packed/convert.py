@@ -17,7 +17,7 @@ from ..errors import PackedError
 from ..format.spans import joined, parted, span_name
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import unwrapped_experts
-from ..model.linears import linear_weights, require_matches
+from ..model.linears import linear_weights, plain_path, require_matches
 from ..model.steps import StepPrecision
 from ..options import activation_bits, bits_for
 from ..options import rounding as check_rounding
@@ -300,14 +300,19 @@ def set_activation_bits(model: Any, bits: int | Mapping[str, int]) -> dict[str, 
         for name, module in models.items()
         for path, linear in packed_linears(module).items()
     }
+    names: dict[int, list[str]] = defaultdict(list)  # a module may have several
+    for name, module in models.items():
+        for path, inner in module.named_modules(remove_duplicate=False):
+            names[id(inner)].append(".".join(filter(None, (name, plain_path(path)))))
     if not found:
         raise PackedError(
             f"{type(model).__name__} holds no packed linear; call tahf4.quantize_(model) first, or compile the model "
             'with options={"activation_bits": ...}'
         )
-    require_matches([pattern for pattern, _ in given], list(found), type(model).__name__, "activation_bits")
-    for path, linear in found.items():
-        linear.activation_bits = bits_for((path,), given, linear.activation_bits)
+    known = [path for linear in found.values() for path in names[id(linear)]]
+    require_matches([pattern for pattern, _ in given], known, type(model).__name__, "activation_bits")
+    for linear in found.values():
+        linear.activation_bits = bits_for(names[id(linear)], given, linear.activation_bits)
     return {path: linear.activation_bits for path, linear in found.items()}
 
 

@@ -13,7 +13,7 @@ from .. import ops  # noqa: F401  (defines torch.ops.tahf4)
 from ..graph.inputs import INPUT, NUMBERS, HeldWeight, PackedInput, PackedWeight
 from ..graph.nodes import node_arg, weight_input
 from ..model.attachments import Attachment, attached_recipe
-from ..ops.registry import all_arguments
+from ..ops.registry import all_arguments, arguments
 from .context import Context
 
 
@@ -157,6 +157,10 @@ def spell_out(graph: fx.Graph) -> None:
     """Write quantizations and products with the arguments that passes read by position."""
     for target, least in ((torch.ops.tahf4.quantize.default, 3), (torch.ops.tahf4.linear.default, 6)):
         for node in graph.find_nodes(op="call_function", target=target):
+            given, names = arguments(node), {a.name for a in target._schema.arguments}
+            lacking = {a.name for a in target._schema.arguments if not a.has_default_value()} - {*given, *node.kwargs}
+            if lacking or given.keys() & node.kwargs.keys() or node.kwargs.keys() - names:
+                continue  # the operator itself says what is wrong
             if node.kwargs or len(node.args) < least:
                 *values, span = all_arguments(node)
                 node.args, node.kwargs = (*values, *([span] if span != 1 else [])), {}

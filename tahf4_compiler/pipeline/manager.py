@@ -124,9 +124,10 @@ class PassManager:
                 f"options={{'disable_passes': [{item.name!r}]}}."
             ) from error
         if not isinstance(result, PassResult) or not isinstance(result.graph_module, fx.GraphModule):
-            found = result.graph_module if isinstance(result, PassResult) else result
+            found = type(result).__name__
+            found += f"({type(result.graph_module).__name__}, ...)" if isinstance(result, PassResult) else ""
             raise PassError(
-                f"pass {item.name!r} returned {type(found).__name__}; expected PassResult(graph_module, modified)"
+                f"pass {item.name!r} returned {found}; expected PassResult(graph_module, modified)"
             )
         return result
 

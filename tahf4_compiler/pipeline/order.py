@@ -122,7 +122,7 @@ def plain(value: Any) -> Any:
 def _instance(item: Any) -> Pass:
     if isinstance(item, type) and issubclass(item, Pass):
         item = _made(item)
-    if isinstance(item, Pass) and not re.fullmatch(r"[\w-]+", item.name):
+    if isinstance(item, Pass) and not re.fullmatch(r"[\w-]+", str(item.name or "")):
         raise PipelineError(
             f"a pass is named {item.name!r}; expected letters, digits, _ and -: it stands in options and names of files"
         )
@@ -132,13 +132,13 @@ def _instance(item: Any) -> Pass:
 
 
 def _made(cls: type[Pass]) -> Pass:
-    lacking = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    if lacking:
+    try:
+        return cls()
+    except TypeError as error:
         raise PipelineError(
-            f"pass {cls.name!r} ({cls.__qualname__}) has options without a default: {', '.join(lacking)}. Give each "
-            "one, or add an instance of the pass."
-        )
-    return cls()
+            f"pass {cls.name!r} cannot be made without arguments: {error}. Give each option a default, or add an "
+            "instance of the pass."
+        ) from error
 
 
 def order(passes: Sequence[Pass], known: set[str] | None = None) -> list[Pass]:
@@ -166,6 +166,8 @@ def order(passes: Sequence[Pass], known: set[str] | None = None) -> list[Pass]:
         # A pass that stands in for another inherits its place.
         stand_in = by_name.get(item.replaces or "")
         for relation in ("after", "before"):
+            if not isinstance(names_given := getattr(item, relation), tuple | list):
+                raise PipelineError(f"pass {item.name!r} says {relation}={names_given!r}; expected names of passes")
             inherited = getattr(stand_in, relation) if stand_in is not None else ()
             for other in (*getattr(item, relation), *inherited):
                 if other not in names:

@@ -11,6 +11,7 @@ from models import Stack
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.calibration.choices import check_choices
 from tahf4_compiler.errors import CalibrationError, OptionError, RecipeError
 from tahf4_compiler.format import hif4
 from tahf4_compiler.format.transforms import multipliers, transform
@@ -165,7 +166,7 @@ def test_without_sample_rows_or_a_calibration_nothing_is_chosen(model, tmp_path)
 
 
 def test_choices_that_do_not_fit_are_refused(calibration, tmp_path):
-    for wrong in (-0.1, math.nan, math.inf, True, "0.4", None):
+    for wrong in (-0.1, math.nan, math.inf, True, "0.4"):
         with pytest.raises(OptionError, match="span_tolerance is .*; expected a number of dB"):
             calibration.recipe(**BARE, span_tolerance=wrong)
     with pytest.raises(OptionError, match="'least_error', which .* scale_span is 'auto'"):
@@ -175,3 +176,8 @@ def test_choices_that_do_not_fit_are_refused(calibration, tmp_path):
     dataclasses.replace(recipe, experts={"": odd}).save(tmp_path / "odd.safetensors")
     with pytest.raises(RecipeError, match="the reason of the span is"):
         tahf4.Recipe.load(tmp_path / "odd.safetensors")
+
+
+def test_a_tolerance_without_a_choice_is_refused():
+    with pytest.raises(OptionError, match='span_tolerance=0.1 is for scale_span="auto", and scale_span is 1'):
+        check_choices(span_tolerance=0.1)

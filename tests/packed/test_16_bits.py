@@ -143,3 +143,10 @@ def test_a_folder_keeps_it(tmp_path):
     loaded = WanTransformer3DModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
 
+
+
+def test_a_module_with_several_names_is_found_by_any():
+    model = Stack().eval()
+    model.again = model.blocks[1]
+    tahf4.quantize_(model)
+    assert tahf4.set_activation_bits(model, {r"^again\.up$": 16})["blocks.1.up"] == 16

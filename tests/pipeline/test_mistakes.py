@@ -67,7 +67,7 @@ class Listed(Nothing):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"passes": [Wide]}, tahf4.PipelineError, "pass 'wide' .* options without a default: width"),
+        ({"passes": [Wide]}, tahf4.PipelineError, "pass 'wide' cannot be made without arguments: .*'width'"),
         ({"passes": [type("Slash", (Nothing,), {"name": "a/b"})]}, tahf4.PipelineError, "is named 'a/b'; expected"),
         ({"passes": [type("Dot", (Nothing,), {"name": "a.b"})]}, tahf4.PipelineError, "is named 'a.b'; expected"),
         ({"classify.min_linears": 2, "plan.min_features": 0}, tahf4.OptionError, "expected at least 1"),
@@ -76,6 +76,40 @@ class Listed(Nothing):
 def test_a_pass_that_cannot_stand_in_a_pipeline_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         lowered(**options)
+
+
+@dataclass(frozen=True)
+class Computed(Nothing):
+    """Has a field that is no option."""
+
+    width: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "width", 3)
+
+
+def test_a_field_may_be_computed():
+    lowered(passes=[Computed])
+
+
+@pytest.mark.parametrize("given", [3, None])
+def test_what_is_no_place_is_refused(given):
+    with pytest.raises(tahf4.PipelineError, match=f"pass 'nowhere' says before={given}; expected names"):
+        lowered(passes=[type("Nowhere", (Nothing,), {"before": given})])
+
+
+def test_an_argument_that_is_given_twice_is_refused():
+    class Twice(Nothing):
+        after = ("quantize",)
+        before = ("share",)
+
+        def __call__(self, graph_module, context):
+            for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.tahf4.linear.default):
+                node.kwargs = {"out_dtype": torch.bfloat16}
+            return tahf4.PassResult(graph_module, modified=True)
+
+    with pytest.raises(tahf4.PassError, match="'out_dtype' specified both as positional and keyword"):
+        lowered(passes=[Twice])
 
 
 def test_an_option_may_be_a_list():

@@ -240,7 +240,7 @@ def _mix_dtypes(graph_module, context):
         (_copied_metadata, r"pass 'bad' changed the graph's outputs: output 0: float32.* became bfloat16"),
         (_write_to_a_weight, r"pass 'bad' writes to the graph's inputs .*first.*weight"),
         (_call_a_method, r"pass 'bad' added the call_method 'neg"),
-        (lambda graph_module, context: tahf4.PassResult(None, True), r"pass 'bad' returned NoneType"),
+        (lambda graph_module, context: tahf4.PassResult(None, True), r"pass 'bad' returned PassResult\(NoneType"),
         (_raise, r"pass 'bad' .* failed: KeyError: 'lost'"),
         (_drop_input, r"pass 'bad' removed the graph's inputs x"),
         (_change_dtype, r"pass 'bad' changed the graph's outputs: output 0: float32.* became float16"),
