@@ -13,7 +13,7 @@ from ..format.spans import units_of
 from ..graph.inputs import INPUT, GraphInput, HeldWeight, PackedInput
 from ..graph.nodes import LINEAR, node_arg, weight_input
 from ..ops.registry import all_arguments
-from ..pipeline.activations import call
+from ..pipeline.activations import call, spelled
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
 
@@ -82,8 +82,7 @@ def _adopt(graph: fx.Graph) -> list[fx.Node]:
         The products that were written or whose weights were marked.
     """
     for node in graph.find_nodes(op="call_function", target=tahf4.quantize.default):
-        *values, form = all_arguments(node)
-        node.args, node.kwargs = (*values, *([form] if form != 1 else [])), {}
+        node.args, node.kwargs = spelled(node), {}
     packed = graph.find_nodes(op="call_function", target=tahf4.packed_linear.default)
     found = dict.fromkeys(_expand(graph, node) for node in packed)
     for node in graph.find_nodes(op="call_function", target=tahf4.linear.default):

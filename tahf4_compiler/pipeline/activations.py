@@ -157,13 +157,19 @@ def spell_out(graph: fx.Graph) -> None:
     """Write quantizations and products with the arguments that passes read by position."""
     for target, least in ((torch.ops.tahf4.quantize.default, 3), (torch.ops.tahf4.linear.default, 6)):
         for node in graph.find_nodes(op="call_function", target=target):
-            given, names = arguments(node), {a.name for a in target._schema.arguments}
-            lacking = {a.name for a in target._schema.arguments if not a.has_default_value()} - {*given, *node.kwargs}
-            if lacking or given.keys() & node.kwargs.keys() or node.kwargs.keys() - names:
+            if not node.kwargs and len(node.args) >= least:
+                continue
+            given, known = arguments(node), {a.name: a for a in target._schema.arguments}
+            lacking = {name for name, a in known.items() if not a.has_default_value()} - {*given, *node.kwargs}
+            if lacking or given.keys() & node.kwargs.keys() or node.kwargs.keys() - known.keys():
                 continue  # the operator itself says what is wrong
-            if node.kwargs or len(node.args) < least:
-                *values, span = all_arguments(node)
-                node.args, node.kwargs = (*values, *([span] if span != 1 else [])), {}
+            node.args, node.kwargs = spelled(node), {}
+
+
+def spelled(node: fx.Node) -> tuple[Any, ...]:
+    """Return all arguments of a quantization or product by position, but for a span of 1."""
+    *values, span = all_arguments(node)
+    return (*values, span) if span != 1 else tuple(values)
 
 
 def call(like: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:

@@ -6,24 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from models import Stack
+from passes_by_hand import Nothing, lowered
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.graph.inputs import INPUT, PackedInput
 from tahf4_compiler.ops.registry import unregister_kernel
 from tahf4_compiler.plugins import entry_points, host
-
-
-def lowered(**options):
-    return tahf4.lower(tahf4.capture(Stack().eval(), (torch.randn(4, 64),)), options=options)
-
-
-@dataclass(frozen=True)
-class Nothing(tahf4.Pass):
-    """Do nothing."""
-
-    def __call__(self, graph_module, context):
-        return tahf4.PassResult(graph_module, modified=False)
 
 
 def fails(graph_module, context):

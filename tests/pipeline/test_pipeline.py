@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from models import Stack
+from passes_by_hand import Nothing, lowered
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.graph.nodes import is_written
@@ -24,18 +25,6 @@ DEFAULT = [
 
 def names(passes):
     return [p.name for p in passes]
-
-
-def lowered(**options):
-    return tahf4.lower(tahf4.capture(Stack().eval(), (torch.randn(4, 64),)), options=options)
-
-
-@dataclass(frozen=True)
-class Nothing(tahf4.Pass):
-    """Do nothing."""
-
-    def __call__(self, graph_module, context):
-        return tahf4.PassResult(graph_module, modified=False)
 
 
 def make(name, after=(), before=(), replaces=None, call=None):
