@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,32 +14,21 @@ from tqdm.auto import tqdm
 
 from ..errors import CalibrationError
 from ..files.memo import Measured
-from ..format import hif4
-from ..format.low_rank import LowRank
-from ..format.precision import full_precision
-from ..format.spans import check_span, joined, parted
+from ..format.spans import check_span
 from ..model.parts import class_name
 from ..pipeline.order import provenance
-from ..pipeline.rules import effective_span
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
-from ..weights.checksum import checksum
-from ..weights.packing import moment_as_quantized
 from .attention import ATTENTION_TOLERANCE, attention_entries
-from .branches import with_branches
 from .choices import Choices, check_choices
+from .entry import make_entry, products
 from .gaps import unseen, warn_of_range
-from .layer import Layer
-from .masks import EXPONENTS, SEARCHED
-from .reconstruction import reconstructed
+from .mask_search import search_network
 from .seen import Seen
-from .sensitivity import Network, QuantizedWeight, sqnr_db, squares
-from .spans import SPAN_TOLERANCE, widest_span
-from .statistics import Cells
+from .sensitivity import Network
+from .spans import SPAN_TOLERANCE
 
 __all__ = ["make_recipe"]
-
-log = logging.getLogger(__name__)
 
 Networks = Callable[[str], Network | None]
 
@@ -143,14 +130,13 @@ def make_recipe(
     found: dict[str, dict[str, RecipeEntry]] = {}
     searched: dict[str, Choices] = {}
     if mask == "network_search":
-        searched = {
-            expert: _search_network(calibration, expert, choices, measured, network) for expert in calibration.models
-        }
+        for expert in calibration.models:
+            searched[expert] = search_network(calibration, expert, choices, measured, network(expert))
     bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
     for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
         chosen = searched.get(expert, choices)
-        found.setdefault(expert, {})[name] = _entry(calibration, cells, weights, chosen, sensitivity)
+        found.setdefault(expert, {})[name] = make_entry(calibration, cells, weights, chosen, sensitivity)
         warn_of_range(cells, found[expert][name])
     missing = {
         expert: unseen(calibration, expert, found.get(expert, {}), network)
@@ -187,149 +173,6 @@ def make_recipe(
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe
 
 
-@full_precision()  # the network runs as the process is set, outside of this
-def _entry(
-    calibration: Seen, cells: Cells, weights: list[Tensor], choices: Choices, sensitivity: bool
-) -> RecipeEntry:
-    layer, activation = Layer(cells, weights, choices), cells.activation
-    block, seed, rows, k = layer.block, layer.seed, layer.rows, activation.channels
-    mask: Tensor | None = None
-    percentile: float | None = None
-    exponent: float | None = None
-    if choices.mask in ("max", "percentile"):
-        percentile = 100.0 if choices.mask == "max" else choices.percentile
-        exponent = float(choices.weight_exponent)
-        mask = layer.mask(percentile, exponent)
-    elif choices.mask == "layer_search":
-        if not len(rows):
-            raise CalibrationError("mask='layer_search' needs sample rows; calibrate with rows=64 or fix the mask")
-        best = layer.error(None)
-        for percent, alpha in SEARCHED:
-            candidate = layer.mask(percent, alpha)
-            if (value := layer.error(candidate)) < best:
-                best, mask = value, candidate
-                percentile, exponent = percent, alpha
-    search, packed = choices.scale_search, dict[str, hif4.Packed]()
-    span, kept, why = layer.form(mask), (choices.scale_span, choices.rounding), ""
-    if search == "reconstruct":
-        packed = reconstructed(calibration, cells, weights, mask, seed, block, span)
-        search = search if packed else "squared"
-    if choices.span_tolerance is not None:
-        span, packed, why = widest_span(calibration, layer, mask, search, packed)
-        kept = parted(span)
-    branches, refused = dict[str, LowRank](), dict[str, str]()
-    if choices.low_rank is not None:
-        branches, packed, refused = with_branches(calibration, layer, mask, search, packed, span)
-    noise = None
-    if sensitivity and len(rows):
-        noise = _noise(cells, weights, layer.product(mask, search, packed, branches, span))
-    seen = sum(sketch.rows for sketch, _ in cells.cells.values())
-    linears = {}
-    for i, (path, weight) in enumerate(zip(activation.members, weights, strict=True)):
-        n = weight.shape[0]
-        db, along = noise[i] if noise is not None else (None, ())
-        reason = "recipe" + (f": SQNR {db:.1f} dB" if db is not None else "")
-        linears[path] = LinearEntry(
-            (n, k), int(checksum(weight)), reason=reason, sqnr_db=db, step_sqnr_db=along, flops=2 * seen * n * k,
-            activation_bits=choices.activation_bits, no_branch=refused.get(path, ""),
-        )  # fmt: skip
-    return RecipeEntry(
-        linears,
-        block,
-        seed,
-        search,
-        percentile,
-        exponent,
-        mask.cpu() if mask is not None else None,
-        layer.moment.cpu().to(torch.bfloat16) if search == "weighted" else None,
-        packed,
-        branches,
-        *kept,
-        why,
-    )
-
-
-def _noise(
-    cells: Cells, weights: list[Tensor], product: QuantizedWeight
-) -> list[tuple[float, tuple[float | None, ...]]]:
-    """Return the SQNR of each linear's output in dB, on all sample rows and on those of each part of the schedule."""
-    found: list[list[tuple[float, float] | None]] = [[] for _ in weights]
-    for group in range(cells.groups):
-        rows = cells.rows(group)
-        sums = squares(rows, weights, product) if len(rows) else [None] * len(weights)
-        for mine, value in zip(found, sums, strict=True):
-            mine.append(value)
-
-    def db(parts: Sequence[tuple[float, float]]) -> float:
-        return round(sqnr_db(sum(error for error, _ in parts) / max(sum(norm for _, norm in parts), 1e-30)), 3)
-
-    return [
-        (db([p for p in parts if p is not None]), tuple(None if p is None else db([p]) for p in parts))
-        for parts in found
-    ]
-
-
-def _search_network(
-    calibration: Seen, expert: str, choices: Choices, measured: Measured, network_of: Networks
-) -> Choices:
-    """Return the choices with the mask of least error of the network's output, everything quantized.
-
-    Spans that are to be chosen are chosen afterwards: masks are compared with a level-1 scale for each unit.
-    """
-    tolerance, choices = choices.span_tolerance, dataclasses.replace(choices, span_tolerance=None)
-    network = network_of(expert)
-    if network is None:
-        called = any(expert == name for name, _ in calibration.kept.seen)
-        raise CalibrationError(
-            f"mask='network_search' needs calls of {expert or 'the module'}, and the calibration kept none; "
-            + (
-                "it keeps calls whose arguments are tensors, numbers, texts, None, or lists, tuples and dicts of "
-                "these; calibrate with such arguments, or choose another mask"
-                if called
-                else "calibrate with enough steps that each expert is called, or choose another mask"
-            )
-        )
-    activations = [cells for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
-    candidates = [dataclasses.replace(choices, mask=None)]
-    candidates += [
-        dataclasses.replace(choices, mask="percentile", percentile=percent, weight_exponent=alpha)
-        for alpha, percent in _percentiles(calibration, activations, choices).items()
-    ]
-    errors: dict[Choices, float] = {}
-
-    def measure(candidate: Choices) -> float | None:
-        quantized: dict[str, QuantizedWeight] = {}
-        for cells in activations:
-            weights = calibration.weights(expert, cells.activation.members)
-            entry = _entry(calibration, cells, weights, candidate, False)
-            makers = _products(entry, dict(zip(entry.linears, weights, strict=True)).__getitem__)
-            quantized |= {path: make() for path, make in makers}
-        return network.error(quantized)
-
-    for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
-        error = measured.value(f"error of {expert!r} under {candidate}", functools.partial(measure, candidate))
-        if error is not None and math.isfinite(error):
-            errors[candidate] = error
-    chosen = min(errors, key=errors.__getitem__) if errors else choices
-    log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
-    return dataclasses.replace(chosen, span_tolerance=tolerance)
-
-
-def _percentiles(calibration: Seen, activations: Sequence[Cells], choices: Choices) -> dict[float, float]:
-    """Return for each weight exponent the percentile of least error of the layers, which costs no pass of the network.
-
-    Without sample rows there is no such error, and it is the percentile of the choices.
-    """
-    if not all(len(cells.rows()) for cells in activations):
-        return dict.fromkeys(EXPONENTS, choices.percentile)
-    errors = dict.fromkeys(SEARCHED, 0.0)
-    for cells in tqdm(activations, desc="masks of layers", unit="activation", delay=1.0):
-        layer = Layer(cells, calibration.weights(cells.activation.expert, cells.activation.members), choices)
-        for pair in SEARCHED:
-            errors[pair] += layer.error(layer.mask(*pair))
-    return {exponent: percent for percent, exponent in sorted(errors, key=errors.__getitem__, reverse=True)}
-
-
 def _call_errors(calibration: Seen, recipe: Recipe, network_of: Networks) -> dict[str, tuple[CallError, ...]]:
     """Return the error of the network's output in each kept call, in order of the steps, by expert."""
     found: dict[str, tuple[CallError, ...]] = {}
@@ -340,7 +183,7 @@ def _call_errors(calibration: Seen, recipe: Recipe, network_of: Networks) -> dic
         quantized = {
             path: make()
             for entry in entries.values()
-            for path, make in _products(entry, functools.partial(_weight, calibration, expert))
+            for path, make in products(entry, functools.partial(_weight, calibration, expert))
             if entry.linears[path].decision == "hif4"
         }
         errors = network.errors(quantized)
@@ -363,29 +206,6 @@ def _network(calibration: Seen, expert: str) -> Network | None:
     return Network(calibration.models[expert], calls) if calls else None
 
 
-def _products(
-    entry: RecipeEntry, weight_of: Callable[[str], Tensor]
-) -> Iterator[tuple[str, Callable[[], QuantizedWeight]]]:
-    """Yield for each linear of an entry what makes its quantized product."""
-
-    def make(path: str) -> QuantizedWeight:
-        weight = weight_of(path)
-        mask = entry.mask.to(weight.device) if entry.mask is not None else None
-        moment, importance = entry.second_moment, None
-        if moment is not None:
-            importance = moment_as_quantized(moment.to(weight.device), mask, entry.hadamard_block)
-        packed = entry.packed.get(path)
-        if packed is not None:
-            packed = hif4.Packed(packed.codes.to(weight.device), packed.scales.to(weight.device), packed.k)
-        bits = entry.linears[path].activation_bits
-        form = (mask, entry.seed, entry.hadamard_block, entry.search, importance, packed, bits)
-        span = joined(effective_span(entry.span, bits, mask is not None, entry.hadamard_block), entry.rounding)
-        return QuantizedWeight(weight, *form, entry.low_rank.get(path), span)
-
-    for path in entry.linears:
-        yield path, functools.partial(make, path)
-
-
 def _with_effects(
     calibration: Seen, expert: str, entries: Mapping[str, RecipeEntry], measured: Measured, kind: str,
     network_of: Networks,
@@ -395,7 +215,7 @@ def _with_effects(
         return dict(entries)
 
     weight_of = functools.partial(_weight, calibration, expert)
-    makers = {path: make for entry in entries.values() for path, make in _products(entry, weight_of)}
+    makers = {path: make for entry in entries.values() for path, make in products(entry, weight_of)}
     effects = network.few().effects(makers, measured, kind)
 
     def named(linear: LinearEntry, path: str) -> LinearEntry:
