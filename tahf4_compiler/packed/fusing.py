@@ -298,7 +298,7 @@ def _hold(linear: HiF4Linear, a: Tensor, b: Tensor) -> None:
     """Give a linear another branch; compiled code notices the other shape."""
     for leaf, factor in zip(BRANCH, (a, b), strict=True):
         value = nn.Parameter(factor.contiguous(), requires_grad=False) if len(b) else None
-        linear.register_parameter(leaf, value)
+        linear._parameters[leaf] = value
 
 
 def _add_up(linear: HiF4Linear, fused: _Fused) -> None:

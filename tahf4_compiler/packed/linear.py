@@ -117,17 +117,22 @@ class HiF4Linear(nn.Linear):
             for shape in ((in_features, rank), (rank, out_features))
         ]
         self._hold(hif4.Packed(codes, scales, in_features), _parameter(zeros), ones, branch)
+        for name, parameter in [*self._parameters.items()]:
+            self.register_parameter(name, parameter)  # as a module does, for accelerate.init_empty_weights
 
     def _hold(
         self, packed: hif4.Packed, bias: nn.Parameter | None, multiplier: Tensor | None, branch: Sequence[Tensor | None]
     ) -> None:
         # Code that asks for the dtype of a model looks at its first parameter: one of that dtype if there is one.
-        self.register_parameter("bias", bias)
-        for name, factor in zip(BRANCH, branch, strict=True):
-            self.register_parameter(name, _parameter(factor))
-        self.register_parameter("multiplier", _parameter(multiplier))
-        self.register_parameter("weight_codes", _parameter(packed.codes))
-        self.register_parameter("weight_scales", _parameter(packed.scales))
+        # Not by register_parameter: while any thread loads a model, accelerate's puts what it is given on meta.
+        values = {
+            "bias": bias,
+            **{name: _parameter(factor) for name, factor in zip(BRANCH, branch, strict=True)},
+            "multiplier": _parameter(multiplier),
+            "weight_codes": _parameter(packed.codes),
+            "weight_scales": _parameter(packed.scales),
+        }
+        self._parameters.update(values)
 
     def _set(
         self, k: int, n: int, block: int, activation: str, dtype: torch.dtype, bits: int = 4, span: int = 1
@@ -281,8 +286,8 @@ class HiF4Linear(nn.Linear):
         own |= {"span", "rounding", "fused"}
         linear.__dict__.update({key: value for key, value in _carried(self).items() if key not in own})
         gradients = self.weight_requires_grad and (self.bias is None or self.bias.requires_grad)
-        linear.weight = nn.Parameter(self.dequantized(), requires_grad=gradients)
-        linear.register_parameter("bias", self.bias)
+        linear._parameters["weight"] = nn.Parameter(self.dequantized(), requires_grad=gradients)
+        linear._parameters["bias"] = self.bias
         return linear
 
     def extra_repr(self) -> str:

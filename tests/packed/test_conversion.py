@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from accelerate import init_empty_weights
 from helpers import relative
 from models import Stack
 from torch import nn
@@ -320,3 +321,17 @@ def test_matrices_in_blocks_that_are_no_linears_are_said_by_name(caplog):
     caplog.clear()
     tahf4.quantize_(Stack())
     assert not caplog.records
+
+
+def test_what_is_packed_while_a_model_is_loaded_is_not_lost():
+    """diffusers and transformers load under accelerate's ``init_empty_weights``, which is the whole process's."""
+    model, same = Stack(depth=1), Stack(depth=1)
+    same.load_state_dict(model.state_dict())
+    tahf4.quantize_(same)
+    with init_empty_weights():
+        tahf4.quantize_(model)
+        assert HiF4Linear(128, 128).weight_codes.is_meta  # as any module that is made there
+    assert all(map(torch.equal, model.state_dict().values(), same.state_dict().values()))
+    with init_empty_weights():
+        tahf4.dequantize_(model)
+    assert not any(parameter.is_meta for parameter in model.parameters())
