@@ -106,9 +106,10 @@ def matching(patterns: Sequence[str], *paths: str) -> str | None:
 
 def require_matches(patterns: Sequence[str], paths: Sequence[str], where: str, option: str = "keep") -> None:
     """Raise :class:`PatternError` for the first pattern that is found in none of the paths."""
+    paths = sorted(set(paths))
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
-            shown = ", ".join(sorted(paths)[:5]) + (", ..." if len(paths) > 5 else "")
+            shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
             raise PatternError(
                 f"{option} pattern {pattern!r} matches none of the {len(paths)} linears of {where} "
                 f"({shown or 'none'}). "
