@@ -29,7 +29,7 @@ __all__ = [
     "say_overruled",
     "say_transformed",
     "say_used",
-    ]
+]
 
 log = logging.getLogger(__name__)
 
