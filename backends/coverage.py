@@ -26,10 +26,19 @@ from ..model.tree import is_boundary
 from ..packed.linear import HiF4Linear
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.frames import outermost_that_holds, python_linears
-from .messages import is_said, say_copied, say_functional, say_left_out, say_nothing, say_outside, say_used
+from .messages import (
+    is_explained,
+    is_said,
+    say_copied,
+    say_functional,
+    say_left_out,
+    say_nothing,
+    say_outside,
+    say_used,
+)
 from .wanted import Wanted
 
-__all__ = ["function_watcher", "mark_copied", "ran", "watch", "watcher"]
+__all__ = ["function_watcher", "mark_copied", "ran", "say_behind", "watch", "watcher"]
 
 # A cache leaves blocks out in some calls, for both branches of guidance, and not in others.
 _LOOKS = 16
@@ -44,6 +53,7 @@ class _Ran(threading.local):
         self.planned: set[int] = set()
         self.read: _Read = {}
         self.quantized = 0
+        self.graphs: list[Callable[[], None]] | None = None  # of the innermost model whose call is watched
         self.function: _Function | None = None  # that runs now
 
 
@@ -61,6 +71,14 @@ def ran(planned: Set[int], read: Mapping[int, tuple[weakref.ref[Any], str]], qua
     _ran.planned.update(planned)
     _ran.read.update(read)
     _ran.quantized += quantized
+
+
+def say_behind(say: Callable[[], None]) -> None:
+    """Let something be said of a graph: behind the call that is watched, if the model's tree did not explain it."""
+    if _ran.graphs is None:
+        say()
+    else:
+        _ran.graphs.append(say)
 
 
 def watch(model: nn.Module, keep: Sequence[str]) -> None:
@@ -114,6 +132,7 @@ class _Watch:
         self._met: set[frozenset[str]] = set()
         self._look = 0  # at so many calls more
         self._calls = 0
+        self._graphs: list[Callable[[], None]] = []  # say what graphs hold that were compiled meanwhile
 
     def call(
         self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -126,7 +145,7 @@ class _Watch:
         functional: set[str] = set()
         classes = self._tree.classes if self._tree is not None else ()
         watched = python_linears(outside, functional, classes) if looks else contextlib.nullcontext()
-        with _collected() as (planned, read), watched:
+        with _collected(_ran.graphs if self._among else self._graphs) as (planned, read), watched:
             result = call(*args, **kwargs)
         self._calls += 1
         again = self._calls % _AGAIN == 0
@@ -159,6 +178,9 @@ class _Watch:
                 say_functional(model, rest, sorted(functional))
         if not self._among:
             say_used(model, tree.computed)
+        for say in self._graphs if not is_explained(model) else ():
+            say()
+        self._graphs.clear()
         self._look -= looks
         if looks and not self._look:
             self._explained.update(self._met)
@@ -209,16 +231,21 @@ class _Function:
 
 
 @contextlib.contextmanager
-def _collected() -> Iterator[tuple[set[int], _Read]]:
-    """Yield what :func:`ran` notes in this thread; a call around this one has it, too."""
-    planned, read = _ran.planned, _ran.read
+def _collected(graphs: list[Callable[[], None]] | None) -> Iterator[tuple[set[int], _Read]]:
+    """Yield what :func:`ran` notes in this thread; a call around this one has it, too.
+
+    Args:
+        graphs: takes what :func:`say_behind` is given.
+    """
+    planned, read, outer = _ran.planned, _ran.read, _ran.graphs
     _ran.planned, _ran.read = set(), {}
+    _ran.graphs = graphs
     try:
         yield _ran.planned, _ran.read
     finally:
         planned |= _ran.planned
         read |= _ran.read
-        _ran.planned, _ran.read = planned, read
+        _ran.planned, _ran.read, _ran.graphs = planned, read, outer
 
 
 def _why(weight: Tensor, read: _Read) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import threading
@@ -32,8 +33,8 @@ from ..torch_private.frames import caller_that_holds
 from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import function_watcher, mark_copied, ran, watch, watcher
-from .messages import USED_OTHERWISE, lacks_4_bits, say_off, say_overruled, say_transformed
+from .coverage import function_watcher, mark_copied, ran, say_behind, watch, watcher
+from .messages import USED_OTHERWISE, lacks_4_bits, say_graph, say_off, say_overruled, say_transformed
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -296,5 +297,4 @@ def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
     if lowered.plan and lacks_4_bits(lowered.plan, lambda path: surroundings.block_of(path) is None):
-        reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in lowered.plan})[:3])
-        log.warning("%s: none of %d linears runs in 4 bits (%s)", lowered.name, totals.linears, reasons)
+        say_behind(functools.partial(say_graph, lowered.name, lowered.plan, surroundings.root))

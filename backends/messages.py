@@ -14,14 +14,17 @@ from ..model.reasons import Cause
 from ..packed.plan import UNFIT, left_out, plan_modules, why_nothing
 from ..pipeline.context import Decision
 from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
+from ..torch_private.frames import outermost_that_holds
 from .wanted import Wanted
 
 __all__ = [
     "USED_OTHERWISE",
+    "is_explained",
     "is_said",
     "lacks_4_bits",
     "say_copied",
     "say_functional",
+    "say_graph",
     "say_left_out",
     "say_nothing",
     "say_off",
@@ -36,6 +39,8 @@ log = logging.getLogger(__name__)
 _outside: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of linears outside of graphs
 _overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
+_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said that nothing of them runs in 4 bits
+_texts: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # by what runs around
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 _off = False  # said that the compiler is off
 
@@ -57,10 +62,39 @@ def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bo
     return not meant and not any(d.decision == "hif4" for d in plan)
 
 
+def _say(model: nn.Module, text: str) -> None:
+    """Warn, unless the same was said of another part of what runs, as where blocks are compiled one by one."""
+    texts, text = _texts.setdefault(outermost_that_holds(model), set()), f"{type(model).__name__}: {text}"
+    if text not in texts:
+        texts.add(text)
+        log.warning("%s", text)
+
+
 def say_left_out(model: nn.Module) -> None:
     """Warn if weights of a model's blocks are in no plan, because they are no weights of a linear."""
     if text := left_out(model):
-        log.warning("%s: %s", type(model).__name__, text)
+        _say(model, text)
+
+
+def say_graph(name: str, plan: Sequence[Decision], model: nn.Module | None) -> None:
+    """Warn that no linear of a graph runs in 4 bits.
+
+    Args:
+        name: of the graph.
+        plan: its decisions.
+        model: whose code it is, if it is one's.
+    """
+    left = [d for d in plan if d.cause not in (Cause.BOUNDARY, Cause.KEPT, Cause.STEP, Cause.ADAPTER)]
+    if model is not None and left and all(d.cause is Cause.REGION for d in left):
+        say_used(model, {d.module: str(d.reason) for d in left})  # as the next calls would once more
+        return
+    reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in plan})[:3])
+    log.warning("%s: none of %d linears runs in 4 bits (%s)", name, len(plan), reasons)
+
+
+def is_explained(model: nn.Module) -> bool:
+    """Tell whether :func:`say_nothing` or :func:`say_used` said of a model why linears run in high precision."""
+    return model in _nothing or model in _used
 
 
 def say_copied(model: nn.Module) -> None:
@@ -78,7 +112,8 @@ def say_nothing(model: nn.Module) -> None:
     weights = {path: linear._parameters.get("weight") for path, linear in named_linears(model)}
     counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
     if lacks_4_bits(counted, lambda path: attached_keep(weights[path]) is not None):
-        log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
+        _nothing.add(model)
+        _say(model, f"nothing runs in 4 bits: {why_nothing(model, plan)}")
 
 
 def say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
@@ -100,12 +135,8 @@ def say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
             f"{_listed(others)}: used otherwise than in a linear, as in einsum, bmm or an operator of somebody else, "
             "or as a part or a multiple; torch.nn.functional.linear(x, weight, bias) runs in 4 bits"
         )
-    log.warning(
-        "%s: %d linears of its repeated blocks run in high precision, because of how graphs use their weights (%s)",
-        type(model).__name__,
-        len(reasons),
-        "; ".join(texts),
-    )
+    text = "linears of its repeated blocks run in high precision, because of how graphs use their weights"
+    _say(model, f"{len(reasons)} {text} ({'; '.join(texts)})")
 
 
 def say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[str]) -> None:
