@@ -24,7 +24,6 @@ from ..lowering import LoweredGraph, lower_graph
 from ..model.attachments import attached, attached_attention, attached_recipe, changes, owner_of
 from ..model.linears import matching
 from ..model.steps import StepPrecision
-from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
 from ..torch_private.calls import Around
@@ -161,7 +160,7 @@ class CompiledGraph:
             first.binding(captured.example_inputs, store, options.weight_check)  # convert now, not in the first step
         # The example's tensors must not live as long as the compiled code.
         self._captured = replace(captured, example_inputs=())
-        _announce(first, captured.surroundings)
+        _announce(first, captured)
         if (root := captured.surroundings.root) is not None and options.pipeline == "default":
             watch(caller_that_holds(root) or root, options.keep)
 
@@ -244,7 +243,7 @@ class CompiledGraph:
             lowered = lower_graph(replace(self._captured, example_inputs=args), self._options)
             bound = lowered.binding(args, store, self._options.weight_check)
             self._variants[key] = (lowered, _finish(lowered, self._options, bound))
-            _announce(lowered, self._captured.surroundings)
+            _announce(lowered, self._captured)
 
 
 @dataclass
@@ -285,8 +284,8 @@ def _finish(lowered: LoweredGraph, options: Options, example: Sequence[Any] | No
     return run
 
 
-def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
-    totals = Totals.of(lowered.plan)
+def _announce(lowered: LoweredGraph, captured: Capture) -> None:
+    totals, where = Totals.of(lowered.plan), captured.surroundings
     log.info(
         "%s: %d of %d linears in HiF4; %s",
         lowered.name,
@@ -296,5 +295,7 @@ def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
     )
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
-    if lowered.plan and lacks_4_bits(lowered.plan, lambda path: surroundings.block_of(path) is None):
-        say_behind(functools.partial(say_graph, lowered.name, lowered.plan, surroundings.root))
+    # A packed linear whose codes are arguments, as under functional_call, runs in 4 bits and is in no plan.
+    packed = captured.graph_module.graph.find_nodes(op="call_function", target=torch.ops.tahf4.packed_linear.default)
+    if lowered.plan and not packed and lacks_4_bits(lowered.plan, lambda path: where.block_of(path) is None):
+        say_behind(functools.partial(say_graph, lowered.name, lowered.plan, where.root))
