@@ -5,7 +5,7 @@ skip code that it compiled before, too (a hook came or went, a recompile limit, 
 each call collects the weights whose linears stand in its graphs. Where one is missing that the model's tree puts in 4
 bits, there are these ways. A graph read the weight for something else than a linear: that is said. Or the next calls
 are looked at from outside, and Python itself calls the linear: that is said, too, and also where a function calls
-``F.linear``, whose weight cannot be seen from outside. One that is not called, as in another expert or in a block that
+``F.linear`` with the weight, or with one that it computed. One that is not called, as in another expert or in a block that
 a cache left out, is not said.
 """
 
@@ -142,7 +142,7 @@ class _Watch:
         # A profiler has that place, and would not see this one's calls.
         looks = self._look > 0 and sys.getprofile() is None
         outside: set[nn.Module] = set()
-        functional: set[str] = set()
+        functional: dict[str, set[int]] = {}
         classes = self._tree.classes if self._tree is not None else ()
         watched = python_linears(outside, functional, classes) if looks else contextlib.nullcontext()
         with _collected(_ran.graphs if self._among else self._graphs) as (planned, read), watched:
@@ -174,8 +174,8 @@ class _Watch:
             elif not self._look:
                 self._look = _LOOKS if missing not in self._explained else 2
             say_used(model, {**tree.computed, **{path: why for path, why in used.items() if why is not None}})
-            if functional and (rest := [path for path in used if path in unread and path not in found]):
-                say_functional(model, rest, sorted(functional))
+            if functional:
+                say_functional(model, *_blamed(model, functional, unread.difference(found), self._wanted))
         if not self._among:
             say_used(model, tree.computed)
         for say in self._graphs if not is_explained(model) else ():
@@ -252,6 +252,26 @@ def _why(weight: Tensor, read: _Read) -> str | None:
     """Return the reason of a weight that graphs read, or None if they did not."""
     found, reason = read.get(id(weight), (None, ""))
     return reason if found is not None and found() is weight else None
+
+
+def _blamed(
+    model: nn.Module, functional: Mapping[str, set[int]], unread: Set[str], weights: Mapping[int, str]
+) -> tuple[list[str], list[str]]:
+    """Return the paths of weights that functions outside of graphs may have read, and these functions.
+
+    Args:
+        model: that was compiled.
+        functional: weights by function, see :func:`tahf4_compiler.torch_private.frames.python_linears`.
+        unread: paths of weights that nothing else read.
+        weights: paths of weights by identity.
+    """
+    own = {id(parameter) for parameter in outermost_that_holds(model).parameters()}
+    read = {key for keys in functional.values() for key in keys}
+    lacking = {key for key, path in weights.items() if path in unread}
+    if read <= own:  # what is no parameter may be computed of any of them, as a copy in another type is
+        lacking &= read
+    callers = sorted(name for name, keys in functional.items() if keys & lacking or not keys <= own)
+    return [weights[key] for key in weights if key in lacking], callers
 
 
 class _Copied:

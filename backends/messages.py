@@ -147,7 +147,7 @@ def say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[str
         paths: of its linears that no graph has.
         callers: the functions.
     """
-    if model in _functional:
+    if model in _functional or not paths:
         return
     _functional.add(model)
     log.warning(
