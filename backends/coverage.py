@@ -5,8 +5,8 @@ skip code that it compiled before, too (a hook came or went, a recompile limit, 
 each call collects the weights whose linears stand in its graphs. Where one is missing that the model's tree puts in 4
 bits, there are these ways. A graph read the weight for something else than a linear: that is said. Or the next calls
 are looked at from outside, and Python itself calls the linear: that is said, too, and also where a function calls
-``F.linear`` with the weight, or with one that it computed. One that is not called, as in another expert or in a block that
-a cache left out, is not said.
+``F.linear`` with the weight, or with one that it computed. One that is not called, as in another expert or in a block
+that a cache left out, is not said.
 """
 
 from __future__ import annotations

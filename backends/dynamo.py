@@ -33,7 +33,7 @@ from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
 from .coverage import function_watcher, mark_copied, ran, say_behind, watch, watcher
-from .messages import USED_OTHERWISE, lacks_4_bits, say_graph, say_off, say_overruled, say_transformed
+from .messages import USED_OTHERWISE, keeping_errors, lacks_4_bits, say_graph, say_off, say_overruled, say_transformed
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -65,12 +65,13 @@ def tahf4(
         CaptureError, PassError, PipelineError: see there. Dynamo wraps all of them in
             ``BackendCompilerFailed``, with their message.
     """
-    parsed = Options.parse(options, mode)
     before_frames(tahf4, _begin, say_overruled)  # again, since torch._dynamo.reset() forgets it
     start = time.perf_counter()
-    captured = capture_dynamo(graph_module, example_inputs)
-    captured.seconds = time.perf_counter() - start
-    compiled = CompiledGraph(captured, parsed)
+    with keeping_errors():
+        parsed = Options.parse(options, mode)
+        captured = capture_dynamo(graph_module, example_inputs)
+        captured.seconds = time.perf_counter() - start
+        compiled = CompiledGraph(captured, parsed)
     return lambda *args: compiled(*args)
 
 
@@ -79,7 +80,8 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
     if transformed:
         say_transformed(model)
         return
-    options = Options.parse(keywords.get("options"), keywords.get("mode"))
+    with keeping_errors():
+        options = Options.parse(keywords.get("options"), keywords.get("mode"))
     if options.pipeline == "default":
         watch(model, options.keep)
 
@@ -101,8 +103,8 @@ def _watched(keywords: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return the patterns of linears that are kept, or None if nothing is watched."""
     try:
         options = Options.parse(keywords.get("options"), keywords.get("mode"))
-    except Tahf4Error:  # raised again where Dynamo comes to the backend
-        return None
+    except Tahf4Error:  # raised again where Dynamo comes to the backend, and said if it is set to suppress that
+        return ()
     return options.keep if options.pipeline == "default" else None
 
 

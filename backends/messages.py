@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from ..model.linears import named_linears, plain_path
 from ..model.reasons import Cause
 from ..packed.plan import UNFIT, left_out, plan_modules, why_nothing
 from ..pipeline.context import Decision
-from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
+from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks, suppresses_errors
 from ..torch_private.frames import outermost_that_holds
 from .wanted import Wanted
 
@@ -21,6 +22,7 @@ __all__ = [
     "USED_OTHERWISE",
     "is_explained",
     "is_said",
+    "keeping_errors",
     "lacks_4_bits",
     "say_copied",
     "say_functional",
@@ -43,6 +45,7 @@ _nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said that nothing of
 _texts: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # by what runs around
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 _off = False  # said that the compiler is off
+_hidden: list[str] = []  # the last error that Dynamo was set to suppress
 
 USED_OTHERWISE = UNFIT | {Cause.REGION}
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
@@ -204,6 +207,16 @@ def say_transformed(model: nn.Module) -> None:
     )
 
 
+@contextlib.contextmanager
+def keeping_errors() -> Iterator[None]:
+    """Keep an error of the backend, which Dynamo may be set to suppress, for :func:`say_outside`."""
+    try:
+        yield
+    except Exception as error:
+        _hidden[:] = [f"{type(error).__name__}: {error}"] if suppresses_errors() else []
+        raise
+
+
 def is_said(model: nn.Module) -> bool:
     """Tell whether :func:`say_outside` said it of a model, or :func:`say_transformed`."""
     return model in _outside
@@ -225,10 +238,13 @@ def say_outside(whole: nn.Module, model: nn.Module, paths: Sequence[str], alike:
         causes = "its compiler is off now (torch._dynamo.config.disable, TORCHDYNAMO_DISABLE)"
     elif (stance := compiler_stance()) != "default":
         causes = f"torch.compiler.set_stance({stance!r})"
+    elif suppresses_errors():
+        error = _hidden[0] if _hidden else "see Dynamo's log"
+        causes = "; ".join([f"torch._dynamo.config.suppress_errors hides an error ({error})", *graph_breaks()[:2]])
     else:
         causes = "; ".join(graph_breaks()[:2]) or (
             "none, as where a whole forward is under torch.compiler.disable, or where a TorchDispatchMode "
-            "(FlopCounterMode) was around the first call, or suppress_errors hides an error"
+            "(FlopCounterMode) was around the first call"
         )
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "

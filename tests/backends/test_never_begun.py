@@ -183,6 +183,24 @@ def test_a_compiler_that_is_switched_off_later_is_said_once(off, when, caplog):
     assert not torch.equal(call(x), want), "it is compiled as soon as the compiler is on"
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"kep": []}, "OptionError: unknown option"),
+        ({"keep": ["nothing"]}, "PatternError: keep pattern 'nothing' matches none of the 8 linears"),
+        ({"keep": 1}, "OptionError: "),
+    ],
+)
+def test_an_error_that_dynamo_is_set_to_suppress_is_said_as_the_cause(options, error, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        call = compiled(model, "whole", **options)
+        for _ in range(3):
+            assert torch.equal(call(x), model(x))
+    (message,) = said(caplog)
+    assert message.startswith("Stack: 6 linears") and f"suppress_errors hides an error ({error}" in message
+
+
 @pytest.mark.parametrize("how", ["whole", "in place"])
 def test_an_environment_that_switches_the_compiler_off_later_is_said_once(how, caplog, monkeypatch):
     monkeypatch.setattr(messages, "_off", False)
