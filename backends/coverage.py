@@ -5,8 +5,8 @@ skip code that it compiled before, too (a hook came or went, a recompile limit, 
 each call collects the weights whose linears stand in its graphs. Where one is missing that the model's tree puts in 4
 bits, there are these ways. A graph read the weight for something else than a linear: that is said. Or the next calls
 are looked at from outside, and Python itself calls the linear: that is said, too, and also where a function calls
-``F.linear``, whose weight cannot be seen from outside. One that is not called, as in another expert or in a block that
-a cache left out, is not said.
+``F.linear`` with the weight, or with one that it computed. One that is not called, as in another expert or in a block
+that a cache left out, is not said.
 """
 
 from __future__ import annotations
@@ -26,10 +26,19 @@ from ..model.tree import is_boundary
 from ..packed.linear import HiF4Linear
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.frames import outermost_that_holds, python_linears
-from .messages import is_said, say_copied, say_functional, say_left_out, say_nothing, say_outside, say_used
+from .messages import (
+    is_explained,
+    is_said,
+    say_copied,
+    say_functional,
+    say_left_out,
+    say_nothing,
+    say_outside,
+    say_used,
+)
 from .wanted import Wanted
 
-__all__ = ["function_watcher", "mark_copied", "ran", "watch", "watcher"]
+__all__ = ["function_watcher", "mark_copied", "ran", "say_behind", "watch", "watcher"]
 
 # A cache leaves blocks out in some calls, for both branches of guidance, and not in others.
 _LOOKS = 16
@@ -44,6 +53,7 @@ class _Ran(threading.local):
         self.planned: set[int] = set()
         self.read: _Read = {}
         self.quantized = 0
+        self.graphs: list[Callable[[], None]] | None = None  # of the innermost model whose call is watched
         self.function: _Function | None = None  # that runs now
 
 
@@ -61,6 +71,14 @@ def ran(planned: Set[int], read: Mapping[int, tuple[weakref.ref[Any], str]], qua
     _ran.planned.update(planned)
     _ran.read.update(read)
     _ran.quantized += quantized
+
+
+def say_behind(say: Callable[[], None]) -> None:
+    """Let something be said of a graph: behind the call that is watched, if the model's tree did not explain it."""
+    if _ran.graphs is None:
+        say()
+    else:
+        _ran.graphs.append(say)
 
 
 def watch(model: nn.Module, keep: Sequence[str]) -> None:
@@ -114,6 +132,7 @@ class _Watch:
         self._met: set[frozenset[str]] = set()
         self._look = 0  # at so many calls more
         self._calls = 0
+        self._graphs: list[Callable[[], None]] = []  # say what graphs hold that were compiled meanwhile
 
     def call(
         self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -123,10 +142,10 @@ class _Watch:
         # A profiler has that place, and would not see this one's calls.
         looks = self._look > 0 and sys.getprofile() is None
         outside: set[nn.Module] = set()
-        functional: set[str] = set()
+        functional: dict[str, set[int]] = {}
         classes = self._tree.classes if self._tree is not None else ()
         watched = python_linears(outside, functional, classes) if looks else contextlib.nullcontext()
-        with _collected() as (planned, read), watched:
+        with _collected(_ran.graphs if self._among else self._graphs) as (planned, read), watched:
             result = call(*args, **kwargs)
         self._calls += 1
         again = self._calls % _AGAIN == 0
@@ -155,10 +174,13 @@ class _Watch:
             elif not self._look:
                 self._look = _LOOKS if missing not in self._explained else 2
             say_used(model, {**tree.computed, **{path: why for path, why in used.items() if why is not None}})
-            if functional and (rest := [path for path in used if path in unread and path not in found]):
-                say_functional(model, rest, sorted(functional))
+            if functional:
+                say_functional(model, *_blamed(model, functional, unread.difference(found), self._wanted))
         if not self._among:
             say_used(model, tree.computed)
+        for say in self._graphs if not is_explained(model) else ():
+            say()
+        self._graphs.clear()
         self._look -= looks
         if looks and not self._look:
             self._explained.update(self._met)
@@ -209,22 +231,47 @@ class _Function:
 
 
 @contextlib.contextmanager
-def _collected() -> Iterator[tuple[set[int], _Read]]:
-    """Yield what :func:`ran` notes in this thread; a call around this one has it, too."""
-    planned, read = _ran.planned, _ran.read
+def _collected(graphs: list[Callable[[], None]] | None) -> Iterator[tuple[set[int], _Read]]:
+    """Yield what :func:`ran` notes in this thread; a call around this one has it, too.
+
+    Args:
+        graphs: takes what :func:`say_behind` is given.
+    """
+    planned, read, outer = _ran.planned, _ran.read, _ran.graphs
     _ran.planned, _ran.read = set(), {}
+    _ran.graphs = graphs
     try:
         yield _ran.planned, _ran.read
     finally:
         planned |= _ran.planned
         read |= _ran.read
-        _ran.planned, _ran.read = planned, read
+        _ran.planned, _ran.read, _ran.graphs = planned, read, outer
 
 
 def _why(weight: Tensor, read: _Read) -> str | None:
     """Return the reason of a weight that graphs read, or None if they did not."""
     found, reason = read.get(id(weight), (None, ""))
     return reason if found is not None and found() is weight else None
+
+
+def _blamed(
+    model: nn.Module, functional: Mapping[str, set[int]], unread: Set[str], weights: Mapping[int, str]
+) -> tuple[list[str], list[str]]:
+    """Return the paths of weights that functions outside of graphs may have read, and these functions.
+
+    Args:
+        model: that was compiled.
+        functional: weights by function, see :func:`tahf4_compiler.torch_private.frames.python_linears`.
+        unread: paths of weights that nothing else read.
+        weights: paths of weights by identity.
+    """
+    own = {id(parameter) for parameter in outermost_that_holds(model).parameters()}
+    read = {key for keys in functional.values() for key in keys}
+    lacking = {key for key, path in weights.items() if path in unread}
+    if read <= own:  # what is no parameter may be computed of any of them, as a copy in another type is
+        lacking &= read
+    callers = sorted(name for name, keys in functional.items() if keys & lacking or not keys <= own)
+    return [weights[key] for key in weights if key in lacking], callers
 
 
 class _Copied:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import threading
@@ -23,7 +24,6 @@ from ..lowering import LoweredGraph, lower_graph
 from ..model.attachments import attached, attached_attention, attached_recipe, changes, owner_of
 from ..model.linears import matching
 from ..model.steps import StepPrecision
-from ..model.tree import Surroundings
 from ..options import Options
 from ..reporting.report import Totals
 from ..torch_private.calls import Around
@@ -32,8 +32,8 @@ from ..torch_private.frames import caller_that_holds
 from ..torch_private.tensors import has_tangent, real_tensors
 from ..weights.held import multiplier_groups, ties
 from ..weights.store import store
-from .coverage import function_watcher, mark_copied, ran, watch, watcher
-from .messages import USED_OTHERWISE, lacks_4_bits, say_off, say_overruled, say_transformed
+from .coverage import function_watcher, mark_copied, ran, say_behind, watch, watcher
+from .messages import USED_OTHERWISE, keeping_errors, lacks_4_bits, say_graph, say_off, say_overruled, say_transformed
 from .run import make_runner
 
 __all__ = ["tahf4"]
@@ -65,12 +65,13 @@ def tahf4(
         CaptureError, PassError, PipelineError: see there. Dynamo wraps all of them in
             ``BackendCompilerFailed``, with their message.
     """
-    parsed = Options.parse(options, mode)
     before_frames(tahf4, _begin, say_overruled)  # again, since torch._dynamo.reset() forgets it
     start = time.perf_counter()
-    captured = capture_dynamo(graph_module, example_inputs)
-    captured.seconds = time.perf_counter() - start
-    compiled = CompiledGraph(captured, parsed)
+    with keeping_errors():
+        parsed = Options.parse(options, mode)
+        captured = capture_dynamo(graph_module, example_inputs)
+        captured.seconds = time.perf_counter() - start
+        compiled = CompiledGraph(captured, parsed)
     return lambda *args: compiled(*args)
 
 
@@ -79,7 +80,8 @@ def _begin(model: nn.Module, keywords: Mapping[str, Any], transformed: bool) -> 
     if transformed:
         say_transformed(model)
         return
-    options = Options.parse(keywords.get("options"), keywords.get("mode"))
+    with keeping_errors():
+        options = Options.parse(keywords.get("options"), keywords.get("mode"))
     if options.pipeline == "default":
         watch(model, options.keep)
 
@@ -101,8 +103,8 @@ def _watched(keywords: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return the patterns of linears that are kept, or None if nothing is watched."""
     try:
         options = Options.parse(keywords.get("options"), keywords.get("mode"))
-    except Tahf4Error:  # raised again where Dynamo comes to the backend
-        return None
+    except Tahf4Error:  # raised again where Dynamo comes to the backend, and said if it is set to suppress that
+        return ()
     return options.keep if options.pipeline == "default" else None
 
 
@@ -160,7 +162,7 @@ class CompiledGraph:
             first.binding(captured.example_inputs, store, options.weight_check)  # convert now, not in the first step
         # The example's tensors must not live as long as the compiled code.
         self._captured = replace(captured, example_inputs=())
-        _announce(first, captured.surroundings)
+        _announce(first, captured)
         if (root := captured.surroundings.root) is not None and options.pipeline == "default":
             watch(caller_that_holds(root) or root, options.keep)
 
@@ -243,7 +245,7 @@ class CompiledGraph:
             lowered = lower_graph(replace(self._captured, example_inputs=args), self._options)
             bound = lowered.binding(args, store, self._options.weight_check)
             self._variants[key] = (lowered, _finish(lowered, self._options, bound))
-            _announce(lowered, self._captured.surroundings)
+            _announce(lowered, self._captured)
 
 
 @dataclass
@@ -284,8 +286,8 @@ def _finish(lowered: LoweredGraph, options: Options, example: Sequence[Any] | No
     return run
 
 
-def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
-    totals = Totals.of(lowered.plan)
+def _announce(lowered: LoweredGraph, captured: Capture) -> None:
+    totals, where = Totals.of(lowered.plan), captured.surroundings
     log.info(
         "%s: %d of %d linears in HiF4; %s",
         lowered.name,
@@ -295,6 +297,7 @@ def _announce(lowered: LoweredGraph, surroundings: Surroundings) -> None:
     )
     if not lowered.plan and any(linears(lowered.graph_module.graph)):
         log.warning("%s: the linears have no plan, so none runs in 4 bits (is the pass 'plan' left out?)", lowered.name)
-    if lowered.plan and lacks_4_bits(lowered.plan, lambda path: surroundings.block_of(path) is None):
-        reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in lowered.plan})[:3])
-        log.warning("%s: none of %d linears runs in 4 bits (%s)", lowered.name, totals.linears, reasons)
+    # A packed linear whose codes are arguments, as under functional_call, runs in 4 bits and is in no plan.
+    packed = captured.graph_module.graph.find_nodes(op="call_function", target=torch.ops.tahf4.packed_linear.default)
+    if lowered.plan and not packed and lacks_4_bits(lowered.plan, lambda path: where.block_of(path) is None):
+        say_behind(functools.partial(say_graph, lowered.name, lowered.plan, where.root))

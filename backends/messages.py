@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -13,15 +14,19 @@ from ..model.linears import named_linears, plain_path
 from ..model.reasons import Cause
 from ..packed.plan import UNFIT, left_out, plan_modules, why_nothing
 from ..pipeline.context import Decision
-from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks
+from ..torch_private.dynamo import compiler_is_off, compiler_stance, graph_breaks, suppresses_errors
+from ..torch_private.frames import outermost_that_holds
 from .wanted import Wanted
 
 __all__ = [
     "USED_OTHERWISE",
+    "is_explained",
     "is_said",
+    "keeping_errors",
     "lacks_4_bits",
     "say_copied",
     "say_functional",
+    "say_graph",
     "say_left_out",
     "say_nothing",
     "say_off",
@@ -29,15 +34,18 @@ __all__ = [
     "say_overruled",
     "say_transformed",
     "say_used",
-    ]
+]
 
 log = logging.getLogger(__name__)
 
 _outside: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of linears outside of graphs
 _overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
+_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said that nothing of them runs in 4 bits
+_texts: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # by what runs around
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 _off = False  # said that the compiler is off
+_hidden: list[str] = []  # the last error that Dynamo was set to suppress
 
 USED_OTHERWISE = UNFIT | {Cause.REGION}
 """Why a graph leaves a linear in high precision that the model's tree puts in 4 bits, unless the user chose it."""
@@ -57,10 +65,39 @@ def lacks_4_bits(plan: Sequence[Decision], outside: Callable[[str], bool]) -> bo
     return not meant and not any(d.decision == "hif4" for d in plan)
 
 
+def _say(model: nn.Module, text: str) -> None:
+    """Warn, unless the same was said of another part of what runs, as where blocks are compiled one by one."""
+    texts, text = _texts.setdefault(outermost_that_holds(model), set()), f"{type(model).__name__}: {text}"
+    if text not in texts:
+        texts.add(text)
+        log.warning("%s", text)
+
+
 def say_left_out(model: nn.Module) -> None:
     """Warn if weights of a model's blocks are in no plan, because they are no weights of a linear."""
     if text := left_out(model):
-        log.warning("%s: %s", type(model).__name__, text)
+        _say(model, text)
+
+
+def say_graph(name: str, plan: Sequence[Decision], model: nn.Module | None) -> None:
+    """Warn that no linear of a graph runs in 4 bits.
+
+    Args:
+        name: of the graph.
+        plan: its decisions.
+        model: whose code it is, if it is one's.
+    """
+    left = [d for d in plan if d.cause not in (Cause.BOUNDARY, Cause.KEPT, Cause.STEP, Cause.ADAPTER)]
+    if model is not None and left and all(d.cause is Cause.REGION for d in left):
+        say_used(model, {d.module: str(d.reason) for d in left})  # as the next calls would once more
+        return
+    reasons = "; ".join(sorted({f"{d.module or 'linear'}: {d.reason}" for d in plan})[:3])
+    log.warning("%s: none of %d linears runs in 4 bits (%s)", name, len(plan), reasons)
+
+
+def is_explained(model: nn.Module) -> bool:
+    """Tell whether :func:`say_nothing` or :func:`say_used` said of a model why linears run in high precision."""
+    return model in _nothing or model in _used
 
 
 def say_copied(model: nn.Module) -> None:
@@ -78,7 +115,8 @@ def say_nothing(model: nn.Module) -> None:
     weights = {path: linear._parameters.get("weight") for path, linear in named_linears(model)}
     counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
     if lacks_4_bits(counted, lambda path: attached_keep(weights[path]) is not None):
-        log.warning("%s: nothing runs in 4 bits: %s", type(model).__name__, why_nothing(model, plan))
+        _nothing.add(model)
+        _say(model, f"nothing runs in 4 bits: {why_nothing(model, plan)}")
 
 
 def say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
@@ -100,12 +138,8 @@ def say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
             f"{_listed(others)}: used otherwise than in a linear, as in einsum, bmm or an operator of somebody else, "
             "or as a part or a multiple; torch.nn.functional.linear(x, weight, bias) runs in 4 bits"
         )
-    log.warning(
-        "%s: %d linears of its repeated blocks run in high precision, because of how graphs use their weights (%s)",
-        type(model).__name__,
-        len(reasons),
-        "; ".join(texts),
-    )
+    text = "linears of its repeated blocks run in high precision, because of how graphs use their weights"
+    _say(model, f"{len(reasons)} {text} ({'; '.join(texts)})")
 
 
 def say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[str]) -> None:
@@ -116,7 +150,7 @@ def say_functional(model: nn.Module, paths: Sequence[str], callers: Sequence[str
         paths: of its linears that no graph has.
         callers: the functions.
     """
-    if model in _functional:
+    if model in _functional or not paths:
         return
     _functional.add(model)
     log.warning(
@@ -173,6 +207,16 @@ def say_transformed(model: nn.Module) -> None:
     )
 
 
+@contextlib.contextmanager
+def keeping_errors() -> Iterator[None]:
+    """Keep an error of the backend, which Dynamo may be set to suppress, for :func:`say_outside`."""
+    try:
+        yield
+    except Exception as error:
+        _hidden[:] = [f"{type(error).__name__}: {error}"] if suppresses_errors() else []
+        raise
+
+
 def is_said(model: nn.Module) -> bool:
     """Tell whether :func:`say_outside` said it of a model, or :func:`say_transformed`."""
     return model in _outside
@@ -194,10 +238,13 @@ def say_outside(whole: nn.Module, model: nn.Module, paths: Sequence[str], alike:
         causes = "its compiler is off now (torch._dynamo.config.disable, TORCHDYNAMO_DISABLE)"
     elif (stance := compiler_stance()) != "default":
         causes = f"torch.compiler.set_stance({stance!r})"
+    elif suppresses_errors():
+        error = _hidden[0] if _hidden else "see Dynamo's log"
+        causes = "; ".join([f"torch._dynamo.config.suppress_errors hides an error ({error})", *graph_breaks()[:2]])
     else:
         causes = "; ".join(graph_breaks()[:2]) or (
             "none, as where a whole forward is under torch.compiler.disable, or where a TorchDispatchMode "
-            "(FlopCounterMode) was around the first call, or suppress_errors hides an error"
+            "(FlopCounterMode) was around the first call"
         )
     log.warning(
         "%s: %d linears of its repeated blocks run in high precision, because Dynamo did not hand their code to tahf4 "

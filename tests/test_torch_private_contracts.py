@@ -31,23 +31,26 @@ def test_the_stack_tells_functions_their_variables_and_libraries():
 
 
 def test_linears_that_python_calls_are_collected_and_compiled_ones_are_not():
-    model, x, found, functional = Stack(depth=1), torch.randn(2, 64), set(), set()
+    model, x, found, functional = Stack(depth=1), torch.randn(2, 64), set(), {}
     with frames.python_linears(found, functional):
         model.first(x)
-    assert found == {model.first} and functional == set()
+    assert found == {model.first} and functional == {}
     with frames.python_linears(set(), functional):
-        nn.functional.linear(x, model.last.weight)
+        nn.functional.linear(x, weight=model.last.weight)
+        nn.functional.linear(x, model.first.weight.t())
         codes = [part for tensor in (x, model.last.weight) for part in hif4.quantize(tensor)[:2]]
         reference.linear(*codes, None, x.dtype)  # reads F.linear itself
     assert [text.partition(":")[0] for text in functional] == [
         "test_linears_that_python_calls_are_collected_and_compiled_ones_are_not, test_torch_private_contracts.py"
     ]
+    assert [*functional.values()] == [{id(model.last.weight), id(model.first.weight)}]
+    assert not torch.overrides._get_current_function_mode_stack()
     attention = nn.MultiheadAttention(64, 1)
     functional.clear()
     found.clear()
     with frames.python_linears(found, functional, [nn.MultiheadAttention]):
         attention(x, x, x)  # calls F.multi_head_attention_forward
-    assert found == {attention} and functional == set()
+    assert found == {attention} and functional == {}
     compiled = torch.compile(model, backend="eager")
     compiled(x)
     found.clear()

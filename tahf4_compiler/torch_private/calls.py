@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from .frames import callers
 
@@ -21,6 +22,7 @@ __all__ = [
     "without_compiled_calls",
 ]
 
+_hooked = False  # whether there were hooks where something was compiled whole the last time
 
 Around = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], tuple[Any, bool]]
 """Takes a compiled call with its arguments; returns the result, and whether this was the last one to go through it."""
@@ -95,6 +97,11 @@ def without_compiled_calls(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
+def _has_hooks(model: nn.Module) -> bool:
+    ours = (held for m in model.modules() for held in (m._forward_hooks, m._forward_pre_hooks))
+    return any((*ours, all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks))
+
+
 @contextlib.contextmanager
 def compiled_whole(
     module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]], **settings: Any
@@ -102,7 +109,8 @@ def compiled_whole(
     """Let the calls of a module run compiled with other settings, and then as before.
 
     PyTorch's own modules are compiled as well, whose files Dynamo skips unless they are inlined. By default Dynamo does
-    not look whether a module has hooks: it would run what it compiled for another model of the class, without them.
+    not look whether a module has hooks: it would run what it compiled for another model of the class, without them. It
+    never looks at hooks of all modules, and keeps few versions where hooks differ: with hooks, all is compiled anew.
 
     Args:
         module: as it is, or what ``torch.compile(module)`` returned.
@@ -111,6 +119,10 @@ def compiled_whole(
     """
     from torch._dynamo import external_utils, trace_rules
 
+    global _hooked
+    before, _hooked = _hooked, _has_hooks(module)
+    if before or _hooked:
+        torch._dynamo.reset_code_caches()
     inner = getattr(module, "_orig_mod", module)
     with without_compiled_calls(module):
         forward = inner.forward

@@ -34,6 +34,7 @@ __all__ = [
     "keep_number",
     "log_artifact",
     "logs_artifacts",
+    "suppresses_errors",
     "tracing",
     "transformed_regions",
     "when_compiled",
@@ -105,6 +106,11 @@ def compiler_stance() -> str:
     from torch._dynamo.eval_frame import _stance
 
     return str(_stance.stance)
+
+
+def suppresses_errors() -> bool:
+    """Whether Dynamo, as it is set now, runs code as it is where a backend raises an error."""
+    return bool(torch._dynamo.config.suppress_errors)
 
 
 def transformed_regions(graph: fx.Graph) -> list[list[fx.Node]]:

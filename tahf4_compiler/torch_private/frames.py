@@ -14,6 +14,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "Caller",
@@ -89,23 +90,42 @@ def _callers_that_hold(part: object) -> Iterator[tuple[nn.Module, nn.Module]]:
                 yield called, module
 
 
+class _Weights(TorchFunctionMode):
+    """Notes the weight of a call of ``F.linear``; nothing else tells the arguments of a function without a frame."""
+
+    found: set[int]
+    caller: FrameType | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+        viewed = getattr(weight, "_base", None)
+        self.found.add(id(weight if viewed is None else viewed))
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
-def python_linears(modules: set[nn.Module], functional: set[str], others: Iterable[type] = ()) -> Iterator[None]:
+def python_linears(
+    modules: set[nn.Module], functional: dict[str, set[int]], others: Iterable[type] = ()
+) -> Iterator[None]:
     """Collect the modules whose ``nn.Linear.forward`` Python runs in this thread, and who else calls ``F.linear``.
 
     A hook or another ``forward`` would do, but Dynamo guards both: it would compile everything again.
 
     Args:
         modules: is told of each module.
-        functional: is told of each function.
+        functional: is told of each function, with the identities of the weights that it gave, or of what they view.
         others: classes of modules whose ``forward`` counts as well.
     """
     from torch._dynamo.eval_frame import skip_code
 
     forwards = [inspect.unwrap(cls.forward) for cls in (nn.Linear, *others)]  # type: ignore[attr-defined]
     codes = {forward.__code__ for forward in forwards if inspect.isfunction(forward)}
+    reads = _Weights()
 
     def called(frame: FrameType, event: str, argument: Any) -> None:
+        if event in ("c_return", "c_exception") and argument is nn.functional.linear and frame is reads.caller:
+            reads.caller = None
+            reads.__exit__(None, None, None)
         if event == "call" and frame.f_code in codes and isinstance(module := frame.f_locals.get("self"), nn.Module):
             modules.add(module)
         if event == "c_call" and argument is nn.functional.linear and frame.f_code not in codes:
@@ -115,13 +135,16 @@ def python_linears(modules: set[nn.Module], functional: set[str], others: Iterab
             if outer is not None and outer.f_code in codes:
                 return  # in F.multi_head_attention_forward
             if Caller(frame).library == Caller(sys._getframe()).library:
-                return  # a reference operator, on a device without kernels
+                return  # a reference operator, on a device without kernels, or the mode below goes on
             if str(frame.f_globals.get("__name__")).startswith(("torch.fx.", "torch._")):
                 return  # a graph that is captured meanwhile
             found = frame.f_code
-            functional.add(f"{found.co_name}, {os.path.basename(found.co_filename)}:{found.co_firstlineno}")
+            name = f"{found.co_name}, {os.path.basename(found.co_filename)}:{found.co_firstlineno}"
+            reads.found, reads.caller = functional.setdefault(name, set()), frame
+            reads.__enter__()  # for this call alone: Dynamo guards the modes around what it compiles
 
-    skip_code(called.__code__)  # Dynamo would compile it like any function that runs inside of what is compiled
+    for function in (called, _Weights.__torch_function__):
+        skip_code(function.__code__)  # Dynamo would compile it like any function that runs inside of what is compiled
     sys.setprofile(called)
     try:
         yield

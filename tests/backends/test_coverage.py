@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from helpers import GRAPH, by_turns, said
+from helpers import GRAPH, by_turns, said, warned
 from models import Stack
 from tahf4_compiler.backends import dynamo, messages
 from torch import Tensor, nn
@@ -383,6 +383,66 @@ def test_weights_in_a_branch_or_of_a_type_that_is_not_held_are_said_with_this_ca
     (message,) = said(caplog)
     assert "Products: 3 linears" in message and "(blocks.0.up: dtype: weight is float8_e4m3fn; blocks.1.up: " in message
     assert "otherwise than in a linear" not in message
+
+
+class Either(nn.Module):
+    """Two linears in the branches of a condition, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.up(x), lambda x: self.down(x), (x,))
+
+
+class Few(nn.Module):
+    """A linear with few features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(x).sum()
+
+
+USED = "linears of its repeated blocks run in high precision, because of how graphs use their weights (0.up: region: "
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "says"),
+    [
+        (Either, "whole", f"Sequential: 6 {USED}"),
+        (Either, "by blocks", f"Either: 2 {USED.replace('0.up', 'up')}"),
+        (Either, "function", f"Sequential: 6 {USED}"),
+        (Few, "whole", "Sequential: nothing runs in 4 bits: 3 of 3 linears: shape: 64 -> 8 features"),
+        (Few, "by blocks", "Few: nothing runs in 4 bits: 1 of 1 linears: shape: 64 -> 8 features"),
+        (Few, "function", "Sequential: none of 3 linears runs in 4 bits (0.up: shape: 64 -> 8 features"),
+    ],
+)
+def test_graphs_without_4_bits_are_said_once_for_all_blocks(kind, how, says, caplog):
+    model, x = nn.Sequential(kind(), kind(), kind()).eval(), torch.randn(4, 64)
+    if how == "by blocks":
+        call = model
+        for block in model:
+            compiled(block, False)
+    elif how == "function":
+        call = torch.compile(lambda x: model(x) + 1, backend="tahf4", options=GRAPH)
+    else:
+        call = compiled(model, True)
+    for _ in range(3):
+        call(x)
+    (message,) = warned(caplog)
+    assert message.startswith(says)
+
+
+def test_a_graph_that_an_option_leaves_without_4_bits_is_said(caplog):
+    call = compiled(Stack(depth=2).eval(), True, **{"plan.min_features": 65})
+    for _ in range(3):
+        call(torch.randn(4, 64))
+    (message,) = warned(caplog)
+    assert "none of 6 linears runs in 4 bits (" in message and "blocks.0.down: shape: 128 -> 64 features" in message
 
 
 class Marked(nn.Parameter):

@@ -9,7 +9,10 @@ import pytest
 import torch
 from helpers import GRAPH, said
 from models import Stack
+from tahf4_compiler.backends import dynamo, messages
 from torch import Tensor, nn
+
+from tahf4_compiler.torch_private.dynamo import before_frames
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -83,6 +86,29 @@ def test_a_method_that_dynamo_never_begins_is_said(caplog):
         del type(model).encode
     (message,) = said(caplog)
     assert message.startswith("Stack: 6 linears of its repeated blocks run in high precision")
+
+
+def test_a_model_in_a_function_of_which_dynamo_compiles_no_frame_is_said(caplog):
+    class Within(nn.Module):
+        """Breaks the graph where Dynamo gives a whole frame up; there is no other frame than PyTorch's own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for linear in (self.up, self.down):
+                x = linear(x)
+                torch._dynamo.graph_break()
+            return x
+
+    model, x = Within().eval(), torch.randn(4, 64)
+    before_frames(dynamo.tahf4, dynamo._begin, messages.say_overruled)  # as torch.compile(backend="tahf4") does first
+    step = torch.compile(lambda x: model(x) + x, **SETTINGS)
+    for _ in range(4):
+        assert torch.equal(step(x), model(x) + x)
+    (message,) = said(caplog)
+    assert message.startswith("Within: 2 linears of its repeated blocks run in high precision, because Dynamo did not")
 
 
 def test_a_method_that_calls_a_part_says_nothing_of_the_rest(caplog):

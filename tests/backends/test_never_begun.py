@@ -100,6 +100,39 @@ def test_the_function_in_a_helper_that_is_disabled_is_said_once(caplog):
     assert "(helper, test_never_begun.py:" in message
 
 
+def test_a_function_in_a_frame_that_dynamo_gave_up_runs_as_it_is_while_it_is_looked_at(caplog):
+    class Loop(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = F.linear(F.linear(x, block.up.weight), block.down.weight)
+                torch._dynamo.graph_break()
+            return x
+
+    model, x = Loop(depth=2).eval(), torch.randn(4, 64)
+    call, want = compiled(model, "whole"), model(x)
+    for _ in range(4):
+        assert torch.equal(call(x), want)
+    (message,) = said(caplog)
+    assert "4 linears" in message and "(forward, test_never_begun.py:" in message
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_function_that_reads_another_weight_is_not_said_to_read_what_a_cache_left_out(copied, caplog):
+    class Boundary(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](self.helper(x))
+
+        @torch.compiler.disable
+        def helper(self, x: Tensor) -> Tensor:
+            weight = self.first.weight
+            return F.linear(x, weight.clone() if copied else weight)
+
+    call, x = compiled(Boundary(depth=2).eval(), "whole"), torch.randn(4, 64)
+    for _ in range(4):
+        call(x)
+    assert len(said(caplog)) == copied, "a copy may be one of any weight"
+
+
 def test_modules_are_not_said_to_be_functions(caplog):
     """A block that a cache left out stands in no graph, and another that is hidden calls its linears."""
     model, x = Helped(4).eval(), torch.randn(4, 64)
@@ -148,6 +181,24 @@ def test_a_compiler_that_is_switched_off_later_is_said_once(off, when, caplog):
     if off == "config":  # Dynamo gives up what it comes to meanwhile
         torch._dynamo.reset()
     assert not torch.equal(call(x), want), "it is compiled as soon as the compiler is on"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"kep": []}, "OptionError: unknown option"),
+        ({"keep": ["nothing"]}, "PatternError: keep pattern 'nothing' matches none of the 8 linears"),
+        ({"keep": 1}, "OptionError: "),
+    ],
+)
+def test_an_error_that_dynamo_is_set_to_suppress_is_said_as_the_cause(options, error, caplog):
+    model, x = Stack().eval(), torch.randn(4, 64)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        call = compiled(model, "whole", **options)
+        for _ in range(3):
+            assert torch.equal(call(x), model(x))
+    (message,) = said(caplog)
+    assert message.startswith("Stack: 6 linears") and f"suppress_errors hides an error ({error}" in message
 
 
 @pytest.mark.parametrize("how", ["whole", "in place"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 
 import pytest
@@ -56,16 +56,44 @@ def test_the_rank_of_a_percentile_is_exact():
         assert sketch.percentile(100).item() == 1000
 
 
-def test_a_hook_of_one_model_is_run_behind_the_calibration_of_another_of_its_class():
-    plain, x = Stack().eval(), torch.randn(8, 64)
-    hooked = copy.deepcopy(plain)
-    hooked.blocks[0].up.register_forward_pre_hook(lambda module, args: (args[0] * 10,))
-    seen = []
-    for model in (plain, hooked, plain):
-        with tahf4.calibrate(model, options=GRAPH) as calibration:
-            model(x)
-        seen.append(calibration.sketch("blocks.0.up").percentile(100))
-    assert torch.allclose(seen[1], 10 * seen[0]) and torch.equal(seen[2], seen[0])
+def test_a_hook_that_comes_in_the_middle_of_a_calibration_is_run():
+    model, x, seen = Stack(depth=1).eval(), torch.randn(8, 64), []
+    with tahf4.calibrate(model, options=GRAPH) as calibration:
+        for factor in (1, 10):
+            with of_one_module(model, factor) if factor > 1 else contextlib.nullcontext():
+                model(x)
+            seen.append(calibration.sketch("blocks.0.up").percentile(100))
+    assert torch.allclose(seen[1], 10 * seen[0], rtol=1e-3)
+
+
+def of_one_module(model, factor):
+    return model.blocks[0].up.register_forward_pre_hook(lambda module, args: (args[0] * factor,))
+
+
+def before_all_modules(model, factor):
+    def hook(module, args):
+        return (args[0] * factor,) if module is model.blocks[0].up else None
+
+    return nn.modules.module.register_module_forward_pre_hook(hook)
+
+
+def behind_all_modules(model, factor):
+    def hook(module, args, out):
+        return out * factor if module is model.blocks[0].norm else None
+
+    return nn.modules.module.register_module_forward_hook(hook)
+
+
+@pytest.mark.parametrize("hooked", [of_one_module, before_all_modules, behind_all_modules])
+def test_hooks_that_come_and_go_between_calibrations_are_run_however_often(hooked):
+    model, x, seen = Stack(depth=1).eval(), torch.randn(8, 64), {}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for factor in (None, 2, None, 4):
+            handle = hooked(model, factor) if factor else contextlib.nullcontext()
+            with handle, tahf4.calibrate(model, options=GRAPH) as calibration:
+                model(x)
+            found = calibration.sketch("blocks.0.up").percentile(100)
+            assert torch.allclose(found, seen.setdefault(None, found) * (factor or 1), rtol=1e-3)
 
 
 def test_a_prompt_that_was_interrupted_counts_once(tmp_path):

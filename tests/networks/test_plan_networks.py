@@ -98,7 +98,7 @@ def test_min_features_is_an_option_of_the_pass():
 def test_zero_matches_is_a_warning(caplog):
     with torch.no_grad():
         torch.compile(nn.Linear(8, 8), backend="tahf4", options=GRAPH)(torch.randn(2, 8))
-    assert "none of 1 linears runs in 4 bits" in caplog.text
+    assert "Linear: nothing runs in 4 bits: 1 of 1 linears: shape: 8 -> 8 features" in caplog.text
 
 
 def test_plan_json_has_one_object_a_linear():

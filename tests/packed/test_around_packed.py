@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from helpers import GRAPH, relative
+from helpers import GRAPH, relative, warned
 from models import Stack
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -94,6 +94,17 @@ def test_a_packed_model_computes_the_same_eager_and_compiled(change, error):
     if changed is not model:
         compiled = torch.compile(changed, backend="tahf4", options=GRAPH)
     assert relative(compiled(x), want) <= max(error, 1e-6)
+
+
+def test_what_a_packed_model_holds_may_be_arguments_of_a_compiled_function(caplog):
+    model, x = Stack(depth=2).eval(), torch.randn(4, 64)
+    tahf4.quantize_(model)  # and leaves two linears around the blocks
+    held = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    call = torch.compile(
+        lambda held, x: torch.func.functional_call(model, held, (x,)), backend="tahf4", options=GRAPH
+    )
+    assert relative(call(held, x), model(x)) <= 1e-6
+    assert not warned(caplog)
 
 
 @pytest.mark.parametrize("computed", ["pruned", "parametrized"])
