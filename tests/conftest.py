@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -16,6 +17,8 @@ import registries
 import torch
 import torch._dynamo.guards
 
+# pytest listens to every logger that does not propagate. To this one, PyTorch writes each graph as text if anybody does.
+logging.root.manager.loggerDict.pop("torch.__trace")
 # Dynamo measures the guards of each graph that it compiles, for its log, and empties the caches of the CPU before: half
 # of the time of a small compilation.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
