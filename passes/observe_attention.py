@@ -26,8 +26,8 @@ class ObserveAttention(Attention):
 
     After (``handle`` is a new input, found by the weights of the attention's linears)::
 
-        tahf4.observe_attention(q, k, v, None, False, None, False, handle)
         y = aten.scaled_dot_product_attention(q, k, v)
+        tahf4.observe_attention(q, k, v, None, False, None, False, y, handle)
 
     It takes the options of ``attention``. What the user keeps, and what an earlier recipe says, does not matter. An
     attention without linears around it has no name that a recipe could call it by, and is left out.
@@ -44,8 +44,8 @@ class ObserveAttention(Attention):
         weights = tuple(dict.fromkeys(d.weight_index for d in linears_around(node) if d.weight_index >= 0))
         beside = next(n for n in graph.find_nodes(op="placeholder") if _stands_for(n, weights[0]))
         handle = packed_input(graph, beside, PackedWeight(weights), "observer")
-        with graph.inserting_before(node):
-            call(node, torch.ops.tahf4.observe_attention.default, (*new.args, handle))
+        with graph.inserting_after(node):
+            call(node, torch.ops.tahf4.observe_attention.default, (*new.args, node, handle))
         graph.erase_node(new)
         context.matched(node)
 

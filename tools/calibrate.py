@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..recipe.entries import AttentionEntry
 
 __all__ = ["Dtype", "MaskKind", "calibrate"]
 
@@ -166,7 +170,18 @@ def calibrate(
         typer.echo(f"{expert}: {len(linears) - len(kept)} linears in HiF4{words}, {len(kept)} in high precision")
         for path in worst:
             typer.echo(f"  {path}: {linears[path].decision}, {linears[path].reason}")
+        for line in _attention_lines(expert, recipe.attention.get(expert, {})):
+            typer.echo(line)
     typer.echo(f"Written to {out} ({out.stat().st_size:,} bytes); statistics in {checkpoint}")
+
+
+def _attention_lines(expert: str, attentions: Mapping[str, AttentionEntry]) -> Iterator[str]:
+    """Yield how many attentions may run in 8 bits, and the numbers of those of the greatest effect."""
+    if attentions:
+        eight = sum(entry.decision == "int8" for entry in attentions.values())
+        yield f"{expert}: {eight} attentions may run in 8 bits, {len(attentions) - eight} stay in high precision"
+    for path in sorted(attentions, key=lambda p: -(attentions[p].effect or 0))[:5]:
+        yield f"  {path}: {attentions[path].words}"
 
 
 def _argument(text: str) -> tuple[str, Any]:

@@ -1,19 +1,22 @@
-"""What attention in 8 bits costs: the error of each attention, measured on the calls that a calibration kept."""
+"""What attention in 8 bits costs: error and effect of each attention, measured on the calls that a calibration kept."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError
+from ..files.memo import Measured
 from ..model.linears import module_around
 from ..model.parts import part_of, running_weights
 from ..ops.observers import Handles
@@ -22,7 +25,7 @@ from ..options import reference_forced
 from ..recipe.entries import AttentionEntry
 from ..torch_private.calls import compiled_whole
 from .seen import Seen
-from .sensitivity import ENTRIES, sqnr_db
+from .sensitivity import ENTRIES, Network, sqnr_db
 
 __all__ = ["ATTENTION_TOLERANCE", "attention_entries"]
 
@@ -35,13 +38,77 @@ QUERIES = 256
 _INT8 = torch.ops.tahf4.attention.default
 
 
-def attention_entries(calibration: Seen, expert: str, tolerance: float) -> dict[str, AttentionEntry]:
+class _Observed:
+    """What is seen of the attentions of a module, while it runs compiled with observers.
+
+    Attributes:
+        sums: by the linears of an attention's module: squares of its error in 8 bits, squares of itself, and FLOPs.
+        chosen: the attention that runs in 8 bits, by its linears, or none of them; None to measure errors.
+        ran: whether it was met.
+    """
+
+    def __init__(self, module: nn.Module, name: str, paths: Mapping[Tensor, str], reference: bool) -> None:
+        """Observe nothing yet."""
+        self.sums: dict[tuple[str, ...], tuple[float, float, int]] = defaultdict(lambda: (0.0, 0.0, 0))
+        self.chosen: tuple[str, ...] | None = None
+        self.ran = False
+        self._module, self._name, self._paths, self._reference, self._heard = module, name, paths, reference, 0
+
+    def observer_of(self, weights: tuple[Tensor, ...]) -> Callable[[Any], None]:
+        """Return what takes the operands of attentions that some weights belong to."""
+        linears = tuple(self._paths[weight] for weight in weights if weight in self._paths)
+
+        def observe(x: Any) -> None:
+            self._heard += 1
+            if isinstance(x, Tensor) or not linears:  # a tensor is an activation of linears
+                return
+            *operands, output = x
+            if self.chosen is None:
+                found = *_squares(tuple(operands), self._reference), _flops(*operands[:3])
+                error, norm, flops = (a + b for a, b in zip(self.sums[linears], found, strict=True))
+                self.sums[linears] = error, norm, int(flops)
+            elif self.chosen == linears:
+                output.copy_(dispatch(_INT8, output, reference=self._reference).target(*operands))
+                self.ran = True
+
+        return observe
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module.
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
+        before = self._heard
+        found = self._module(*args, **kwargs)
+        if self._heard == before:
+            raise CalibrationError(
+                f"a call of {self._name} was not observed, so that no error of its attention is known: torch.compile "
+                "ran it as it is (TORCHDYNAMO_DISABLE, or more shapes than torch._dynamo.config.recompile_limit)"
+            )
+        return found
+
+    def effect(self, linears: tuple[str, ...], network: Network) -> float | None:
+        """Return the error of the network's output with one attention in 8 bits; None if no call met it."""
+        self.chosen, self.ran = linears, False
+        try:
+            errors = network.errors_now()
+        finally:
+            self.chosen = ()
+        return _finite(statistics.fmean(errors)) if self.ran else None
+
+
+def attention_entries(
+    calibration: Seen, expert: str, tolerance: float, network: Network | None, measured: Measured
+) -> dict[str, AttentionEntry]:
     """Return the error of each attention of an expert that would run in 8 bits, and what follows, by module path.
 
     Args:
         calibration: its kept calls are run, compiled with observers.
         expert: which one.
         tolerance: relative squared error above which an attention stays in high precision.
+        network: the expert on the kept calls, for the effect of each attention; None to measure none.
+        measured: where the effects are kept.
 
     Raises:
         CalibrationError: no call was kept, ranks divide the model or its sequences, or torch.compile is off.
@@ -61,45 +128,49 @@ def attention_entries(calibration: Seen, expert: str, tolerance: float) -> dict[
             f"attention='int8' is measured where one process holds {name} whole, and ranks divide it or its sequences "
             "here. Make the recipe with attention='high_precision', or on one process"
         )
-    sums: dict[tuple[str, ...], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     reference = reference_forced() or calibration.options.kernels == "reference"
-    heard = 0
-
-    def observer_of(weights: tuple[Tensor, ...]) -> Callable[[Any], None]:
-        linears = tuple(paths[weight] for weight in weights if weight in paths)
-
-        def observe(x: Any) -> None:
-            nonlocal heard
-            heard += 1
-            if not isinstance(x, Tensor) and linears:  # a tensor is an activation of linears
-                error, norm = _squares(x, reference)
-                sums[linears] = sums[linears][0] + error, sums[linears][1] + norm
-
-        return observe
-
+    observed = _Observed(module, name, paths, reference)
+    few = network.few() if network is not None else None
     options = dataclasses.replace(calibration.options, pipeline="calibration", attention="int8", inductor=False)
     compiled = compiled_whole(module, lambda call: call, backend="tahf4", options=options)
-    with Handles(observer_of), compiled, torch.no_grad():
+    effects: dict[tuple[str, ...], float | None] = {}
+    with Handles(observed.observer_of), compiled, torch.no_grad():
         for args, kwargs in tqdm(calls, desc=f"attention {expert}".strip(), unit="call", delay=1.0):
-            before = heard
-            module(*args, **kwargs)
-            if heard == before:
-                raise CalibrationError(
-                    f"a call of {name} was not observed, so that no error of its attention is known: torch.compile ran "
-                    "it as it is (TORCHDYNAMO_DISABLE, or more shapes than torch._dynamo.config.recompile_limit)"
-                )
-    return {module_around(linears): _entry(linears, *sums[linears], tolerance) for linears in sorted(sums)}
+            observed.run(*args, **kwargs)
+        if few is not None and observed.sums:
+            # Against the compiled network: it rounds otherwise than the one that is not, as much as 8 bits may.
+            observed.chosen = ()
+            few = few.run_by(observed.run)
+            for linears in tqdm(sorted(observed.sums), desc="sensitivity", unit="attention", delay=1.0):
+                key = f"effect in {expert!r} of attention in 8 bits: {' '.join(linears)}"
+                effects[linears] = measured.value(key, functools.partial(observed.effect, linears, few))
+    seen = sum(count for (owner, _), (count, _) in calibration.kept.seen.items() if owner == expert)
+    return {
+        module_around(linears): _entry(
+            linears, error / max(norm, 1e-30), tolerance, effects.get(linears), flops * seen // len(calls)
+        )
+        for linears, (error, norm, flops) in sorted(observed.sums.items())
+    }
 
 
-def _entry(linears: tuple[str, ...], error: float, norm: float, tolerance: float) -> AttentionEntry:
-    relative = error / max(norm, 1e-30)
-    if not math.isfinite(relative):
-        relative = 1e30
-    db = round(sqnr_db(relative), 3)
-    if relative <= tolerance:
-        return AttentionEntry(linears, db)
+def _entry(
+    linears: tuple[str, ...], error: float, tolerance: float, effect: float | None = None, flops: int = 0
+) -> AttentionEntry:
+    db = round(sqnr_db(_finite(error)), 3)
+    if _finite(error) <= tolerance:
+        return AttentionEntry(linears, db, effect=effect, flops=flops)
     reason = f"sensitivity: SQNR {db:.1f} dB in 8 bits, less than {sqnr_db(tolerance):.1f} dB"
-    return AttentionEntry(linears, db, "high_precision", reason)
+    reason += f"; effect on the output {effect:.2e}" if effect is not None else ""
+    return AttentionEntry(linears, db, "high_precision", reason, effect, flops)
+
+
+def _finite(error: float) -> float:
+    """Return an error as a number that a file takes."""
+    return error if math.isfinite(error) else 1e30
+
+
+def _flops(query: Tensor, key: Tensor, value: Tensor) -> int:
+    return 2 * math.prod(query.shape[:3]) * key.shape[2] * (query.shape[3] + value.shape[3])
 
 
 def _squares(operands: tuple[Any, ...], reference: bool) -> tuple[float, float]:
@@ -108,7 +179,7 @@ def _squares(operands: tuple[Any, ...], reference: bool) -> tuple[float, float]:
     They are at most :data:`QUERIES` rows of at most :data:`ENTRIES` entries of the batch, with all their keys.
 
     Args:
-        operands: what ``tahf4::observe_attention`` is given.
+        operands: of the attention, as ``tahf4::observe_attention`` is given them.
         reference: whether the operator runs as its reference.
     """
     query, key, value, mask, is_causal, scale, enable_gqa = operands

@@ -73,7 +73,7 @@ def make_recipe(
             (:func:`tahf4_compiler.format.reconstruct.reconstruct`; the recipe then holds the packed weights).
         sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
             effect on the network's output (on at most 16 entries of a batch), and the output's error with everything
-            quantized in each kept call.
+            quantized in each kept call. Where attentions in 8 bits are measured, the effect of each of them as well.
         high_precision_steps: denoising steps that run in high precision.
         step_activation_bits: 8 or 16: these steps keep the weights in HiF4, and their activations have so many bits.
             None: they run with the original weights, and in a packed model with activations of 16 bits.
@@ -167,7 +167,12 @@ def make_recipe(
     recipe = Recipe(found, tuple(high_precision_steps), made, step_activation_bits=step_activation_bits)
     if (attention or calibration.options.attention) == "int8":
         made["choices"] |= {"attention": "int8", "attention_tolerance": attention_tolerance}
-        errors = {expert: attention_entries(calibration, expert, attention_tolerance) for expert in found}
+        errors = {
+            expert: attention_entries(
+                calibration, expert, attention_tolerance, network(expert) if sensitivity else None, measured
+            )
+            for expert in found
+        }
         recipe = dataclasses.replace(recipe, attention=errors)
     recipe = recipe.plan(protect_bits=protect_bits, **budget) if budget else recipe
     return dataclasses.replace(recipe, errors=_call_errors(calibration, recipe, network)) if sensitivity else recipe

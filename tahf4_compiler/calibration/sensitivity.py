@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,9 +146,20 @@ class Network:
             floating-point tensor.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]]) -> None:
-        """Run the calls (arguments and keyword arguments) in the original precision."""
-        self._model, self._calls = model, calls
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
+        run: Callable[..., Any] | None = None,
+    ) -> None:
+        """Run the calls (arguments and keyword arguments) in the original precision.
+
+        Args:
+            model: whose outputs they are.
+            calls: of it.
+            run: calls the model in another way than not compiled.
+        """
+        self._model, self._calls, self._run = model, calls, run or functools.partial(_eagerly, model)
         self._weights: dict[str, list[Tensor]] = {}
         for path, weight in running_weights(model):
             self._weights.setdefault(path, []).append(weight)
@@ -170,8 +182,8 @@ class Network:
 
     def _output(self, call: tuple[Sequence[Any], Mapping[str, Any]]) -> list[Tensor]:
         args, kwargs = call
-        with without_compiled_calls(self._model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            value = self._model(*args, **kwargs)
+        with torch.no_grad():
+            value = self._run(*args, **kwargs)
         if found := list(_floating(value)):
             wide = [tensor for tensor in found if tensor.numel() > 1] or found  # a loss may be anything near zero
             return [tensor.float() for tensor in wide]
@@ -189,6 +201,10 @@ class Network:
         """
         calls = [self._cut(call, want, most) for call, want in zip(self._calls, self._wanted, strict=True)]
         return self if all(a is b for a, b in zip(calls, self._calls, strict=True)) else Network(self._model, calls)
+
+    def run_by(self, run: Callable[..., Any]) -> Network:
+        """Return this network, called in another way."""
+        return Network(self._model, self._calls, run)
 
     def _cut(
         self, call: tuple[Sequence[Any], Mapping[str, Any]], wanted: list[Tensor], most: int
@@ -240,10 +256,12 @@ class Network:
             for weight in self._weights[path]
         }
         with _quantized(products) as used:
-            found = self._outputs()
-        if quantized and not used:
-            return None
-        each = zip(found, self._wanted, self._masks, strict=True)
+            found = self.errors_now()
+        return None if quantized and not used else found
+
+    def errors_now(self) -> list[float]:
+        """Return each call's relative squared error, as the model runs at the moment."""
+        each = zip(self._outputs(), self._wanted, self._masks, strict=True)
         return [statistics.fmean(_errors(found, wanted, mask)) for found, wanted, mask in each]
 
     def effects(
@@ -263,6 +281,11 @@ class Network:
             path: measured.value(f"{kind} {path}", lambda path=path, make=make: self.error({path: make()}))  # type: ignore[misc]
             for path, make in bar
         }
+
+
+def _eagerly(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with without_compiled_calls(model), torch.compiler.set_stance("force_eager"):
+        return model(*args, **kwargs)
 
 
 @contextlib.contextmanager

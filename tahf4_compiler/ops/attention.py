@@ -117,7 +117,7 @@ def _(
     return empty_result(query, value)
 
 
-@torch.library.custom_op("tahf4::observe_attention", mutates_args=("handle",))
+@torch.library.custom_op("tahf4::observe_attention", mutates_args=("output", "handle"))
 def observe_attention(
     query: Tensor,
     key: Tensor,
@@ -126,15 +126,17 @@ def observe_attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    output: Tensor,
     handle: Tensor,
 ) -> None:
     """Show the operands of an attention to who measures it (:mod:`tahf4_compiler.calibration.attention`).
 
     Args:
         query: and the others, as for ``tahf4::attention``; nothing is changed.
+        output: of the attention, in whose place the observer may put another.
         handle: as for ``tahf4::observe``.
     """
-    take((query, key, value, attn_mask, is_causal, scale, enable_gqa), handle)
+    take((query, key, value, attn_mask, is_causal, scale, enable_gqa, output), handle)
 
 
 observe_attention.register_fake(lambda *given: None)

@@ -32,8 +32,10 @@ def read_call_error(values: Mapping[str, Any], where: str) -> CallError:
 def read_attention(values: Mapping[str, Any], where: str) -> AttentionEntry:
     """Return an attention of a recipe from what a file holds; raise :class:`RecipeError` if it is damaged."""
     found = AttentionEntry(**{**values, "linears": tuple(values["linears"])})
-    texts = all(isinstance(text, str) for text in (*found.linears, found.reason))
-    if not (texts and found.linears and _is_number(found.sqnr_db) and found.decision in ("int8", "high_precision")):
+    texts = all(isinstance(text, str) for text in (*found.linears, found.reason, found.budget))
+    numbers = all(map(_is_number, (found.sqnr_db, found.effect or 0.0))) and type(found.flops) is int
+    decided = found.decision in ("int8", "high_precision")
+    if not (texts and numbers and decided and found.linears and found.flops >= 0):
         raise RecipeError(f"{where}: an attention is {dict(values)}; the file is damaged or was edited")
     return found
 

@@ -52,12 +52,25 @@ class AttentionEntry:
         sqnr_db: of its output in 8 bits against the original, on the calls that the calibration kept.
         decision: ``"int8"``, where attention in 8 bits is asked for, or ``"high_precision"``.
         reason: in words, for the report, where it stays.
+        effect: relative squared error of the network's output when only it is in 8 bits, or None.
+        flops: of its core, as many as for all of the calibration's calls.
+        budget: that it stays by, in words; empty where its own error decided.
     """
 
     linears: tuple[str, ...]
     sqnr_db: float
     decision: str = "int8"
     reason: str = ""
+    effect: float | None = None
+    flops: int = 0
+    budget: str = ""
+
+    @property
+    def words(self) -> str:
+        """The decision with its numbers."""
+        effect = f"effect on the output {self.effect:.2e}, " if self.effect is not None else ""
+        found = f"{self.decision}: {effect}SQNR {self.sqnr_db:.1f} dB"
+        return f"{found}; budget {self.budget}" if self.budget else found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,15 @@ class Recipe:
         """Return the recipe with other linears in high precision, or with activations in 8 bits, by measured effect.
 
         A plan for high precision leaves the bits of activations as they are, and a plan for these leaves the linears
-        in high precision: one may follow the other.
+        in high precision: one may follow the other. An attention in 8 bits is planned with the linears by the budgets
+        in blocks and in FLOPs for high precision; one whose own error is too large stays in high precision anyway.
 
         Args:
             protect_bits: 8 or 16: the linears that a budget protects keep their weights in HiF4, and their activations
                 have so many bits. None: they run in high precision.
             budget: one of ``max_high_precision_linears``, ``max_high_precision_blocks`` (both for each expert),
-                ``min_flops_4bit`` and ``max_8bit_flops`` (shares of the FLOPs of the linears in the recipe), see
-                :func:`tahf4_compiler.recipe.budget.choose`.
+                ``min_flops_4bit`` and ``max_8bit_flops`` (shares of the FLOPs of the linears in the recipe; the former
+                also of the attentions whose effect is in it), see :func:`tahf4_compiler.recipe.budget.choose`.
 
         Raises:
             RecipeError: the recipe holds no effects (``sensitivity=False``).
@@ -81,9 +82,10 @@ class Recipe:
         words = ", ".join(f"{name}={value}" for name, value in budget.items())
         bits = 8 if "max_8bit_flops" in budget else protect_bits
         decided = functools.partial(_with_bits, bits, _rest(self._made_with(), bits)) if bits is not None else _decided
-        planned = {}
+        planned, attention = {}, dict(self.attention)
         for expert, entries in self.experts.items():
             linears = self.linears(expert)
+            cores = {_core(name): _freed(entry) for name, entry in self.attention.get(expert, {}).items()}
             if all(linear.effect is None for linear in linears.values()):
                 raise RecipeError("the recipe holds no effects; make it with sensitivity=True to plan with a budget")
             # A few may not be measured: products that are written as no linear. They come last.
@@ -91,8 +93,23 @@ class Recipe:
             flops = {path: linear.flops for path, linear in linears.items()}
             if bits is not None:
                 effects = {path: effect for path, effect in effects.items() if linears[path].decision == "hif4"}
-            kept = choose(effects, flops, _block_of(list(linears)), **budget)
             ranks = {path: i + 1 for i, path in enumerate(sorted(effects, key=lambda p: (-effects[p], p)))}
+            counted = {} if bits is not None or "max_high_precision_linears" in budget else _measured(cores)
+            flops |= {core: entry.flops for core, entry in counted.items()}
+            effects |= {core: entry.effect or 0.0 for core, entry in counted.items() if entry.decision == "int8"}
+            kept = choose(
+                effects,
+                flops,
+                _block_of({core: entry.linears[0] for core, entry in counted.items()}),
+                attentions={core: entry.linears for core, entry in counted.items()},
+                staying=counted.keys() - effects.keys(),
+                **budget,
+            )
+            if bits is None and cores:
+                attention[expert] = {
+                    name: _kept(cores[_core(name)], words) if _core(name) in kept else cores[_core(name)]
+                    for name in self.attention[expert]
+                }
             planned[expert] = {
                 name: dataclasses.replace(
                     entry,
@@ -104,7 +121,7 @@ class Recipe:
                 for name, entry in entries.items()
             }
         made = {**self.provenance, "budget": {**budget, **({"protect_bits": protect_bits} if protect_bits else {})}}
-        return dataclasses.replace(self, experts=planned, provenance=made, errors={})
+        return dataclasses.replace(self, experts=planned, provenance=made, errors={}, attention=attention)
 
     def _made_with(self) -> int | None:
         """Return the bits that all activations had when the recipe was made, if it says so."""
@@ -200,11 +217,34 @@ class Recipe:
 
 
 def _attention(experts: Mapping[str, Mapping[str, AttentionEntry]]) -> dict[str, Any]:
-    """Return the attentions of all experts for the file."""
+    """Return the attentions of all experts for the file; what was not measured or planned is left out."""
+    later = {"effect": None, "flops": 0, "budget": ""}
     return {
-        expert: {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+        expert: {
+            name: {k: v for k, v in dataclasses.asdict(entry).items() if k not in later or v != later[k]}
+            for name, entry in entries.items()
+        }
         for expert, entries in experts.items()
     }
+
+
+def _core(name: str) -> str:
+    """Return what a budget calls an attention, which may have the module path of a linear."""
+    return f"attention {name}"
+
+
+def _measured(cores: Mapping[str, AttentionEntry]) -> dict[str, AttentionEntry]:
+    return {core: entry for core, entry in cores.items() if entry.effect is not None}
+
+
+def _freed(entry: AttentionEntry) -> AttentionEntry:
+    """Return an attention without what an earlier budget decided."""
+    return dataclasses.replace(entry, decision="int8", reason="", budget="") if entry.budget else entry
+
+
+def _kept(entry: AttentionEntry, budget: str) -> AttentionEntry:
+    kept = dataclasses.replace(entry, decision="high_precision", budget=budget)
+    return dataclasses.replace(kept, reason=f"sensitivity: {kept.words.partition(': ')[2]}")
 
 
 def _written(linear: LinearEntry) -> dict[str, Any]:
@@ -242,10 +282,15 @@ def _with_bits(
     return dataclasses.replace(found, reason=reason, activation_bits=bits if chosen else rest)
 
 
-def _block_of(paths: Sequence[str]) -> Callable[[str], str]:
-    """Return what names the block of a module path: up to its first number."""
+def _block_of(linears: Mapping[str, str]) -> Callable[[str], str]:
+    """Return what names the block of a module path: up to its first number.
+
+    Args:
+        linears: of each attention, one of its module.
+    """
 
     def block(path: str) -> str:
+        path = linears.get(path, path)
         parts = path.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         return ".".join(parts[: at + 1]) if at is not None else path

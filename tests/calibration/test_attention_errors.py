@@ -219,5 +219,5 @@ def test_what_cannot_be_measured_is_refused(calibration, monkeypatch):
 
 
 def test_an_attention_of_no_finite_error_stays():
-    (entry,) = (measuring._entry(("a",), error, 1.0, 0.01) for error in (math.nan,))
+    entry = measuring._entry(("a",), math.nan, 0.01)
     assert entry.decision == "high_precision" and math.isfinite(entry.sqnr_db)

@@ -22,7 +22,7 @@ GRAPH = """
     @ blocks.0 Block, blocks.0.up Linear
     c = linear(x, z){third}
     @ blocks.0 Block, blocks.0.attn Attn
-{call}    y = scaled_dot_product_attention(q, k, v, None, 0.0, {causal})
+    y = scaled_dot_product_attention(q, k, v, None, 0.0, {causal}){call}
     return y, a, b, c
 """
 HIF4, BOUNDARY = "  # hif4: in a block", "  # high_precision: boundary: outside"
@@ -31,7 +31,7 @@ HIF4, BOUNDARY = "  # hif4: in a block", "  # high_precision: boundary: outside"
 def observed(first, second=BOUNDARY, causal=False):
     """Return a graph with decisions about two linears of the attention's module, observed, and as it was."""
     before = GRAPH.format(input="", call="", first=first, second=second, third=HIF4, causal=causal)
-    call = f"    s = tahf4.observe_attention(q, k, v, None, {causal}, None, False, o)\n"
+    call = f"\n    s = tahf4.observe_attention(q, k, v, None, {causal}, None, False, y, o)"
     after = GRAPH.format(input="    o: observer of w+u\n", call=call, first="", second="", third="", causal=causal)
     same = GRAPH.format(input="", call="", first="", second="", third="", causal=causal)
     return before, after, same

@@ -71,12 +71,13 @@ class Report:
             lowered.notes,
             lowered.snapshots,
             {record.name: record.readable for record in lowered.history},
-            evidence,
-        )
+        ).with_evidence(evidence)
 
     def with_evidence(self, evidence: Evidence) -> Report:
         """Return the report with a recipe's numbers."""
-        return dataclasses.replace(self, evidence=evidence)
+        said = [f"the recipe says: {text}" for text in evidence.attentions]
+        notes = {**self.notes, "attention": [*self.notes.get("attention", ()), *said]} if said else self.notes
+        return dataclasses.replace(self, evidence=evidence, notes=notes)
 
     # -- what is known about a linear ------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class Evidence:
 
     Attributes:
         linears: by module path, what the recipe and the calibration say.
+        attentions: in words, what the recipe says about each.
         activations: histograms and spreads by name of the activation, from the calibration.
         steps: how many parts of the schedule the calibration kept apart.
         errors: of the network's output along the steps, from the recipe.
@@ -35,6 +36,7 @@ class Evidence:
     """
 
     linears: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    attentions: Sequence[str] = ()
     activations: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     steps: int = 0
     errors: Sequence[Mapping[str, Any]] = ()
@@ -57,6 +59,7 @@ class Evidence:
         linears: dict[str, dict[str, Any]] = {}
         sources = []
         errors: list[dict[str, Any]] = []
+        attentions: list[str] = []
         percents: dict[str, float] = {}
         if recipe is not None:
             name = _choose(expert, list(recipe.experts))
@@ -71,6 +74,7 @@ class Evidence:
                         "step_sqnr_db": list(linear.step_sqnr_db),
                     }
             errors = [dataclasses.asdict(error) for error in recipe.errors.get(name or "", ())]
+            attentions = [f"{path}: {entry.words}" for path, entry in recipe.attention.get(name or "", {}).items()]
             sources.append(f"recipe: {len(linears)} linears{f' of {name}' if name else ''}")
         activations: dict[str, dict[str, Any]] = {}
         steps = 0
@@ -82,7 +86,7 @@ class Evidence:
             sources.append(f"calibration: {len(activations)} activations, {steps} parts of the schedule")
         made = dict(recipe.provenance) if recipe else {}
         high = recipe.high_precision_steps if recipe is not None else ()
-        return cls(linears, activations, steps, errors, high, made, tuple(sources))
+        return cls(linears, attentions, activations, steps, errors, high, made, tuple(sources))
 
 
 def _choose(expert: str | None, names: list[str]) -> str | None:
