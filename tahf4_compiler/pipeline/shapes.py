@@ -143,6 +143,8 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
         _check_dtypes(node, [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)], pass_name)
     key = _call_key(node, args, kwargs)
     try:
+        if node.target is operator.getitem and type(args[0]) in (tuple, list):
+            return args[0][args[1]]
         # As a lowered graph runs; PyTorch 2.11 cannot compute symbolic sizes of a linear without its Python dispatcher.
         with python_kernels(), context.fake_mode, torch.no_grad():
             if key is not None and key in results:
@@ -180,9 +182,9 @@ class _Size:
 
     @classmethod
     def of(cls, value: torch.Tensor) -> _Size | None:
-        """Return it for a tensor that has nothing else: no symbolic size, no known value, no gradient."""
+        """Return it for a tensor that has nothing else: no symbolic size, no known value."""
         plain = type(value) is FakeTensor and value.layout == torch.strided and value.constant is None
-        if not plain or value.requires_grad or value.is_conj() or value.is_neg():
+        if not plain or value.is_conj() or value.is_neg():
             return None
         shape, stride = tuple(value.shape), tuple(value.stride())
         if not all(type(size) is int for size in (*shape, *stride, value.storage_offset())):

@@ -26,16 +26,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
-MOST = ("ffn 1, GELU -> quantize: product", "attn1 q, k, v: product")
-"""Kernels with the most registers: the last of them is compiled by each run for an architecture without wgmma and with
-the least shared memory, 120."""
 KINDS = (
-    MOST[0], f"{MOST[0]} (few rows)", "norm1, modulation -> quantize", "codes to int8",
-    "attn1 out, gate, residual: product",
+    "ffn 1, GELU -> quantize: product", "norm1, modulation -> quantize", "codes to int8",
     "attn1 out, gate, residual: part of a product (few rows)", "attn1 out, gate, residual: sum of the parts (few rows)",
     "attention in 8 bits: v -> quantize", "attention in 8 bits: rows through all keys",
 )  # fmt: skip
-"""One kernel of each kind, where others differ in a program of a few statements or in a size."""
+"""One kernel of each kind, where others differ in a program of a few statements or in a size: what each run compiles."""
 
 
 def listed():
@@ -51,7 +47,7 @@ def listed():
                 assert texts.setdefault(entry.name, entry.call.text) == entry.call.text
                 if "few rows" in entry.name or (capability != 90 and entry.name != "norm1, modulation -> quantize"):
                     continue
-            quick = entry.name in (KINDS if capability == 90 else MOST[1:] if capability == 120 else ())
+            quick = capability == 90 and entry.name in KINDS
             found.append(pytest.param(capability, i, marks=() if quick else pytest.mark.slow))
     return found
 
@@ -82,10 +78,11 @@ def test_the_kernels_of_wan_fit_the_chip(capability, index):
         assert counts["loads of 16 bytes"] == counts["loads"] or per_token or "span_maximum" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "rows", "quantized"),
     [
-        pytest.param(c, d, m, q, marks=() if (c, d, m, q) == (90, torch.bfloat16, 32760, True) else pytest.mark.slow)
+        (c, d, m, q)
         for c in (90, 80, 100, 120)
         for d in (torch.bfloat16, torch.float32)
         for m in (1, 32760)
@@ -266,10 +263,9 @@ def test_a_cpu_without_the_interpreter_is_not_served():
     assert backend.why_not(torch.device("meta")) is not None
 
 
-@pytest.mark.parametrize(
-    "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100, 120))]
-)
-@pytest.mark.parametrize("rows", [pytest.param(8, marks=pytest.mark.slow), 32760])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 80, 100, 120])
+@pytest.mark.parametrize("rows", [8, 32760])
 def test_products_of_activations_in_8_bits_fit_the_chip(capability, rows):
     from tahf4_compiler.backends.triton import linear
     from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
@@ -324,6 +320,7 @@ def test_attention_of_one_query_and_one_key_compiles():
         assert compile_call(call, 90).spills == 0
 
 
+@pytest.mark.slow
 def test_the_quantization_to_8_bits_keeps_a_unit_in_a_thread():
     from tahf4_compiler.backends.triton import quantize
     from tahf4_compiler.backends.triton.targets import compile_call
@@ -345,7 +342,8 @@ def test_a_checksum_is_one_launch_that_fits_the_chip(capability):
     assert found.spills == 0 and found.registers <= 255 and found.counts["loads of 16 bytes"] > 0
 
 
-@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 120))])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 80, 120])
 def test_units_of_reconstructed_weights_fit_the_chip(capability):
     from tahf4_compiler.backends.triton import rounding
     from tahf4_compiler.backends.triton.targets import compile_call

@@ -45,7 +45,7 @@ class Cosines(nn.Module):
         return torch.cos(x), torch.cos(x * 2), torch.cos(x[1:]), torch.cos(x + 1), torch.cos(x.t())
 
 
-def lowered(dynamic_shapes=None):
+def lowered(dynamic_shapes=None, requires_grad=False):
     asked.clear()
     values: list[list[torch.Tensor]] = []
 
@@ -62,13 +62,15 @@ def lowered(dynamic_shapes=None):
             look(graph_module, context)
             return tahf4.PassResult(graph_module, False)
 
-    captured = tahf4.capture(Cosines(), (torch.randn(4, 6),), dynamic_shapes=dynamic_shapes)
+    x = torch.randn(4, 6, requires_grad=requires_grad)
+    captured = tahf4.capture(Cosines(), (x,), dynamic_shapes=dynamic_shapes)
     found = tahf4.lower(captured, options={"passes": [Doubled(), Look()]})
     return found, values[0]
 
 
-def test_equal_calls_are_asked_once_and_have_values_of_their_own():
-    _, values = lowered()
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_equal_calls_are_asked_once_and_have_values_of_their_own(requires_grad):
+    _, values = lowered(requires_grad=requires_grad)
     # Another shape, another constant and other strides are other calls.
     assert asked == [(4, 6, 2.0), (3, 6, 2.0), (4, 6, 3.0), (6, 4, 2.0)]
     assert len({id(value) for value in values}) == len(values) == 10
