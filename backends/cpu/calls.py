@@ -20,7 +20,7 @@ from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
 
-__all__ = ["attention", "fused_linear", "fused_quantize", "linear", "linear_quantize", "quantize"]
+__all__ = ["attention", "attention_lse", "fused_linear", "fused_quantize", "linear", "linear_quantize", "quantize"]
 
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 Packed = tuple[Tensor, Tensor]
@@ -71,6 +71,7 @@ class _Attention(ctypes.Structure):
         *((name, _pointer) for name in ("q", "k", "v")),
         *((name, _int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
         *(("mask", _pointer), ("mask_strides", _int64 * 4), ("out", _pointer), ("out_strides", _int64 * 4)),
+        ("lse", _pointer),
         *((name, _int64) for name in ("batch", "heads", "key_heads", "rows", "keys", "width", "channels")),
         *(("block", _int64), ("units", _int64), ("norm", _float), ("factor", _float)),
         *(("dtype", _int32), ("causal", _int32)),
@@ -286,6 +287,33 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """See ``tahf4::attention``."""
+    return _attend(query, key, value, attn_mask, is_causal, scale, None)
+
+
+def attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See ``tahf4::attention_lse``."""
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device="cpu")
+    return _attend(query, key, value, attn_mask, is_causal, scale, lse), lse
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """Return an attention; ``lse``, minus infinity, is filled with its log-sum-exp."""
     (batch, heads, rows, width), keys, channels = query.shape, key.shape[2], value.shape[3]
     if channels == width:  # as SDPA does
         out = torch.empty_like(query, dtype=torch.float32)
@@ -293,7 +321,7 @@ def attention(
         out = torch.empty((batch, heads, rows, channels), dtype=torch.float32, device="cpu")
     if not keys:
         out.zero_()
-    if not out.numel() or not keys:
+    if not keys or 0 in (batch, heads, rows) or (not channels and lse is None):
         return out.to(query.dtype)
     held = [x.resolve_neg() for x in (query, key, value)]
     held = [x if x.stride(3) == 1 else x.contiguous() for x in held]
@@ -304,7 +332,7 @@ def attention(
         *(x.data_ptr() for x in held),
         *((_int64 * 3)(*x.stride()[:3]) for x in held),
         *(_at(bias), (_int64 * 4)(*(bias.stride() if bias is not None else ()))),
-        *(out.data_ptr(), (_int64 * 4)(*out.stride())),
+        *(out.data_ptr(), (_int64 * 4)(*out.stride()), _at(lse)),
         *(batch, heads, key.shape[1], rows, keys, width, channels, block, padded // hif4.UNIT),
         *(1 / math.sqrt(block), (width**-0.5 if scale is None else scale) / math.log(2)),
         *(DTYPES[query.dtype], is_causal),

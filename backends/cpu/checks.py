@@ -18,6 +18,7 @@ from .programs import DTYPES, Encoded, encode
 __all__ = [
     "as_rows",
     "attention",
+    "attention_lse",
     "broadcast",
     "fused_linear",
     "fused_quantize",
@@ -152,6 +153,9 @@ def attention(
     """See ``tahf4::attention``."""
     ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
     on_cpu("attention", query, key, value, attn_mask)
+
+
+attention_lse = attention
 
 
 def _product(

@@ -206,6 +206,7 @@ struct Attention {
   int64_t mask_strides[4];   // of batch, head, row and key
   float* out;                // [B, heads, rows, channels]
   int64_t out_strides[4];
+  float* lse;                // [B, heads, rows]: the logarithm of a row's sum of exponentials, or null
   int64_t batch, heads, key_heads, rows, keys, width, channels;
   int64_t block, units;      // of the rotation; of 64 in the width
   float norm, factor;        // of the rotation; of the scores

@@ -11,6 +11,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -269,7 +270,8 @@ void tahf4_register() {
   static torch::Library autograd(torch::Library::IMPL, "tahf4_cpu", c10::DispatchKey::AutogradCPU, __FILE__, __LINE__);
   static std::once_flag once;
   std::call_once(once, [] {
-    for (const char* name : {"quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize", "attention"})
+    for (const char* name : {"quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize", "attention",
+                             "attention_lse"})
       autograd.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
     library.impl("quantize", TORCH_FN(quantize));
     library.impl("linear", TORCH_FN(linear));
@@ -277,6 +279,7 @@ void tahf4_register() {
     library.impl("fused_linear", TORCH_FN(fused_linear));
     library.impl("linear_quantize", TORCH_FN(linear_quantize));
     library.impl("attention", TORCH_FN(attention));
+    library.impl("attention_lse", TORCH_FN(attention_lse));
   });
 }
 

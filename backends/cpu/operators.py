@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
+from ...ops.attention import ATTENTIONS
 from ...ops.define import define, refuse_derivatives
 from ...ops.registry import arguments, in_16_bits, register_kernel
 from . import build, calls, checks
@@ -83,7 +84,9 @@ def _teach(name: str, program: str) -> None:
 
 OPERATORS = {
     name: _operator(name)
-    for name in ("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize", "attention")
+    for name in (
+        *("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize"), "attention", "attention_lse",
+    )
 }
 """By name: each takes and gives what the operator of ``torch.ops.tahf4`` does."""
 
@@ -102,7 +105,7 @@ def _eager(device: torch.device, dtype: torch.dtype) -> bool:
 def _serves(node: fx.Node) -> bool:
     values = [source.meta.get("val") for source in node.all_input_nodes]
     tensors = [value for value in values if isinstance(value, Tensor)]
-    read = _READ | {torch.bool} if node.target is torch.ops.tahf4.attention.default else _READ  # masks
+    read = _READ | {torch.bool} if node.target in ATTENTIONS else _READ  # masks
     if not tensors or not all(t.device.type == "cpu" and t.dtype in read for t in tensors) or in_16_bits(node):
         return False
     given = arguments(node)

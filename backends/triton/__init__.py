@@ -24,6 +24,7 @@ from ...errors import FormatError
 from ...format import hif4, int8
 from ...format.spans import ROUNDED, alone, check_form, units_of
 from ...ops import fused
+from ...ops.attention import ATTENTIONS, empty_lse, empty_result
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
 from ...ops.registry import arguments, in_16_bits, register_kernel
@@ -186,6 +187,19 @@ def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
     return attention.calls(*args, **kwargs)
 
 
+def _attention_lse(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    from . import attention
+
+    lse = empty_lse(query).fill_(-math.inf)  # what no launch fills saw no key
+    if value.dim() == 4 and not value.shape[3]:  # scores have a log-sum-exp without values as well
+        _, calls = attention.calls(query, key, value.new_zeros((*value.shape[:3], 1)), *args, **kwargs, lse=lse)
+        return (empty_result(query, value), lse), calls
+    out, calls = attention.calls(query, key, value, *args, **kwargs, lse=lse)
+    return (out, lse), calls
+
+
 def _dense(values: Tensor | None) -> Tensor | None:
     """Return a bias or multiplier as kernels read it: one value behind the other."""
     return None if values is None else values.contiguous()
@@ -222,6 +236,7 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "fused_linear": _fused_linear,
     "linear_quantize": _linear_quantize,
     "attention": _attention,
+    "attention_lse": _attention_lse,
 }
 
 
@@ -261,7 +276,7 @@ def _serves(node: fx.Node) -> bool:
     limit = 128 if "weight_codes" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
-    if node.target is torch.ops.tahf4.attention.default:
+    if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
         return not wide and all(dtype in (*_FLOATS, torch.bool) for dtype in dtypes)
     narrow = not isinstance(block, int) or block <= limit

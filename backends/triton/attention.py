@@ -55,6 +55,7 @@ def calls(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    lse: Tensor | None = None,
     tile: AttentionTile | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, list[Call]]:
@@ -68,6 +69,7 @@ def calls(
         is_causal: likewise.
         scale: likewise.
         enable_gqa: likewise.
+        lse: float32 ``[B, H, L]``, which the last launch fills with the log-sum-exp, or None.
         tile: in place of the default.
         exact: whether to round as the reference does, for its bits; slower.
     """
@@ -89,6 +91,7 @@ def calls(
     arguments = {
         "q": q, "q_scales": q_scales, "k": k, "k_scales": k_scales,
         "v": v, "v_scales": v_scales, "v_starts": v_starts, "mask": q if mask is None else mask, "out": out,
+        "lse": out if lse is None else lse,
         "factor": (width**-0.5 if scale is None else scale) / math.log(2),
         "heads": heads, "shared": heads // key.shape[1], "rows": rows, "keys": keys, "channels": channels,
         **dict(zip(("mask_batch", "mask_head", "mask_row", "mask_column"), steps, strict=True)),
@@ -97,7 +100,7 @@ def calls(
     constants = {
         "BM": tile.rows, "C": columns, "UNITS": units(width), "MASK": kind,
         "BOOLEAN": mask is not None and mask.dtype == torch.uint8,
-        "CAUSAL": is_causal, "EXACT": exact, "STAGES": tile.stages,
+        "CAUSAL": is_causal, "LSE": lse is not None, "EXACT": exact, "STAGES": tile.stages,
     }  # fmt: skip
     grid = (-(-rows // tile.rows) * batch * heads, -(-channels // columns))
     sizes = (tile.warps, tile.stages, exact)

@@ -153,12 +153,12 @@ def attend_tile(
 
 @triton.jit
 def attend(
-    q, q_scales, k, k_scales, v, v_scales, v_starts, mask, out, factor, heads, shared, rows, keys, channels,
+    q, q_scales, k, k_scales, v, v_scales, v_starts, mask, out, lse, factor, heads, shared, rows, keys, channels,
     mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
     BM: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
-    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute BM rows and C channels of the result from all keys."""
+    """Compute BM rows and C channels of the result from all keys, and with LSE the log-sum-exp of the rows."""
     blocks = tl.cdiv(rows, BM)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     first_row = (blocks - 1 - tl.program_id(0) % blocks) * BM  # causal rows with many keys first
@@ -202,3 +202,7 @@ def attend(
     at = out + head // heads * out_batch + head % heads * out_head
     at += row[:, None].to(tl.int64) * out_row + channel[None, :].to(tl.int64) * out_column
     tl.store(at, result, mask=(row < rows)[:, None] & (channel < channels)[None, :])
+    if LSE:
+        # The largest probability is 255. log2(0) and the largest of no scores are minus infinity.
+        found = (most + tl.log2(total * 0.00392156862745098)) * 0.6931471805599453
+        tl.store(lse + head * rows + row, found, mask=(row < rows) & (tl.program_id(1) == 0))

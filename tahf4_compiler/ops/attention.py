@@ -22,7 +22,16 @@ from ..format.transforms import hadamard_block, transform
 from .define import operator
 from .observers import take
 
-__all__ = ["MOST_CHANNELS", "attention", "check_attention", "empty_result", "observe_attention"]
+__all__ = [
+    "ATTENTIONS",
+    "MOST_CHANNELS",
+    "attention",
+    "attention_lse",
+    "check_attention",
+    "empty_lse",
+    "empty_result",
+    "observe_attention",
+]
 
 MOST_CHANNELS = 1024
 """Of a head: the widest rotation."""
@@ -63,6 +72,47 @@ def attention(
     Raises:
         FormatError: dtypes or shapes do not fit each other.
     """
+    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa)[0]
+
+
+@operator
+def attention_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``tahf4::attention``, and what merges it with that of other keys, as ring attention does.
+
+    Args:
+        query: and the others, as for ``tahf4::attention``.
+
+    Returns:
+        Its result, and the logarithm of the sum of the exponentials of the scores of each row, to the base of e:
+        float32 ``[B, H, L]``. It is the sum of the rounded probabilities that the result is divided by. Minus infinity
+        for a row that sees no key; NaN for one whose result is NaN by its scores.
+
+    Raises:
+        FormatError: as ``tahf4::attention``.
+    """
+    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+
+ATTENTIONS = (torch.ops.tahf4.attention.default, torch.ops.tahf4.attention_lse.default)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor]:
     check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
     shared = query.shape[1] // max(1, key.shape[1])
     block = hadamard_block(query.shape[-1], MOST_CHANNELS)
@@ -100,7 +150,9 @@ def attention(
             total = torch.where(seen, total * before + codes.sum(-1, keepdim=True) * now, total)
             most = torch.where(seen, new_most, most)
     out = torch.where(total == 0, 0.0, out / total)
-    return empty_result(query, value).copy_(out)
+    # The largest probability is 255. In float64, since logarithms round otherwise elsewhere.
+    lse = most.to(torch.float64) * math.log(2) + (total.to(torch.float64) / 255).log()
+    return empty_result(query, value).copy_(out), lse.squeeze(-1).to(torch.float32)
 
 
 @torch.library.register_fake("tahf4::attention")
@@ -115,6 +167,20 @@ def _(
 ) -> Tensor:
     check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
     return empty_result(query, value)
+
+
+@torch.library.register_fake("tahf4::attention_lse")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    return empty_result(query, value), empty_lse(query)
 
 
 @torch.library.custom_op("tahf4::observe_attention", mutates_args=("output", "handle"))
@@ -219,3 +285,8 @@ def empty_result(query: Tensor, value: Tensor) -> Tensor:
     if query.shape[-1] == value.shape[-1]:
         return torch.empty_like(query)
     return query.new_empty((*query.shape[:3], value.shape[-1]))
+
+
+def empty_lse(query: Tensor) -> Tensor:
+    """Return an empty log-sum-exp of an attention."""
+    return query.new_empty(query.shape[:3], dtype=torch.float32)

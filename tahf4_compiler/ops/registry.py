@@ -71,7 +71,7 @@ OPERATORS = (
     torch.ops.tahf4.fused_quantize.default,
     torch.ops.tahf4.fused_linear.default,
     torch.ops.tahf4.linear_quantize.default,
-    torch.ops.tahf4.attention.default,
+    *attention.ATTENTIONS,
 )
 """The operators of this project. Plug-ins bring their own, which :func:`served` names as well."""
 

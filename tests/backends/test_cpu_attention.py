@@ -14,7 +14,7 @@ from tahf4_compiler.errors import FormatError, GradientError
 from tahf4_compiler.ops import registry
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
-own, reference = torch.ops.tahf4_cpu, torch.ops.tahf4.attention
+own, reference, with_lse = torch.ops.tahf4_cpu, torch.ops.tahf4.attention, torch.ops.tahf4.attention_lse
 SETS = ["none", "avx2", "avx512_vnni"]
 
 
@@ -81,6 +81,15 @@ def test_nan_and_infinities(instruction_set):
         assert_same(own.attention(q, k, v, *given), wanted)
 
 
+def test_the_log_sum_exp_has_the_bits_of_the_reference(instruction_set):
+    q, k, v = operands(heads=4, shared=2, values=24)
+    mask = torch.randn(70, 150, generator=torch.Generator().manual_seed(1))
+    mask[3], mask[4, :64], mask[5, 70] = -torch.inf, -torch.inf, torch.nan
+    for given in ((mask, False, None, True), (None, True, 0.3, True)):
+        for got, wanted in zip(own.attention_lse(q, k, v, *given), with_lse(q, k, v, *given), strict=True):
+            assert_same(got, wanted)
+
+
 def test_large_and_small_values(instruction_set):
     q, k, v = operands()
     for factor in (1e-20, 1e-3, 30.0, 1e18, 3e37):
@@ -103,6 +112,7 @@ def test_nothing_to_do():
     q, k, v = operands()
     for given in ((q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0]), (q[:0], k[:0], v[:0]), (q, k, v[..., :0])):
         assert_same(own.attention(*given), reference(*given))
+        assert_same(own.attention_lse(*given)[1], with_lse(*given)[1])
 
 
 def test_neither_threads_nor_other_rows_change_a_bit():

@@ -130,6 +130,17 @@ def test_large_and_small_values(factor):
     assert_same(exact(q, k, v * factor), reference(q, k, v * factor))
 
 
+def test_the_log_sum_exp():
+    q, k, v = operands(heads=1, rows=7, keys=70, values=130)  # more channels than a program computes
+    mask = torch.randn(7, 70, generator=torch.Generator().manual_seed(1))
+    mask[3], mask[4, :64], mask[5, 69] = -torch.inf, -torch.inf, torch.nan
+    for given in ((q, k, v, mask), (q, k[:, :, :0], v[:, :, :0]), (q, k, v[..., :0], None, True, 0.3)):
+        out, lse = torch.ops.tahf4_triton.attention_lse(*given)
+        wanted, wanted_lse = torch.ops.tahf4.attention_lse(*given)
+        torch.testing.assert_close(out, wanted, atol=0.1, rtol=0, equal_nan=True)
+        torch.testing.assert_close(lse, wanted_lse, atol=1e-3, rtol=0, equal_nan=True)
+
+
 def test_memory_may_lie_in_any_way():
     q, k, v = (torch.cat([x, x], -1)[..., ::2] for x in operands(batch=2, rows=9, keys=70, heads=1))
     assert_same(exact(q, k, v), reference(q, k, v))

@@ -12,7 +12,7 @@ from tahf4_compiler.errors import FormatError, GradientError
 from tahf4_compiler.format import int8
 from tahf4_compiler.format.transforms import hadamard_block, transform
 
-attention = torch.ops.tahf4.attention
+attention, attention_lse = torch.ops.tahf4.attention, torch.ops.tahf4.attention_lse
 
 
 def operands(rows=70, keys=150, channels=64, heads=2, shared=1, values=None, dtype=torch.float32, seed=0):
@@ -168,3 +168,47 @@ def test_pytorch_finds_nothing_wrong_with_the_operator():
     mask = torch.rand(5, 9) < 0.5
     for given in ((q, k, v), (q, k, v, mask), (q, k, v, None, True, 0.5)):
         torch.library.opcheck(attention.default, given)
+    torch.library.opcheck(attention_lse.default, (q, k, v, mask))
+
+
+def merged(parts):
+    """Return what ring attention makes of the results and log-sum-exps for several sets of keys."""
+    out, lse = parts[0]
+    for more, other in parts[1:]:
+        total = torch.logaddexp(lse, other)
+        out = out * (lse - total).exp()[..., None] + more * (other - total).exp()[..., None]
+        lse = total
+    return out, lse
+
+
+def test_the_log_sum_exp_is_that_of_the_scores():
+    q, k, v = operands(values=24)
+    added = torch.randn(70, 150, generator=torch.Generator().manual_seed(1))
+    for mask, scale in ((None, None), (added, 0.3)):
+        out, lse = attention_lse(q, k, v, mask, scale=scale)
+        scores = q @ k.transpose(-1, -2) * (scale or 0.125) + (0 if mask is None else mask)
+        assert lse.dtype == torch.float32 and lse.shape == (2, 2, 70)
+        assert (lse - scores.logsumexp(-1)).abs().max() < 0.1
+        assert torch.equal(out, attention(q, k, v, mask, scale=scale))
+
+
+@pytest.mark.parametrize("at", [64, 128])
+def test_attentions_over_parts_of_the_keys_merge_to_that_of_all(at):
+    q, k, v = operands(keys=192)
+    whole, whole_lse = attention_lse(q, k, v)
+    out, lse = merged([attention_lse(q, k[:, :, s], v[:, :, s]) for s in (slice(0, at), slice(at, 192))])
+    # The same bytes of probabilities. Only float32 rounds otherwise, and the powers of 2 have an error of 3e-6.
+    assert relative(out, whole) < 5e-6 and (lse - whole_lse).abs().max() < 5e-6
+
+
+def test_rows_that_see_no_key_have_no_log_sum_exp():
+    q, k, v = operands(keys=128)
+    mask = torch.ones(70, 128, dtype=torch.bool)
+    mask[3], mask[4, :64] = False, False
+    out, lse = attention_lse(q, k, v, mask)
+    assert (lse[:, :, 3] == -torch.inf).all() and lse.isfinite().sum() == lse.numel() - 4 and not out[:, :, 3].any()
+    half = attention_lse(q, k[:, :, :64], v[:, :, :64], mask[:, :64])
+    assert (half[1][:, :, 4] == -torch.inf).all()
+    assert (attention_lse(q, k[:, :, :0], v[:, :, :0])[1] == -torch.inf).all()
+    q[0, 0, 5, 0] = torch.nan
+    assert attention_lse(q, k, v)[1].isnan().nonzero().tolist() == [[0, 0, 5]]
