@@ -62,6 +62,7 @@ def unseen(
         return {}
     network = network_of(expert)
     run = network.read() if network is not None else set()
+    called = any(expert == name for name, _ in calibration.kept.seen)
     weights = dict(linear_weights(model))
     observed = {id(weights[path]) for path in known if path in weights}
 
@@ -73,7 +74,7 @@ def unseen(
                 "it runs outside of the repeated blocks of the compiled graphs: in a hook, under "
                 "torch.compiler.disable, or in another frame that Dynamo skips"
             )
-        return "no call reached it" if network is not None else "no call was kept that tells why"
+        return "no call reached it" if network is not None or not called else "no call was kept that tells why"
 
     causes: dict[str, list[str]] = {}
     for path in missing:

@@ -381,6 +381,8 @@ class HiF4Linear(nn.Linear):
     ) -> None:
         check_state(state_dict, prefix, local_metadata, self._transform(), self.span)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if (bias := self._parameters.get("bias")) is not None:  # assign=True brings its dtype
+            self.weight_dtype = bias.dtype
 
     def _transform(self) -> dict[str, int]:
         """Return what the codes mean and no tensor's shape tells."""

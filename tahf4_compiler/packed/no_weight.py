@@ -58,9 +58,12 @@ class NoWeight(Tensor):
 
 
 def _refused(func: Any) -> NoWeightError:
-    what = getattr(getattr(func, "__self__", func), "__name__", func)
+    what = getattr(func, "__name__", func)
+    if what == "__get__":  # of a property, whose own name its __self__ has
+        what = getattr(func.__self__, "__name__", what)
     return NoWeightError(
         f"this linear is packed: it has weight_codes and weight_scales, and no weight for {what!r} to read or write. "
+        "What changes or joins weights (as fuse_qkv_projections) comes before quantize_. "
         "An adapter runs beside the 4-bit product; only a plain LoRA can be fused into it. To fuse another, call "
         "tahf4_compiler.dequantize_(model) or load the original, fuse, and call tahf4_compiler.quantize_(model). "
         "An adapter that reads the weight (DoRA) must be there before quantize_, which then leaves the linear as it is."

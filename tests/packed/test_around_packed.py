@@ -27,6 +27,11 @@ def packed(seed: int = 0) -> nn.Module:
     return model
 
 
+def plain(model):
+    tahf4.dequantize_(model)
+    return model
+
+
 def half(model):
     return model.half()
 
@@ -132,3 +137,12 @@ def test_a_bias_that_is_computed_runs_and_is_refused_where_it_would_be_lost(comp
 class Halved(nn.Module):
     def forward(self, bias):
         return bias * 0.5
+
+
+def test_a_state_that_is_assigned_brings_its_type():
+    model, x = packed(), torch.randn(4, 64, dtype=torch.float16)
+    other = Stack(depth=1).eval().half()
+    tahf4.quantize_(other)
+    model.load_state_dict(other.state_dict(), assign=True)
+    tahf4.dequantize_(model)
+    assert relative(model(x), plain(other)(x)) == 0
