@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
+from ..errors import Tahf4Error
 from ..model.attachments import attached_keep
 from ..model.linears import named_linears, plain_path
 from ..model.reasons import Cause
@@ -209,10 +210,10 @@ def say_transformed(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def keeping_errors() -> Iterator[None]:
-    """Keep an error of the backend, which Dynamo may be set to suppress, for :func:`say_outside`."""
+    """Keep an error of ours, which Dynamo may be set to suppress, for :func:`say_outside`."""
     try:
         yield
-    except Exception as error:
+    except Tahf4Error as error:
         _hidden[:] = [f"{type(error).__name__}: {error}"] if suppresses_errors() else []
         raise
 
@@ -239,8 +240,8 @@ def say_outside(whole: nn.Module, model: nn.Module, paths: Sequence[str], alike:
     elif (stance := compiler_stance()) != "default":
         causes = f"torch.compiler.set_stance({stance!r})"
     elif suppresses_errors():
-        error = _hidden[0] if _hidden else "see Dynamo's log"
-        causes = "; ".join([f"torch._dynamo.config.suppress_errors hides an error ({error})", *graph_breaks()[:2]])
+        hides = f"hides an error ({_hidden[0]})" if _hidden else "is set: Dynamo's log has the errors that it hides"
+        causes = "; ".join([f"torch._dynamo.config.suppress_errors {hides}", *graph_breaks()[:2]])
     else:
         causes = "; ".join(graph_breaks()[:2]) or (
             "none, as where a whole forward is under torch.compiler.disable, or where a TorchDispatchMode "
