@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from tahf4_compiler.backends import dynamo
 from torch import Tensor, nn
 
-from tahf4_compiler.backends import dynamo
 from tahf4_compiler.format import hif4
 from tahf4_compiler.reporting.report import plan_json
 

@@ -574,6 +574,7 @@ def test_batches_of_matrices_are_said_once_in_compile_and_quantize(caplog):
     assert caplog.text.count("They hold 49% of the values there, and no plan or share counts them") == 1
 
 
+@pytest.mark.slow  # in this process: test_never_begun.py
 def test_a_process_whose_compiler_is_off_is_said():
     script = """
         import torch

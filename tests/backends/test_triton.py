@@ -31,7 +31,7 @@ KINDS = (
     "attn1 out, gate, residual: part of a product (few rows)", "attn1 out, gate, residual: sum of the parts (few rows)",
     "attention in 8 bits: v -> quantize", "attention in 8 bits: rows through all keys",
 )  # fmt: skip
-"""One kernel of each kind, where others differ in a program of a few statements or in a size: what each run compiles."""
+"""One kernel of each kind, where others differ in a program of a few statements or in a size: what each run has."""
 
 
 def listed():
