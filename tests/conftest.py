@@ -17,7 +17,7 @@ import registries
 import torch
 import torch._dynamo.guards
 
-# pytest listens to every logger that does not propagate. To this one, PyTorch writes graphs as text if anybody does.
+# pytest listens to loggers that do not propagate. To this one, PyTorch writes every graph as text if anybody listens.
 logging.root.manager.loggerDict.pop("torch.__trace")
 # Dynamo measures the guards of each graph that it compiles, for its log, and empties the caches of the CPU before: half
 # of the time of a small compilation.

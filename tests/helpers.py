@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tahf4_compiler.backends import dynamo
 from torch import Tensor, nn
 
 from tahf4_compiler.format import hif4
+from tahf4_compiler.reporting.report import plan_json
 
 GRAPH = {"inductor": False, "rotate.block": 0}
 """Options that run the lowered graph as it is, without a rotation: what ``expected`` computes, before Inductor."""
@@ -74,6 +77,21 @@ def block_linears(model: nn.Module, container: str = "blocks") -> list[str]:
 def plans(dump_dir: Path) -> list[list[dict[str, Any]]]:
     """Return the plan of every graph dumped to a folder, in run order."""
     return [json.loads((folder / "plan.json").read_text()) for folder in sorted(dump_dir.iterdir())]
+
+
+@contextlib.contextmanager
+def planned() -> Iterator[list[list[dict[str, Any]]]]:
+    """Yield the plans of the graphs that are compiled inside, in run order: a dump of them takes longer to write."""
+    found, real = [], dynamo.lower_graph
+
+    def lower_graph(*args: Any) -> Any:
+        lowered = real(*args)
+        found.append(json.loads(plan_json(lowered.plan)))
+        return lowered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamo, "lower_graph", lower_graph)
+        yield found
 
 
 def relative(value: Tensor, reference: Tensor) -> float:

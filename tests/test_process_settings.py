@@ -95,9 +95,8 @@ def wanted(request, given, tmp_path_factory):
     ("wanted", "setting"),
     [
         *(("reference", setting) for setting in ("device", "bfloat16")),
-        ("best", "device"),
         *(pytest.param("reference", setting, marks=pytest.mark.slow) for setting in ("float64", "careful")),
-        *(pytest.param("best", setting, marks=pytest.mark.slow) for setting in ("float64", "bfloat16", "careful")),
+        *(pytest.param("best", setting, marks=pytest.mark.slow) for setting in SETTINGS),
     ],
     indirect=["wanted"],
 )

@@ -581,13 +581,14 @@ def test_a_model_of_which_all_linears_are_boundary_is_said_once_with_what_its_bl
     assert "linears: boundary: outside the repeated blocks; " in message
 
 
-def test_an_embedder_that_the_model_around_it_leaves_is_not_said(caplog):
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_embedder_that_the_model_around_it_leaves_is_not_said(alone, caplog):
     model, x = Stack().eval().requires_grad_(False), torch.randn(4, 64)
     tahf4.quantize_(model)
     for part in (model.first, *model.blocks, model.last):
         compiled(part, False)
     for _ in range(3):
-        model(x)
+        model.first(x) if alone else model(x)
     assert not said(caplog)
 
 
@@ -634,6 +635,7 @@ def test_batches_of_matrices_are_said_once_in_compile_and_quantize(caplog):
     assert caplog.text.count("They hold 49% of the values there, and no plan or share counts them") == 1
 
 
+@pytest.mark.slow  # in this process: test_never_begun.py
 def test_a_process_whose_compiler_is_off_is_said():
     script = """
         import torch

@@ -205,24 +205,15 @@ def test_a_lock_of_another_user_stops_nobody(monkeypatch):
     assert build._build().exists()
 
 
-def test_importing_compiles_nothing(tmp_path):
+def test_importing_compiles_nothing_and_a_plug_in_that_registers_first_is_still_asked_first(tmp_path):
     code = (
-        "import torch, tahf4_compiler, tahf4_compiler.backends.dynamo, tahf4_compiler.ops.registry as k\n"
-        "import tahf4_compiler.backends.cpu as cpu\n"
+        "import torch, tahf4_compiler as tahf4, tahf4_compiler.ops.registry as k\n"
         "op = torch.ops.tahf4.linear.default\n"
-        "assert [x.name for x in k.kernels() if x.operator is op] == ['triton', 'cpu', 'reference']\n"
+        "tahf4.register_kernel('mine', op, op, lambda node: True)\n"
+        "import tahf4_compiler.backends.dynamo, tahf4_compiler.backends.cpu as cpu\n"
+        "assert [x.name for x in k.kernels() if x.operator is op] == ['mine', 'triton', 'cpu', 'reference']\n"
         "assert not cpu.build._libraries.cache_info().currsize\n"
     )
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert not list(Path(tmp_path).rglob("*.so"))
-
-
-def test_a_plug_in_that_registers_first_is_still_asked_first():
-    code = (
-        "import torch, tahf4_compiler as tahf4\nfrom tahf4_compiler.ops import registry\n"
-        "op = torch.ops.tahf4.linear.default\n"
-        "tahf4.register_kernel('mine', op, op, lambda node: True)\n"
-        "assert [k.name for k in registry.kernels() if k.operator is op] == ['mine', 'triton', 'cpu', 'reference']\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

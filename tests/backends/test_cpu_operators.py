@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -133,29 +133,25 @@ def test_a_search_refuses_what_quantize_refuses():
 
 
 @needs_integers
-def test_threads_that_meet_a_new_program_together(tmp_path):
-    script = tmp_path / "race.py"
-    script.write_text(
-        """
-import sys, threading, torch
-from tahf4_compiler.backends import cpu
-x = torch.randn(4, 64)
-cpu.quantize(x)
-sys.setswitchinterval(1e-6)
-for n in range(60):
-    program = f"a: float32 = mul(x0, {n}.5)"
-    found, start = [None] * 6, threading.Barrier(6)
-    def run(i):
-        start.wait()
-        for _ in range(4):
-            found[i] = torch.ops.tahf4_cpu.fused_quantize([x], program, None, 0)
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
-    [t.start() for t in threads], [t.join() for t in threads]
-    wanted = cpu.quantize(x * (n + 0.5))
-    assert all(torch.equal(a, b) for pair in found for a, b in zip(pair, wanted)), n
-print("done")
-"""
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "done" in done.stdout
+def test_threads_that_meet_a_new_program_together():
+    x, switch = torch.randn(4, 64), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for n in range(60):
+            program = f"race{n}: float32 = mul(x0, {n}.5)"  # new in this process, whatever ran before
+            found, start = [None] * 6, threading.Barrier(6)
+
+            def run(i, found=found, start=start, program=program):
+                start.wait()
+                for _ in range(4):
+                    found[i] = OPS.fused_quantize([x], program, None, 0)
+
+            threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            wanted = cpu.quantize(x * (n + 0.5))
+            assert all(torch.equal(a, b) for pair in found for a, b in zip(pair, wanted, strict=True)), n
+    finally:
+        sys.setswitchinterval(switch)

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from accelerate.utils import compile_regions
-from helpers import GRAPH, block_linears, expected, plans, relative, said, warned
+from helpers import GRAPH, block_linears, expected, planned, relative, said, warned
 from models import Block, Stack, encoder, flux, output, pixart, sd3, wan
 from torch import Tensor, nn
 
@@ -25,28 +25,32 @@ WAN_BOUNDARY = {
 }
 
 
-def compiled_plan(model, inputs, dump_dir, **options):
+def compiled_plan(model, inputs, **options):
     """Return the plan of a model compiled as one graph, and its output."""
-    with torch.no_grad():
-        model = torch.compile(
-            model, backend="tahf4", options={**GRAPH, "dump_dir": str(dump_dir), **options}, fullgraph=True
-        )
+    with torch.no_grad(), planned() as found:
+        model = torch.compile(model, backend="tahf4", options={**GRAPH, **options}, fullgraph=True)
         result = output(model(**inputs))
-    (plan,) = plans(dump_dir)
+    (plan,) = found
     return plan, result
 
 
 @functools.cache
-def compiled_network(build, folder):
+def compiled_network(build):
     """Return a model, its inputs, its plan and its output: several tests look at one compilation."""
     model, inputs = build()
-    return model, inputs, *compiled_plan(model, inputs, folder / build.__name__)
+    return model, inputs, *compiled_plan(model, inputs)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield tmp_path_factory.mktemp("plans")
+@pytest.fixture(scope="module", autouse=True)
+def _forget_networks():
+    yield
     compiled_network.cache_clear()
+
+
+@pytest.fixture
+def plans():
+    with planned() as found:
+        yield found
 
 
 def quantized(plan):
@@ -57,8 +61,8 @@ def kept(plan):
     return {d["module"] for d in plan if d["decision"] == "high_precision"}
 
 
-def test_wan_quantizes_ten_linears_a_block_and_keeps_the_six_of_the_boundary(folder):
-    model, inputs, plan, result = compiled_network(wan, folder)
+def test_wan_quantizes_ten_linears_a_block_and_keeps_the_six_of_the_boundary():
+    model, inputs, plan, result = compiled_network(wan)
     assert kept(plan) == WAN_BOUNDARY
     assert Counter(path.split(".")[1] for path in quantized(plan)) == {"0": 10, "1": 10}
     assert all(d["reason"] for d in plan)
@@ -66,18 +70,18 @@ def test_wan_quantizes_ten_linears_a_block_and_keeps_the_six_of_the_boundary(fol
         assert 1e-3 < relative(result, output(model(**inputs))) < 0.1
 
 
-def test_wan_i2v_keeps_its_image_embedder_too(tmp_path):
+def test_wan_i2v_keeps_its_image_embedder_too():
     model, inputs = wan(image_dim=64, added_kv_proj_dim=128)
-    plan, _ = compiled_plan(model, inputs, tmp_path)
+    plan, _ = compiled_plan(model, inputs)
     image = {f"condition_embedder.image_embedder.ff.net.{leaf}" for leaf in ("0.proj", "2")}
     assert kept(plan) == WAN_BOUNDARY | image
     assert len(quantized(plan)) == 2 * 12
 
 
-def test_wan_ti2v_takes_a_timestep_for_each_token(tmp_path):
+def test_wan_ti2v_takes_a_timestep_for_each_token():
     model, inputs = wan()
     inputs["timestep"] = torch.full((1, 32), 10.0)
-    plan, _ = compiled_plan(model, inputs, tmp_path)
+    plan, _ = compiled_plan(model, inputs)
     assert kept(plan) == WAN_BOUNDARY
 
 
@@ -90,8 +94,8 @@ def test_wan_ti2v_takes_a_timestep_for_each_token(tmp_path):
         (encoder, ("layers",), 0),
     ],
 )
-def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary, folder):
-    model, _, plan, _ = compiled_network(build, folder)
+def test_other_architectures_quantize_their_blocks_and_nothing_else(build, containers, boundary):
+    model, _, plan, _ = compiled_network(build)
     inside = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in containers}
     if build is encoder:  # its q, k and v projection is a parameter of the attention module
         inside |= {f"layers.{i}.self_attn.in_proj_weight" for i in range(3)}
@@ -103,8 +107,8 @@ def test_other_architectures_quantize_their_blocks_and_nothing_else(build, conta
 @pytest.mark.parametrize(
     "build", [wan, flux, encoder, *(pytest.param(it, marks=pytest.mark.slow) for it in (sd3, pixart))]
 )
-def test_both_captures_give_the_same_plan_and_numbers(build, folder):
-    model, inputs, plan, result = compiled_network(build, folder)
+def test_both_captures_give_the_same_plan_and_numbers(build):
+    model, inputs, plan, result = compiled_network(build)
     # Every pass that claims to keep results is held to it on the way.
     lowered = tahf4.lower(tahf4.capture(model, (), inputs), options={**GRAPH, "verify_tolerance": 1e-5})
     assert {(d.module, d.decision, d.reason) for d in lowered.plan} == {
@@ -145,8 +149,8 @@ def test_blocks_of_fewer_linears_than_asked_for_are_none(least, wanted):
 
 
 
-def test_blocks_need_no_container(tmp_path):
-    plan, _ = compiled_plan(Attributes().eval(), {"x": torch.randn(4, 64)}, tmp_path)
+def test_blocks_need_no_container():
+    plan, _ = compiled_plan(Attributes().eval(), {"x": torch.randn(4, 64)})
     assert kept(plan) == {"entry"}
 
 
@@ -165,8 +169,8 @@ class Parallel(nn.Module):
         return x
 
 
-def test_embedders_side_by_side_are_no_repeated_blocks(tmp_path):
-    plan, _ = compiled_plan(Parallel().eval(), {"x": torch.randn(4, 64)}, tmp_path)
+def test_embedders_side_by_side_are_no_repeated_blocks():
+    plan, _ = compiled_plan(Parallel().eval(), {"x": torch.randn(4, 64)})
     assert quantized(plan) == {f"blocks.{i}.{leaf}" for i in range(2) for leaf in ("up", "down")}
 
 
@@ -179,12 +183,12 @@ def test_embedders_side_by_side_that_were_packed_without_a_graph_are_named():
     assert beyond == {"embedders"} and all(d.decision == "hif4" for d in plan)
 
 
-def test_a_block_compiled_alone_is_all_body(tmp_path):
+def test_a_block_compiled_alone_is_all_body(plans):
     model, inputs = wan()
     with torch.no_grad():
-        model.compile_repeated_blocks(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)}, fullgraph=True)
+        model.compile_repeated_blocks(backend="tahf4", options=GRAPH, fullgraph=True)
         model(**inputs)
-    (plan,) = plans(tmp_path)
+    (plan,) = plans
     assert len(quantized(plan)) == len(plan) == 10
 
 
@@ -207,8 +211,8 @@ class Holder(nn.Module):
 
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_block_that_holds_repetition_is_all_body_where_its_model_calls_it(listed, wrapped, tmp_path, caplog):
-    model, options = Stack(2).eval().requires_grad_(False), {**GRAPH, "dump_dir": str(tmp_path)}
+def test_a_block_that_holds_repetition_is_all_body_where_its_model_calls_it(listed, wrapped, plans, caplog):
+    model, options = Stack(2).eval().requires_grad_(False), GRAPH
     model.blocks = nn.ModuleList(Holder(listed) for _ in range(2)).requires_grad_(False)
     if wrapped:
         model.blocks = nn.ModuleList(torch.compile(block, backend="tahf4", options=options) for block in model.blocks)
@@ -216,22 +220,22 @@ def test_a_block_that_holds_repetition_is_all_body_where_its_model_calls_it(list
         for block in model.blocks:
             block.compile(backend="tahf4", options=options)
     model(torch.randn(4, 64))
-    (plan,) = plans(tmp_path)
+    (plan,) = plans
     assert {d["reason"] for d in plan} == {"in a repeated block of Stack"} and len(quantized(plan)) == len(plan) == 5
     assert not said(caplog, "passes.classify")
 
 
 @pytest.mark.parametrize("single", [False, True])
-def test_what_a_model_calls_outside_of_its_blocks_is_its_boundary(single, tmp_path, caplog):
+def test_what_a_model_calls_outside_of_its_blocks_is_its_boundary(single, plans, caplog):
     model = Stack(2)
     model.last = Holder(False)
     if single:  # of its class in a container, with most weights: a block if all is compiled, but it may be a model
         model = nn.Sequential(nn.Linear(64, 64), model.last)
     model.eval().requires_grad_(False)
     part = model[1] if single else model.last
-    part.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
+    part.compile(backend="tahf4", options=GRAPH)
     model(torch.randn(4, 64))
-    (plan,) = plans(tmp_path)
+    (plan,) = plans
     assert len(kept(plan)) == (1 if single else 5) and len(plan) == 5
     assert len(warned(caplog)) == single, "it may be a block of a larger model"
 
@@ -278,12 +282,12 @@ class Pair(nn.Module):
         return self.nets[0](x) + self.nets[1](x)
 
 
-def test_a_network_that_a_larger_one_calls_keeps_its_boundary(tmp_path):
+def test_a_network_that_a_larger_one_calls_keeps_its_boundary(plans):
     model = Pair().eval().requires_grad_(False)
     for net in model.nets:
-        net.compile(backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})
+        net.compile(backend="tahf4", options=GRAPH)
     model(torch.randn(4, 64))
-    assert all(kept(plan) == {"first", "last"} for plan in plans(tmp_path))
+    assert all(kept(plan) == {"first", "last"} for plan in plans)
 
 
 def test_what_stands_in_blocks_or_around_them_is_no_boundary():
@@ -311,10 +315,10 @@ class Residual(Holder):
         return x + self.mlp(x) + self.other(x)
 
 
-def test_a_piece_of_a_module_is_no_block_because_it_adds_to_its_input(tmp_path):
+def test_a_piece_of_a_module_is_no_block_because_it_adds_to_its_input(plans):
     model = Residual().eval().requires_grad_(False)
-    torch.compile(model, backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})(torch.randn(4, 64))
-    assert kept([d for plan in plans(tmp_path) for d in plan]) == {"attn", "embed"}
+    torch.compile(model, backend="tahf4", options=GRAPH)(torch.randn(4, 64))
+    assert kept([d for plan in plans for d in plan]) == {"attn", "embed"}
 
 
 class Embed(nn.Module):
@@ -356,16 +360,16 @@ class BrokenOnce(Broken):
 
 
 @pytest.mark.parametrize("build", [Broken, BrokenOnce])
-def test_graph_breaks_do_not_move_the_boundary(build, tmp_path):
+def test_graph_breaks_do_not_move_the_boundary(build, plans):
     models, x = [build().eval() for _ in range(2)], torch.randn(4, 64)
     chosen = {f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("up", "down")} - {"blocks.0.up"}
-    options = {**GRAPH, "dump_dir": str(tmp_path), "keep": ["blocks.0.up"]}
+    options = {**GRAPH, "keep": ["blocks.0.up"]}
     with torch.no_grad():
         for model in models:
             want = expected(model, chosen)(x)
             model.compile(backend="tahf4", options=options)
             assert relative(model(x), want) < 1e-5
-    together = [d for plan in plans(tmp_path) for d in plan]
+    together = [d for plan in plans for d in plan]
     assert {"embed.one", "embed.two", "blocks.0.up"} <= kept(together)
     assert quantized(together) <= chosen
 
@@ -400,10 +404,10 @@ class Reached(Stack):
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("way", ["", *WAYS])
-def test_linears_belong_to_the_blocks_that_hold_their_weights_however_the_forward_reaches_them(way, named, tmp_path):
+def test_linears_belong_to_the_blocks_that_hold_their_weights_however_the_forward_reaches_them(way, named):
     model = Reached(way, named).eval()
     wanted = {path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.startswith("blocks.")}
-    plan, _ = compiled_plan(model, {"x": torch.randn(4, 64)}, tmp_path)
+    plan, _ = compiled_plan(model, {"x": torch.randn(4, 64)})
     assert quantized(plan) == wanted
     assert {d["reason"] for d in plan if d["module"] == "first"} == {"boundary: outside the repeated blocks"}
     lowered = tahf4.lower(tahf4.capture(model, (torch.randn(4, 64),)))
@@ -412,7 +416,7 @@ def test_linears_belong_to_the_blocks_that_hold_their_weights_however_the_forwar
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_block_with_a_second_name_is_a_block(first, tmp_path):
+def test_a_block_with_a_second_name_is_a_block(first):
     model = Stack().eval()
     if first:
         blocks = model.blocks
@@ -420,7 +424,7 @@ def test_a_block_with_a_second_name_is_a_block(first, tmp_path):
         model.another, model.blocks = blocks[0], blocks
     else:
         model.another = model.blocks[0]
-    plan, _ = compiled_plan(model, {"x": torch.randn(4, 64)}, tmp_path)
+    plan, _ = compiled_plan(model, {"x": torch.randn(4, 64)})
     assert len(quantized(plan)) == sum(d.decision == "hif4" for d in tahf4.plan_modules(model)) == 6
 
 
@@ -439,11 +443,11 @@ class Cut(Stack):
         return self.last(x + b.down(h))
 
 
-def test_a_piece_with_one_linear_of_each_block_is_judged_by_the_model(tmp_path):
+def test_a_piece_with_one_linear_of_each_block_is_judged_by_the_model(plans):
     model = Cut().eval()
     with torch.no_grad():
-        torch.compile(model, backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)})(torch.randn(4, 64))
-    found = {d["module"] for plan in plans(tmp_path) for d in plan if d["decision"] == "hif4"}
+        torch.compile(model, backend="tahf4", options=GRAPH)(torch.randn(4, 64))
+    found = {d["module"] for plan in plans for d in plan if d["decision"] == "hif4"}
     assert found == {"blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"}
 
 
@@ -488,10 +492,10 @@ class Around(nn.Module):
 
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("cls", [Listed, Around])
-def test_blocks_in_a_plain_list_are_blocks_of_a_compiled_model(cls, beside, tmp_path):
+def test_blocks_in_a_plain_list_are_blocks_of_a_compiled_model(cls, beside, plans):
     model, x = cls(beside).eval().requires_grad_(False), torch.randn(4, 64)
-    torch.compile(model, backend="tahf4", options={**GRAPH, "dump_dir": str(tmp_path)}, fullgraph=True)(x)
-    (plan,) = plans(tmp_path)
+    torch.compile(model, backend="tahf4", options=GRAPH, fullgraph=True)(x)
+    (plan,) = plans
     found = {entry["module"]: entry["decision"] for entry in plan}
     assert {path for path, decision in found.items() if decision == "high_precision"} == {
         path for path in found if path.endswith(("first", "last"))
