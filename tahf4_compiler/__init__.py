@@ -105,6 +105,12 @@ def _join_diffusers() -> None:
     register()
 
 
+def _join_attention() -> None:
+    from .diffusers_integration.attention import register
+
+    register()
+
+
 def _join_transformers() -> None:
     from .transformers_integration.quantizer import register
 
@@ -114,4 +120,5 @@ def _join_transformers() -> None:
 guard()
 fusing.register()
 when_imported("diffusers.quantizers.auto", _join_diffusers)
+when_imported("diffusers.models.attention_dispatch", _join_attention)
 when_imported("transformers.quantizers.auto", _join_transformers)

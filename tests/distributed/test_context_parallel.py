@@ -1,10 +1,10 @@
-"""Wan under diffusers' context parallelism (Ulysses): the same results and the same recipe as on one rank."""
+"""Wan under diffusers' context parallelism: the same results as on one rank, and with Ulysses the same recipe."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import plans
+from helpers import plans, relative
 from models import output, wan
 from ranks import run
 
@@ -63,3 +63,38 @@ def work(rank, size, tmp):
 @pytest.mark.slow
 def test_ulysses_gives_the_results_and_the_recipe_of_one_rank(tmp_path):
     run(2, work, tmp_path)
+
+
+def ring(rank, size, tmp, monkeypatch):
+    from diffusers import ContextParallelConfig
+
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    torch.manual_seed(0)
+    first, inputs = wan(num_layers=1)
+    inputs["return_dict"] = False
+    found = []
+    for division in ({}, {"ulysses_degree": size}, {"ring_degree": size}):
+        model = wan(num_layers=1)[0].requires_grad_(False)
+        model.load_state_dict(first.state_dict())
+        model.set_attention_backend("tahf4")
+        if division:
+            model.enable_parallelism(config=ContextParallelConfig(**division))
+        found.append(output(model(**inputs)))
+    # Blocks of 64 keys begin elsewhere where the tokens of a rank are no multiple of 64.
+    assert torch.equal(found[1], found[0]) and 0 < relative(found[2], found[0]) < 2e-3
+    options = {**GRAPH, "dump_dir": str(tmp / "ring")}
+    model.compile_repeated_blocks(backend="tahf4", fullgraph=True, options=options)
+    assert relative(output(model(**inputs)), found[0]) < 0.1  # and linears in 4 bits
+    if rank == 0:  # the only one that dumps
+        reports = [path.read_text() for path in (tmp / "ring").rglob("report.txt")]
+        assert reports and all("2 x tahf4.attention_lse -> cpu" in text for text in reports)
+
+
+def work_ring(rank, size, tmp):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ring(rank, size, tmp, monkeypatch)
+
+
+@pytest.mark.slow
+def test_ulysses_and_ring_with_attention_in_8_bits_give_the_results_of_one_rank(tmp_path):
+    run(2, work_ring, tmp_path)

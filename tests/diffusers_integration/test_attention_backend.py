@@ -1,0 +1,57 @@
+"""``set_attention_backend("tahf4")`` of diffusers: attention in 8 bits, with a log-sum-exp for ring."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers.models import attention_dispatch as dispatch
+from models import wan
+
+import tahf4_compiler as tahf4
+from tahf4_compiler.diffusers_integration import attention as backend
+from tahf4_compiler.errors import GradientError, OptionError
+
+
+def operands():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, tokens, 2, 64, generator=generator) for tokens in (20, 70, 70)]
+
+
+def test_it_is_the_operator_on_tokens_before_heads():
+    given = operands()
+    heads_first = [x.transpose(1, 2) for x in given]
+    mask = torch.rand(20, 70, generator=torch.Generator().manual_seed(1)) < 0.7
+    for masks in ((), (mask,)):
+        out = dispatch.dispatch_attention_fn(*given, *masks, backend="tahf4")
+        assert torch.equal(out.transpose(1, 2), torch.ops.tahf4.attention(*heads_first, *masks))
+    more = {"attention_kwargs": {"return_lse": True}, "scale": 0.3}
+    out, lse = dispatch.dispatch_attention_fn(*given, backend="tahf4", **more)
+    wanted, wanted_lse = torch.ops.tahf4.attention_lse(*heads_first, scale=0.3)
+    assert torch.equal(out.transpose(1, 2), wanted) and torch.equal(lse.transpose(1, 2), wanted_lse)
+
+
+def test_a_model_takes_it_and_a_graph_runs_its_kernel():
+    model, inputs = wan(num_layers=1)
+    model.requires_grad_(False).set_attention_backend("tahf4")
+    low = tahf4.lower(tahf4.capture(model, (), inputs))
+    assert "tahf4.attention -> cpu" in low.report() and "scaled_dot_product" not in str(low.graph_module.graph)
+
+
+def test_ring_takes_no_mask_and_nobody_a_derivative():
+    config = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2))
+    with pytest.raises(OptionError, match="ulysses_degree"):
+        backend._attention(*operands(), torch.ones(20, 70), _parallel_config=config)
+    with pytest.raises(GradientError, match="no_grad"):
+        backend._backward(None, torch.ones(1))
+
+
+def test_another_diffusers_than_expected_is_left_alone(monkeypatch, caplog):
+    before = dispatch._AttentionBackendRegistry._backends[dispatch.AttentionBackendName("tahf4")]
+    monkeypatch.delattr(dispatch, "_templated_context_parallel_attention")
+    with caplog.at_level(logging.INFO):
+        backend.register()
+    assert "has no _templated_context_parallel_attention" in caplog.text
+    assert dispatch._AttentionBackendRegistry._backends[dispatch.AttentionBackendName("tahf4")] is before
