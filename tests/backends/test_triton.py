@@ -309,6 +309,19 @@ def test_attention_in_8_bits_fits_the_chip(capability, channels, causal):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_attention_with_a_log_sum_exp_fits_the_chip(capability):
+    from tahf4_compiler.backends.triton import attention
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    q = torch.empty(1, 4000, 40, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    lse = torch.empty(1, 40, 4000, device="meta")
+    found = compile_call(attention.calls(q, q, q, lse=lse)[1][-1], capability)
+    assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability]
+    assert found.counts["mma"] + found.counts["wgmma"] + found.counts["tcgen05"] > 0
+
+
+@pytest.mark.slow
 def test_attention_of_one_query_and_one_key_compiles():
     """Sizes of 1 are constants of Triton, with other types."""
     from tahf4_compiler.backends.triton import attention
