@@ -128,12 +128,12 @@ def python_linears(
             reads.__exit__(None, None, None)
         if event == "call" and frame.f_code in codes and isinstance(module := frame.f_locals.get("self"), nn.Module):
             modules.add(module)
-        if event == "c_call" and argument is nn.functional.linear and frame.f_code not in codes:
+        if event == "c_call" and argument is nn.functional.linear:
             outer: FrameType | None = frame
             while outer is not None and outer.f_globals.get("__name__") == nn.functional.__name__:
                 outer = outer.f_back
             if outer is not None and outer.f_code in codes:
-                return  # in F.multi_head_attention_forward
+                return  # by itself, or in F.multi_head_attention_forward
             if Caller(frame).library == Caller(sys._getframe()).library:
                 return  # a reference operator, on a device without kernels, or the mode below goes on
             if str(frame.f_globals.get("__name__")).startswith(("torch.fx.", "torch._")):

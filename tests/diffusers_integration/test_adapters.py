@@ -76,6 +76,7 @@ def test_adapters_are_weighted_switched_and_deleted_on_a_packed_model(rank):
         assert torch.equal(output(packed(**inputs)), without), "packed alike, before the adapter came and after"
 
 
+@pytest.mark.slow  # a float that changes: test_changing_floats.py
 def test_an_adapter_of_a_compiled_model_takes_another_scale():
     model, inputs = frozen()
     _, state = added(model, 4)
@@ -238,6 +239,7 @@ def test_a_weight_with_a_fused_adapter_is_not_packed_until_it_is_unfused_or_the_
         assert relative(output(fused(**inputs)), want) < 0.3
 
 
+@pytest.mark.slow  # by blocks: test_fused_adapters.py
 def test_a_compiled_model_follows_its_adapters_when_they_are_fused_and_unfused():
     model, inputs = frozen()
     adapted, _ = added(model, 4)

@@ -100,6 +100,7 @@ def test_a_packed_linear_takes_at_most_three_tenths_of_its_bytes_on_disk(folder)
     assert (weights + multipliers) / original < 0.30
 
 
+@pytest.mark.slow  # each saver after a compiled call: test_savers.py
 def test_a_model_saved_after_compiled_calls_loads_again(tmp_path):
     from diffusers import WanTransformer3DModel
 
@@ -307,6 +308,7 @@ def test_a_checkpoint_that_lacks_tensors_or_has_others_is_refused(tmp_path):
             WanTransformer3DModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow  # one model in place of a pipeline: test_adapters.py, test_fused_adapters.py
 def test_adapters_run_beside_packed_products_and_are_not_fused(tmp_path):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

@@ -3,6 +3,7 @@
 ``make test`` does; alone: ``TRITON_INTERPRET=1 pytest tests/interpreter``.
 """
 
+import dataclasses
 import os
 
 import pytest
@@ -47,4 +48,17 @@ def a_launch_prepares_the_language_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def integers_are_not_computed_twice():
+    """The interpreter computes each int32 a second time in int64, for an assertion that it leaves out unless it debugs:
+    a quarter of the time of what is left.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
         yield

@@ -91,6 +91,7 @@ def test_the_script_writes_what_it_found(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "gpu_cpu.json").read_text())["checks"][0]["ok"] is False
 
 
+@pytest.mark.slow
 def test_a_wrong_activation_in_a_product_is_found(monkeypatch):
     real = measure.own_on_path
 

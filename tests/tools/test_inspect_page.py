@@ -172,7 +172,9 @@ def parts_of(page, row):
 
 
 @needs_browser
-@pytest.mark.parametrize("name", ["HiF4", "nvfp4", "HiF4, nvfp4, mxfp8", "none"])
+@pytest.mark.parametrize(
+    "name", ["nvfp4", "HiF4, nvfp4, mxfp8", *(pytest.param(it, marks=pytest.mark.slow) for it in ("HiF4", "none"))]
+)
 def test_memory_and_flops_have_a_part_for_each_format(browser, tmp_path, name):
     from tahf4_nvfp4.quantize import Nvfp4Quantize
 
