@@ -144,7 +144,7 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
     key = _call_key(node, args, kwargs)
     try:
         if node.target is operator.getitem and type(args[0]) in (tuple, list):
-            return args[0][args[1]]
+            return operator.getitem(*args)
         # As a lowered graph runs; PyTorch 2.11 cannot compute symbolic sizes of a linear without its Python dispatcher.
         with python_kernels(), context.fake_mode, torch.no_grad():
             if key is not None and key in results:
