@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ..model.attachments import changes
 from ..model.tree import is_boundary
-from ..packed.linear import HiF4Linear
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.frames import outermost_that_holds, python_linears
 from .messages import (
@@ -288,10 +287,8 @@ class _Copied:
         model = self._model()
         if model is None or not self._compiled(model):  # it was compiled anew with another backend
             return
-        if any(isinstance(module, HiF4Linear) for module in model.modules()):
-            return  # the copy of a packed model runs in 4 bits as well
         if not Wanted(model, ()).linears:
-            return  # so does the original
+            return  # the original runs so, too, and the copy of a packed model in 4 bits
         if memo.setdefault(_COPIED, self) is not self:  # said of another block in this copy
             return
         say_copied(model)

@@ -107,6 +107,7 @@ def test_the_scale_of_least_error_is_nearly_that_of_the_search():
     found, usual, searched = hif4.quantize(x, rounding=SEARCHED), hif4.quantize(x), search_scales(x)
     more = (found.scales & 0xFF) - (usual.scales & 0xFF)
     assert set(more.flatten().tolist()) == {0, 1, 2, 3}
+    assert not more[5].any()  # of equal errors the smaller scale
     assert torch.equal(found.scales & 0xFF == 0xFF, usual.scales & 0xFF == 0xFF)
     assert torch.equal(found.codes, hif4.codes_for(x, found.scales, SEARCHED))
     finite = torch.isfinite(x).all(1)
@@ -124,6 +125,8 @@ def test_a_scale_that_units_share_is_not_chosen_for_each():
                 function(x, rounding=SEARCHED, span=span)
         with pytest.raises(FormatError, match="expected a span of 1"):
             torch.ops.tahf4.quantize(x, None, 0, 4, 16 + hif4.check_span(span))
+        with pytest.raises(FormatError, match="expected a span of 1"):
+            spans.check_form(16 + hif4.check_span(span))
 
 
 @pytest.mark.parametrize("rounding", hif4.ROUNDINGS)
