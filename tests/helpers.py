@@ -58,6 +58,14 @@ class FakeLinear(nn.Module):
         return nn.functional.linear(left, right, bias).to(x.dtype)
 
 
+def compiled(model: nn.Module, whole: bool, **options: Any) -> Any:
+    """Compile a model with tahf4, whole or in place; options are those of the backend, graphs run without Inductor."""
+    if whole:
+        return torch.compile(model, backend="tahf4", options={**GRAPH, **options})
+    model.compile(backend="tahf4", options={**GRAPH, **options})
+    return model
+
+
 def expected(model: nn.Module, quantized: Iterable[str]) -> nn.Module:
     """Return a copy of a model whose named linears are W4A4 by definition, in eager mode."""
     model = copy.deepcopy(model)

@@ -128,7 +128,8 @@ def python_linears(
             reads.__exit__(None, None, None)
         if event == "call" and frame.f_code in codes and isinstance(module := frame.f_locals.get("self"), nn.Module):
             modules.add(module)
-        if event == "c_call" and argument is nn.functional.linear:
+        # Within a call that is noted, modes of the user call it again.
+        if event == "c_call" and argument is nn.functional.linear and reads.caller is None:
             outer: FrameType | None = frame
             while outer is not None and outer.f_globals.get("__name__") == nn.functional.__name__:
                 outer = outer.f_back

@@ -11,6 +11,7 @@ from models import Stack
 from tahf4_compiler.backends import messages
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 REASON = "because Dynamo did not hand their code to tahf4"
@@ -114,6 +115,29 @@ def test_a_function_in_a_frame_that_dynamo_gave_up_runs_as_it_is_while_it_is_loo
         assert torch.equal(call(x), want)
     (message,) = said(caplog)
     assert "4 linears" in message and "(forward, test_never_begun.py:" in message
+
+
+def test_a_function_that_is_looked_at_leaves_the_modes_around_it_as_they_are(caplog):
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))  # a second call of the same function
+
+    class Reads(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.helper(x))
+
+        @torch.compiler.disable
+        def helper(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.blocks[0].up.weight), self.blocks[0].down.weight)
+
+    call, x = compiled(Reads(depth=2).eval(), "whole"), torch.randn(4, 64)
+    with Mode():
+        for _ in range(4):
+            call(x)
+            assert torch._C._len_torch_function_stack() == 1
+    assert torch._C._len_torch_function_stack() == 0
+    (message,) = said(caplog)
+    assert "2 linears of its repeated blocks stand in no graph (blocks.0.up, blocks.0.down)" in message
 
 
 @pytest.mark.parametrize("copied", [False, True])
