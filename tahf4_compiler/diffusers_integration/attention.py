@@ -43,6 +43,10 @@ def _attention(
     _parallel_config: Any = None,
 ) -> Any:
     """Compute ``[B, tokens, heads, channels]``; diffusers calls it, perhaps on a part of the tokens."""
+    if torch.is_autocast_enabled(query.device.type):  # as scaled_dot_product_attention does
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]  # of the keys of each entry, as in diffusers' other backends
     given = (query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, return_lse)
     if _parallel_config is None:
         return _forward(None, *given)

@@ -17,16 +17,20 @@ from tahf4_compiler.errors import GradientError, OptionError
 
 def operands():
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, tokens, 2, 64, generator=generator) for tokens in (20, 70, 70)]
+    return [torch.randn(2, tokens, 2, 64, generator=generator) for tokens in (20, 70, 70)]
 
 
 def test_it_is_the_operator_on_tokens_before_heads():
     given = operands()
     heads_first = [x.transpose(1, 2) for x in given]
     mask = torch.rand(20, 70, generator=torch.Generator().manual_seed(1)) < 0.7
-    for masks in ((), (mask,)):
-        out = dispatch.dispatch_attention_fn(*given, *masks, backend="tahf4")
+    for theirs, masks in (((), ()), ((mask,), (mask,)), ((mask[:2],), (mask[:2, None, None],))):
+        out = dispatch.dispatch_attention_fn(*given, *theirs, backend="tahf4")
         assert torch.equal(out.transpose(1, 2), torch.ops.tahf4.attention(*heads_first, *masks))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dispatch.dispatch_attention_fn(given[0], *(x.bfloat16() for x in given[1:]), backend="tahf4")
+    halves = [x.bfloat16() for x in heads_first]
+    assert torch.equal(out.transpose(1, 2), torch.ops.tahf4.attention(*halves))
     more = {"attention_kwargs": {"return_lse": True}, "scale": 0.3}
     out, lse = dispatch.dispatch_attention_fn(*given, backend="tahf4", **more)
     wanted, wanted_lse = torch.ops.tahf4.attention_lse(*heads_first, scale=0.3)
