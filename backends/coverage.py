@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..model.attachments import changes
 from ..model.tree import is_boundary
+from ..pipeline.context import Decision
 from ..torch_private.calls import Around, around_calls
 from ..torch_private.frames import outermost_that_holds, python_linears
 from .messages import (
@@ -45,6 +46,7 @@ _AGAIN = 61  # calls, an odd number: what was left out for so long may be called
 _COPIED = "_tahf4_copied"
 
 _Read = dict[int, tuple[weakref.ref[Any], str]]
+_Graphs = list[tuple[Sequence[Decision], Callable[[], None]]]
 
 
 class _Ran(threading.local):
@@ -52,7 +54,7 @@ class _Ran(threading.local):
         self.planned: set[int] = set()
         self.read: _Read = {}
         self.quantized = 0
-        self.graphs: list[Callable[[], None]] | None = None  # of the innermost model whose call is watched
+        self.graphs: _Graphs | None = None  # of the innermost model whose call is watched
         self.function: _Function | None = None  # that runs now
 
 
@@ -72,12 +74,12 @@ def ran(planned: Set[int], read: Mapping[int, tuple[weakref.ref[Any], str]], qua
     _ran.quantized += quantized
 
 
-def say_behind(say: Callable[[], None]) -> None:
-    """Let something be said of a graph: behind the call that is watched, if the model's tree did not explain it."""
+def say_behind(plan: Sequence[Decision], say: Callable[[], None]) -> None:
+    """Let something be said of a graph with a plan: behind the call that is watched, if nothing else explained it."""
     if _ran.graphs is None:
         say()
     else:
-        _ran.graphs.append(say)
+        _ran.graphs.append((plan, say))
 
 
 def watch(model: nn.Module, keep: Sequence[str]) -> None:
@@ -131,7 +133,7 @@ class _Watch:
         self._met: set[frozenset[str]] = set()
         self._look = 0  # at so many calls more
         self._calls = 0
-        self._graphs: list[Callable[[], None]] = []  # say what graphs hold that were compiled meanwhile
+        self._graphs: _Graphs = []  # say what graphs hold that were compiled meanwhile
 
     def call(
         self, model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -177,8 +179,9 @@ class _Watch:
                 say_functional(model, *_blamed(model, functional, unread.difference(found), self._wanted))
         if not self._among:
             say_used(model, tree.computed)
-        for say in self._graphs if not is_explained(model) else ():
-            say()
+        for plan, say in self._graphs:
+            if not is_explained(model, plan):
+                say()
         self._graphs.clear()
         self._look -= looks
         if looks and not self._look:
@@ -230,7 +233,7 @@ class _Function:
 
 
 @contextlib.contextmanager
-def _collected(graphs: list[Callable[[], None]] | None) -> Iterator[tuple[set[int], _Read]]:
+def _collected(graphs: _Graphs | None) -> Iterator[tuple[set[int], _Read]]:
     """Yield what :func:`ran` notes in this thread; a call around this one has it, too.
 
     Args:
@@ -264,12 +267,13 @@ def _blamed(
         unread: paths of weights that nothing else read.
         weights: paths of weights by identity.
     """
-    own = {id(parameter) for parameter in outermost_that_holds(model).parameters()}
+    whole = outermost_that_holds(model)
+    own = {id(value) for value in (*whole.parameters(), *whole.buffers())}
     read = {key for keys in functional.values() for key in keys}
     lacking = {key for key, path in weights.items() if path in unread}
-    if read <= own:  # what is no parameter may be computed of any of them, as a copy in another type is
+    if read <= own and all(functional.values()):  # what is none may be computed of any of them, as a copy is
         lacking &= read
-    callers = sorted(name for name, keys in functional.items() if keys & lacking or not keys <= own)
+    callers = sorted(name for name, keys in functional.items() if keys & lacking or not keys or not keys <= own)
     return [weights[key] for key in weights if key in lacking], callers
 
 

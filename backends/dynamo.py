@@ -300,4 +300,4 @@ def _announce(lowered: LoweredGraph, captured: Capture) -> None:
     # A packed linear whose codes are arguments, as under functional_call, runs in 4 bits and is in no plan.
     packed = captured.graph_module.graph.find_nodes(op="call_function", target=torch.ops.tahf4.packed_linear.default)
     if lowered.plan and not packed and lacks_4_bits(lowered.plan, lambda path: where.block_of(path) is None):
-        say_behind(functools.partial(say_graph, lowered.name, lowered.plan, where.root))
+        say_behind(lowered.plan, functools.partial(say_graph, lowered.name, lowered.plan, where.root))

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _outside: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of linears outside of graphs
 _overruled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _used: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of weights that graphs use otherwise
-_nothing: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said that nothing of them runs in 4 bits
+_explained: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # said of these linears why
 _texts: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()  # by what runs around
 _functional: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # said of functions outside of graphs
 _off = False  # said that the compiler is off
@@ -88,7 +88,7 @@ def say_graph(name: str, plan: Sequence[Decision], model: nn.Module | None) -> N
         plan: its decisions.
         model: whose code it is, if it is one's.
     """
-    left = [d for d in plan if d.cause not in (Cause.BOUNDARY, Cause.KEPT, Cause.STEP, Cause.ADAPTER)]
+    left = _left(plan)
     if model is not None and left and all(d.cause is Cause.REGION for d in left):
         say_used(model, {d.module: str(d.reason) for d in left})  # as the next calls would once more
         return
@@ -96,9 +96,13 @@ def say_graph(name: str, plan: Sequence[Decision], model: nn.Module | None) -> N
     log.warning("%s: none of %d linears runs in 4 bits (%s)", name, len(plan), reasons)
 
 
-def is_explained(model: nn.Module) -> bool:
-    """Tell whether :func:`say_nothing` or :func:`say_used` said of a model why linears run in high precision."""
-    return model in _nothing or model in _used
+def is_explained(model: nn.Module, plan: Sequence[Decision]) -> bool:
+    """Tell whether :func:`say_nothing` or :func:`say_used` said why a graph's linears run in high precision."""
+    return {d.module for d in _left(plan)} <= _explained.get(model, set())
+
+
+def _left(plan: Sequence[Decision]) -> list[Decision]:
+    return [d for d in plan if d.cause not in (Cause.BOUNDARY, Cause.KEPT, Cause.STEP, Cause.ADAPTER)]
 
 
 def say_copied(model: nn.Module) -> None:
@@ -116,7 +120,7 @@ def say_nothing(model: nn.Module) -> None:
     weights = {path: linear._parameters.get("weight") for path, linear in named_linears(model)}
     counted = [d for d in plan if d.cause is not Cause.ADAPTER]  # an adapter follows what it stands beside
     if lacks_4_bits(counted, lambda path: attached_keep(weights[path]) is not None):
-        _nothing.add(model)
+        _explained.setdefault(model, set()).update(d.module for d in plan)
         _say(model, f"nothing runs in 4 bits: {why_nothing(model, plan)}")
 
 
@@ -130,6 +134,7 @@ def say_used(model: nn.Module, reasons: Mapping[str, str]) -> None:
     if not reasons or model in _used:
         return
     _used.add(model)
+    _explained.setdefault(model, set()).update(reasons)
     now = {d.module: str(d.reason) for d in plan_modules(model) if d.decision != "hif4"}  # weights were cast since
     reasons = {path: reason or now.get(path, "") for path, reason in reasons.items()}
     others = [path for path, reason in reasons.items() if not reason]
@@ -216,6 +221,7 @@ def keeping_errors() -> Iterator[None]:
     except Tahf4Error as error:
         _hidden[:] = [f"{type(error).__name__}: {error}"] if suppresses_errors() else []
         raise
+    _hidden.clear()  # of what was compiled before
 
 
 def is_said(model: nn.Module) -> bool:

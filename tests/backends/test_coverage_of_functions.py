@@ -74,6 +74,15 @@ def test_what_runs_in_4_bits_is_not_said(how, caplog):
     assert not said(caplog)
 
 
+def test_a_block_that_is_called_beside_its_model_is_said_with_the_model(caplog):
+    model, x = Hidden().eval(), torch.randn(4, 64)
+    step = torch.compile(lambda x: model.blocks[0](model(x)), **SETTINGS)
+    for _ in range(4):
+        step(x)
+    (message,) = said(caplog)
+    assert message.startswith("Hidden: 3 linears")
+
+
 def test_a_method_that_dynamo_never_begins_is_said(caplog):
     model, x = Stack().eval(), torch.randn(4, 64)
     forward = torch.compiler.disable(type(model).forward)

@@ -133,6 +133,18 @@ def test_graphs_without_4_bits_are_said_once_for_all_blocks(kind, how, says, cap
     assert message.startswith(says)
 
 
+def test_what_a_later_graph_leaves_is_said_though_other_weights_were(caplog):
+    model = Products(lambda x, m: torch.einsum("bk,nk->bn", x, m.weight) + m.bias, ["down"]).eval()
+    call, x = compiled(model, True), torch.randn(4, 64)
+    call(x)
+    for block in model.blocks:
+        block.up, block.down = nn.Linear(64, 8), nn.Linear(8, 64)
+    for _ in range(2):
+        call(x)
+    used, graph = warned(caplog)
+    assert "because of how graphs use their weights" in used and "linears runs in 4 bits (" in graph
+
+
 def test_a_graph_that_an_option_leaves_without_4_bits_is_said(caplog):
     call = compiled(Stack(depth=2).eval(), True, **{"plan.min_features": 65})
     for _ in range(3):

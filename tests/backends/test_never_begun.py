@@ -140,21 +140,39 @@ def test_a_function_that_is_looked_at_leaves_the_modes_around_it_as_they_are(cap
     assert "2 linears of its repeated blocks stand in no graph (blocks.0.up, blocks.0.down)" in message
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_function_that_reads_another_weight_is_not_said_to_read_what_a_cache_left_out(copied, caplog):
+@pytest.mark.parametrize("kind", ["boundary", "buffer", "copy"])
+def test_a_function_that_reads_another_weight_is_not_said_to_read_what_a_cache_left_out(kind, caplog):
     class Boundary(Stack):
         def forward(self, x: Tensor) -> Tensor:
             return self.blocks[0](self.helper(x))
 
         @torch.compiler.disable
         def helper(self, x: Tensor) -> Tensor:
-            weight = self.first.weight
-            return F.linear(x, weight.clone() if copied else weight)
+            weight = self.held if kind == "buffer" else self.first.weight
+            return F.linear(x, weight.clone() if kind == "copy" else weight)
 
-    call, x = compiled(Boundary(depth=2).eval(), "whole"), torch.randn(4, 64)
+    model, x = Boundary(depth=2).eval(), torch.randn(4, 64)
+    model.register_buffer("held", torch.randn(64, 64))
+    call = compiled(model, "whole")
     for _ in range(4):
         call(x)
-    assert len(said(caplog)) == copied, "a copy may be one of any weight"
+    assert len(said(caplog)) == (kind == "copy"), "a copy may be one of any weight"
+
+
+def test_a_function_whose_weights_are_not_seen_is_said(caplog):
+    class Unseen(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.helper(x))
+
+        @torch.compiler.disable
+        def helper(self, x: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction():
+                return F.linear(F.linear(x, self.blocks[0].up.weight), self.blocks[0].down.weight)
+
+    call, x = compiled(Unseen(depth=2).eval(), "whole"), torch.randn(4, 64)
+    for _ in range(4):
+        call(x)
+    assert len(said(caplog)) == 1
 
 
 def test_modules_are_not_said_to_be_functions(caplog):
@@ -223,6 +241,18 @@ def test_an_error_that_dynamo_is_set_to_suppress_is_said_as_the_cause(options, e
             assert torch.equal(call(x), model(x))
     (message,) = said(caplog)
     assert message.startswith("Stack: 6 linears") and f"suppress_errors hides an error ({error}" in message
+
+
+def test_an_error_that_was_suppressed_in_one_model_is_not_the_cause_in_another(caplog):
+    first, second, x = Stack().eval(), Stack().eval(), torch.randn(4, 64)
+    hide(second.blocks[0])
+    with torch._dynamo.config.patch(suppress_errors=True):
+        for call in (compiled(first, "whole", kep=[]), compiled(second, "whole")):
+            for _ in range(3):
+                call(x)
+            torch._dynamo.reset()
+    one, other = said(caplog)
+    assert "OptionError" in one and "OptionError" not in other
 
 
 @pytest.mark.parametrize("how", ["whole", "in place"])
