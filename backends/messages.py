@@ -98,7 +98,7 @@ def say_graph(name: str, plan: Sequence[Decision], model: nn.Module | None) -> N
 
 def is_explained(model: nn.Module, plan: Sequence[Decision]) -> bool:
     """Tell whether :func:`say_nothing` or :func:`say_used` said why a graph's linears run in high precision."""
-    return {d.module for d in _left(plan)} <= _explained.get(model, set())
+    return model in _explained and {d.module for d in _left(plan)} <= _explained[model]
 
 
 def _left(plan: Sequence[Decision]) -> list[Decision]:
