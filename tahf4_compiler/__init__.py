@@ -6,6 +6,7 @@ Wrap a model with ``torch.compile(model, backend="tahf4")``, or capture and lowe
 
 from . import ops, rewriting
 from .calibration.calibration import Calibration, calibrate
+from .calibration.from_weights import recipe_from_weights
 from .debugging.bisect import Bisection, bisect
 from .errors import (
     CalibrationError,
@@ -88,6 +89,7 @@ __all__ = [
     "ops",
     "plan_modules",
     "quantize_",
+    "recipe_from_weights",
     "register_kernel",
     "register_pass",
     "register_weight_format",

@@ -25,6 +25,7 @@ class MaskKind(StrEnum):
     percentile = "percentile"
     max = "max"
     none = "none"
+    weights = "weights"
 
 
 class Dtype(StrEnum):
@@ -36,13 +37,19 @@ class Dtype(StrEnum):
 
 def calibrate(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a saved diffusers pipeline.")],
-    prompts: Annotated[Path, typer.Option(help="Text file with one prompt a line.")],
+    context: typer.Context,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with one prompt a line; needed unless --mask weights.")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The recipe, a safetensors file.")] = Path(
         "recipe.safetensors"
     ),
-    mask: Annotated[MaskKind, typer.Option(help="How channel masks are made.")] = MaskKind.network_search,
+    mask: Annotated[
+        MaskKind,
+        typer.Option(help="How channel masks are made. weights: of the weights alone, no prompt is needed or run."),
+    ] = MaskKind.network_search,
     percentile: Annotated[float, typer.Option(help="Of |x|, for --mask percentile.")] = 99.9,
-    weight_exponent: Annotated[float, typer.Option(help="Alpha, for --mask percentile and max.")] = 0.5,
+    weight_exponent: Annotated[float, typer.Option(help="Alpha, for --mask percentile, max and weights.")] = 0.5,
     no_rotation: Annotated[bool, typer.Option("--no-rotation", help="Do not rotate.")] = False,
     keep_linears: Annotated[
         int | None, typer.Option(min=0, help="Linears of each expert to keep in high precision, by measured effect.")
@@ -117,6 +124,11 @@ def calibrate(
     from .staging import check_writable
     from .tiny_wan import settings
 
+    if mask is MaskKind.weights:
+        _from_weights(context, model_dir, out, weight_exponent, no_rotation, dtype)
+        return
+    if prompts is None:
+        raise CommandError("give --prompts FILE, one prompt a line; --mask weights needs none")
     if not prompts.is_file():
         raise CommandError(f"there is no file {prompts}; give a text file with one prompt a line")
     lines = list(dict.fromkeys(line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()))
@@ -173,6 +185,36 @@ def calibrate(
         for line in _attention_lines(expert, recipe.attention.get(expert, {})):
             typer.echo(line)
     typer.echo(f"Written to {out} ({out.stat().st_size:,} bytes); statistics in {checkpoint}")
+
+
+def _from_weights(
+    context: typer.Context, model_dir: Path, out: Path, exponent: float, no_rotation: bool, dtype: Dtype
+) -> None:
+    """Write a recipe of the weights alone."""
+    import torch
+
+    from ..calibration.from_weights import recipe_from_weights
+    from .errors import CommandError
+    from .generation import load_any_pipeline
+    from .staging import check_writable
+
+    taken = {"model_dir", "out", "mask", "weight_exponent", "no_rotation", "dtype"}
+    given = [
+        name
+        for name in context.params
+        if name not in taken and (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise CommandError(f"--mask weights runs nothing and takes no {options}; leave it out, or choose another mask")
+    check_writable(out)
+    pipe = load_any_pipeline(model_dir, getattr(torch, dtype.value), "cpu")
+    recipe = recipe_from_weights(pipe, weight_exponent=exponent, **({"block": 0} if no_rotation else {}))
+    recipe.save(out)
+    for expert, entries in recipe.experts.items():
+        count = len(recipe.linears(expert))
+        typer.echo(f"{expert}: {count} linears in HiF4, {len(entries)} masks of the weights alone")
+    typer.echo(f"Written to {out} ({out.stat().st_size:,} bytes)")
 
 
 def _attention_lines(expert: str, attentions: Mapping[str, AttentionEntry]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from ..format.transforms import SEED, hadamard_block
 from ..pipeline.rules import effective_span
 from ..weights.packing import moment_as_quantized
 from .choices import Choices
-from .masks import channel_mask
+from .masks import channel_mask, column_norms
 from .sensitivity import QuantizedWeight, output_error
 from .statistics import Cells, merged
 
@@ -53,7 +53,7 @@ class Layer:
         self.seed = SEED if self.block else None
         self.moment = _second_moment(cells).to(weights[0].device)
         self.rows = cells.rows()
-        self._columns = _column_norms(weights) if choices.column == "norm" else _column_maxima(weights)
+        self._columns = column_norms(weights) if choices.column == "norm" else _column_maxima(weights)
 
     def mask(self, percentile: float, exponent: float) -> Tensor:
         """Return the channel mask of a percentile of |x| and a weight exponent: float32 ``[K]``."""
@@ -111,12 +111,6 @@ def _column_maxima(weights: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude of each input channel, float32 ``[K]``; what is not finite counts as 0."""
     magnitudes = [weight.detach().to(torch.float32).abs() for weight in weights]
     return torch.stack([torch.where(m.isfinite(), m, 0.0).amax(0) for m in magnitudes]).amax(0)
-
-
-def _column_norms(weights: Sequence[Tensor]) -> Tensor:
-    """Return the norm of each input channel over the rows of all weights, float32 ``[K]``."""
-    finite = [torch.where(weight.isfinite(), weight, 0.0) for weight in (w.detach().float() for w in weights)]
-    return torch.stack([torch.linalg.vector_norm(values, dim=0) for values in finite]).norm(dim=0)
 
 
 def _second_moment(cells: Cells) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["EXPONENTS", "SEARCHED", "channel_mask"]
-
-log = logging.getLogger(__name__)
+__all__ = ["EXPONENTS", "SEARCHED", "channel_mask", "column_norms"]
 
 AMAX_FLOOR = 1e-3
 EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -38,3 +36,9 @@ def channel_mask(weight: Tensor, activation_max: Tensor, weight_exponent: float)
     live = weight > 0
     mean = log[live].mean() if bool(live.any()) else log.mean()
     return torch.where(live, log - mean, 0.0).exp().to(torch.float32)
+
+
+def column_norms(weights: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each input channel over the rows of all weights, float32 ``[K]``."""
+    finite = [torch.where(weight.isfinite(), weight, 0.0) for weight in (w.detach().float() for w in weights)]
+    return torch.stack([torch.linalg.vector_norm(values, dim=0) for values in finite]).norm(dim=0)

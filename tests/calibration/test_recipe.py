@@ -140,7 +140,7 @@ def test_the_mask_of_a_recipe_is_of_all_weights_that_read_the_activation():
 def test_the_search_takes_the_mask_of_least_error_of_the_network_with_the_weights_that_the_recipe_holds(
     search, monkeypatch
 ):
-    monkeypatch.setattr(layer, "_column_maxima", layer._column_norms)  # also where a mask is given
+    monkeypatch.setattr(layer, "_column_maxima", layer.column_norms)  # also where a mask is given
     model = outliers()
     calibration = calibrated(model, rows=0)  # the percentile is that of the choices then
 

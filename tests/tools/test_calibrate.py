@@ -196,6 +196,25 @@ def test_an_unknown_row_is_refused(tmp_path):
     assert "there are: HiF4 naive" in result.output
 
 
+def test_masks_of_the_weights_alone_need_no_prompt(tmp_path, prompts):
+    out = tmp_path / "recipe.safetensors"
+    arguments = ["calibrate", str(settings.PIPELINE_DIR), "--mask", "weights", "-o", str(out), "--dtype", "float32"]
+    result = runner.invoke(app, [*arguments, "--weight-exponent", "0.25", "--no-rotation"])
+    assert result.exit_code == 0, result.output
+    assert "transformer_2: 20 linears in HiF4" in result.output
+    pipe, recipe = pipeline(), tahf4.Recipe.load(out)
+    assert {e.hadamard_block for entries in recipe.experts.values() for e in entries.values()} == {0}
+    assert recipe.provenance["choices"]["weight_exponent"] == 0.25
+    tahf4.apply_recipe(pipe, recipe)
+
+    result = runner.invoke(app, [*arguments, "--prompts", str(prompts), "--keep-linears", "2"])
+    assert result.exit_code == 2
+    assert "takes no --prompts, --keep-linears" in result.output
+    result = runner.invoke(app, ["calibrate", str(settings.PIPELINE_DIR)])
+    assert result.exit_code == 2
+    assert "give --prompts FILE" in result.output
+
+
 def test_prompts_of_an_evaluation_are_not_those_of_its_calibration():
     plan = Plan()
     assert len(set(map(str, plan.captions()))) == 64

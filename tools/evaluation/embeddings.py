@@ -26,6 +26,10 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("no rotation, no data", {**_BARE, "scale_search": ""}),
     ("no rotation, searched scales, no data", _BARE),
     *(
+        (f"no data: weights as the mask, exponent {alpha}", {"mask": "weights", "weight_exponent": alpha})
+        for alpha in (0.5, 1.0)
+    ),
+    *(
         (f"the published mask, {what}{rotation}", {"scale_search": "", "mask": mask, "rotate": bool(rotation)})
         for mask, what in (("max", "of the maximum"), ("percentile", "of the 99.9th percentile"))
         for rotation in ("", ", rotation")
@@ -85,7 +89,11 @@ def rows(
         embeddings(model, calibration)
     for name, choices in chosen:
         start = time.perf_counter()
-        recipe = seen.recipe(sensitivity=False, **choices) if choices is not None else None
+        recipe = None
+        if choices is not None and choices.get("mask") == "weights":
+            recipe = tahf4.recipe_from_weights(model, weight_exponent=choices["weight_exponent"])
+        elif choices is not None:
+            recipe = seen.recipe(sensitivity=False, **choices)
         seconds = time.perf_counter() - start
         packed = copy.deepcopy(model)
         tahf4.quantize_(packed, recipe)

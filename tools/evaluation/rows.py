@@ -15,7 +15,8 @@ class Row:
 
     Attributes:
         name: in tables.
-        recipe: choices of ``calibration.recipe``, or None for no recipe.
+        recipe: choices of ``calibration.recipe``, or None for no recipe. With ``"mask": "weights"`` those of
+            ``recipe_from_weights``, which needs no calibration.
         options: of the backend.
         simulate: a format of :mod:`tahf4_compiler.tools.evaluation.formats`, in place of HiF4, or None.
         block: the widest Hadamard block of the simulation.
@@ -39,6 +40,11 @@ _EVERYTHING: dict[str, Any] = {"mask": "network_search", "rotate": True, "scale_
 
 ROWS = (
     Row("HiF4 naive", options={"rotate.block": 0}),
+    Row("no recipe (rotation)"),
+    *(
+        Row(f"no data: weights as the mask, exponent {alpha}", {"mask": "weights", "weight_exponent": alpha})
+        for alpha in (0.5, 1.0)
+    ),
     Row("W4A4 + int8 attention", options={"rotate.block": 0, "attention": "int8"}),
     Row("+ max mask", {**PLAIN, "mask": "max"}),
     Row("+ percentile mask (99.9)", {**PLAIN, "mask": "percentile", "percentile": 99.9}),

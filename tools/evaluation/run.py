@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...calibration.calibration import Calibration, calibrate
+from ...calibration.from_weights import recipe_from_weights
 from ...files.replacing import replacing
 from ...packed.convert import quantize_
 from ...recipe.apply import apply_recipe
@@ -142,17 +143,27 @@ def evaluate_variant(
         write_beside(home / "stress.txt", (text + "\n").encode())
     reference = _reference(pipe, plan, home)
     original = experts(pipe)
-    calibration = _calibration(pipe, plan, home) if any(row.recipe is not None for row in todo) else None
+    calibration = _calibration(pipe, plan, home) if any(map(_needs_calls, todo)) else None
     for row in todo:
         for name, model in original.items():
             setattr(pipe, name, copy.deepcopy(model))
-        recipe = calibration.recipe(**row.recipe) if calibration is not None and row.recipe is not None else None
-        details = prepare(pipe, row, recipe) if row.name != REFERENCE else {}
+        details = prepare(pipe, row, _recipe(pipe, row, calibration)) if row.name != REFERENCE else {}
         clips = reference if row.name == REFERENCE else generate(pipe, plan, f"{variant}: {row.name}")
         write_beside(home / file_of(row), _as_json(row, variant, plan, reference, clips, details))
         for name, model in original.items():
             setattr(pipe, name, model)
         torch._dynamo.reset()
+
+
+def _needs_calls(row: Row) -> bool:
+    return row.recipe is not None and row.recipe.get("mask") != "weights"
+
+
+def _recipe(pipe: WanPipeline, row: Row, calibration: Calibration | None) -> Recipe | None:
+    if row.recipe is not None and calibration is not None and _needs_calls(row):
+        return calibration.recipe(**row.recipe)
+    choices = {name: value for name, value in (row.recipe or {}).items() if name != "mask"}
+    return recipe_from_weights(pipe, **choices) if row.recipe is not None else None
 
 
 def prepare(

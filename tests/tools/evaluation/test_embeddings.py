@@ -21,9 +21,10 @@ def test_every_row_is_judged_against_the_original():
         ids = torch.randint(0, 60, (24, 9), generator=generator)
         return {"input_ids": ids, "attention_mask": (torch.arange(9) < 7).long().expand(24, 9)}
 
-    chosen = (("rotation", None), ("reconstruction", {"mask": None}))
+    weights = {"mask": "weights", "weight_exponent": 0.5}
+    chosen = (("rotation", None), ("weights", weights), ("reconstruction", {"mask": None}))
     found = {name: cosines for name, cosines, _ in rows(model, tokens(0), tokens(1), chosen)}
-    assert list(found) == ["rotation", "reconstruction"] and all(c.shape == (24,) for c in found.values())
+    assert list(found) == ["rotation", "weights", "reconstruction"] and all(c.shape == (24,) for c in found.values())
     assert 0.9 < found["rotation"].mean() < found["reconstruction"].mean() < 1
 
 
