@@ -85,6 +85,7 @@ def test_linears_whose_columns_differ_have_a_mask_each():
     model = net()
     columns = model.blocks[0].v.weight
     columns.mul_(torch.logspace(-0.5, 0.5, WIDTH))  # as of another activation
+    model.blocks[1].v.weight.mul_(10)  # as a whole: a mask has no scale
     entries = tahf4.recipe_from_weights(model).experts[""]
     assert list(entries["blocks.0.q"].linears) == ["blocks.0.q", "blocks.0.k"]
     assert list(entries["blocks.0.v"].linears) == ["blocks.0.v"]
