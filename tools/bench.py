@@ -20,7 +20,10 @@ def bench(
     branches: Annotated[
         bool, typer.Option("--branches", help="Time a block on the CPU with branches of low rank and without instead.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds of each comparison on the CPU.")] = 7,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Time a block of --tokens on the CPU with attention in 8 bits instead.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each comparison on the CPU.")] = 7,
 ) -> None:
     """Compare every generated kernel with the reference on the GPU, then time them beside PyTorch's own.
 
@@ -35,6 +38,11 @@ def bench(
         from . import branch_bench
 
         branch_bench.main(output, rounds)
+        return
+    if attention:
+        from . import attention_bench
+
+        attention_bench.main(output, tokens, rounds)
         return
     if cpu:
         from . import cpu_bench

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tahf4_compiler.backends import cpu
-from tahf4_compiler.tools import cpu_bench
+from tahf4_compiler.tools import attention_bench, cpu_bench
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs a C++ compiler")
 
@@ -42,3 +42,14 @@ def test_times_are_medians_in_turn():
     times = cpu_bench.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, least=0.0)
     assert order == ["a", "a", "b", "b"] + ["a", "a", "b", "b"] * 3
     assert set(times) == {"a", "b"} and times["a"]["seconds"] > 0
+
+
+def test_a_block_is_measured_with_attention_in_8_bits(monkeypatch):
+    options = []
+    monkeypatch.setattr(torch, "compile", lambda model, **given: options.append(given) or model)
+    found = attention_bench.block(64, 128, 2, 300, 2)
+    assert [given["options"] for given in options] == [None, None, {"attention": "int8"}]
+    assert all(len(times) == 2 for times in found["times"].values()) and set(found["errors"].values()) == {0.0}
+    found["times"] = {name: [1.0 / (i + 1), 1.0 / (i + 1)] for i, name in enumerate(found["times"])}
+    text = attention_bench.markdown(found, {"threads": 2})
+    assert "| W4A4, attention in 8 bits | 0.33 | 3.00 | 0% | 0.0000 |" in text and "64 / 128, 300 tokens" in text
