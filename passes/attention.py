@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -135,12 +136,17 @@ def _in_high_precision(linear: Decision) -> bool:
 
 
 def _chosen_by_diffusers(context: Context) -> Reason | None:
-    """Return whether a user chose how the attentions of this model run (``set_attention_backend`` of diffusers)."""
+    """Return whether a user chose how the attentions of this model run, for this model or by a context manager."""
+    registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
+    active = getattr(registry, "_active_backend", None)
     root = context.surroundings.root
     for module in root.modules() if root is not None else ():
-        name = getattr(getattr(module, "processor", None), "_attention_backend", None)
+        processor = getattr(module, "processor", None)
+        name, how = getattr(processor, "_attention_backend", None), "set_attention_backend"
+        if name is None and hasattr(processor, "_attention_backend") and active not in (None, "native"):
+            name, how = active, "attention_backend"
         if name is not None:
-            return Reason(Cause.KEPT, f"kept: set_attention_backend({getattr(name, 'value', name)!r})")
+            return Reason(Cause.KEPT, f"kept: {how}({getattr(name, 'value', name)!r})")
     return None
 
 

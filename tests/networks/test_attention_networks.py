@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import attention_backend
 from helpers import relative
 from models import output, pixart, sd3, wan
 from tahf4_compiler.backends import cpu
@@ -138,6 +139,11 @@ def test_a_backend_that_a_user_set_through_diffusers_stays(calls):
     low = tahf4.lower(tahf4.capture(model, (), args), options=options)
     assert all("kept: set_attention_backend('native')" in note for note in low.notes["attention"])
     model.reset_attention_backend()
+    assert calls.during(lambda: model(**args))[1] == 2
+    with attention_backend("_native_math"):
+        assert calls.during(lambda: model(**args))[1] == 0
+        low = tahf4.lower(tahf4.capture(model, (), args), options=options)
+    assert all("kept: attention_backend('_native_math')" in note for note in low.notes["attention"])
     assert calls.during(lambda: model(**args))[1] == 2
 
 
