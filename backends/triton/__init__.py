@@ -220,6 +220,7 @@ def _product(codes: Tensor, scales: Tensor, *args: Any, span: int) -> tuple[list
         return launched()
     weight_codes, block = args[0], args[9] if len(args) > 9 else 0
     n, count = weight_codes.shape[0], scales.shape[-1]
+    span = linear.usable_span(codes, scales, span)
     key = linear.key_of(codes, scales, *args, span=span)
     assert capability is not None
     known = tiling.candidates(rows, n, count, capability, processors, block, args[7] is None, span)

@@ -137,6 +137,36 @@ def test_products_over_a_span_stay_in_registers(capability, span):
 
 
 @pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 86, 89, 100, 120))]
+)
+def test_what_follows_the_product_of_the_library_stays_in_registers(capability):
+    from tahf4_compiler.backends.triton import linear
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, n = 32760, 5120
+    operands = (empty(rows, 2560, dtype=torch.uint8), empty(rows, 80, dtype=torch.int32))
+    operands += (empty(n, 2560, dtype=torch.uint8), empty(n, 80, dtype=torch.int32), empty(n), torch.bfloat16)
+    gate = "v0: bfloat16 = mul(y, x0)\nv1: bfloat16 = add(x1, v0)"
+    gated = ([n], [empty(n), empty(rows, n)], gate, torch.bfloat16)
+    several = ([2560, 1280, 1280], [], "", torch.bfloat16)
+    branch = "v0: bfloat16 = matmul(x0, x1)\nv1: bfloat16 = add(y, v0)"
+    added = ([n], [empty(rows, 32), empty(32, n)], branch, torch.bfloat16)
+    quantized = ([n], [], "v0: bfloat16 = gelu_tanh(y)", None, empty(n, dtype=torch.float32), 64)
+    where = {"capability": divmod(capability, 10), "processors": 132, "path": "library", "span": 0}
+    for after in (gated,) if capability == 90 else (gated, several, added, quantized):
+        expand_left, expand_right, call = linear.calls(*operands, *after, **where)[1]
+        assert "out_scales" in expand_left.arguments and "out_scales" in expand_right.arguments
+        assert [tuple(part.shape) for part in call.product] == [(rows, 5120), (n, 5120), (rows, n)]
+        found = compile_call(call, capability)
+        print(after[2], found)
+        assert found.spills == 0 and found.registers <= 128 and found.shared <= SHARED_LIMIT[capability]
+        assert found.counts["loads of 16 bytes"] >= 8  # 32 of a thread's dots
+
+
+@pytest.mark.parametrize(
     ("path", "bits", "units", "shared"),
     [
         *(("int8", 4, 5, True), ("int8", 4, 6, False), ("int8", 4, 0, False)),
