@@ -319,8 +319,15 @@ def register() -> None:
         )
     host.register("dequantize", _expands, torch.ops.tahf4_triton.dequantize.default)
     host.register("checksums", _reads, checksums)
+    host.register("spans_save_time", available, _spans_save_time)
     host.register("round_unit", _rounds, round_unit)
     host.register("descend_unit", _rounds, descend_unit)
+
+
+def _spans_save_time(device: torch.device) -> bool:
+    from . import tiling
+
+    return tiling.adds_over_spans(_device_facts(device)[0])
 
 
 def round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

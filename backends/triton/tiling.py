@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...errors import OptionError
 
-__all__ = ["PATHS", "Tile", "candidates", "choose_path", "fits_library", "is_tight", "tiles"]
+__all__ = ["PATHS", "Tile", "adds_over_spans", "candidates", "choose_path", "fits_library", "is_tight", "tiles"]
 
 PATHS = ("packed", "int8", "bf16", "library")
 
@@ -68,6 +68,11 @@ def choose_path(rows: int, capability: tuple[int, int] | None, library: bool = F
     if rows < FEW_ROWS:
         return "packed"
     return "bf16" if capability is not None and capability[0] in TCGEN05 else "int8"
+
+
+def adds_over_spans(capability: tuple[int, int] | None) -> bool:
+    """Whether products of many rows add integers over a span by default, so that it saves scaling them."""
+    return choose_path(FEW_ROWS, capability, library=True) in ("int8", "library")
 
 
 def is_tight(capability: tuple[int, int] | None, quantized: bool) -> bool:

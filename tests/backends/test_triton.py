@@ -190,6 +190,30 @@ def test_which_products_add_integers_over_a_row(path, bits, units, shared, monke
     assert (texts[0] != texts[1]) == shared
 
 
+@pytest.mark.parametrize(
+    ("rows", "n", "units", "bits", "span", "fits"),
+    [
+        (17, 8, 5, 4, 0, True), (16, 8, 5, 4, 0, False), (17, 12, 5, 4, 0, False), (17, 8, 6, 4, 0, False),
+        (17, 8, 5, 8, 0, False), (17, 8, 5, 4, 1, False), (17, 8, 5, 4, 4, False),
+    ],
+)  # fmt: skip
+def test_which_products_the_library_multiplies(rows, n, units, bits, span, fits, monkeypatch):
+    """Of 4 bits with a scale a row, with more than 16 rows and columns in eights, whose dots fit into 32 bits."""
+    from tahf4_compiler.backends.triton import linear
+
+    monkeypatch.setattr(linear, "MOST_UNITS", 5)
+    monkeypatch.setenv("TAHF4_LINEAR_PATH", "library")
+
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    left = (empty(rows, 32 * units, dtype=torch.uint8), empty(rows, units))
+    left = left if bits == 4 else (empty(rows, 64 * units, dtype=torch.int8), empty(rows, units, dtype=torch.float32))
+    args = (*left, empty(n, 32 * units, dtype=torch.uint8), empty(n, units), None, torch.float32, [n], [], "")
+    _, calls = linear.calls(*args, torch.float32, span=span, capability=(9, 0), processors=132)
+    assert [call.product is not None for call in calls] == [False] * (len(calls) - 1) + [fits]
+
+
 def test_factors_that_do_not_fit_are_refused():
     from tahf4_compiler.backends.triton.expressions import operands
 
