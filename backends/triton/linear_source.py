@@ -244,7 +244,9 @@ _DOTS = """
 
 def _text(kernel: LinearKernel) -> str:
     left = "a matrix in HiF4" if kernel.activation == 4 else "an int8 matrix with a scale a unit"
-    what = f"Product of {left} and another in HiF4 ({kernel.path}).\n\nWhat follows the product y::\n\n"
+    what = f"Product of {left} and another in HiF4 ({kernel.path}).\n\n"
+    what += "The library has computed the dots.\n\n" if kernel.path == "library" else ""
+    what += "What follows the product y::\n\n"
     what += textwrap.indent(kernel.program or "y as it is", "    ")
     if kernel.result_dtype is None:
         what += "\n\nThe result is quantized and only its codes are written."

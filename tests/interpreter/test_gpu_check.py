@@ -146,6 +146,7 @@ def test_a_wrong_kernel_of_attention_is_noticed(old, new, wrong, monkeypatch):
     assert found and all(wrong in name for name in found)
 
 
+@pytest.mark.slow
 def test_products_with_a_row_are_checked_and_timed_on_each_path():
     names = [r["name"].split(", ")[:3] for r in check_spans(CPU, 64, (16, 17))]
     paths = ["linear int8", "span row", "16 rows"], ["linear int8", "span row", "17 rows"]
