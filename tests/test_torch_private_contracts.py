@@ -30,6 +30,15 @@ def test_the_stack_tells_functions_their_variables_and_libraries():
     assert next(frames.callers()).name == "test_the_stack_tells_functions_their_variables_and_libraries"
 
 
+@pytest.mark.parametrize(("rows", "columns", "k"), [(1, 3, 64), (17, 8, 320)])
+def test_products_of_bytes_are_exact_in_32_bits(rows, columns, k):
+    left, right = (torch.randint(-128, 128, (size, k), dtype=torch.int8) for size in (rows, columns))
+    left[0], right[0] = -128, -128
+    out = torch.empty(rows, columns, dtype=torch.int32)
+    tensors.int_product(left, right, out)
+    assert torch.equal(out.long(), left.long() @ right.long().t())
+
+
 def test_linears_that_python_calls_are_collected_and_compiled_ones_are_not():
     model, x, found, functional = Stack(depth=1), torch.randn(2, 64), set(), {}
     with frames.python_linears(found, functional):

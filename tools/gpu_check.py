@@ -88,7 +88,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines.append("|---" * (2 + len(names)) + "|")
     for row in found["spans"]:
         for what in ("linear", "quantize"):
-            times = " | ".join(f"{ms:.3f}" for ms in row[f"{what}_ms"].values())
+            known = row[f"{what}_ms"]
+            times = " | ".join(f"{known[name]:.3f}" if name in known else "" for name in names)
             lines.append(f"| {row['m']}, {row['k']}, {row['n']} | {what} | {times} |")
     attention = found["attention"]
     times = f"{attention['sdpa_ms']:.3f} ms in bfloat16 (SDPA), {attention['int8_ms']:.3f} ms in 8 bits"

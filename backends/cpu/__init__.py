@@ -169,6 +169,7 @@ def register() -> None:
     """Register the kernels and host functions; nothing is compiled before one is needed."""
     operators.register()
     host.register("histogram", lambda x: x.device.type == "cpu" and x.dtype in DTYPES and available(), histogram)
+    host.register("spans_save_time", lambda device: device.type == "cpu" and available(), _spans_save_time)
     host.register("slow_dtype", lambda device: device.type == "cpu", lambda dtype: slow_dtype(dtype))
     host.register("checksums", _whole_words, checksums)
     host.register("dequantize", _plain, lambda codes, scales, k, dtype: dequantize(codes, scales)[..., :k].to(dtype))
@@ -176,6 +177,10 @@ def register() -> None:
     host.register("descend_unit", search.serves, search.descend_unit)
     host.register("round_unit", search.serves, search.round_unit)
     host.register("transform", search.transforms, search.transform)
+
+
+def _spans_save_time(device: torch.device) -> bool:
+    return instruction_set() != "none"  # else products are in float32
 
 
 def _plain(codes: Tensor) -> bool:

@@ -220,6 +220,7 @@ def _product(codes: Tensor, scales: Tensor, *args: Any, span: int) -> tuple[list
         return launched()
     weight_codes, block = args[0], args[9] if len(args) > 9 else 0
     n, count = weight_codes.shape[0], scales.shape[-1]
+    span = linear.usable_span(codes, scales, span)
     key = linear.key_of(codes, scales, *args, span=span)
     assert capability is not None
     known = tiling.candidates(rows, n, count, capability, processors, block, args[7] is None, span)
@@ -318,8 +319,15 @@ def register() -> None:
         )
     host.register("dequantize", _expands, torch.ops.tahf4_triton.dequantize.default)
     host.register("checksums", _reads, checksums)
+    host.register("spans_save_time", available, _spans_save_time)
     host.register("round_unit", _rounds, round_unit)
     host.register("descend_unit", _rounds, descend_unit)
+
+
+def _spans_save_time(device: torch.device) -> bool:
+    from . import tiling
+
+    return tiling.adds_over_spans(_device_facts(device)[0])
 
 
 def round_unit(values: Tensor, steps: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...torch_private.tensors import int_product
 from . import source
 
 __all__ = ["Call"]
@@ -29,6 +30,7 @@ class Call:
         warps: of a block.
         stages: of loads ahead in loops.
         exact: no fused multiply-adds, so that every operation rounds as in the reference.
+        product: int8 ``[M, K]`` and ``[N, K]``, and the int32 ``[M, N]`` that the library's product fills before.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Call:
     warps: int = 4
     stages: int = 3
     exact: bool = False
+    product: tuple[Tensor, Tensor, Tensor] | None = None
 
     def options(self) -> dict[str, Any]:
         """Return Triton's options."""
@@ -73,6 +76,8 @@ class Call:
 
     def run(self) -> None:
         """Launch."""
+        if self.product is not None:
+            int_product(*self.product)
         kernel = getattr(source.load(self.text), self.name)
         device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
         if device.type != "cuda":  # the interpreter

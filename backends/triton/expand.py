@@ -70,15 +70,15 @@ def expand(codes: Tensor, scales: Tensor, path: str) -> tuple[tuple[Tensor, ...]
     Args:
         codes: uint8 ``[R, K / 2]``.
         scales: int32 ``[R, K / 64]``.
-        path: ``"int8"`` or ``"bf16"``.
+        path: ``"int8"``, ``"library"`` or ``"bf16"``.
 
     Returns:
         int8 ``[R, K]`` and float32 ``[K / 64, R]``, or bfloat16 ``[R, K]`` alone; and the launch that fills them.
     """
     rows, count = scales.shape
-    dtype = torch.int8 if path == "int8" else torch.bfloat16
+    dtype = torch.bfloat16 if path == "bf16" else torch.int8
     outputs = [torch.empty((rows, count * UNIT), dtype=dtype, device=codes.device)]
-    if path == "int8":
+    if dtype == torch.int8:
         outputs.append(torch.empty((count, rows), dtype=torch.float32, device=codes.device))
     return tuple(outputs), _call(codes, scales, outputs, count * UNIT)
 

@@ -1,6 +1,6 @@
 """W4A4 products, with what follows them: bias, a program, several outputs, or quantization.
 
-Three ways to compute the same sums, all exact inside a unit (:data:`PATHS`):
+Four ways to compute the same sums, all exact inside a unit (:data:`PATHS`):
 
 ``packed``
     Both sides are unpacked from 4 bits in the loop, scales and all, into bfloat16, which holds every HiF4 value.
@@ -13,6 +13,10 @@ Three ways to compute the same sums, all exact inside a unit (:data:`PATHS`):
 ``bf16``
     Both sides are expanded beforehand to bfloat16. On compute capability 10 and 11, where Triton has no int8 product on
     the tensor memory.
+``library``
+    For one level-1 scale a row. Both sides are expanded to int8, ``torch._int_mm`` writes the dots of whole rows in
+    int32, and one kernel reads them for what follows. Their bytes are more than the kernels of ``int8`` have, so only a
+    measurement chooses this path.
 
 An activation in 8 bits is int8 with a scale a unit already: it is read as it is, and its scales multiply each unit's
 sum.
@@ -36,9 +40,9 @@ from .call import Call
 from .expand import expand
 from .expressions import operands
 from .linear_source import LinearKernel, kernel_for
-from .tiling import Tile, choose_path, is_tight, tiles
+from .tiling import Tile, choose_path, fits_library, is_tight, tiles
 
-__all__ = ["MAX_BLOCK", "calls", "key_of"]
+__all__ = ["MAX_BLOCK", "calls", "key_of", "usable_span"]
 
 MAX_BLOCK = 128
 """The widest Hadamard block of a result that is quantized in the tile of its product."""
@@ -67,6 +71,14 @@ def key_of(
     leaves = tuple(o.leaf for o in operands(program, inputs, shape))
     after = (program, leaves, result_dtype, multiplier is not None, block, activation_bits(codes), bits, rounding, span)
     return kernel_for("", len(sizes), bias is not None, out_dtype, *after)
+
+
+def usable_span(codes: Tensor, scales: Tensor, span: int) -> int:
+    """Return how many units of a product a path may add as integers, 0 for a row, where its operands hold a span."""
+    if activation_bits(codes) != 4:
+        return 1
+    # A row's dot may be too large for 32 bits, or none.
+    return span if span != 0 or 0 < scales.shape[-1] <= MOST_UNITS else 1
 
 
 def calls(
@@ -122,13 +134,14 @@ def calls(
         results = list(empty_units(codes, (*lead, n), bits))
     if rows == 0 or n == 0:
         return results, []
-    path = path or choose_path(rows, capability)
+    span = usable_span(codes, scales, span)
+    path = path or choose_path(rows, capability, fits_library(rows, n, span))
+    if path not in ("int8", "library"):  # others have no scales in their loop
+        span = 1
+    assert path != "library" or span == 0
     given = operands(program, inputs, (*lead, n))
     leaves = tuple(o.leaf for o in given)
     activation = activation_bits(codes)
-    # Other paths have no scales in their loop. A row's dot may be too large for 32 bits, or none.
-    if path != "int8" or activation != 4 or (span == 0 and not 0 < count <= MOST_UNITS):
-        span = 1
     what = (program, leaves, result_dtype, multiplier is not None, block, activation, bits, rounding, span)
     kernel = kernel_for(path, len(sizes), bias is not None, out_dtype, *what)
     before: list[Call] = []
@@ -140,12 +153,17 @@ def calls(
             expanded, launch = expand(*matrix, path)
             sides += expanded
             before.append(launch)
+    product: tuple[Tensor, Tensor, Tensor] | None = None
+    if path == "library":
+        left, left_scales, right, right_scales = sides
+        dots = torch.empty((rows, n), dtype=torch.int32, device=device)
+        product, sides = (left, right, dots), [dots, left_scales, right_scales]
     targets = results if result_dtype is not None else [results[0].view(torch.int32), results[1]]
     after = [*([bias] if bias is not None else []), *([multiplier] if multiplier is not None else [])]
     after += [value for o in given for value in o.values]
     tile = tile or tiles(path, rows, n, count, processors, block, is_tight(capability, result_dtype is None))[0]
     shape = (rows, count, *sizes)
-    return results, before + _launches(kernel, tile, sides, targets, shape, after)
+    return results, before + _launches(kernel, tile, sides, targets, shape, after, product)
 
 
 def _launches(
@@ -155,6 +173,7 @@ def _launches(
     targets: Sequence[Tensor],
     shape: Sequence[int],
     after: Sequence[Any],
+    product: tuple[Tensor, Tensor, Tensor] | None,
 ) -> list[Call]:
     rows, _, *widths = shape
     blocks = -(-rows // tile.rows) * sum(-(-width // tile.columns) for width in widths)
@@ -163,7 +182,8 @@ def _launches(
     def one(name: str, grid: tuple[int, ...], values: Sequence[Any], **more: int) -> Call:
         arguments = dict(zip(kernel.parameters(name), values, strict=True))
         exact = kernel.result_dtype is None and name != "partial"
-        return Call(kernel.text, name, grid, arguments, {**constants, **more}, tile.warps, tile.stages, exact)
+        sizes = {**constants, **more}
+        return Call(kernel.text, name, grid, arguments, sizes, tile.warps, tile.stages, exact, product)
 
     if tile.split == 1:
         return [one("kernel", (blocks,), [*sides, *targets, *shape, *after])]

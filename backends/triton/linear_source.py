@@ -37,8 +37,8 @@ class LinearKernel:
         activation: bits of the activation: 4 for HiF4, or 8.
         bits: of the result, where that is quantized.
         rounding: of that, an index of ``FORM_ROUNDINGS``.
-        span: units whose integers are added before they are scaled, 0 for a row. It is 1 but for the path ``int8`` and
-            activations of 4 bits.
+        span: units whose integers are added before they are scaled, 0 for a row. It is 1 but for the paths ``int8``
+            and ``library``, and activations of 4 bits.
     """
 
     path: str
@@ -64,6 +64,7 @@ class LinearKernel:
         sizes = ["rows", "U", *(f"N{i}" for i in range(self.outputs))]
         left = ["a", "a_scales"] if self.path != "bf16" or self.activation == 8 else ["a"]
         sides = [*left, "b", "b_scales"] if self.path != "bf16" else [*left, "b"]
+        sides = ["dots", "a_scales", "b_scales"] if self.path == "library" else sides
         after = [*(["bias"] if self.bias else []), *(["multiplier"] if self.multiplier else [])]
         after += leaf_parameters(self.leaves)
         if kernel == "partial":
@@ -232,10 +233,20 @@ _ROW = """
     total = tl.fma(dot.to(tl.float32) * b_scale, a_scale, total)
 """
 
+_DOTS = """
+    a_scale_at = a_scales + row
+    b_scale_at = b_scales + start + column
+    total = tl.zeros((BM, BN), tl.float32)
+    at = dots + a_row[:, None] * ({all}) + start + column[None, :]
+    dot = tl.load(at, mask=(row < rows)[:, None] & (column < width)[None, :], other=0)
+"""
+
 
 def _text(kernel: LinearKernel) -> str:
     left = "a matrix in HiF4" if kernel.activation == 4 else "an int8 matrix with a scale a unit"
-    what = f"Product of {left} and another in HiF4 ({kernel.path}).\n\nWhat follows the product y::\n\n"
+    what = f"Product of {left} and another in HiF4 ({kernel.path}).\n\n"
+    what += "The library has computed the dots.\n\n" if kernel.path == "library" else ""
+    what += "What follows the product y::\n\n"
     what += textwrap.indent(kernel.program or "y as it is", "    ")
     if kernel.result_dtype is None:
         what += "\n\nThe result is quantized and only its codes are written."
@@ -249,6 +260,8 @@ def _text(kernel: LinearKernel) -> str:
         return _WHERE.format(tiles=tiles, output=_output(kernel)).strip("\n")
 
     def loop(first: str, last: str) -> str:
+        if kernel.path == "library":
+            return (_DOTS.format(all=every) + _ROW.strip("\n")).strip("\n")
         if kernel.span == 0:
             return _OVER_SPANS.format(zero="0", scaled=_ROW.strip("\n")).strip("\n")
         if kernel.span > 1:

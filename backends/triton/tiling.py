@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ...errors import OptionError
 
-__all__ = ["PATHS", "Tile", "candidates", "choose_path", "is_tight", "tiles"]
+__all__ = ["PATHS", "Tile", "adds_over_spans", "candidates", "choose_path", "fits_library", "is_tight", "tiles"]
 
-PATHS = ("packed", "int8", "bf16")
+PATHS = ("packed", "int8", "bf16", "library")
 
 FEW_ROWS = 192
 """Rows below which the weights' bytes are the time."""
@@ -38,24 +38,41 @@ class Tile:
     split: int = 1
 
 
-def choose_path(rows: int, capability: tuple[int, int] | None) -> str:
+def fits_library(rows: int, columns: int, span: int) -> bool:
+    """Whether a product can take the path ``library``: see :data:`PATHS`.
+
+    Args:
+        rows: of the activation. ``torch._int_mm`` refuses up to 16 on CUDA.
+        columns: of the weight, there a multiple of 8.
+        span: units whose integers may be added before they are scaled: all of a row, which is 0.
+    """
+    return span == 0 and rows > 16 and columns % 8 == 0
+
+
+def choose_path(rows: int, capability: tuple[int, int] | None, library: bool = False) -> str:
     """Return how a product is computed.
 
     Args:
         rows: of the activation.
         capability: of the device, or None for the interpreter.
+        library: see :func:`fits_library`. Another product has its default where that path is forced.
 
     Raises:
         OptionError: ``TAHF4_LINEAR_PATH`` names no path.
     """
     forced = os.environ.get("TAHF4_LINEAR_PATH")
-    if forced:
-        if forced not in PATHS:
-            raise OptionError(f"TAHF4_LINEAR_PATH is {forced!r}; expected one of {', '.join(PATHS)}")
+    if forced and forced not in PATHS:
+        raise OptionError(f"TAHF4_LINEAR_PATH is {forced!r}; expected one of {', '.join(PATHS)}")
+    if forced and (forced != "library" or library):
         return forced
     if rows < FEW_ROWS:
         return "packed"
     return "bf16" if capability is not None and capability[0] in TCGEN05 else "int8"
+
+
+def adds_over_spans(capability: tuple[int, int] | None) -> bool:
+    """Whether products of many rows add integers over a span by default, so that it saves scaling them."""
+    return choose_path(FEW_ROWS, capability, library=True) in ("int8", "library")
 
 
 def is_tight(capability: tuple[int, int] | None, quantized: bool) -> bool:
@@ -86,6 +103,8 @@ def tiles(
         span: units whose integers are added before they are scaled, 0 for a row.
     """
     width = max(64, block)
+    if path == "library":  # of what follows the product
+        return [Tile(64, 128, 8, 1)]
     if path != "packed" and tight:
         wide = Tile(64, 128, 8, 3)
         return [wide, Tile(64, width, 4, 3) if block > 64 else Tile(128, 64, 8, 3)]
@@ -111,11 +130,12 @@ def candidates(
     span: int = 1,
 ) -> list[tuple[str, Tile]]:
     """Return the paths and tiles to measure for a product, the default first."""
-    default = choose_path(rows, capability)
+    library = fits_library(rows, columns, span)
+    default = choose_path(rows, capability, library)
     paths = [default]
     if default != "packed" and not os.environ.get("TAHF4_LINEAR_PATH"):
         # Two instructions a sum and unit for the scales may cost what the faster product of int8 gains.
         known = ("int8", "bf16") if capability[0] not in TCGEN05 else ("bf16",)
-        paths += [path for path in known if path != default]
+        paths += [path for path in (*known, "library") if path != default and (path != "library" or library)]
     sizes = (rows, columns, unit_count, processors, block, is_tight(capability, quantized), span)
     return [(path, tile) for path in paths for tile in tiles(path, *sizes)]

@@ -26,7 +26,7 @@ from .gaps import unseen, warn_of_range
 from .mask_search import search_network
 from .seen import Seen
 from .sensitivity import Network
-from .spans import SPAN_TOLERANCE
+from .spans import SPAN_TOLERANCE, idle_span
 
 __all__ = ["make_recipe"]
 
@@ -86,7 +86,8 @@ def make_recipe(
             linears' output on sample rows is within ``span_tolerance``; the reason of these linears says the errors.
             Masks are searched before, and branches of low rank added afterwards.
         span_tolerance: for ``scale_span="auto"``: how many dB the error may be above that of a scale for each unit.
-            None: 0.8.
+            None: 0.8, and a scale for each unit where products on the device of the weights save no time otherwise. A
+            number is for any device.
         rounding: of activations and weights: ``"half_away"``, ``"bfloat16_half_away"`` or ``"least_error"``
             (:func:`tahf4_compiler.hif4.quantize`). Reconstructed weights choose their elements by errors, in any.
             None: ``"least_error"``, or ``"half_away"`` where units share a level-1 scale.
@@ -135,8 +136,11 @@ def make_recipe(
     bar = tqdm(sorted(calibration.activations.items()), desc="recipe", unit="activation", delay=1.0)
     for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
-        chosen = searched.get(expert, choices)
-        found.setdefault(expert, {})[name] = make_entry(calibration, cells, weights, chosen, sensitivity)
+        why = idle_span(weights[0].device) if scale_span == "auto" and span_tolerance is None else ""
+        if why:
+            searched[expert] = dataclasses.replace(searched.get(expert, choices), span_tolerance=None)
+        entry = make_entry(calibration, cells, weights, searched.get(expert, choices), sensitivity)
+        found.setdefault(expert, {})[name] = dataclasses.replace(entry, span_reason=why) if why else entry
         warn_of_range(cells, found[expert][name])
     missing = {
         expert: unseen(calibration, expert, found.get(expert, {}), network)

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
 from ..format import hif4
 from ..format.spans import joined, span_name
 from ..pipeline.rules import span_obstacle
+from ..plugins import host
 from .layer import Layer
 from .reconstruction import reconstructed
 from .seen import Seen
 from .sensitivity import output_error, sqnr_db
 
-__all__ = ["SPAN_TOLERANCE", "widest_span"]
+__all__ = ["SPAN_TOLERANCE", "idle_span", "widest_span"]
 
 SPAN_TOLERANCE = 0.8
 """In dB of the output's error of the linears that read an activation: about what a row costs where units are alike."""
+
+
+def idle_span(device: torch.device) -> str:
+    """Return why no span is tried for weights on a device whose products save no time with one; "" where they do."""
+    fact = host.find("spans_save_time", device)
+    if fact is not None and fact(device):
+        return ""
+    return f"span 1: a wider one saves no time in products on {device}; with a span_tolerance it would be tried"
 
 
 def widest_span(

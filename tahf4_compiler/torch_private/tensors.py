@@ -16,6 +16,7 @@ __all__ = [
     "derivative_asked",
     "has_tangent",
     "hidden_from_dynamo",
+    "int_product",
     "outside_of_tracing",
     "python_kernels",
     "real_tensors",
@@ -68,6 +69,14 @@ def python_kernels() -> contextlib.AbstractContextManager[Any]:
     from torch._dispatch.python import enable_python_dispatcher
 
     return enable_python_dispatcher()
+
+
+def int_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write the product of int8 ``[M, K]`` and ``[N, K]`` into int32 ``[M, N]``, by the library of the device.
+
+    On CUDA, M must be above 16, and K and N multiples of 8.
+    """
+    torch.ops.aten._int_mm.out(left, right.t(), out=out)
 
 
 def hidden_from_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -137,6 +137,36 @@ def test_products_over_a_span_stay_in_registers(capability, span):
 
 
 @pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 86, 89, 100, 120))]
+)
+def test_what_follows_the_product_of_the_library_stays_in_registers(capability):
+    from tahf4_compiler.backends.triton import linear
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, n = 32760, 5120
+    operands = (empty(rows, 2560, dtype=torch.uint8), empty(rows, 80, dtype=torch.int32))
+    operands += (empty(n, 2560, dtype=torch.uint8), empty(n, 80, dtype=torch.int32), empty(n), torch.bfloat16)
+    gate = "v0: bfloat16 = mul(y, x0)\nv1: bfloat16 = add(x1, v0)"
+    gated = ([n], [empty(n), empty(rows, n)], gate, torch.bfloat16)
+    several = ([2560, 1280, 1280], [], "", torch.bfloat16)
+    branch = "v0: bfloat16 = matmul(x0, x1)\nv1: bfloat16 = add(y, v0)"
+    added = ([n], [empty(rows, 32), empty(32, n)], branch, torch.bfloat16)
+    quantized = ([n], [], "v0: bfloat16 = gelu_tanh(y)", None, empty(n, dtype=torch.float32), 64)
+    where = {"capability": divmod(capability, 10), "processors": 132, "path": "library", "span": 0}
+    for after in (gated,) if capability == 90 else (gated, several, added, quantized):
+        expand_left, expand_right, call = linear.calls(*operands, *after, **where)[1]
+        assert "out_scales" in expand_left.arguments and "out_scales" in expand_right.arguments
+        assert [tuple(part.shape) for part in call.product] == [(rows, 5120), (n, 5120), (rows, n)]
+        found = compile_call(call, capability)
+        print(after[2], found)
+        assert found.spills == 0 and found.registers <= 128 and found.shared <= SHARED_LIMIT[capability]
+        assert found.counts["loads of 16 bytes"] >= 8  # 32 of a thread's dots
+
+
+@pytest.mark.parametrize(
     ("path", "bits", "units", "shared"),
     [
         *(("int8", 4, 5, True), ("int8", 4, 6, False), ("int8", 4, 0, False)),
@@ -158,6 +188,30 @@ def test_which_products_add_integers_over_a_row(path, bits, units, shared, monke
     where = {"capability": (9, 0), "processors": 132, "path": path}
     texts = [linear.calls(*args, torch.float32, span=span, **where)[1][-1].text for span in (0, 1)]
     assert (texts[0] != texts[1]) == shared
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "units", "bits", "span", "fits"),
+    [
+        (17, 8, 5, 4, 0, True), (16, 8, 5, 4, 0, False), (17, 12, 5, 4, 0, False), (17, 8, 6, 4, 0, False),
+        (17, 8, 5, 8, 0, False), (17, 8, 5, 4, 1, False), (17, 8, 5, 4, 4, False),
+    ],
+)  # fmt: skip
+def test_which_products_the_library_multiplies(rows, n, units, bits, span, fits, monkeypatch):
+    """Of 4 bits with a scale a row, with more than 16 rows and columns in eights, whose dots fit into 32 bits."""
+    from tahf4_compiler.backends.triton import linear
+
+    monkeypatch.setattr(linear, "MOST_UNITS", 5)
+    monkeypatch.setenv("TAHF4_LINEAR_PATH", "library")
+
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    left = (empty(rows, 32 * units, dtype=torch.uint8), empty(rows, units))
+    left = left if bits == 4 else (empty(rows, 64 * units, dtype=torch.int8), empty(rows, units, dtype=torch.float32))
+    args = (*left, empty(n, 32 * units, dtype=torch.uint8), empty(n, units), None, torch.float32, [n], [], "")
+    _, calls = linear.calls(*args, torch.float32, span=span, capability=(9, 0), processors=132)
+    assert [call.product is not None for call in calls] == [False] * (len(calls) - 1) + [fits]
 
 
 def test_factors_that_do_not_fit_are_refused():

@@ -73,6 +73,28 @@ def test_rows_count_in_powers_of_two():
     assert tune.key_of(kernel, 1025, 5120, 81) != keys[0]
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_the_library_is_a_candidate_where_its_product_fits(capability, monkeypatch):
+    def paths(rows=32760, columns=5120, span=0):
+        return [path for path, _ in tiling.candidates(rows, columns, 80, capability, 132, 0, False, span)]
+
+    default = "bf16" if capability[0] == 10 else "int8"
+    assert paths()[0] == default and paths().count("library") == 1
+    assert not any("library" in paths(**other) for other in ({"columns": 5124}, {"span": 1}, {"span": 4}, {"rows": 16}))
+    monkeypatch.setenv("TAHF4_LINEAR_PATH", "library")
+    assert paths() == ["library"] and set(paths(span=1)) == {default}
+
+
+def test_spans_save_time_where_products_of_many_rows_add_integers_over_them(monkeypatch):
+    def where():
+        return [c for c in ((8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 0)) if tiling.adds_over_spans(c)]
+
+    assert where() == [(8, 0), (8, 9), (9, 0), (12, 0)]
+    for path, count in (("bf16", 0), ("packed", 0), ("int8", 6), ("library", 6)):
+        monkeypatch.setenv("TAHF4_LINEAR_PATH", path)
+        assert len(where()) == count
+
+
 def test_candidates_start_with_the_default_and_stay_few():
     both = {"int8", "bf16"}
     for capability, first, paths in (((8, 0), "int8", both), ((12, 0), "int8", both), ((10, 0), "bf16", {"bf16"})):

@@ -11,6 +11,7 @@ from models import Stack
 from torch import nn
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.calibration import spans
 from tahf4_compiler.calibration.choices import check_choices
 from tahf4_compiler.errors import CalibrationError, OptionError, RecipeError
 from tahf4_compiler.format import hif4
@@ -138,6 +139,27 @@ def test_where_units_cannot_share_a_scale_each_has_its_own(calibration, choices,
     recipe = calibration.recipe(**BARE, span_tolerance=99, **choices)
     assert {(e.span, e.rounding) for e in entries(recipe).values()} == {(1, "least_error")}
     assert all(e.span_reason.startswith(f"span 1: {why}") for e in entries(recipe).values())
+
+
+@pytest.mark.parametrize("fact", [lambda device: False, None])
+def test_where_a_span_saves_no_time_none_is_tried_but_with_a_tolerance(calibration, fact, monkeypatch):
+    find = spans.host.find
+    monkeypatch.setattr(
+        spans.host, "find", lambda name, *given: fact if name == "spans_save_time" else find(name, *given)
+    )
+    plain = calibration.recipe(**BARE)
+    assert {(e.span, e.rounding) for e in entries(plain).values()} == {(1, "least_error")}
+    said = {e.span_reason for e in entries(plain).values()}
+    assert said == {"span 1: a wider one saves no time in products on cpu; with a span_tolerance it would be tried"}
+    assert {e.span for e in entries(calibration.recipe(**BARE, span_tolerance=99)).values()} == {0}
+    assert {e.span for e in entries(calibration.recipe(**{**BARE, "scale_span": "row"})).values()} == {0}
+
+
+def test_the_processor_saves_time_where_its_products_are_in_integers(calibration, monkeypatch):
+    assert spans.idle_span(torch.device("cpu")) == ""
+    assert "on meta" in spans.idle_span(torch.device("meta"))
+    monkeypatch.setenv("TAHF4_CPU_ISA", "none")
+    assert "on cpu" in spans.idle_span(torch.device("cpu"))
 
 
 def test_rows_of_one_and_two_units_try_no_span_that_is_longer():

@@ -10,7 +10,7 @@ from tahf4_compiler.backends.triton import attention, attention_kernels, functio
 from tahf4_compiler.tools import gpu_check
 from tahf4_compiler.tools.kernels import measure
 from tahf4_compiler.tools.kernels.attention import check_attention
-from tahf4_compiler.tools.kernels.spans import check_spans
+from tahf4_compiler.tools.kernels.spans import check_spans, time_spans
 from tahf4_compiler.tools.kernels.wan import Model
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_measurements_have_every_figure_and_a_page(tmp_path, monkeypatch):
     assert found["block"]["weights"]["smaller"] == pytest.approx(16 / 4.5)
     found |= {"facts": measure.facts(CPU), "checks": [{"name": "x", "ok": True, "detail": ""}]}
     page = gpu_check.markdown(json.loads(json.dumps(found)))
-    assert "TFLOP/s" in page and "| block |" in page and page.count("|---") == 25
+    assert "TFLOP/s" in page and "| block |" in page and page.count("|---") == 26
     assert any("linear 16 x 64 x 192" in line for line in lines)
     assert any(line.startswith("quantize 16 x 128 x 64 by its span: 1 ") for line in lines) and "| quantize |" in page
     assert any(line.startswith("attention: SDPA ") for line in lines) and "Self-attention with its" in page
@@ -144,6 +144,16 @@ def test_a_wrong_kernel_of_attention_is_noticed(old, new, wrong, monkeypatch):
     finally:
         attention.text.cache_clear()
     assert found and all(wrong in name for name in found)
+
+
+@pytest.mark.slow
+def test_products_with_a_row_are_checked_and_timed_on_each_path():
+    names = [r["name"].split(", ")[:3] for r in check_spans(CPU, 64, (16, 17))]
+    paths = ["linear int8", "span row", "16 rows"], ["linear int8", "span row", "17 rows"]
+    assert names[-5:] == [["quantize", "span row", "16 rows"], paths[0], ["quantize", "span row", "17 rows"], paths[1],
+                          ["linear library", "span row", "17 rows"]]  # fmt: skip
+    (first, *_) = time_spans(CPU, SMALL, 17, once, lambda line: None)
+    assert [*first["linear_ms"]] == ["1", "2", "4", "row", "row, int8", "row, library"]
 
 
 def test_whole_blocks_are_judged():

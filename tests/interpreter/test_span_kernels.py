@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tahf4_compiler.backends.triton import call
 
 from tahf4_compiler import FormatError
 from tahf4_compiler.format import hif4
@@ -125,6 +126,62 @@ def test_with_many_rows_what_follows_a_product_is_that_of_the_reference(many_row
     same(triton.fused_linear(*added) * 2, reference.fused_linear(*added) * 2)
     whole = (*given, bias, torch.float32, [], "", None, 64, 4, span)
     same(triton.linear_quantize(*whole), reference.linear_quantize(*whole))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """The path through the library's product where it fits, and how often it was taken."""
+    monkeypatch.setenv("TAHF4_LINEAR_PATH", "library")
+    real, taken = call.int_product, []
+    monkeypatch.setattr(call, "int_product", lambda *args: taken.append(args) or real(*args))
+    return taken
+
+
+@pytest.mark.parametrize(("rows", "n", "units"), [(17, 8, 1), (40, 136, 7)])
+def test_by_the_library_products_are_those_of_the_reference(library, rows, n, units):
+    left, right = wide(rows, 64 * units), wide(n, 64 * units)
+    left[3] *= 1e-20
+    left[4], right[7] = left[4] * 1e4, right[7] * 1e3
+    left[1, 5], right[2, 63] = torch.nan, torch.inf
+    given = [part for x in (left, right) for part in reference.quantize(x, None, 0, 4, 0)]
+    for bias, dtype in ((None, torch.float32), (torch.randn(n), torch.bfloat16)):
+        found, wanted = (f.linear(*given, bias, dtype, 0) for f in (triton, reference))
+        assert torch.equal(found.isnan(), wanted.isnan()) and found.isnan().sum() == n + rows - 1
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+    assert len(library) == 2
+
+
+@pytest.mark.slow
+def test_by_the_library_the_largest_sums_are_exact(library):
+    units = 340  # their dot does not fit into the mantissa of a float32
+    left, right = (torch.full((rows, 32 * units), 0x77, dtype=torch.uint8) for rows in (17, 8))
+    right[1], right[2, 7] = 0xFF, 0x35
+    scales = torch.full((17, units), -256 | 193, dtype=torch.int32)  # scale 1.25, all exponents set
+    args = (left, scales, right, scales[:8], None, torch.float32, 0)
+    assert torch.equal(triton.linear(*args), reference.linear(*args)) and library
+
+
+def test_by_the_library_what_follows_a_product_is_that_of_the_reference(library):
+    given, bias = operands(33, 128, 320, 0), torch.randn(128)
+    parts = (*given, bias, torch.float32, [20, 44, 64], [], "", torch.float32, 0)
+    assert all(map(torch.equal, triton.fused_linear(*parts), reference.fused_linear(*parts)))
+    gate = "v0: float32 = mul(y, x0)\nv1: float32 = add(v0, x1)"
+    gated = (*given, bias, torch.bfloat16, [128], [torch.randn(128), torch.randn(33, 128)], gate, torch.float32, 0)
+    assert torch.equal(triton.fused_linear(*gated)[0], reference.fused_linear(*gated)[0])
+    branch = [torch.randint(-8, 9, size).float() for size in ((33, 4), (4, 128))]
+    program = "v0: float32 = matmul(x0, x1)\nv1: float32 = add(y, v0)"
+    added = (*given, None, torch.float32, [128], branch, program, torch.float32, 0)
+    assert torch.equal(triton.fused_linear(*added)[0], reference.fused_linear(*added)[0])
+    whole = (*given, bias, torch.float32, [], "", torch.rand(128) + 0.5, 64, 4, 0)
+    same(triton.linear_quantize(*whole), reference.linear_quantize(*whole))
+    assert len(library) == 4
+
+
+@pytest.mark.parametrize(("rows", "n", "span"), [(16, 64, 0), (33, 44, 0), (33, 64, 2)])
+def test_what_the_library_does_not_fit_takes_another_path(library, rows, n, span):
+    args = (*operands(rows, n, 128, span), None, torch.float32, span)
+    torch.testing.assert_close(triton.linear(*args), reference.linear(*args))
+    assert not library
 
 
 def test_another_span_is_refused():

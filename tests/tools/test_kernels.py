@@ -130,3 +130,15 @@ def test_the_roofline_of_one_scale_a_row_counts_a_scaling_for_each_output_and_tw
     product = next(part for part in found[0] if part.name == "attn2 q")
     assert product.least_apart == pytest.approx(product.seconds["matrix"] + product.seconds["lanes"])
     assert "| RTX 4090 | 13.73 | 14.04 | 0.98 | 3.09 | 3.40 | 0.91 | 4.05 | 3.41 | 1.19 |" in roofline.page(A14B)
+
+
+def test_the_roofline_of_products_through_the_library_counts_their_dots_twice():
+    chip, m, d = next(c for c in roofline.CHIPS if c.name == "RTX 4090"), 32760, A14B.dim
+    step = next(step for step in block_steps(A14B, m, span=0) if step.name == "attn2 q")
+    _, dots, after = roofline._w4a4(step, chip, row=True, library=True)
+    assert dots.seconds["memory"] == pytest.approx(((m + d) * d + 4 * m * d) / chip.bandwidth)
+    assert dots.seconds["matrix"] == pytest.approx(2 * m * d * d / chip.int8)
+    assert after.seconds["memory"] == pytest.approx((4 + 2) * m * d / chip.bandwidth)
+    assert after.seconds["lanes"] == pytest.approx(3 * m * d / chip.lanes)
+    page = roofline.page(A14B)
+    assert "| RTX 4090 | int8 | 2.38 | 3.23 | 0.74 |" in page and "| B200 | bf16 | 0.70 | 0.46 | 1.53 |" in page

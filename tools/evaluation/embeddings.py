@@ -41,7 +41,7 @@ ROWS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("the defaults, level-1 scales of activations from the maximum", {"rounding": "half_away"}),
     ("the defaults, without rotation", {"rotate": False}),
     ("the defaults, a level-1 scale for a row (6 or 24 units)", {"scale_span": "row"}),
-    ("the defaults, a level-1 scale for units by measured error", {"scale_span": "auto"}),
+    ("the defaults, a level-1 scale for units by measured error", {"scale_span": "auto", "span_tolerance": 0.8}),
     ("the defaults, branches of rank 16 (4 % of the width)", {"low_rank": 4}),
     ("as SVDQuant: the mask of the maximum, branches of rank 32 (8 % of the width), no rotation, searched scales",
      {"mask": "max", "rotate": False, "scale_search": "squared", "low_rank": 8}),

@@ -69,7 +69,11 @@ ROWS = (
     ),
     *(
         Row(f"defaults, a level-1 scale for {units}", {"sensitivity": False, "scale_span": span})
-        for units, span in (("2 units", 2), ("4 units", 4), ("a row", "row"), ("units by measured error", "auto"))
+        for units, span in (("2 units", 2), ("4 units", 4), ("a row", "row"))
+    ),
+    Row(
+        "defaults, a level-1 scale for units by measured error",
+        {"sensitivity": False, "scale_span": "auto", "span_tolerance": 0.8},  # on any device
     ),
     Row("defaults, activations in 8 bits", {"sensitivity": False, "activation_bits": 8}),
     Row("defaults, activations of 20 % of the FLOPs in 8 bits", {"sensitivity": True, "max_8bit_flops": 0.2}),

@@ -97,24 +97,30 @@ def _row_quantization(name: str, rows: int, k: int, chip: Chip, kind: str) -> li
     return [Part(f"{name}: magnitudes", first), Part(name, second)]
 
 
-def _w4a4(step: Step, chip: Chip, row: bool = False) -> list[Part]:
-    """Return the kernels of a step in W4A4, with a level-1 scale a unit or a row."""
+def _w4a4(step: Step, chip: Chip, row: bool = False, library: bool = False) -> list[Part]:
+    """Return the kernels of a step in W4A4, with a level-1 scale a unit or a row, or a row through the library."""
     m, k, n = step.rows, step.k, step.n
     if n == 0:
         kind = "norm" if "norm" in step.name else "plain"
         if row:
             return _row_quantization(step.name, m, k, chip, kind)
         return [_quantization(step.name, m * k, chip, kind)]
-    wide = 1 + 4 / 64 if chip.path == "int8" else 2
+    path = "library" if library else chip.path
+    wide = 2 if path == "bf16" else 1 + 4 / 64
     values = (m + n) * k
     expand = Part(f"{step.name}: expand", {"memory": values * (HIF4 + wide) / chip.bandwidth})
     quantizes = "quantize" in step.name
     out = m * n * (HIF4 if quantizes else 2) + _after(step) * m * n * 2
     scaled = 1 if row else k / 64
-    read = values * (1 if row and chip.path == "int8" else wide)
-    lanes = m * n * scaled * SCALE_INSTRUCTIONS if chip.path == "int8" else 0.0
+    read = values * (1 if row and path != "bf16" else wide)
+    lanes = m * n * scaled * SCALE_INSTRUCTIONS if path != "bf16" else 0.0
     lanes += m * n * EPILOGUE_INSTRUCTIONS if quantizes else 0.0
-    rate = chip.int8 if chip.path == "int8" else chip.bf16
+    rate = chip.bf16 if path == "bf16" else chip.int8
+    if path == "library":
+        dots = m * n * 4
+        bare = {"memory": (read + dots) / chip.bandwidth, "matrix": 2 * m * n * k / rate}
+        after = {"memory": (dots + out) / chip.bandwidth, "lanes": lanes / chip.lanes}
+        return [expand, Part(f"{step.name}: dots", bare), Part(step.name, after)]
     product = {
         "memory": (read + out) / chip.bandwidth,
         "matrix": 2 * m * n * k / rate,
@@ -247,6 +253,17 @@ def _rows(model: Model) -> list[str]:
     return lines
 
 
+def _by_library(model: Model) -> list[str]:
+    """Return the lines of a table: seconds of a step's products with one level-1 scale a row, by who multiplies."""
+    lines = ["| chip | generated kernel, in | generated | library | ratio |", "|---" * 5 + "|"]
+    for chip in CHIPS:
+        steps = [step for step in block_steps(model, RESOLUTIONS[0][1], span=0) if step.n]
+        both = [[part for step in steps for part in _w4a4(step, chip, True, library)] for library in (False, True)]
+        own, other = (step_seconds(model, [p for p in found if ": expand" not in p.name]) for found in both)
+        lines.append(f"| {chip.name} | {chip.path} | {own:.2f} | {other:.2f} | {own / other:.2f} |")
+    return lines
+
+
 def page(model: Model) -> str:
     """Return the whole page."""
     lines = [
@@ -305,6 +322,13 @@ def page(model: Model) -> str:
         "In the last columns lanes and matrix units wait for each other; elsewhere the longer of the two counts.",
         "",
         *_rows(model),
+        "",
+        f"## One level-1 scale a row, products through the library, {RESOLUTIONS[0][0]}: a step, seconds",
+        "",
+        "Products alone, of sides that are expanded. The library writes the dots of rows in int32, and a kernel reads",
+        "them for what follows.",
+        "",
+        *_by_library(model),
     ]
     for chip in CHIPS:
         name, tokens = RESOLUTIONS[0]
