@@ -18,8 +18,9 @@ from ..model.components import unwrapped_experts
 from ..model.linears import adapters, linear_weights, plain_path
 from ..model.parts import class_name, whole
 from ..options import Options
+from ..packed.convert import offloader
 from ..pipeline.order import provenance
-from ..pipeline.rules import MIN_FEATURES
+from ..pipeline.rules import MIN_FEATURES, dtype_obstacle
 from ..recipe.entries import LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
@@ -53,9 +54,11 @@ def recipe_from_weights(model: Any, *, weight_exponent: float = 0.5, block: int 
 
     Raises:
         OptionError: a choice is out of range, or the model is neither module nor pipeline.
-        RecipeError: weights are on the meta device or not finite, or the model has no linear in repeated blocks.
+        RecipeError: weights are offloaded, on the meta device or not finite, or the model has no linear in repeated
+            blocks.
     """
-    if not 0 <= weight_exponent <= 1:
+    number = isinstance(weight_exponent, int | float) and not isinstance(weight_exponent, bool)
+    if not number or not 0 <= weight_exponent <= 1:
         raise OptionError(f"weight_exponent is {weight_exponent!r}; expected a number from 0 to 1")
     if isinstance(block, bool) or not isinstance(block, int) or block < 0 or block & (block - 1):
         raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
@@ -65,8 +68,9 @@ def recipe_from_weights(model: Any, *, weight_exponent: float = 0.5, block: int 
         entries = [_entry(paths, weights, weight_exponent, block) for paths, weights in _groups(module)]
         if not entries:
             raise RecipeError(
-                f"{expert or type(module).__name__} has no linear of {MIN_FEATURES} and more features in high "
-                "precision in its repeated blocks: there is nothing to make masks of. Give a model that is not packed"
+                f"{expert or type(module).__name__} has no nn.Linear of {MIN_FEATURES} and more features in its "
+                "repeated blocks whose weight can be packed: there is nothing to make masks of. Packed linears are "
+                "none, and other classes, such as the Conv1D of transformers, have no masks here"
             )
         found[expert] = {next(iter(entry.linears)): entry for entry in entries}
     made = {
@@ -81,6 +85,11 @@ def recipe_from_weights(model: Any, *, weight_exponent: float = 0.5, block: int 
 
 def _entry(paths: Sequence[str], weights: Sequence[Tensor], exponent: float, block: int) -> RecipeEntry:
     norms, k = column_norms(weights).cpu(), weights[0].shape[1]
+    if not bool(norms.isfinite().all()):
+        raise RecipeError(f"the weights of {', '.join(paths)} are too large for a mask: a column's norm is infinite")
+    live = norms[norms > 0]
+    if len(live):  # what no weight reads may be large
+        norms = torch.where(norms > 0, norms, live.min())
     width = hadamard_block(k, block)
     linears = {
         path: LinearEntry((len(weight), k), int(checksum(weight)), reason=REASON)
@@ -130,7 +139,12 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             isinstance(owner, nn.MultiheadAttention) and path.endswith("in_proj_weight")
         )
         body = not blocks or block_of(f"{path}.", blocks) is not None
-        large = weight.is_floating_point() and min(weight.shape) >= MIN_FEATURES
+        large = dtype_obstacle("weight", weight.dtype) is None and min(weight.shape) >= MIN_FEATURES
         if reads and body and large and path not in trained and id(weight) not in seen:
+            if (outer := offloader(model, path if path in modules else path.rpartition(".")[0])) is not None:
+                raise RecipeError(
+                    f"{path} is offloaded by {outer or 'the whole model'}. Make and apply the recipe first, and enable "
+                    "offloading afterwards."
+                )
             seen.add(id(weight))
             yield path, weight

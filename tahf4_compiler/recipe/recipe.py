@@ -87,7 +87,10 @@ class Recipe:
             linears = self.linears(expert)
             cores = {_core(name): _freed(entry) for name, entry in self.attention.get(expert, {}).items()}
             if all(linear.effect is None for linear in linears.values()):
-                raise RecipeError("the recipe holds no effects; make it with sensitivity=True to plan with a budget")
+                raise RecipeError(
+                    "the recipe holds no effects; make it with calibration.recipe(sensitivity=True) to plan with a "
+                    "budget"
+                )
             # A few may not be measured: products that are written as no linear. They come last.
             effects = {path: linear.effect or 0.0 for path, linear in linears.items()}
             flops = {path: linear.flops for path, linear in linears.items()}

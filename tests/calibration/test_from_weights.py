@@ -135,14 +135,42 @@ def test_adapters_have_no_masks():
     assert not [path for path in linears if "lora" in path]
 
 
+def test_what_no_weight_reads_may_be_large():
+    model = net()
+    for linear in (model.blocks[0].q, model.blocks[0].k, model.blocks[0].v):
+        linear.weight[:, 7] = 0
+    entry = tahf4.recipe_from_weights(model).experts[""]["blocks.0.q"]
+    assert entry.mask[7] == entry.mask.min() < 0.5
+
+
+def test_weights_of_other_types_are_left_out():
+    model = net()
+    model.blocks[0].q.weight.data = model.blocks[0].q.weight.data.to(torch.float8_e4m3fn)
+    assert "blocks.0.q" not in tahf4.recipe_from_weights(model).linears("")
+
+
+def offloaded(model):
+    from accelerate import cpu_offload
+
+    cpu_offload(model)
+
+
+def enlarged(model):
+    model.blocks[0].out.weight[:, 3] = 1e20
+
+
 @pytest.mark.parametrize(
     ("change", "choices", "error", "words"),
     [
         (None, {"weight_exponent": 1.5}, OptionError, "from 0 to 1"),
+        (None, {"weight_exponent": "0.5"}, OptionError, "from 0 to 1"),
+        (None, {"weight_exponent": True}, OptionError, "from 0 to 1"),
         (None, {"block": 48}, OptionError, "power of two"),
+        (offloaded, {}, RecipeError, "is offloaded by"),
+        (enlarged, {}, RecipeError, "blocks.0.out are too large"),
         (lambda model: model.to("meta"), {}, RecipeError, "meta device"),
         (lambda model: model.blocks[1].k.weight[3].fill_(float("nan")), {}, RecipeError, "blocks.1.k holds NaN"),
-        (tahf4.quantize_, {}, RecipeError, "not packed"),
+        (tahf4.quantize_, {}, RecipeError, "Packed linears are none"),
     ],
 )
 def test_refusals(change, choices, error, words):
