@@ -29,6 +29,8 @@ from .masks import channel_mask, column_norms
 __all__ = ["recipe_from_weights"]
 
 REASON = "recipe: its mask is of the weights alone"
+UNREAD = 1e4
+"""How large a channel may be that no weight reads, to be as small as the others behind its mask."""
 TOLERANCE = 0.4
 """Standard deviation over channels of how the logarithms of two weights' column norms differ, at most, if they share a
 mask. k and v of a text are 0.7 and more from a q with outliers; q, k and v of MiniLM are within 0.35."""
@@ -87,9 +89,7 @@ def _entry(paths: Sequence[str], weights: Sequence[Tensor], exponent: float, blo
     norms, k = column_norms(weights).cpu(), weights[0].shape[1]
     if not bool(norms.isfinite().all()):
         raise RecipeError(f"the weights of {', '.join(paths)} are too large for a mask: a column's norm is infinite")
-    live = norms[norms > 0]
-    if len(live):  # what no weight reads may be large
-        norms = torch.where(norms > 0, norms, live.min())
+    largest = torch.where(norms > 0, 1.0, UNREAD)
     width = hadamard_block(k, block)
     linears = {
         path: LinearEntry((len(weight), k), int(checksum(weight)), reason=REASON)
@@ -101,7 +101,7 @@ def _entry(paths: Sequence[str], weights: Sequence[Tensor], exponent: float, blo
         SEED if width else None,
         "squared",
         weight_exponent=float(exponent),
-        mask=channel_mask(norms, torch.ones(k), exponent),
+        mask=channel_mask(norms, largest, exponent),
         rounding="least_error",
     )
 

@@ -29,13 +29,17 @@ def channel_mask(weight: Tensor, activation_max: Tensor, weight_exponent: float)
         weight_exponent: alpha, 0 to 1.
 
     Returns:
-        float32 ``[K]``, positive, with a geometric mean of 1; 1 for channels whose weights are all zero.
+        float32 ``[K]``, positive, with a geometric mean of 1 over the channels that a weight reads. What none reads is
+        made as small as the smallest of these: it may be large, and takes the precision of its unit.
     """
-    log = weight_exponent * weight.double().clamp(min=1e-8).log()
-    log = log - (1 - weight_exponent) * activation_max.double().clamp(min=AMAX_FLOOR).log()
+    largest = activation_max.double().clamp(min=AMAX_FLOOR).log()
+    log = weight_exponent * weight.double().clamp(min=1e-8).log() - (1 - weight_exponent) * largest
     live = weight > 0
-    mean = log[live].mean() if bool(live.any()) else log.mean()
-    return torch.where(live, log - mean, 0.0).exp().to(torch.float32)
+    if not bool(live.any()):
+        return torch.ones_like(weight, dtype=torch.float32)
+    log = log - log[live].mean()
+    unread = (log + largest)[live].min() - largest
+    return torch.where(live, log, unread.clamp(min=-60)).exp().to(torch.float32)
 
 
 def column_norms(weights: Sequence[Tensor]) -> Tensor:

@@ -196,6 +196,15 @@ def test_the_mask_is_the_published_one_of_its_statistics():
         assert torch.allclose(found / found[0], wanted / wanted[0])
 
 
+def test_what_no_weight_reads_does_not_take_the_precision_of_its_unit():
+    weight, activation = torch.tensor([1.0, 4.0, 0.0, 0.0]), torch.tensor([2.0, 1.0, 100.0, 1e38])
+    found = channel_mask(weight, activation, 0.7)
+    torch.testing.assert_close(found[:2].log().mean(), torch.tensor(0.0))
+    torch.testing.assert_close(found[2] * 100, (found * activation)[:2].min())
+    assert 0 < found[3] < 1e-20
+    assert torch.equal(channel_mask(torch.zeros(3), torch.ones(3), 0.7), torch.ones(3))
+
+
 def test_whole_model_and_blocks_give_the_same_numbers(calibration):
     model, x = outliers(), inputs()[0]
     tahf4.apply_recipe(model, calibration.recipe(sensitivity=False))
