@@ -10,6 +10,8 @@ from collections.abc import Iterator
 # Two cores and parallel workers: one thread each, or the workers wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Where nothing is compiled yet, Inductor would compile a program for each set of instructions that the processor has.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.pop("TAHF4_DUMP_DIR", None)
 
 import pytest
@@ -22,6 +24,7 @@ logging.root.manager.loggerDict.pop("torch.__trace")
 # Dynamo measures the guards of each graph that it compiles, for its log, and empties the caches of the CPU before: half
 # of the time of a small compilation.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+torch._dynamo.config.run_gc_after_compile = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
