@@ -21,6 +21,10 @@ import torch._dynamo.guards
 
 # pytest listens to loggers that do not propagate. To this one, PyTorch writes every graph as text if anybody listens.
 logging.root.manager.loggerDict.pop("torch.__trace")
+# To the others it attaches its handlers before each part of a test, and takes them off behind it: some 57, one by one.
+for logger in logging.root.manager.loggerDict.values():
+    if isinstance(logger, logging.Logger) and logger.name.split(".")[0] == "torch":
+        logger.propagate = True
 # Dynamo measures the guards of each graph that it compiles, for its log, and empties the caches of the CPU before: half
 # of the time of a small compilation.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
@@ -42,7 +46,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """Every test starts with its own seed, without compiled code, and without Dynamo's reasons of another test."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed writes down for each GPU backend where it was called
     yield
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
