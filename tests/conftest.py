@@ -10,6 +10,8 @@ from collections.abc import Iterator
 # Two cores and parallel workers: one thread each, or the workers wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Where nothing is compiled yet, Inductor would compile a program for each set of instructions that the processor has.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.pop("TAHF4_DUMP_DIR", None)
 
 import pytest
@@ -19,9 +21,14 @@ import torch._dynamo.guards
 
 # pytest listens to loggers that do not propagate. To this one, PyTorch writes every graph as text if anybody listens.
 logging.root.manager.loggerDict.pop("torch.__trace")
+# To the others it attaches its handlers before each part of a test, and takes them off behind it: some 57, one by one.
+for logger in logging.root.manager.loggerDict.values():
+    if isinstance(logger, logging.Logger) and logger.name.split(".")[0] == "torch":
+        logger.propagate = True
 # Dynamo measures the guards of each graph that it compiles, for its log, and empties the caches of the CPU before: half
 # of the time of a small compilation.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+torch._dynamo.config.run_gc_after_compile = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +46,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     """Every test starts with its own seed, without compiled code, and without Dynamo's reasons of another test."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed writes down for each GPU backend where it was called
     yield
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -37,6 +37,8 @@ def restored() -> Iterator[None]:
         yield
     finally:
         for held, old in zip(REGISTRIES, before, strict=True):
+            if _COUNTS not in sys.modules and _entries(held) == old:
+                continue
             new = [entry for entry in _entries(held) if entry not in old and _of_a_package(entry)]
             stays = [entry for entry in new + old if _COUNTS not in _makers(entry)]
             held.clear()

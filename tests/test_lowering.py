@@ -97,7 +97,7 @@ class Written(nn.Module):
         return first + self.two(x)
 
 
-@pytest.mark.parametrize("inductor", [False, True])
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_activation_that_is_written_to_is_not_shared(inductor):
     model, x = Written().eval(), torch.randn(4, 64)
     with torch.no_grad():

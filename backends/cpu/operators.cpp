@@ -15,7 +15,6 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -246,7 +245,7 @@ Packed linear_quantize(const Tensor& codes, const Tensor& scales, const Tensor& 
 
 bool derivative_asked(const c10::IValue& argument) {
   const auto asked = [](const Tensor& x) {
-    return (c10::GradMode::is_enabled() && x.requires_grad()) || torch::autograd::isFwGradDefined(x);
+    return (c10::GradMode::is_enabled() && x.requires_grad()) || (x.defined() && x._fw_grad(/*level=*/0).defined());
   };
   if (argument.isTensor()) return asked(argument.toTensor());
   if (!argument.isTensorList()) return false;

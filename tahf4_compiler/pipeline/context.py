@@ -92,6 +92,7 @@ class Context:
         notes: what passes have to say, by pass name, printed in the report.
         paths: the parameters' paths in the captured graph, by position.
         tied: for the multipliers of packed linears, by position: that of the first one that is equal.
+        sizes: of results, by what they depend on: :mod:`~tahf4_compiler.pipeline.shapes` asks once for all passes.
     """
 
     options: Options
@@ -105,6 +106,7 @@ class Context:
     node: fx.Node | None = field(default=None, repr=False)
     paths: dict[int, str] = field(default_factory=dict, repr=False)
     tied: dict[int, int] = field(default_factory=dict, repr=False)
+    sizes: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def matched(self, node: fx.Node | None = None, count: int = 1) -> None:
         """Count a match of the running pass; ``node`` may name what matched, for an error message."""

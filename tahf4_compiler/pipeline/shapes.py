@@ -47,7 +47,6 @@ def propagate(
         if node.op == "placeholder" and isinstance(node.meta.get(INPUT), GraphInput)
     }
     changed: set[fx.Node] = set()
-    results: dict[Any, Any] = {}
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and "val" not in node.meta:
             source = node.meta.get(INPUT)
@@ -63,7 +62,7 @@ def propagate(
                         w if hasattr(w, "fake_mode") else context.fake_mode.from_tensor(w, static_shapes=True)
                         for w in weights
                     ]
-                    node.meta["val"] = _packed(source, fakes, results)
+                    node.meta["val"] = _packed(source, fakes, context.sizes)
             except Exception as error:
                 raise PassError(
                     f"pass {pass_name!r} added the input {node.name!r}, whose shape cannot be found: "
@@ -79,7 +78,7 @@ def propagate(
             or (before is not None and not _same_call(node, before.get(node)))
         ):
             old = node.meta.get("val")
-            new = _value(node, context, pass_name, results)
+            new = _value(node, context, pass_name)
             node.meta["val"] = new
             if old is None or _leaves(old) != _leaves(new):
                 changed.add(node)
@@ -130,7 +129,7 @@ def _full(value: Any) -> Any:
     return (*meta, tuple(str(s) for s in value.stride()))
 
 
-def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, Any]) -> Any:
+def _value(node: fx.Node, context: Context, pass_name: str) -> Any:
     def value(arg: fx.Node) -> Any:
         if "val" in arg.meta:
             return arg.meta["val"]
@@ -147,8 +146,8 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
             return operator.getitem(*args)
         # As a lowered graph runs; PyTorch 2.11 cannot compute symbolic sizes of a linear without its Python dispatcher.
         with python_kernels(), context.fake_mode, torch.no_grad():
-            if key is not None and key in results:
-                return torch.utils._pytree.tree_map(lambda size: size.empty(), results[key])
+            if key is not None and key in context.sizes:
+                return torch.utils._pytree.tree_map(lambda size: size.empty(), context.sizes[key])
             value = node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
         raise PassError(
@@ -156,7 +155,7 @@ def _value(node: fx.Node, context: Context, pass_name: str, results: dict[Any, A
             f"{type(error).__name__}: {error}"
         ) from error
     if key is not None and (sizes := _sizes(value)) is not None:
-        results[key] = sizes
+        context.sizes[key] = sizes
     return value
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 
 KINDS = (
-    "ffn 1, GELU -> quantize: product", "norm1, modulation -> quantize", "codes to int8",
+    "ffn 1, GELU -> quantize: product", "attn1 output -> quantize", "codes to int8",
     "attn1 out, gate, residual: part of a product (few rows)", "attn1 out, gate, residual: sum of the parts (few rows)",
     "attention in 8 bits: v -> quantize", "attention in 8 bits: rows through all keys",
 )  # fmt: skip

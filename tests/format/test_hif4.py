@@ -89,7 +89,7 @@ def test_values_on_and_beside_every_threshold_of_a_scale_match_the_oracle(roundi
     assert_same_packed(quantize(x, rounding=rounding), expected(x, rounding))
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)), ids=str)
 def test_16_bit_values_match_the_oracle_under_each_mantissa_of_the_scale(dtype: torch.dtype) -> None:
     units = []
     for scale in range(0xC0, 0xC4):

@@ -58,7 +58,7 @@ def attentions(low):
 @pytest.mark.parametrize("make", [wan, *(pytest.param(other, marks=pytest.mark.slow) for other in (sd3, pixart))])
 def test_real_networks_run_their_attention_in_8_bits(make):
     torch.manual_seed(0)
-    made = make()
+    made = make(num_layers=1) if make is wan else make()
     ours = lowered(made, **{"attention.min_tokens": 1})
     plain = tahf4.lower(tahf4.capture(made[0], (), made[1]))
     assert len(attentions(ours)) == len(attentions(plain)) > 0
@@ -69,17 +69,17 @@ def test_real_networks_run_their_attention_in_8_bits(make):
 
 @needs_cpp
 def test_the_report_has_a_line_for_each_attention():
-    low = lowered(wan(), **{"attention.min_tokens": 16})
+    low = lowered(wan(num_layers=1), **{"attention.min_tokens": 16})
     assert low.notes["attention"] == [
         f"blocks.{i}.attn{j} ({said}"
-        for i in (0, 1)
+        for i in (0,)
         for j, said in (
             (1, "32 x 32 tokens, 2 heads of 64): int8"),
             (2, "32 x 12 tokens, 2 heads of 64): high precision, short: 12 tokens, less than 16"),
         )
     ]
     assert "attention: blocks.0.attn1 (32 x 32 tokens, 2 heads of 64): int8" in low.report()
-    assert "lower: 2 x tahf4.attention -> cpu" in low.report()
+    assert "lower: 1 x tahf4.attention -> cpu" in low.report()
 
 
 def test_compiled_whole_by_blocks_and_packed_it_is_the_same(calls):

@@ -354,6 +354,7 @@ def test_whoever_cannot_say_that_a_model_is_packed_does_not_save_it(tmp_path):
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 4
 
 
+@pytest.mark.slow  # test_import_hook.py has both orders
 def test_transformers_knows_the_quantizer_if_it_was_imported_first():
     script = """
         import transformers.modeling_utils, tahf4_compiler
