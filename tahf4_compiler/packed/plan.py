@@ -340,7 +340,7 @@ def _obstacle(path: str, module: nn.Linear, model: nn.Module, others: Mapping[in
         return reason
     if type(module) is not nn.Linear:
         text = f"class: a {type(module).__name__}, which may read its weight in another way than nn.Linear"
-        return Reason(Cause.CLASS, text)
+        return dtype_obstacle("weight", weight.dtype) or Reason(Cause.CLASS, text)  # graphs mind the type alone
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, READ_BY_PARENT):
         return Reason(Cause.CLASS, f"class: {type(parent).__name__} reads the weight itself")

@@ -139,6 +139,12 @@ class ModelPatcher:
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
         self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
 
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        self.wrappers.get(kind, {}).pop(key, None)
+
+    def get_model_object(self, name: str) -> Any:
+        return getattr(self.model, name)
+
     def _call_back(self, kind: str, *args: Any) -> None:
         for found in self.callbacks.get(kind, {}).values():
             for callback in found:
@@ -183,7 +189,8 @@ class ModelPatcher:
         modules = []
         for path, module in self.model.named_modules():
             own = [name for name, _ in module.named_parameters(recurse=False)]
-            if own and len(own) == len(list(module.named_parameters())):
+            holds = bool(own) or hasattr(module, "comfy_cast_weights")
+            if holds and len(own) == len(list(module.named_parameters())):
                 modules.append((module_size(module), path, module, own))
         for size, path, module, own in sorted(modules, key=lambda found: -found[0]):
             casts = hasattr(module, "comfy_cast_weights")
@@ -246,6 +253,7 @@ class BaseModel(nn.Module):
         super().__init__()
         self.manual_cast_dtype, self.device = compute, None
         self.diffusion_model = WanModel(**config, device=None, dtype=dtype, operations=operations)
+        self.diffusion_model.requires_grad_(False)
 
     def load_model_weights(self, state: dict[str, Tensor]) -> None:
         missing, unexpected = self.diffusion_model.load_state_dict(state, strict=False)
@@ -260,16 +268,45 @@ class BaseModel(nn.Module):
         options = transformer_options or {}
         found = [w for ws in options.get("wrappers", {}).get("apply_model", {}).values() for w in ws]
 
-        def run(*args: Any, at: int = 0) -> Tensor:
-            if at == len(found):
-                return self._apply_model(*args)
-            return found[at](lambda *rest: run(*rest, at=at + 1), *args)
-
-        return run(x, t, c_concat, c_crossattn, control, options)
+        return Executor(self, found)(x, t, c_concat, c_crossattn, control, options)
 
     def _apply_model(self, x: Tensor, t: Tensor, c_concat: Any, context: Tensor, control: Any, options: Any) -> Tensor:
         inputs = x.to(self.manual_cast_dtype), t * 1000, context.to(self.manual_cast_dtype)
-        return x - self.diffusion_model(*inputs, transformer_options=options).float() * t.view(-1, 1, 1, 1, 1)
+        return x - self.diffusion_model(*inputs, transformer_options={**options}).float() * t.view(-1, 1, 1, 1, 1)
+
+
+class Executor:
+    """``comfy.patcher_extension.WrapperExecutor`` around ``apply_model``."""
+
+    def __init__(self, model: BaseModel, wrappers: list[Any]):
+        self.class_obj, self.wrappers = model, wrappers
+
+    def __call__(self, *args: Any) -> Tensor:
+        if not self.wrappers:
+            return self.class_obj._apply_model(*args)
+        return self.wrappers[0](Executor(self.class_obj, self.wrappers[1:]), *args)
+
+
+def set_torch_compile_wrapper(model: ModelPatcher, backend: str, options: Any = None, keys: Any = ()) -> None:
+    """``comfy_api.torch_helpers.set_torch_compile_wrapper``: compiled parts stand in the model while it is applied."""
+    kind, key = "apply_model", "torch.compile"
+    model.remove_wrappers_with_key(kind, key)
+    compiled = {
+        name: torch.compile(model.get_model_object(name), backend=backend, options=options)
+        for name in keys or ["diffusion_model"]
+    }
+
+    def call(run: Executor, *args: Any) -> Tensor:
+        originals = {name: getattr(run.class_obj, name) for name in compiled}
+        try:
+            for name, part in compiled.items():
+                setattr(run.class_obj, name, part)
+            return run(*args)
+        finally:
+            for name, part in originals.items():
+                setattr(run.class_obj, name, part)
+
+    model.add_wrapper_with_key(kind, key, call)
 
 
 def detect_unet_config(state: dict[str, Tensor]) -> dict[str, Any] | None:
@@ -319,9 +356,10 @@ def load_lora_for_models(model: ModelPatcher, clip: Any, lora: Any, strength_mod
 def sample(patcher: ModelPatcher, noise: Tensor, context: Tensor, sigmas: Tensor, memory: int | None = None) -> Tensor:
     """``comfy.sample.sample`` with Euler and no guidance: the model is loaded first, as ``load_models_gpu`` does."""
     patcher.partially_load(patcher.load_device, memory if memory is not None else 2 * patcher.model_size())
-    options = {"sample_sigmas": sigmas, "wrappers": copy.copy(patcher.wrappers)}
+    options = {"sample_sigmas": sigmas, "wrappers": copy.copy(patcher.wrappers), "cond_or_uncond": [0]}
     x = noise * sigmas[0]
     for sigma, after in zip(sigmas[:-1], sigmas[1:]):
+        options |= {"sigmas": sigma.repeat(len(x)), "uuids": [uuid.uuid4()]}
         denoised = patcher.model.apply_model(x, sigma.repeat(len(x)), c_crossattn=context, transformer_options=options)
         x = x + (x - denoised) / sigma * (after - sigma)
     return x
@@ -351,6 +389,8 @@ def install(monkeypatch: Any, models: Path) -> None:
     callbacks = types.SimpleNamespace(ON_LOAD="on_load_after", ON_DETACH="on_detach_after")
     wrappers = types.SimpleNamespace(APPLY_MODEL="apply_model")
     put("comfy.patcher_extension", CallbacksMP=callbacks, WrappersMP=wrappers)
+    put("comfy_api")
+    put("comfy_api.torch_helpers", set_torch_compile_wrapper=set_torch_compile_wrapper)
 
     def names(kind: str) -> list[str]:
         return sorted(str(path.relative_to(models / kind)) for path in (models / kind).rglob("*.safetensors"))

@@ -103,13 +103,20 @@ class WanModel(nn.Module):
         size = x.shape[2:]
         x = self.patch_embedding(x.float()).to(x.dtype)
         grid = x.shape[2:]
+        options = transformer_options if transformer_options is not None else {}
+        options["grid_sizes"], options["total_blocks"] = grid, len(self.blocks)
         x = x.flatten(2).transpose(1, 2)
         e = self.time_embedding(sinusoidal(self.freq_dim, timestep).to(x.dtype))
         e0 = self.time_projection(e).unflatten(1, (6, self.dim))
         context = self.text_embedding(context)
         freqs = angles(grid, self.dim // self.num_heads)
-        for block in self.blocks:
-            x = block(x, e0, freqs, context)
+        replaced = options.get("patches_replace", {}).get("dit", {})
+        for i, block in enumerate(self.blocks):
+            options["block_index"] = i
+            if ("double_block", i) in replaced:
+                x = replaced["double_block", i]({"img": x})["img"]
+            else:
+                x = block(x, e0, freqs, context)
         out = self.head(x, e).view(-1, *grid, *PATCH, self.out_dim)
         return torch.einsum("bfhwpqrc->bcfphqwr", out).reshape(-1, self.out_dim, *size)
 

@@ -184,19 +184,3 @@ def test_more_bits_in_some_steps(comfy):
     used.clear()
     comfy.stand_in.sample(node.set_bits(model, "8", "all")[0], noise, context, SIGMAS)
     assert used == [{8}] * 3
-
-
-@pytest.mark.slow
-def test_a_compiled_model_has_the_lora_of_the_patcher_that_is_loaded(comfy):
-    noise, context = inputs()
-    base = comfy.load()
-    apply, tensors = (
-        comfy.stand_in.load_lora_for_models,
-        lora("blocks.0.ffn.net.0.proj", "diffusion_model.blocks.0.ffn.0"),
-    )
-    patchers = [base, apply(base, None, tensors, 0.7, 0)[0], apply(base, None, tensors, -0.7, 0)[0], base]
-    plain = [comfy.stand_in.sample(patcher, noise, context, SIGMAS) for patcher in patchers]
-    base.model.diffusion_model.compile(backend="tahf4", options={"inductor": False})
-    for patcher, expected in zip(patchers, plain):
-        assert relative(comfy.stand_in.sample(patcher, noise, context, SIGMAS), expected) < CLOSE
-    assert relative(plain[0], plain[1]) > FAR < relative(plain[1], plain[2])

@@ -241,10 +241,15 @@ def test_a_conversion_that_packs_nothing_says_so_and_why(caplog):
     for linear in stored.modules():
         if isinstance(linear, nn.Linear):
             linear.to(torch.float8_e4m3fn)  # as layerwise casting of diffusers does
+    own = copy.deepcopy(stored)
+    for linear in own.modules():
+        if isinstance(linear, nn.Linear):
+            linear.__class__ = type("Own", (nn.Linear,), {})
     others = nn.Sequential(nn.Embedding(64, 64), Conv1D(), Conv1D())
     small = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     for model, words in (
         (stored, "Stack: nothing runs in 4 bits: 8 of 8 linears: dtype: weight is float8_e4m3fn"),
+        (own, "Stack: nothing runs in 4 bits: 8 of 8 linears: dtype: weight is float8_e4m3fn"),
         (others, "no nn.Linear (1 Embedding, 2 Conv1D)"),
         (small, "2 of 2 linears: shape: 16 -> 16 features"),
         (nn.ReLU(), "no nn.Linear (no other module"),
