@@ -201,7 +201,7 @@ def test_masks_of_the_weights_alone_need_no_prompt(tmp_path, prompts):
     arguments = ["calibrate", str(settings.PIPELINE_DIR), "--mask", "weights", "-o", str(out), "--dtype", "float32"]
     result = runner.invoke(app, [*arguments, "--weight-exponent", "0.25", "--no-rotation"])
     assert result.exit_code == 0, result.output
-    assert "transformer_2: 20 linears in HiF4" in result.output
+    assert "transformer_2: 10 linears in HiF4" in result.output
     pipe, recipe = pipeline(), tahf4.Recipe.load(out)
     assert {e.hadamard_block for entries in recipe.experts.values() for e in entries.values()} == {0}
     assert recipe.provenance["choices"]["weight_exponent"] == 0.25
