@@ -16,9 +16,9 @@ from ..format.transforms import SEED, hadamard_block
 from ..model.blocks import block_of, module_blocks
 from ..model.components import unwrapped_experts
 from ..model.linears import adapters, linear_weights, plain_path
+from ..model.offloading import offloader
 from ..model.parts import class_name, whole
 from ..options import Options
-from ..packed.convert import offloader
 from ..pipeline.order import provenance
 from ..pipeline.rules import MIN_FEATURES, dtype_obstacle
 from ..recipe.entries import LinearEntry, RecipeEntry

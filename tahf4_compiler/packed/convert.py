@@ -18,6 +18,7 @@ from ..format.spans import joined, parted, span_name
 from ..model.attachments import attached_recipe, leave_as_they_are
 from ..model.components import unwrapped_experts
 from ..model.linears import linear_weights, plain_path, require_matches
+from ..model.offloading import around, offloader
 from ..model.steps import StepPrecision
 from ..options import activation_bits, bits_for
 from ..options import rounding as check_rounding
@@ -38,7 +39,6 @@ __all__ = [
     "PackingObserver",
     "dequantize_",
     "observers",
-    "offloader",
     "packed_linears",
     "quantize_",
     "set_activation_bits",
@@ -348,31 +348,13 @@ def _check_around(model: nn.Module, path: str) -> None:
             f"{path} is offloaded by {outer or 'the whole model'}. Pack the model first and enable offloading "
             "afterwards."
         )
-    for _, module in _around(model, path):
+    for _, module in around(model, path):
         if merged := getattr(module, "merged_adapters", ()):  # peft
             raise PackedError(
                 f"the weight of {path} has adapters fused into it ({', '.join(map(str, merged))}), and nothing takes "
                 "them out of a packed one. Unfuse them first (unfuse_lora, unmerge_adapter): they run beside the 4-bit "
                 "product. Or unload them (unload_lora_weights, merge_and_unload): then the fused weight is packed."
             )
-
-
-def offloader(model: nn.Module, path: str) -> str | None:
-    """Return the path of what moves the parameters of a module to the device and away: itself, another, or None."""
-    for outer, module in _around(model, path):
-        hook = getattr(module, "_hf_hook", None)  # accelerate
-        offloads = any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
-        registry = getattr(module, "_diffusers_hook", None)
-        if offloads or (registry is not None and registry.get_hook("group_offloading") is not None):
-            return outer
-    return None
-
-
-def _around(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules around one and itself, with their paths."""
-    parts = path.split(".")
-    for outer in (".".join(parts[:i]) for i in range(len(parts) + 1)):
-        yield outer, model.get_submodule(outer)
 
 
 def _check_own_forward() -> None:

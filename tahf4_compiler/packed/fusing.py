@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError, PackedError
 from ..import_hook import when_imported
-from .convert import offloader
+from ..model.offloading import offloader
 from .guards import ask_before
 from .linear import BRANCH, HiF4Linear
 

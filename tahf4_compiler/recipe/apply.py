@@ -15,6 +15,7 @@ from ..format.spans import joined
 from ..model.attachments import ATTENTION, Attachment, attach
 from ..model.components import experts
 from ..model.linears import linear_weights, place_of
+from ..model.offloading import offloader
 from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
 from ..weights.checksum import checksum
@@ -168,7 +169,7 @@ def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping
 
 
 def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weights: bool, expert: str) -> None:
-    weights = dict(linear_weights(model))
+    weights, modules = dict(linear_weights(model)), dict(model.named_modules())
     parameters = {name for name, _ in model.named_parameters()}
     wrong = []
     for name, entry in entries.items():
@@ -182,7 +183,9 @@ def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weig
             elif tuple(weight.shape) != linear.shape:
                 wrong.append(f"{path}: shape {tuple(weight.shape)}, expected {linear.shape}")
             elif check_weights and weight.device.type != "meta" and int(checksum(weight)) != linear.weight_sum:
-                wrong.append(f"{path}: other weights than those that were calibrated")
+                moved = path in modules and offloader(model, path) is not None
+                hint = " (it is offloaded: apply the recipe before)" if moved else ""
+                wrong.append(f"{path}: other weights than those that were calibrated{hint}")
     if wrong:
         where = f"{expert} ({type(model).__name__})" if expert else type(model).__name__
         raise RecipeError(

@@ -158,6 +158,21 @@ def offloaded(model):
     cpu_offload(model)
 
 
+def test_a_recipe_comes_before_weights_go_to_disk(tmp_path):
+    from diffusers.hooks import apply_group_offloading
+
+    model = net()
+    recipe = tahf4.recipe_from_weights(model)
+    here = torch.device("cpu")
+    away = {"onload_device": here, "offload_device": here, "offload_to_disk_path": str(tmp_path)}
+    apply_group_offloading(model, **away, offload_type="block_level", num_blocks_per_group=1)
+    model.blocks[0].q.weight.data.zero_()  # what an empty tensor may hold
+    with pytest.raises(RecipeError, match="blocks.0.q is offloaded by .*. Make and apply"):
+        tahf4.recipe_from_weights(model)
+    with pytest.raises(RecipeError, match="blocks.0.q: other weights .*it is offloaded: apply the recipe before"):
+        tahf4.apply_recipe(model, recipe)
+
+
 def enlarged(model):
     model.blocks[0].out.weight[:, 3] = 1e20
 
