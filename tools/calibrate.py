@@ -200,12 +200,13 @@ def _from_weights(
 
     taken = {"model_dir", "out", "mask", "weight_exponent", "no_rotation", "dtype"}
     given = [
-        name
-        for name in context.params
-        if name not in taken and (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    ]
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if (name := parameter.name) is not None and name not in taken
+        and (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]  # fmt: skip
     if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        options = ", ".join(given)
         raise CommandError(f"--mask weights runs nothing and takes no {options}; leave it out, or choose another mask")
     check_writable(out)
     pipe = load_any_pipeline(model_dir, getattr(torch, dtype.value), "cpu")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, RecipeError
+from ..errors import RecipeError
 from ..format.precision import full_precision
 from ..format.transforms import SEED, hadamard_block
 from ..model.blocks import block_of, module_blocks
@@ -24,6 +24,7 @@ from ..pipeline.rules import MIN_FEATURES, dtype_obstacle
 from ..recipe.entries import LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
+from .choices import check_choices
 from .masks import channel_mask, column_norms
 
 __all__ = ["recipe_from_weights"]
@@ -59,15 +60,11 @@ def recipe_from_weights(model: Any, *, weight_exponent: float = 0.5, block: int 
         RecipeError: weights are offloaded, on the meta device or not finite, or the model has no linear in repeated
             blocks.
     """
-    number = isinstance(weight_exponent, int | float) and not isinstance(weight_exponent, bool)
-    if not number or not 0 <= weight_exponent <= 1:
-        raise OptionError(f"weight_exponent is {weight_exponent!r}; expected a number from 0 to 1")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 0 or block & (block - 1):
-        raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
+    check_choices(weight_exponent=weight_exponent, block=block)
     models = unwrapped_experts(model)
     found = {}
     for expert, module in models.items():
-        entries = [_entry(paths, weights, weight_exponent, block) for paths, weights in _groups(module)]
+        entries = [_entry(group, weight_exponent, block) for group in _groups(module)]
         if not entries:
             raise RecipeError(
                 f"{expert or type(module).__name__} has no nn.Linear of {MIN_FEATURES} and more features in its "
@@ -85,18 +82,16 @@ def recipe_from_weights(model: Any, *, weight_exponent: float = 0.5, block: int 
     return Recipe(found, provenance=made)
 
 
-def _entry(paths: Sequence[str], weights: Sequence[Tensor], exponent: float, block: int) -> RecipeEntry:
-    norms, k = column_norms(weights).cpu(), weights[0].shape[1]
+def _entry(group: Mapping[str, tuple[Tensor, Tensor]], exponent: float, block: int) -> RecipeEntry:
+    """Return the entry of linears that share a mask: weight and norms of its columns by path."""
+    norms = torch.stack([norms for _, norms in group.values()]).norm(dim=0)
     if not bool(norms.isfinite().all()):
-        raise RecipeError(f"the weights of {', '.join(paths)} are too large for a mask: a column's norm is infinite")
+        raise RecipeError(f"the weights of {', '.join(group)} are too large for a mask: a column's norm is infinite")
     largest = torch.where(norms > 0, 1.0, UNREAD)
+    k = len(norms)
     width = hadamard_block(k, block)
-    linears = {
-        path: LinearEntry((len(weight), k), int(checksum(weight)), reason=REASON)
-        for path, weight in zip(paths, weights, strict=True)
-    }
     return RecipeEntry(
-        linears,
+        {path: LinearEntry((len(w), k), int(checksum(w)), reason=REASON) for path, (w, _) in group.items()},
         width,
         SEED if width else None,
         "squared",
@@ -106,27 +101,31 @@ def _entry(paths: Sequence[str], weights: Sequence[Tensor], exponent: float, blo
     )
 
 
-def _groups(model: nn.Module) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Yield paths and whole weights of linears in repeated blocks that share a mask, some at a time."""
+def _groups(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Yield linears in repeated blocks that share a mask: whole weight and norms of its columns by path."""
     beside: dict[tuple[str, int], list[tuple[str, Tensor]]] = defaultdict(list)
     for path, held in _weights(model):
         if held.device.type == "meta":
             raise RecipeError(f"{path} is on the meta device and has no values; load the weights first")
         beside[path.rpartition(".")[0], held.shape[1]].append((path, held))
     for members in beside.values():
-        groups: list[tuple[Tensor, list[str], list[Tensor]]] = []
+        groups: list[dict[str, tuple[Tensor, Tensor]]] = []
         for path, parameter in members:
             weight = whole(parameter).detach()
             if not bool(weight.isfinite().all()):
                 raise RecipeError(f"the weight of {path} holds NaN or infinite values; check the checkpoint")
-            mine = column_norms([weight]).clamp(min=1e-8).log()
-            like = next((g for g in groups if float((mine - g[0]).std(correction=0)) <= TOLERANCE), None)
+            norms = column_norms([weight]).cpu()
+            like = next((g for g in groups if _differ(next(iter(g.values()))[1], norms) <= TOLERANCE), None)
             if like is None:
-                groups.append((mine, [path], [weight]))
-            else:
-                like[1].append(path)
-                like[2].append(weight)
-        yield from (group[1:] for group in groups)
+                groups.append(like := {})
+            like[path] = weight, norms
+        yield from groups
+
+
+def _differ(norms: Tensor, others: Tensor) -> float:
+    """Return how much the columns of two weights differ: see :data:`TOLERANCE`."""
+    first, second = (each.clamp(min=1e-8).log() for each in (norms, others))
+    return float((first - second).std(correction=0))
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -134,14 +133,13 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     modules = {plain_path(path): module for path, module in model.named_modules(remove_duplicate=False)}
     blocks, trained, seen = module_blocks(model), adapters(model), set()
     for path, weight in linear_weights(model):
-        owner = modules.get(path) or modules.get(path.rpartition(".")[0])
-        reads = isinstance(owner, nn.Linear) or (
-            isinstance(owner, nn.MultiheadAttention) and path.endswith("in_proj_weight")
-        )
+        around, _, leaf = path.rpartition(".")
+        joint = leaf == "in_proj_weight" and isinstance(modules.get(around), nn.MultiheadAttention)
+        reads = joint or isinstance(modules.get(path), nn.Linear)
         body = not blocks or block_of(f"{path}.", blocks) is not None
         large = dtype_obstacle("weight", weight.dtype) is None and min(weight.shape) >= MIN_FEATURES
         if reads and body and large and path not in trained and id(weight) not in seen:
-            if (outer := offloader(model, path if path in modules else path.rpartition(".")[0])) is not None:
+            if (outer := offloader(model, path)) is not None:
                 raise RecipeError(
                     f"{path} is offloaded by {outer or 'the whole model'}. Make and apply the recipe first, and enable "
                     "offloading afterwards."

@@ -137,9 +137,10 @@ def make_recipe(
     for (expert, name), cells in bar:
         weights = calibration.weights(expert, cells.activation.members)
         why = idle_span(weights[0].device) if scale_span == "auto" and span_tolerance is None else ""
-        if why:
-            searched[expert] = dataclasses.replace(searched.get(expert, choices), span_tolerance=None)
-        entry = make_entry(calibration, cells, weights, searched.get(expert, choices), sensitivity)
+        chosen = searched.get(expert, choices)
+        if why:  # for this one: an expert may lie on several devices
+            chosen = dataclasses.replace(chosen, span_tolerance=None)
+        entry = make_entry(calibration, cells, weights, chosen, sensitivity)
         found.setdefault(expert, {})[name] = dataclasses.replace(entry, span_reason=why) if why else entry
         warn_of_range(cells, found[expert][name])
     missing = {
@@ -148,7 +149,8 @@ def make_recipe(
     }
     if sensitivity:
         for expert, entries in found.items():
-            kind = f"effect in {expert!r} under {searched.get(expert, choices)}:"
+            spans = [entry.span for entry in entries.values()] if tolerance is not None else ""
+            kind = f"effect in {expert!r} under {searched.get(expert, choices)}{spans}:"
             found[expert] = _with_effects(calibration, expert, entries, measured, kind, network)
     made: dict[str, Any] = {
         "tahf4": importlib.metadata.version("tahf4-compiler"),

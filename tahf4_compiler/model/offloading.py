@@ -24,7 +24,12 @@ def offloader(model: nn.Module, path: str) -> str | None:
 
 
 def around(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules around one and itself, with their paths."""
-    parts = path.split(".")
-    for outer in (".".join(parts[:i]) for i in range(len(parts) + 1)):
-        yield outer, model.get_submodule(outer)
+    """Yield the modules around one, or around a parameter, and itself, with their paths."""
+    outer, module = "", model
+    yield outer, module
+    for part in path.split("."):
+        inner = getattr(module, part, None)
+        if not isinstance(inner, nn.Module):
+            return
+        outer, module = f"{outer}.{part}".removeprefix("."), inner
+        yield outer, module

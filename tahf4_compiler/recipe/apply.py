@@ -169,7 +169,7 @@ def _as_wrapped(model: nn.Module, entries: Mapping[str, RecipeEntry]) -> Mapping
 
 
 def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weights: bool, expert: str) -> None:
-    weights, modules = dict(linear_weights(model)), dict(model.named_modules())
+    weights = dict(linear_weights(model))
     parameters = {name for name, _ in model.named_parameters()}
     wrong = []
     for name, entry in entries.items():
@@ -183,8 +183,7 @@ def _check_fits(model: nn.Module, entries: Mapping[str, RecipeEntry], check_weig
             elif tuple(weight.shape) != linear.shape:
                 wrong.append(f"{path}: shape {tuple(weight.shape)}, expected {linear.shape}")
             elif check_weights and weight.device.type != "meta" and int(checksum(weight)) != linear.weight_sum:
-                moved = path in modules and offloader(model, path) is not None
-                hint = " (it is offloaded: apply the recipe before)" if moved else ""
+                hint = " (it is offloaded: apply the recipe before)" if offloader(model, path) is not None else ""
                 wrong.append(f"{path}: other weights than those that were calibrated{hint}")
     if wrong:
         where = f"{expert} ({type(model).__name__})" if expert else type(model).__name__

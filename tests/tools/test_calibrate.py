@@ -207,9 +207,9 @@ def test_masks_of_the_weights_alone_need_no_prompt(tmp_path, prompts):
     assert recipe.provenance["choices"]["weight_exponent"] == 0.25
     tahf4.apply_recipe(pipe, recipe)
 
-    result = runner.invoke(app, [*arguments, "--prompts", str(prompts), "--keep-linears", "2"])
+    result = runner.invoke(app, [*arguments, "--prompts", str(prompts), "--set", "guidance_scale=3"])
     assert result.exit_code == 2
-    assert "takes no --prompts, --keep-linears" in result.output
+    assert "takes no --prompts, --set" in result.output
     result = runner.invoke(app, ["calibrate", str(settings.PIPELINE_DIR)])
     assert result.exit_code == 2
     assert "give --prompts FILE" in result.output

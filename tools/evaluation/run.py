@@ -160,10 +160,12 @@ def _needs_calls(row: Row) -> bool:
 
 
 def _recipe(pipe: WanPipeline, row: Row, calibration: Calibration | None) -> Recipe | None:
-    if row.recipe is not None and calibration is not None and _needs_calls(row):
-        return calibration.recipe(**row.recipe)
-    choices = {name: value for name, value in (row.recipe or {}).items() if name != "mask"}
-    return recipe_from_weights(pipe, **choices) if row.recipe is not None else None
+    if row.recipe is None:
+        return None
+    if not _needs_calls(row):
+        return recipe_from_weights(pipe, **{name: value for name, value in row.recipe.items() if name != "mask"})
+    assert calibration is not None
+    return calibration.recipe(**row.recipe)
 
 
 def prepare(
