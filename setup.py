@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -57,4 +57,11 @@ def kernels() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Kernels, "bdist_wheel": AnyPython}}
 
 
-setup(**kernels())
+def packages() -> list[str]:
+    """Return all of them: those in the folder of that name, and those in folders beside it."""
+    roots = {"tahf4_compiler": "tahf4_compiler"}
+    roots |= {f"tahf4_compiler.{folder}": folder for folder in ("passes", "backends", "tools")}
+    return [name for root, folder in roots.items() for name in (root, *(f"{root}.{p}" for p in find_packages(folder)))]
+
+
+setup(packages=packages(), **kernels())
