@@ -19,9 +19,10 @@ FOLDERS = {
 
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the checkout")
 def test_an_installation_has_every_file_of_the_packages(tmp_path):
-    build = ["setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path / "lib")]
-    subprocess.run([sys.executable, *build], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    installed = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    library = tmp_path / "lib"
+    build = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(library)]
+    subprocess.run([sys.executable, "setup.py", "-q", *build], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    installed = {str(path.relative_to(library)) for path in library.rglob("*") if path.is_file()}
     wanted = {
         f"{place}/{path.relative_to(ROOT / folder)}"
         for folder, place in FOLDERS.items()

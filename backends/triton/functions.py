@@ -125,23 +125,23 @@ def to_hif4(parts, T: tl.constexpr, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def to_hif4_shared(parts, most, T: tl.constexpr, ROUNDING: tl.constexpr):
-    """As to_hif4, of units that share their level-1 scales: most (bits) is the largest magnitude of all that do."""
-    maxima, _ = group_maxima(parts, T)
-    words, metadata = encoded(parts, maxima, most, T, ROUNDING)
-    return words, metadata
+def span_maximum(most, U, SPAN, T: tl.constexpr, SPANS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the largest of most (int32 [T], units of whole rows of U) among those that share a scale with each [T].
 
-
-@triton.jit
-def span_maximum(maxima, unit, row, U, SPAN, mask, T: tl.constexpr):
-    """Return the largest of the maxima (int32 [rows, U], bits) of the units that share a scale with each unit [T]."""
-    local = unit - row * U
-    first = local - local % SPAN
-    most = tl.zeros((T,), tl.int32)
-    for i in range(SPAN):
-        inside = mask & (first + i < U)
-        most = tl.maximum(most, tl.load(maxima + row * U + first + i, mask=inside, other=0))
-    return most
+    SPAN: units that share one, a power of two or U; SPANS, WIDTH: powers of two, no less than the spans of these rows
+    and than SPAN.
+    """
+    of_row = (U + SPAN - 1) // SPAN
+    place = tl.arange(0, SPANS * WIDTH)
+    span = place // WIDTH
+    column = span % of_row * SPAN + place % WIDTH
+    unit = span // of_row * U + column
+    inside = (column < U) & (unit < T)
+    found = tl.where(inside, tl.gather(most, tl.where(inside, unit, 0), axis=0), 0)
+    largest = tl.max(tl.reshape(found, (SPANS, WIDTH)), axis=1)
+    local = tl.arange(0, T)
+    mine = local // U * of_row + local % U // SPAN
+    return tl.gather(largest, tl.minimum(mine, SPANS - 1), axis=0)
 
 
 @triton.jit

@@ -4,9 +4,8 @@ A program without a reduction is computed by the threads that quantize. With one
 whole rows: first one pass over them for mean and spread (Welford's, a lane at a time), then the same as without, from
 cache. So the input comes from memory once.
 
-Where units share their level-1 scales, which may lie in several blocks of threads, there are two kernels: one writes
-the largest magnitude of each unit, and one reads those of a span and converts. Both compute the program and the
-transform.
+Where units share their level-1 scales, each block of threads takes whole rows at once, too: its threads exchange the
+largest magnitudes of their units.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from . import source
 from .call import Call
 from .expressions import Leaf, Operand, emit, leaf_parameters, operand
 
-__all__ = ["QuantizeKernel", "call", "describe"]
+__all__ = ["QuantizeKernel", "call", "describe", "threads_of_rows"]
 
 THREADS = 128
 FORMATS = {4: "hif4", 8: "int8"}
@@ -50,7 +49,6 @@ class QuantizeKernel:
         bits: 4 for HiF4, or 8.
         span: units that share a level-1 scale; 0 for a row.
         rounding: an index of ``FORM_ROUNDINGS``.
-        maxima: whether it only writes the largest magnitude (bits) of each unit, for the kernel that converts.
     """
 
     program: str
@@ -62,7 +60,6 @@ class QuantizeKernel:
     bits: int = 4
     span: int = 1
     rounding: int = 0
-    maxima: bool = False
 
     @property
     def format(self) -> str:
@@ -71,8 +68,7 @@ class QuantizeKernel:
 
     def parameters(self) -> list[str]:
         """Return the kernel's parameters but for the constants."""
-        results = ["maxima"] if self.maxima else ["codes", "scales", *(["maxima"] if self.span != 1 else [])]
-        own = [*results, "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
+        own = ["codes", "scales", "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
         return [*own, *leaf_parameters(self.leaves)]
 
     def constants(self, unit_count: int) -> dict[str, int]:
@@ -81,15 +77,37 @@ class QuantizeKernel:
         Args:
             unit_count: units in a row; together with the constants it decides how many rows a block takes.
         """
-        if Program.parse(self.program).reduction() is None:
-            return {"T": THREADS}
-        rows = THREADS // math.gcd(unit_count, THREADS)
-        return {"T": THREADS, "ROWS": rows, "COLUMNS": max(8, 8 * THREADS // rows)}
+        threads, reduces = THREADS, Program.parse(self.program).reduction() is not None
+        found = {}
+        if self.span != 1:
+            threads = threads_of_rows(unit_count)
+            rows, span = threads // unit_count, self.span or unit_count
+            found = {"ROWS": rows, "SPANS": _power(rows * -(-unit_count // span)), "WIDTH": _power(span)}
+        elif reduces:
+            found = {"ROWS": THREADS // math.gcd(unit_count, THREADS)}
+        if reduces:
+            rows = _power(found["ROWS"])
+            found |= {"ROWS_UP": rows, "COLUMNS": max(8, 8 * threads // rows)}
+        return {"T": threads, **found}
 
     @functools.cached_property
     def text(self) -> str:
         """Return the file."""
         return _text(self)
+
+
+def _power(count: int) -> int:
+    """Return the least power of two that is no less."""
+    return 1 << (count - 1).bit_length()
+
+
+def threads_of_rows(unit_count: int) -> int:
+    """Return how many threads take whole rows at once, a unit each: the fewest of which four fifths have one."""
+    few = (THREADS, 2 * THREADS, 4 * THREADS)
+    busy = {t: t // unit_count * unit_count / t for t in few}
+    if unit_count > few[-1]:
+        return _power(unit_count)  # more than one unit a thread
+    return next((t for t in few if busy[t] >= 0.8), max(few, key=busy.__getitem__))
 
 
 def _text(kernel: QuantizeKernel) -> str:
@@ -106,16 +124,14 @@ def _text(kernel: QuantizeKernel) -> str:
     statistics = ", mean, spread" if reduction is not None else ""
     pieces.append(_function("value", f"row, row_mask, column, column_mask{statistics}{given}", emit(program, leaves)))
     pieces.append(_units_function(kernel, given, statistics))
-    kernels = _rows_kernel(kernel, reduction, given) if reduction is not None else _flat_kernel(kernel, given)
+    kernels = _flat_kernel(kernel, given) if reduction is None else _rows_kernel(kernel, reduction, given)
     pieces.append(kernels)
     shown = textwrap.indent(kernel.program or "x0 as it is", "    ")
     name = "HiF4" if kernel.bits == 4 else "int8"
     what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
     needed = [f"to_{kernel.format}", f"store_{kernel.format}", "fours", *(["hadamard"] if kernel.block else [])]
-    if kernel.maxima:
-        what, needed[:2] = "The largest magnitude of each unit, as bits." + what.partition(".")[2], ["group_maxima"]
-    elif kernel.span != 1:
-        needed[:2] = ["to_hif4_shared", "span_maximum", "store_hif4"]
+    if kernel.span != 1:
+        needed[0:1] = ["group_maxima", "span_maximum", "encoded"]
     return source.module_text(what, needed, "\n\n\n".join(pieces))
 
 
@@ -145,18 +161,18 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
         f"    words, found = to_{kernel.format}(parts, T{rounding})\n"
         f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
     )
-    if kernel.maxima:
-        converted = "    groups, most = group_maxima(parts, T)\n    tl.store(maxima + unit, most, mask=mask)"
-    elif kernel.span != 1:
+    constants = "T: tl.constexpr"
+    if kernel.span != 1:
         converted = (
-            f"    most = span_maximum(maxima, unit, row, U, {kernel.span or 'U'}, mask, T)\n"
-            f"    words, found = to_hif4_shared(parts, most, T{rounding})\n"
+            "    maxima, most = group_maxima(parts, T)\n"
+            f"    most = span_maximum(most, U, {kernel.span or 'U'}, T, SPANS, WIDTH)\n"
+            f"    words, found = encoded(parts, maxima, most, T{rounding})\n"
             "    store_hif4(codes, scales, unit, mask, words, found, T)"
         )
-    results = _results(kernel)
+        constants = "U, T: tl.constexpr, SPANS: tl.constexpr, WIDTH: tl.constexpr"
     return (
-        f"@triton.jit\ndef quantize_units({results}, unit, row, first, mask, K{multiplier}{statistics}{given}, "
-        "T: tl.constexpr):\n"
+        f"@triton.jit\ndef quantize_units(codes, scales, unit, row, first, mask, K{multiplier}{statistics}{given}, "
+        f"{constants}):\n"
         "    parts = ()\n"
         f"    for i in tl.static_range({UNIT // kernel.width}):\n"
         f"        column = first[:, None] + (i * {kernel.width} + tl.arange(0, {kernel.width}))[None, :]\n"
@@ -167,47 +183,63 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
     )
 
 
-def _results(kernel: QuantizeKernel) -> str:
-    """Return the arguments for what a kernel writes, and reads of a span."""
-    if kernel.maxima:
-        return "maxima"
-    return "codes, scales" + (", maxima, U" if kernel.span != 1 else "")
-
-
 def _signature(kernel: QuantizeKernel, constants: Sequence[str]) -> str:
-    parameters = [*kernel.parameters(), *(f"{name}: tl.constexpr" for name in constants)]
+    spans = ["SPANS", "WIDTH"] if kernel.span != 1 else []
+    parameters = [*kernel.parameters(), *(f"{name}: tl.constexpr" for name in (*constants, *spans))]
     return f"@triton.jit\ndef kernel({', '.join(parameters)}):"
 
 
-def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
+def _converted(kernel: QuantizeKernel, rest: str) -> str:
+    """Return the call that quantizes a unit for each thread."""
     multiplier = ", multiplier" if kernel.multiplier else ""
+    spans = ", T" if kernel.span == 1 else ", U, T, SPANS, WIDTH"
+    return f"quantize_units(codes, scales, unit, unit_row, first, mask, K{multiplier}{rest}{spans})"
+
+
+_LOCAL = """local_row = local // U
+{0}first = (local - local_row * U) * 64
+{0}unit = start * U + local
+{0}unit_row = start + local_row
+{0}mask = (unit_row < rows)"""
+"""Whole rows: where each thread stands."""
+
+
+def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
+    if kernel.span != 1:
+        return f"""{_signature(kernel, ["T", "ROWS"])}
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    local = tl.arange(0, T)
+    {_LOCAL.format("    ")} & (local_row < ROWS)
+    {_converted(kernel, given)}"""
     return f"""{_signature(kernel, ["T"])}
     unit = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    row = unit // U
-    mask = row < rows
-    first = ((unit - row * U) * 64).to(tl.int32)
-    quantize_units({_results(kernel)}, unit, row, first, mask, K{multiplier}{given}, T)"""
+    unit_row = unit // U
+    mask = unit_row < rows
+    first = ((unit - unit_row * U) * 64).to(tl.int32)
+    {_converted(kernel, given)}"""
 
 
 def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
-    multiplier, results = ", multiplier" if kernel.multiplier else "", _results(kernel)
     if reduction.function == "layer_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + {float(reduction.arguments[3])!r})"  # type: ignore[arg-type]
     elif reduction.function == "rms_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + mean * mean + {float(reduction.arguments[2])!r})"  # type: ignore[arg-type]
     else:
         spread = "spread = squares"
-    return f"""{_signature(kernel, ["T", "ROWS", "COLUMNS"])}
+    # With spans ROWS is no power of two: the last rows of a block of threads are those of the next one.
+    inside = "" if kernel.span == 1 else " & (local_row < ROWS)"
+    statistics = "local_row" if kernel.span == 1 else "tl.minimum(local_row, ROWS - 1)"
+    return f"""{_signature(kernel, ["T", "ROWS", "ROWS_UP", "COLUMNS"])}
     start = tl.program_id(0).to(tl.int64) * ROWS
     lane = tl.arange(0, COLUMNS)[None, :]
-    row = (start + tl.arange(0, ROWS))[:, None]
+    row = (start + tl.arange(0, ROWS_UP))[:, None]
     row_mask = row < rows
-    means = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    means = tl.zeros((ROWS_UP, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS_UP, COLUMNS), tl.float32)
     for step in range(0, tl.cdiv(K, COLUMNS)):
         column = step * COLUMNS + lane
         column_mask = row_mask & (column < K)
-        x = tl.broadcast_to(reduced(row, row_mask, column, column_mask{given}), (ROWS, COLUMNS))
+        x = tl.broadcast_to(reduced(row, row_mask, column, column_mask{given}), (ROWS_UP, COLUMNS))
         difference = x - means
         share = 1.0 / (step + 1)
         moved = means + difference * share
@@ -217,16 +249,12 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
     mean = tl.sum(means * count, axis=1) / K
     squares = tl.sum(squares + count * (means - mean[:, None]) * (means - mean[:, None]), axis=1)
     {spread}
-    for tile in range(0, ROWS * U // T):
+    for tile in range(0, tl.cdiv(ROWS * U, T)):
         local = tile * T + tl.arange(0, T)
-        local_row = local // U
-        unit = start * U + local
-        first = (local - local_row * U) * 64
-        unit_row = start + local_row
-        mask = unit_row < rows
-        unit_mean = tl.gather(mean, local_row, axis=0)[:, None]
-        unit_spread = tl.gather(spread, local_row, axis=0)[:, None]
-        quantize_units({results}, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
+        {_LOCAL.format("        ")}{inside}
+        unit_mean = tl.gather(mean, {statistics}, axis=0)[:, None]
+        unit_spread = tl.gather(spread, {statistics}, axis=0)[:, None]
+        {_converted(kernel, f", unit_mean, unit_spread{given}")}"""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -240,10 +268,9 @@ def kernel_for(
     bits: int = 4,
     span: int = 1,
     rounding: int = 0,
-    maxima: bool = False,
 ) -> QuantizeKernel:
     """Return the kernel of a key; its text is made once."""
-    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, rounding, maxima)
+    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, rounding)
 
 
 def describe(
@@ -255,7 +282,6 @@ def describe(
     bits: int = 4,
     span: int = 1,
     rounding: int = 0,
-    maxima: bool = False,
 ) -> tuple[QuantizeKernel, list[Operand]]:
     """Return the kernel for some inputs, and how they are passed."""
     operands = [operand(f"x{i}", value, shape) for i, value in enumerate(inputs)]
@@ -263,7 +289,7 @@ def describe(
     # 16 bytes at once of the input that is read most; other widths follow it.
     full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
     width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
-    form = (multiplier is not None, block, width, bits, span, rounding, maxima)
+    form = (multiplier is not None, block, width, bits, span, rounding)
     return kernel_for(program, leaves, shape[-1] % UNIT == 0, *form), operands
 
 
@@ -279,17 +305,13 @@ def call(
         return (codes, scales), []
     rounding = span // ROUNDED if bits == 4 else 0
     span = units_of(span) if bits == 4 and count > 1 else 1
-    shared = [torch.empty_like(scales)] if span != 1 else []
-
-    def launch(maxima: bool) -> Call:
-        kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding, maxima)
-        constants = kernel.constants(count)
-        per_block = constants.get("ROWS")
-        blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
-        results = shared if maxima else [codes.view(torch.int32), scales, *shared]
-        values = [*results, rows, k, count, *([multiplier] if multiplier is not None else [])]
-        values += [value for o in operands for value in o.values]
-        arguments = dict(zip(kernel.parameters(), values, strict=True))
-        return Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=THREADS // 32, exact=True)
-
-    return (codes, scales), [launch(maxima) for maxima in ([True, False] if shared else [False])]
+    kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding)
+    constants = kernel.constants(count)
+    per_block = constants.get("ROWS")
+    blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
+    values = [codes.view(torch.int32), scales, rows, k, count, *([multiplier] if multiplier is not None else [])]
+    values += [value for o in operands for value in o.values]
+    arguments = dict(zip(kernel.parameters(), values, strict=True))
+    # Wide rows have a few units a thread, since a block has at most 16 warps of them.
+    warps = min(constants["T"] // 32, 16)
+    return (codes, scales), [Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=warps, exact=True)]

@@ -1,8 +1,10 @@
 """Units that share a level-1 scale, in the interpreter: the reference's bits; products take such operands as any."""
 
+import dataclasses
+
 import pytest
 import torch
-from tahf4_compiler.backends.triton import call
+from tahf4_compiler.backends.triton import call, quantize
 
 from tahf4_compiler import FormatError
 from tahf4_compiler.format import hif4
@@ -44,11 +46,34 @@ def test_codes_and_scales_are_bit_for_bit_those_of_the_reference(k, block, dtype
         same(triton.quantize(*given), reference.quantize(*given))
 
 
+@pytest.mark.parametrize(
+    ("rows", "units"),
+    [
+        pytest.param(rows, units, marks=() if units in (24, 600) else pytest.mark.slow)
+        for rows, units in ((40, 4), (12, 24), (7, 80), (6, 100), (3, 600))
+    ],
+)
 @pytest.mark.parametrize("span", SPANS)
-def test_spans_that_lie_in_several_blocks_of_threads(span):
-    x = wide(40, 200)  # 160 units: a block has 128
+def test_blocks_of_threads_take_whole_rows(rows, units, span):
+    """Of 128 threads, 5 rows of 24 units leave 8 without one; rows of 600 have several units a thread."""
+    x = wide(rows, 64 * units - 7)
     same(triton.quantize(x, None, 0, 4, span), reference.quantize(x, None, 0, 4, span))
-    same(triton.quantize(x, None, 0, 8, span), reference.quantize(x, None, 0, 8))
+    if units < 600:
+        same(triton.quantize(x, None, 0, 8, span), reference.quantize(x, None, 0, 8))
+        norm = "v0: float32 = layer_norm(x0, None, None, 1e-06)\nv1: float32 = add(v0, 1)"
+        given = ([torch.randint(-9, 9, x.shape).float()], norm, None, 0, 4, span)
+        found, wanted = (f.fused_quantize(*given) for f in (triton, reference))
+        assert hif4.holds_span(hif4.Packed(*found, x.shape[-1]), span)
+        assert (found[0] != wanted[0]).float().mean() < 1e-2
+
+
+@pytest.mark.parametrize("program", ["", "v0: float32 = layer_norm(x0, None, None, 1e-06)"])
+def test_a_block_of_threads_writes_no_row_that_it_has_in_part(program):
+    """The interpreter runs blocks one after the other, so the next one would hide it."""
+    (_, scales), (launch,) = quantize.call([wide(12, 64 * 24)], program, None, 0, 4, 0)
+    scales.fill_(-1)
+    dataclasses.replace(launch, grid=(1,)).run()
+    assert (scales[:5] != -1).all() and (scales[5:] == -1).all()
 
 
 @pytest.mark.parametrize("span", SPANS)

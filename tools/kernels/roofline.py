@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ...backends.triton.quantize import threads_of_rows
 from ..staging import write_text
 from .chips import CHIPS, Chip
 from .wan import A14B, Model, Step, block_steps
@@ -28,12 +29,8 @@ RESOLUTIONS = (("480p (832 x 480), 81 frames", 32760), ("720p (1280 x 720), 81 f
 QUANTIZE_INSTRUCTIONS = {"norm": 37, "plain": 25}
 """Instructions a value, from the table of ``tahf4 kernels`` (sm_90)."""
 
-ROW_INSTRUCTIONS = {"norm": (27, 41), "plain": (15, 29)}
-"""The same for one level-1 scale a row: of the kernel that writes the largest magnitudes of units, and of the one that
-converts."""
-
-LOOK_INSTRUCTIONS = 9
-"""Instructions for which that one looks at one magnitude, for each unit at each of its row (sm_90)."""
+ROW_INSTRUCTIONS = {"norm": 40, "plain": 26}
+"""The same for one level-1 scale a row."""
 
 SCALE_INSTRUCTIONS = 3
 """Instructions for each output and unit on the int8 path: start of the accumulator and two fused multiply-adds. With
@@ -83,18 +80,14 @@ def _after(step: Step) -> int:
     return int("residual" in step.name)
 
 
-def _quantization(name: str, values: int, chip: Chip, kind: str = "plain") -> Part:
+def _quantization(name: str, rows: int, k: int, chip: Chip, kind: str = "plain", row: bool = False) -> Part:
+    values = rows * k
     lanes = values * QUANTIZE_INSTRUCTIONS[kind] / chip.lanes
+    if row:  # some threads have no unit
+        units = k // 64
+        threads = threads_of_rows(units)
+        lanes = values * ROW_INSTRUCTIONS[kind] * threads / (threads // units * units) / chip.lanes
     return Part(name, {"memory": values * (2 + HIF4) / chip.bandwidth, "lanes": lanes})
-
-
-def _row_quantization(name: str, rows: int, k: int, chip: Chip, kind: str) -> list[Part]:
-    values, units = rows * k, rows * (k // 64)
-    magnitudes, convert = ROW_INSTRUCTIONS[kind]
-    first = {"memory": (values * 2 + units * 4) / chip.bandwidth, "lanes": values * magnitudes / chip.lanes}
-    lanes = values * convert + units * (k // 64) * LOOK_INSTRUCTIONS
-    second = {"memory": (values * (2 + HIF4) + units * 4) / chip.bandwidth, "lanes": lanes / chip.lanes}
-    return [Part(f"{name}: magnitudes", first), Part(name, second)]
 
 
 def _w4a4(step: Step, chip: Chip, row: bool = False, library: bool = False) -> list[Part]:
@@ -102,9 +95,7 @@ def _w4a4(step: Step, chip: Chip, row: bool = False, library: bool = False) -> l
     m, k, n = step.rows, step.k, step.n
     if n == 0:
         kind = "norm" if "norm" in step.name else "plain"
-        if row:
-            return _row_quantization(step.name, m, k, chip, kind)
-        return [_quantization(step.name, m * k, chip, kind)]
+        return [_quantization(step.name, m, k, chip, kind, row)]
     path = "library" if library else chip.path
     wide = 2 if path == "bf16" else 1 + 4 / 64
     values = (m + n) * k
@@ -138,14 +129,14 @@ def _branched(step: Step, chip: Chip, rank: int) -> list[Part]:
     m, k, n = step.rows, step.k, step.n // step.linears
     if n == 0:
         norm = [Part(f"{step.name}: norm", {"memory": m * k * 4 / chip.bandwidth})] if "norm" in step.name else []
-        return [*norm, _quantization(step.name, m * k, chip)]
+        return [*norm, _quantization(step.name, m, k, chip)]
     alone = replace(step, n=n, name=step.name.replace("-> quantize", "").strip())
     down = {"memory": 2 * (m * k + k * rank + m * rank) / chip.bandwidth, "matrix": 2 * m * k * rank / chip.bf16}
     expand, product = _w4a4(alone, chip)
     up = {"memory": 2 * (m + n) * rank / chip.bandwidth, "matrix": 2 * m * n * rank / chip.bf16}
     with_up = {bound: least + up.get(bound, 0.0) for bound, least in product.seconds.items()}
     found = [Part(f"{alone.name}: x A", down), expand, Part(alone.name, with_up)] * step.linears
-    return found if alone.name == step.name else [*found, _quantization(step.name, m * n, chip)]
+    return found if alone.name == step.name else [*found, _quantization(step.name, m, n, chip)]
 
 
 def _bf16(step: Step, chip: Chip) -> list[Part]:

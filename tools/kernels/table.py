@@ -51,7 +51,7 @@ def entries(capability: int) -> list[Entry]:
                 name += " (few rows)" if tokens == SMALL_TOKENS else ""
                 name += f" ({model.name})" if model is not A14B else ""
                 if not span:
-                    name += " (span row, magnitudes)" if next(iter(call.arguments)) == "maxima" else " (span row)"
+                    name += " (span row)"
                 found.setdefault(_key(call), Entry(name, model, call))
     for call in attention_calls(A14B, TOKENS):
         found.setdefault(_key(call), Entry(f"attention in 8 bits: {ATTENTION[call.name]}", A14B, call))
