@@ -219,7 +219,9 @@ def test_a_model_that_was_unpacked_in_parts_is_saved_as_plain(tmp_path):
         tahf4.dequantize_(block)
     found = saved(model, tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert torch.equal(output(found(**inputs)), output(model(**inputs)))
+    torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
+    # MKL's sums depend on how a weight lies in memory, on AMD's processors.
+    torch.testing.assert_close(output(found(**inputs)), output(model(**inputs)))
 
 
 def test_a_shallow_copy_whose_model_is_gone_is_not_saved(tmp_path):

@@ -213,7 +213,9 @@ def test_branches_of_a_recipe_are_packed_while_loading_and_saved(tmp_path):
     settings = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert settings["format_version"] == 2, "an earlier tahf4 would leave the branches out, and must refuse the folder"
     again = type(model).from_pretrained(tmp_path / "packed")
-    assert equal(again, model) and torch.equal(output(again(**inputs)), output(model(**inputs)))
+    assert equal(again, model)
+    # MKL's sums depend on how a weight lies in memory, on AMD's processors.
+    torch.testing.assert_close(output(again(**inputs)), output(model(**inputs)))
     half = type(model).from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
     assert torch.equal(half.blocks[0].ffn.net[2].low_rank_a, model.blocks[0].ffn.net[2].low_rank_a.bfloat16())
     settings["linears"]["blocks.0.ffn.net.2"]["rank"] = 0
