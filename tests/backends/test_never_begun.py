@@ -51,6 +51,7 @@ def test_a_forward_that_is_disabled_is_said_once(how, caplog):
         assert message.startswith("Stack: 6 linears") and "blocks.2.up, ...)" in message
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.15", reason="PyTorch 2.15 compiles later calls")
 def test_a_mode_around_the_first_call_is_named_among_what_gives_no_reason(caplog):
     model, x = Stack(depth=2).eval(), torch.randn(4, 64)
     call = compiled(model, "whole")
@@ -293,6 +294,7 @@ def test_a_traced_model_is_said(caplog):
     assert "TopLevelTracedModule: nothing runs in 4 bits: it is TorchScript, of which PyTorch" in message
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.15", reason="PyTorch 2.15 compiles it")
 def test_the_method_of_a_module_of_pytorch_itself_is_said(caplog):
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3)))
     model.compile(backend="tahf4", options=GRAPH)
