@@ -205,4 +205,5 @@ def attend(
     if LSE:
         # The largest probability is 255. log2(0) and the largest of no scores are minus infinity.
         found = (most + tl.log2(total * 0.00392156862745098)) * 0.6931471805599453
-        tl.store(lse + head * rows + row, found, mask=(row < rows) & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:  # others have other channels of the same rows
+            tl.store(lse + head * rows + row, found, mask=row < rows)
