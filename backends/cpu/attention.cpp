@@ -27,8 +27,9 @@ struct Piece {
   explicit Piece(const Attention& x)
       : codes(std::max(x.units * kUnit, x.channels) * kUnit),
         scales(std::max(x.units * kUnit, x.channels) * 4),
+        packed(x.units * kUnit * kUnit / 2),
         turned(x.channels * kUnit * 4) {}
-  Buffer codes, scales, turned;
+  Buffer codes, scales, packed, turned;
 };
 
 const void* row_of(const Attention& x, const void* data, const int64_t* strides, int64_t heads, int64_t head, int64_t row) {
@@ -36,10 +37,25 @@ const void* row_of(const Attention& x, const void* data, const int64_t* strides,
   return static_cast<const char*>(data) + place * (x.dtype == kFloat32 ? 4 : 2);
 }
 
+// A unit of HiF4 as whole quarters of its level-1 scale: at most 28 in magnitude.
+void quarters(const uint8_t* packed, int32_t metadata, int8_t* out) {
+  for (int i = 0; i < kUnit; ++i) {
+    const int nibble = packed[i / 2] >> i % 2 * 4 & 15;
+    const int magnitude = (nibble & 7) << ((metadata >> (8 + i / 8) & 1) + (metadata >> (16 + i / 4) & 1));
+    out[i] = int8_t(nibble & 8 ? -magnitude : magnitude);
+  }
+}
+
 // Rotated rows of queries or keys.
 void quantize_rows(const Attention& x, const void* rows, int64_t stride, int64_t count, int isa, const Piece& piece) {
-  const Target target = {nullptr, x.block, x.norm, piece.codes.as<uint8_t>(), piece.scales.as<int32_t>(), 8};
+  uint8_t* const codes = (x.bits == 4 ? piece.packed : piece.codes).as<uint8_t>();
+  const Target target = {nullptr, x.block, x.norm, codes, piece.scales.as<int32_t>(), x.bits};
   tahf4_quantize(rows, x.dtype, count, x.width, stride, &target, isa, 1);
+  for (int64_t unit = 0; x.bits == 4 && unit < count * x.units; ++unit) {
+    const int32_t metadata = piece.scales.as<int32_t>()[unit];
+    quarters(codes + unit * code_bytes(4), metadata, piece.codes.as<int8_t>() + unit * kUnit);
+    piece.scales.as<float>()[unit] = scale_of(metadata) * 0.25f;
+  }
 }
 
 void make_keys(const Attention& x, int64_t head, int64_t tile, int isa, const Piece& piece, int8_t* panels,

@@ -74,7 +74,7 @@ class _Attention(ctypes.Structure):
         ("lse", _pointer),
         *((name, _int64) for name in ("batch", "heads", "key_heads", "rows", "keys", "width", "channels")),
         *(("block", _int64), ("units", _int64), ("norm", _float), ("factor", _float)),
-        *(("dtype", _int32), ("causal", _int32)),
+        *(("dtype", _int32), ("causal", _int32), ("bits", _int32)),
     ]
 
 
@@ -285,9 +285,10 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> Tensor:
     """See ``tahf4::attention``."""
-    return _attend(query, key, value, attn_mask, is_causal, scale, None)
+    return _attend(query, key, value, attn_mask, is_causal, scale, bits, None)
 
 
 def attention_lse(
@@ -298,10 +299,11 @@ def attention_lse(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """See ``tahf4::attention_lse``."""
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device="cpu")
-    return _attend(query, key, value, attn_mask, is_causal, scale, lse), lse
+    return _attend(query, key, value, attn_mask, is_causal, scale, bits, lse), lse
 
 
 def _attend(
@@ -311,6 +313,7 @@ def _attend(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    bits: int,
     lse: Tensor | None,
 ) -> Tensor:
     """Return an attention; ``lse``, minus infinity, is filled with its log-sum-exp."""
@@ -335,7 +338,7 @@ def _attend(
         *(out.data_ptr(), (_int64 * 4)(*out.stride()), _at(lse)),
         *(batch, heads, key.shape[1], rows, keys, width, channels, block, padded // hif4.UNIT),
         *(1 / math.sqrt(block), (width**-0.5 if scale is None else scale) / math.log(2)),
-        *(DTYPES[query.dtype], is_causal),
+        *(DTYPES[query.dtype], is_causal, bits),
     )
     build.loaded().tahf4_attention(ctypes.byref(struct), _isa(), torch.get_num_threads())
     return out.to(query.dtype)

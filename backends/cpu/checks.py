@@ -149,9 +149,10 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> None:
     """See ``tahf4::attention``."""
-    ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     on_cpu("attention", query, key, value, attn_mask)
 
 

@@ -211,6 +211,7 @@ struct Attention {
   int64_t block, units;      // of the rotation; of 64 in the width
   float norm, factor;        // of the rotation; of the scores
   int32_t dtype, causal;
+  int32_t bits;              // of queries and keys: 8, or 4 (HiF4)
 };
 
 // Keys and values for dots with 64 keys, or channels, at a time.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...format.hif4 import UNIT, units
 from ...format.transforms import hadamard_block
 from ...ops.attention import MOST_CHANNELS, check_attention, empty_result
-from . import quantize, source
+from . import expand, quantize, source
 from .call import Call
 
 __all__ = ["AttentionTile", "calls", "tile_for"]
@@ -54,6 +54,7 @@ def calls(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
     *,
     lse: Tensor | None = None,
     tile: AttentionTile | None = None,
@@ -69,19 +70,20 @@ def calls(
         is_causal: likewise.
         scale: likewise.
         enable_gqa: likewise.
+        bits: likewise.
         lse: float32 ``[B, H, L]``, which the last launch fills with the log-sum-exp, or None.
         tile: in place of the default.
         exact: whether to round as the reference does, for its bits; slower.
     """
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     batch, heads, rows, width = query.shape
     keys, channels = key.shape[2], value.shape[3]
     out = empty_result(query, value)
     if out.numel() == 0:
         return out, []
     block = hadamard_block(width, MOST_CHANNELS)
-    (q, q_scales), before = quantize.call([query], "", None, block, 8)
-    (k, k_scales), launches = quantize.call([key], "", None, block, 8)
+    (q, q_scales), before = _rows(query, block, bits)
+    (k, k_scales), launches = _rows(key, block, bits)
     before += launches
     (v, v_scales, v_starts), launches = _values(value)
     before += launches
@@ -111,6 +113,15 @@ def calls(
 def text() -> str:
     """Return the file of all kernels."""
     return source.module_text("Attention in 8 bits.", ["quantize_values", "attend"], "")
+
+
+def _rows(x: Tensor, block: int, bits: int) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return codes int8 ``[.., units * 64]`` and scales ``[.., units]`` of queries or keys, and their launches."""
+    (codes, scales), launches = quantize.call([x], "", None, block, bits)
+    if bits == 8 or codes.numel() == 0:
+        return (codes, scales), launches
+    wide, last = expand.expand(codes.view(-1, UNIT // 2), scales.view(-1, 1), "int8")  # a row for each unit
+    return (wide[0], wide[1]), [*launches, last]
 
 
 def _values(value: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list[Call]]:

@@ -54,6 +54,18 @@ def test_bits_are_those_of_the_reference(instruction_set, dtype, rows, keys, cha
     assert_same(own.attention(*given), reference(*given))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [64, 128, 96, 40])
+def test_with_queries_and_keys_in_hif4_too(instruction_set, dtype, channels):
+    q, k, v = operands(channels=channels, dtype=dtype)
+    q[0, 0, 2, 5], k[1, 0, 149, 0] = torch.nan, torch.inf
+    assert_same(own.attention(q, k, v, bits=4), reference(q, k, v, bits=4))
+    for got, wanted in zip(own.attention_lse(q, k, v, bits=4), with_lse(q, k, v, bits=4), strict=True):
+        assert_same(got, wanted)
+    for factor in (1e-20, 1e-3, 30.0, 1e4):  # below and above what a level-1 scale reaches
+        assert_same(own.attention(q * factor, k, v, bits=4), reference(q * factor, k, v, bits=4))
+
+
 def test_masks_scales_and_shared_heads(instruction_set):
     given = operands(heads=6, shared=3)
     generator = torch.Generator().manual_seed(1)

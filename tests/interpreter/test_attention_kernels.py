@@ -26,8 +26,8 @@ def operands(rows=40, keys=150, channels=64, heads=2, shared=1, values=None, dty
     return draw(rows, heads, channels), draw(keys, few, channels), draw(keys, few, values or channels)
 
 
-def exact(*args, tile=SMALL):
-    out, calls = kernels.calls(*args, tile=tile, exact=True)
+def exact(*args, tile=SMALL, **kwargs):
+    out, calls = kernels.calls(*args, tile=tile, exact=True, **kwargs)
     run(calls)
     return out
 
@@ -57,6 +57,20 @@ def error(got, wanted):
 def test_with_its_roundings_it_gives_the_bits_of_the_reference(rows, keys, channels, values, dtype):
     given = operands(rows, keys, channels, values=values, dtype=dtype)
     assert_same(exact(*given), reference(*given))
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "channels", "dtype"),
+    [(1, 1, 64, torch.float32), (33, 65, 128, torch.bfloat16), (40, 129, 96, torch.float32), (5, 70, 40, torch.float16)],
+)
+def test_with_queries_and_keys_in_hif4_too(rows, keys, channels, dtype):
+    q, k, v = operands(rows, keys, channels, dtype=dtype, heads=4, shared=2)
+    more = {"enable_gqa": True, "scale": 0.3, "bits": 4}
+    assert_same(exact(q, k, v, **more), reference(q, k, v, **more))
+    q[0, 1, 0, 5], k[0, 0, 0, 0] = torch.nan, torch.inf
+    assert_same(exact(q, k, v, **more), reference(q, k, v, **more))
+    lse = torch.ops.tahf4_triton.attention_lse(q, k, v, **more)[1]
+    torch.testing.assert_close(lse, torch.ops.tahf4.attention_lse(q, k, v, **more)[1], atol=1e-3, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
