@@ -19,14 +19,16 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..format import hif4, int8
-from ..format.transforms import hadamard_block, transform
+from ..format.transforms import hadamard_block
 from .define import operator
 from .observers import take
-from .reference import integers
+from .reference import integers, quantize
 
 __all__ = [
     "ATTENTIONS",
     "MOST_CHANNELS",
+    "as_bytes",
+    "attend_units",
     "attention",
     "attention_lse",
     "check_attention",
@@ -122,20 +124,42 @@ def _attend(
     check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     shared = query.shape[1] // max(1, key.shape[1])
     block = hadamard_block(query.shape[-1], MOST_CHANNELS)
-    q_codes, q_scales = _units(transform(query, None, block), bits)
-    k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in _units(transform(key, None, block), bits))
-    v_codes, v_scales = (part.repeat_interleave(shared, 1) for part in _units(value.transpose(-1, -2), 8))
+    k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in as_bytes(*quantize(key, None, block, bits)))
+    v_units = as_bytes(*int8.quantize(value.transpose(-1, -2)))
+    v_codes, v_scales = (part.repeat_interleave(shared, 1) for part in v_units)
+    return attend_units(query, (k_codes, k_scales), (v_codes, v_scales), attn_mask, is_causal, scale, bits)
+
+
+def attend_units(
+    query: Tensor,
+    k_units: tuple[Tensor, Tensor],
+    v_units: tuple[Tensor, Tensor],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute an attention, and its log-sum-exp, from keys and values that are quantized.
+
+    Args:
+        query: as for ``tahf4::attention``.
+        k_units: of as many heads as the query, as :func:`as_bytes` gives them: codes ``[B, H, S, units, 64]``.
+        v_units: likewise, ``[B, H, Ev, tiles, 64]``; the last tile may be filled up.
+        attn_mask: and the following, as for ``tahf4::attention``.
+    """
+    (k_codes, k_scales), (v_codes, v_scales) = k_units, v_units
+    q_codes, q_scales = as_bytes(*quantize(query, None, hadamard_block(query.shape[-1], MOST_CHANNELS), bits))
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)
-    tokens = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)[:, None]
-    added = _added(attn_mask, (*query.shape[:3], key.shape[2]))
+    tokens, key_count = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)[:, None], k_codes.shape[2]
+    added = _added(attn_mask, (*query.shape[:3], key_count))
 
     shape = (*query.shape[:3], 1)
     most = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
     total = torch.zeros_like(most)
-    out = torch.zeros((*shape[:3], value.shape[-1]), dtype=torch.float32, device=query.device)
+    out = torch.zeros((*shape[:3], v_codes.shape[2]), dtype=torch.float32, device=query.device)
     with torch.autocast(query.device.type, enabled=False):  # its cast would lose what is exact
         for tile in range(v_scales.shape[-1]):
-            keys = slice(tile * hif4.UNIT, min(key.shape[2], (tile + 1) * hif4.UNIT))
+            keys = slice(tile * hif4.UNIT, min(key_count, (tile + 1) * hif4.UNIT))
             scores = _scores(q_codes, q_scales * factor, k_codes[:, :, keys], k_scales[:, :, keys])
             if added is not None:
                 scores = scores + added[..., keys]
@@ -158,7 +182,7 @@ def _attend(
     out = torch.where(total == 0, 0.0, out / total)
     # The largest probability is 255. In float64, since logarithms round otherwise elsewhere.
     lse = most.to(torch.float64) * math.log(2) + (total.to(torch.float64) / 255).log()
-    return empty_result(query, value).copy_(out), lse.squeeze(-1).to(torch.float32)
+    return empty_result(query, out).copy_(out), lse.squeeze(-1).to(torch.float32)
 
 
 @torch.library.register_fake("tahf4::attention")
@@ -256,13 +280,15 @@ def check_attention(
         raise FormatError(f"attention got a mask of {attn_mask.dtype}; expected a boolean or a floating one")
 
 
-def _units(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return codes float32 ``[..., units, 64]`` and scales float32 ``[..., units]`` of ``[..., K]``."""
-    if bits == 4:
-        packed = hif4.quantize(x)
-        codes, scales = integers(packed.codes, packed.scales), hif4.level1_value(packed.scales) * 0.25
-    else:
-        codes, scales = int8.quantize(x)
+def as_bytes(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whole numbers float32 ``[..., units, 64]`` and their scales float32 ``[..., units]``.
+
+    Args:
+        codes: of an activation in 4 or 8 bits, as ``tahf4::quantize`` gives them.
+        scales: likewise.
+    """
+    if codes.dtype == torch.uint8:
+        codes, scales = integers(codes, scales), hif4.level1_value(scales) * 0.25
     return codes.to(torch.float32).unflatten(-1, (scales.shape[-1], hif4.UNIT)), scales
 
 

@@ -49,7 +49,7 @@ def test_a_model_takes_it_and_a_graph_runs_its_kernel(monkeypatch):
 def test_ring_takes_no_mask_and_nobody_a_derivative():
     config = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2))
     with pytest.raises(OptionError, match="ulysses_degree"):
-        backend._attention(*operands(), torch.ones(20, 70), _parallel_config=config)
+        backend._attention(*operands(), torch.ones(20, 70), _parallel_config=config, bits=8)
     with pytest.raises(GradientError, match="no_grad"):
         backend._backward(None, torch.ones(1))
 

@@ -61,7 +61,7 @@ def test_with_its_roundings_it_gives_the_bits_of_the_reference(rows, keys, chann
 
 @pytest.mark.parametrize(
     ("rows", "keys", "channels", "dtype"),
-    [(1, 1, 64, torch.float32), (33, 65, 128, torch.bfloat16), (40, 129, 96, torch.float32), (5, 70, 40, torch.float16)],
+    [(1, 1, 64, torch.float32), (33, 65, 128, torch.bfloat16), (9, 129, 96, torch.float32), (5, 70, 40, torch.float16)],
 )
 def test_with_queries_and_keys_in_hif4_too(rows, keys, channels, dtype):
     q, k, v = operands(rows, keys, channels, dtype=dtype, heads=4, shared=2)
@@ -69,8 +69,8 @@ def test_with_queries_and_keys_in_hif4_too(rows, keys, channels, dtype):
     assert_same(exact(q, k, v, **more), reference(q, k, v, **more))
     q[0, 1, 0, 5], k[0, 0, 0, 0] = torch.nan, torch.inf
     assert_same(exact(q, k, v, **more), reference(q, k, v, **more))
-    lse = torch.ops.tahf4_triton.attention_lse(q, k, v, **more)[1]
-    torch.testing.assert_close(lse, torch.ops.tahf4.attention_lse(q, k, v, **more)[1], atol=1e-3, rtol=0, equal_nan=True)
+    got, wanted = (ops.attention_lse(q, k, v, **more)[1] for ops in (torch.ops.tahf4_triton, torch.ops.tahf4))
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

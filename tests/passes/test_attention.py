@@ -50,7 +50,8 @@ def test_an_attention_becomes_one_of_8_bits(before, after, dtype, mask):
 
 
 def test_with_hif4_queries_and_keys_have_4_bits():
-    ran = assert_pass(text(SDPA), Attention(), text("tahf4.attention(q, k, v, None, False, None, False, 4)"), run=False, **HIF4)
+    after = text("tahf4.attention(q, k, v, None, False, None, False, 4)")
+    ran = assert_pass(text(SDPA), Attention(), after, run=False, **HIF4)
     assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): hif4"]
 
 
