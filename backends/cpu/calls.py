@@ -20,7 +20,10 @@ from . import build, checks
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
 
-__all__ = ["attention", "attention_lse", "fused_linear", "fused_quantize", "linear", "linear_quantize", "quantize"]
+__all__ = [
+    *("attention", "attention_lse", "attention_of_codes"),
+    *("fused_linear", "fused_quantize", "linear", "linear_quantize", "quantize"),
+]
 
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 Packed = tuple[Tensor, Tensor]
@@ -75,6 +78,7 @@ class _Attention(ctypes.Structure):
         *((name, _int64) for name in ("batch", "heads", "key_heads", "rows", "keys", "width", "channels")),
         *(("block", _int64), ("units", _int64), ("norm", _float), ("factor", _float)),
         *(("dtype", _int32), ("causal", _int32), ("bits", _int32)),
+        *((name, _pointer) for name in ("key_codes", "key_scales", "value_codes", "value_scales")),
     ]
 
 
@@ -317,31 +321,70 @@ def _attend(
     lse: Tensor | None,
 ) -> Tensor:
     """Return an attention; ``lse``, minus infinity, is filled with its log-sum-exp."""
-    (batch, heads, rows, width), keys, channels = query.shape, key.shape[2], value.shape[3]
-    if channels == width:  # as SDPA does
-        out = torch.empty_like(query, dtype=torch.float32)
-    else:
-        out = torch.empty((batch, heads, rows, channels), dtype=torch.float32, device="cpu")
-    if not keys:
-        out.zero_()
-    if not keys or 0 in (batch, heads, rows) or (not channels and lse is None):
+    out, keys = _result(query, value.shape[3], key.shape[2]), key.shape[2]
+    if not keys or 0 in query.shape[:3] or (not value.shape[3] and lse is None):
         return out.to(query.dtype)
-    held = [x.resolve_neg() for x in (query, key, value)]
-    held = [x if x.stride(3) == 1 else x.contiguous() for x in held]
-    bias = _added(attn_mask, (batch, heads, rows, keys)) if attn_mask is not None else None
-    padded = hif4.units(width) * hif4.UNIT
-    block = padded & -padded
-    struct = _Attention(
-        *(x.data_ptr() for x in held),
-        *((_int64 * 3)(*x.stride()[:3]) for x in held),
-        *(_at(bias), (_int64 * 4)(*(bias.stride() if bias is not None else ()))),
-        *(out.data_ptr(), (_int64 * 4)(*out.stride()), _at(lse)),
-        *(batch, heads, key.shape[1], rows, keys, width, channels, block, padded // hif4.UNIT),
-        *(1 / math.sqrt(block), (width**-0.5 if scale is None else scale) / math.log(2)),
-        *(DTYPES[query.dtype], is_causal, bits),
-    )
+    held = [_rows(x) for x in (query, key, value)]
+    bias = _added(attn_mask, (*query.shape[:3], keys)) if attn_mask is not None else None
+    struct = _described(held[0], out, key.shape[1], keys, scale, bits)
+    struct.k, struct.v, struct.mask, struct.lse = held[1].data_ptr(), held[2].data_ptr(), _at(bias), _at(lse)
+    struct.k_strides, struct.v_strides = ((_int64 * 3)(*x.stride()[:3]) for x in held[1:])
+    struct.mask_strides = (_int64 * 4)(*(bias.stride() if bias is not None else ()))
+    struct.causal = is_causal
     build.loaded().tahf4_attention(ctypes.byref(struct), _isa(), torch.get_num_threads())
     return out.to(query.dtype)
+
+
+def attention_of_codes(
+    query: Tensor,
+    key_codes: Tensor,
+    value_codes: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """See ``tahf4::attention_of_codes``."""
+    keys = key_codes.shape[2]
+    out = _result(query, value_codes.shape[3], keys)
+    if not keys or not out.numel():
+        return out.to(query.dtype)
+    row = _rows(query)
+    struct = _described(row, out, query.shape[1], keys, scale, 8 if key_codes.dtype == torch.int8 else 4)
+    held = [x.contiguous() for x in (key_codes, key_scales, value_codes, value_scales)]
+    struct.key_codes, struct.key_scales, struct.value_codes, struct.value_scales = (x.data_ptr() for x in held)
+    build.loaded().tahf4_attention(ctypes.byref(struct), _isa(), torch.get_num_threads())
+    return out.to(query.dtype)
+
+
+def _result(query: Tensor, channels: int, keys: int) -> Tensor:
+    """Return an empty result of an attention in float32, or zeros without keys: in memory as SDPA's."""
+    if channels == query.shape[3]:
+        out = torch.empty_like(query, dtype=torch.float32)
+    else:
+        out = torch.empty((*query.shape[:3], channels), dtype=torch.float32, device="cpu")
+    return out if keys else out.zero_()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return rows as they lie, where their channels are contiguous."""
+    x = x.resolve_neg()
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _described(
+    query: Tensor, out: Tensor, key_heads: int, keys: int, scale: float | None, bits: int
+) -> _Attention:
+    """Return what does not say where keys and values come from."""
+    batch, heads, rows, width = query.shape
+    padded = hif4.units(width) * hif4.UNIT
+    block = padded & -padded
+    return _Attention(
+        q=query.data_ptr(), q_strides=(_int64 * 3)(*query.stride()[:3]),
+        out=out.data_ptr(), out_strides=(_int64 * 4)(*out.stride()),
+        batch=batch, heads=heads, key_heads=key_heads, rows=rows, keys=keys, width=width, channels=out.shape[3],
+        block=block, units=padded // hif4.UNIT, norm=1 / math.sqrt(block),
+        factor=(width**-0.5 if scale is None else scale) / math.log(2), dtype=DTYPES[query.dtype], bits=bits,
+    )  # fmt: skip
 
 
 def _added(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

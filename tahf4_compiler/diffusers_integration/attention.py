@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from diffusers.models import attention_dispatch as dispatch
 from torch import Tensor
 
@@ -84,10 +83,12 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bi
 
     Each rank has as many tokens ``[B, tokens, heads, channels]``, in the order of the ranks.
     """
+    from ..torch_private.collectives import largest_of_ranks  # there are builds of PyTorch without torch.distributed
+
     group, ranks = config._ring_mesh.get_group(), config.ring_degree
     first, all_tokens = config._ring_local_rank * key.shape[1], ranks * key.shape[1]
     # A scale of values is for 64 tokens, which several ranks may have.
-    most = funcol.all_reduce(value_maxima(value, first, units(all_tokens)), "max", group)
+    most = largest_of_ranks(value_maxima(value, first, units(all_tokens)), group)
     v_codes, v_scales = value_codes(value, first, most)
     k_codes, k_scales = key_codes(key, bits)
     k_codes, v_codes, k_scales = _all_gathered((k_codes, v_codes, k_scales), ranks, group)
@@ -97,8 +98,10 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bi
 
 def _all_gathered(parts: Sequence[Tensor], ranks: int, group: Any) -> list[Tensor]:
     """Return tensors ``[B, tokens, ..]`` with the tokens of all ranks, which are sent at once."""
+    from ..torch_private.collectives import gathered_of_ranks
+
     flat = [part.contiguous().view(torch.uint8).flatten() for part in parts]
-    found = funcol.all_gather_tensor(torch.cat(flat), 0, group).view(ranks, -1)
+    found = gathered_of_ranks(torch.cat(flat), group).view(ranks, -1)
     pieces = zip(parts, found.split([len(x) for x in flat], 1), strict=True)
     whole = (piece.contiguous().view(part.dtype).view(ranks, *part.shape) for part, piece in pieces)
     return [x.transpose(0, 1).flatten(1, 2) for x in whole]
