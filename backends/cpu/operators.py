@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ops import attention_codes, fused  # noqa: F401  (they define torch.ops.tahf4)
-from ...ops.attention import ATTENTIONS
+from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
+from ...ops.attention_codes import ATTENTIONS
 from ...ops.define import define, refuse_derivatives
 from ...ops.registry import arguments, in_16_bits, register_kernel
 from . import build, calls, checks

@@ -25,7 +25,6 @@ from .observers import take
 from .reference import integers, quantize
 
 __all__ = [
-    "ATTENTIONS",
     "MOST_CHANNELS",
     "as_bytes",
     "attend_units",
@@ -106,9 +105,6 @@ def attention_lse(
         FormatError: as ``tahf4::attention``.
     """
     return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)
-
-
-ATTENTIONS = (torch.ops.tahf4.attention.default, torch.ops.tahf4.attention_lse.default)
 
 
 def _attend(

@@ -17,7 +17,7 @@ from .attention import MOST_CHANNELS, as_bytes, attend_units, empty_result
 from .define import operator
 from .reference import activation_bits
 
-__all__ = ["attention_of_codes", "check_codes", "key_codes", "value_codes", "value_maxima"]
+__all__ = ["ATTENTIONS", "attention_of_codes", "check_codes", "key_codes", "value_codes", "value_maxima"]
 
 
 @operator
@@ -51,6 +51,12 @@ def attention_of_codes(
     v_units = as_bytes(filled.transpose(-1, -2), value_scales.transpose(-1, -2))
     bits = activation_bits(key_codes)
     return attend_units(query, as_bytes(key_codes, key_scales), v_units, None, False, scale, bits)[0]
+
+
+ATTENTIONS = tuple(
+    operator.default for operator in (torch.ops.tahf4.attention, torch.ops.tahf4.attention_lse, attention_of_codes)
+)
+"""The operators that compute attention."""
 
 
 @torch.library.register_fake("tahf4::attention_of_codes")

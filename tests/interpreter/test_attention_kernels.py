@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_parts import quantized
 from tahf4_compiler.backends.triton import attention as kernels
 from tahf4_compiler.backends.triton import run
 
@@ -71,6 +72,20 @@ def test_with_queries_and_keys_in_hif4_too(rows, keys, channels, dtype):
     assert_same(exact(q, k, v, **more), reference(q, k, v, **more))
     got, wanted = (ops.attention_lse(q, k, v, **more)[1] for ops in (torch.ops.tahf4_triton, torch.ops.tahf4))
     torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "keys", "channels", "values"), [(9, 130, 96, 24), (1, 1, 64, 130)])
+def test_keys_and_values_that_come_quantized(bits, rows, keys, channels, values):
+    q, k, v = operands(rows, keys, channels, values=values)
+    v[0, 1, 0, 3] = torch.inf
+    given = quantized(k, v, bits)
+    out, calls = kernels.calls_of_codes(q, *given, 0.3, tile=SMALL, exact=True)
+    run(calls)
+    assert_same(out, torch.ops.tahf4.attention_of_codes(q, *given, 0.3))
+    usual = torch.ops.tahf4_triton.attention_of_codes(q, *given, 0.3)
+    assert error(usual.nan_to_num(), out.nan_to_num()) < 3e-4
+    assert torch.ops.tahf4_triton.attention_of_codes(q[:, :, :0], *given).shape == (1, 2, 0, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
