@@ -84,6 +84,8 @@ def counted(monkeypatch):
 def ring(rank, size, tmp, monkeypatch, backend, of_unit):
     from diffusers import ContextParallelConfig
 
+    from tahf4_compiler.diffusers_integration import attention as ours
+
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     torch.manual_seed(0)
     first, inputs = wan(num_layers=1)
@@ -103,6 +105,11 @@ def ring(rank, size, tmp, monkeypatch, backend, of_unit):
     assert sent == {
         "gathered_of_ranks": [tokens * heads * (of_unit + 64)], "largest_of_ranks": [heads * 64 * 4],
     }  # fmt: skip
+    given = [torch.randn(2, 150, 3, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    config, mine = model._parallel_config.context_parallel_config, slice(rank * 75, rank * 75 + 75)
+    got = ours._gathered(*(x[:, mine] for x in given), None, ours.NAMES[backend], config)
+    whole = torch.ops.tahf4.attention(*(x.transpose(1, 2) for x in given), bits=ours.NAMES[backend])
+    assert torch.equal(got, whole.transpose(1, 2)[:, mine])
     # Blocks of 64 keys begin elsewhere where diffusers merges the attentions of ranks.
     assert torch.equal(found[1], found[0]) and 0 < relative(found[2], found[0]) < 5e-3
     assert torch.equal(found[3], found[0])
