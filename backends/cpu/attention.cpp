@@ -39,10 +39,24 @@ const void* row_of(const Attention& x, const void* data, const int64_t* strides,
 
 // A unit of HiF4 as whole quarters of its level-1 scale: at most 28 in magnitude.
 void quarters(const uint8_t* packed, int32_t metadata, int8_t* out) {
+  // Bytes that are all ones where an exponent bit doubles an element, four at a time.
+  uint32_t words[2][kUnit / 4];
+  for (int i = 0; i < kUnit / 4; ++i) {
+    words[0][i] = 0u - (uint32_t(metadata) >> (8 + i / 2) & 1);
+    words[1][i] = 0u - (uint32_t(metadata) >> (16 + i) & 1);
+  }
+  uint8_t nibbles[kUnit], twice[2][kUnit];
+  std::memcpy(twice, words, sizeof(twice));
+  for (int i = 0; i < kUnit / 2; ++i) {
+    nibbles[2 * i] = packed[i] & 15;
+    nibbles[2 * i + 1] = packed[i] >> 4;
+  }
   for (int i = 0; i < kUnit; ++i) {
-    const int nibble = packed[i / 2] >> i % 2 * 4 & 15;
-    const int magnitude = (nibble & 7) << ((metadata >> (8 + i / 8) & 1) + (metadata >> (16 + i / 4) & 1));
-    out[i] = int8_t(nibble & 8 ? -magnitude : magnitude);
+    uint8_t magnitude = nibbles[i] & 7;
+    magnitude = uint8_t(magnitude + (magnitude & twice[0][i]));
+    magnitude = uint8_t(magnitude + (magnitude & twice[1][i]));
+    const uint8_t sign = uint8_t(0 - (nibbles[i] >> 3));
+    out[i] = int8_t(uint8_t((magnitude ^ sign) - sign));
   }
 }
 

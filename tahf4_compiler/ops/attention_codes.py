@@ -53,8 +53,10 @@ def attention_of_codes(
     return attend_units(query, as_bytes(key_codes, key_scales), v_units, None, False, scale, bits)[0]
 
 
-ATTENTIONS = tuple(
-    operator.default for operator in (torch.ops.tahf4.attention, torch.ops.tahf4.attention_lse, attention_of_codes)
+ATTENTIONS = (
+    torch.ops.tahf4.attention.default,
+    torch.ops.tahf4.attention_lse.default,
+    torch.ops.tahf4.attention_of_codes.default,
 )
 """The operators that compute attention."""
 
