@@ -217,9 +217,9 @@ class CompiledGraph:
         decisions: list[Any] = [
             (a, names.setdefault(a.activation, len(names)) if a is not None else -1) for a in held
         ]
-        if self._options.attention == "int8":
-            stays = (attached_attention(weight) is not None for weight in weights)
-            decisions = list(zip(decisions, stays, strict=True))
+        if self._options.attention != "high_precision":
+            said = ((found := attached_attention(weight)) and found.decision for weight in weights)
+            decisions = list(zip(decisions, said, strict=True))
         if self._piece:
             where, keep = self._captured.surroundings, self._options.keep
             paths = [where.path(weight) or name for weight, name in zip(weights, self._weights.values(), strict=True)]

@@ -1,9 +1,9 @@
-"""Compute attention with operands of 8 bits."""
+"""Compute attention with operands of 8 bits, or with queries and keys in HiF4."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import fx
 
 from ..errors import FormatError
 from ..graph.nodes import module_classes, size_hint
-from ..model.attachments import attached_attention
+from ..model.attachments import Attachment, attached_attention
 from ..model.linears import module_around
 from ..model.reasons import Cause, Reason
 from ..ops import check_attention
@@ -22,12 +22,16 @@ from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, Decision, decisions_of
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-INT8 = torch.ops.tahf4.attention.default
+EIGHT_BITS = torch.ops.tahf4.attention.default
+BITS = {"int8": 8, "hif4": 4}
+"""Of queries and keys, by the value of the option ``attention``."""
 
 
 @dataclass(frozen=True)
 class Attention(Pass):
     """Rewrite every ``aten.scaled_dot_product_attention`` that can run in 8 bits, with ``{"attention": "int8"}``.
+
+    With ``{"attention": "hif4"}`` its queries and keys are in HiF4.
 
     Before::
 
@@ -35,11 +39,12 @@ class Attention(Pass):
 
     After::
 
-        y = tahf4.attention(q, k, v, mask, False, scale, False)
+        y = tahf4.attention(q, k, v, mask, False, scale, False, 8)
 
     An attention goes with the linears of its module: where none of them runs in 4 bits, because the user keeps them, a
     recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. So it does
-    where a recipe measured its error and found it too large. The report has a line for each attention.
+    where a recipe measured its error and found it too large. Where only that with HiF4 is too large, it runs in int8.
+    The report has a line for each attention.
 
     Attributes:
         min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
@@ -53,25 +58,27 @@ class Attention(Pass):
         """Rewrite in place."""
         graph, modified = graph_module.graph, False
         found = list(graph.find_nodes(op="call_function", target=SDPA))
-        if found and context.options.attention != "int8":
+        if found and context.options.attention not in BITS:
             context.note(f"{len(found)} in high precision: not asked for, options={{'attention': 'int8'}}")
             return PassResult(graph_module, False)
         chosen = _chosen_by_diffusers(context)
         for node in found:
             given = _arguments(node)
             reason = chosen or self._said(node, context) or self._obstacle(node, given)
+            kind, why = _kind(node, context)
             if reason is None:
                 with graph.inserting_before(node):
-                    new = call(node, INT8, tuple(value for name, value in given.items() if name != "dropout_p"))
+                    operands = (value for name, value in given.items() if name != "dropout_p")
+                    new = call(node, EIGHT_BITS, (*operands, BITS[kind]))
                 forced = context.options.kernels == "reference"
-                if not forced and dispatch(INT8, new).name == "reference":
+                if not forced and dispatch(EIGHT_BITS, new).name == "reference":
                     graph.erase_node(new)
                     device = given["query"].meta["val"].device
                     reason = Reason(Cause.OTHER, f"kernel: there is none for {device} here")
                 else:
                     self._put(node, new, context)
                     modified = True
-            context.note(f"{_words(node, given)}: {f'high precision, {reason}' if reason else 'int8'}")
+            context.note(f"{_words(node, given)}: {f'high precision, {reason}' if reason else f'{kind}{why}'}")
         return PassResult(graph_module, modified)
 
     def _put(self, node: fx.Node, new: fx.Node, context: Context) -> None:
@@ -85,9 +92,8 @@ class Attention(Pass):
         linears = list(linears_around(node))
         if linears and all(_in_high_precision(linear) for linear in linears):
             return Reason(linears[0].cause, f"its linears stay: {linears[0].reason}")
-        weights = (context.inputs[linear.weight_index] for linear in linears if linear.weight_index >= 0)
-        found = (attached_attention(weight) for weight in weights)
-        return next((Reason(Cause.SENSITIVITY, said.reason) for said in found if said is not None), None)
+        stays = (said for said in _attached(linears, context) if said.decision == "high_precision")
+        return next((Reason(Cause.SENSITIVITY, said.reason) for said in stays), None)
 
     def _obstacle(self, node: fx.Node, given: dict[str, Any]) -> Reason | None:
         """Return why an attention cannot run in 8 bits, or None."""
@@ -128,6 +134,21 @@ def linears_around(node: fx.Node) -> Iterator[Decision]:
         if found:
             yield from (decision for other in found for decision in decisions_of(other))
             return
+
+
+def _attached(linears: Iterable[Decision], context: Context) -> Iterator[Attachment]:
+    """Yield what a recipe says about the attention of some linears."""
+    for linear in linears:
+        said = attached_attention(context.inputs[linear.weight_index]) if linear.weight_index >= 0 else None
+        if said is not None:
+            yield said
+
+
+def _kind(node: fx.Node, context: Context) -> tuple[str, str]:
+    """Return the value of the option ``attention`` that an attention runs by, and why in words if it is another."""
+    kind = context.options.attention
+    said = next(_attached(linears_around(node), context), None) if kind == "hif4" else None
+    return (kind, "") if said is None else ("int8", f", {said.reason}")
 
 
 def _in_high_precision(linear: Decision) -> bool:

@@ -45,7 +45,7 @@ class ObserveAttention(Attention):
         beside = next(n for n in graph.find_nodes(op="placeholder") if _stands_for(n, weights[0]))
         handle = packed_input(graph, beside, PackedWeight(weights), "observer")
         with graph.inserting_after(node):
-            call(node, torch.ops.tahf4.observe_attention.default, (*new.args, node, handle))
+            call(node, torch.ops.tahf4.observe_attention.default, (*new.args[:-1], node, handle))
         graph.erase_node(new)
         context.matched(node)
 

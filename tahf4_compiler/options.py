@@ -27,7 +27,8 @@ __all__ = [
 
 WEIGHT_CHECKS = ("auto", "content", "version")
 KERNELS = ("best", "reference")
-ATTENTION = ("high_precision", "int8")
+ATTENTION = ("high_precision", "int8", "hif4")
+"""Of ``scaled_dot_product_attention``: as it is; operands of 8 bits; the same with queries and keys in HiF4."""
 ROUNDINGS = ("half_away", "bfloat16_half_away", "least_error")
 ACTIVATION_BITS = (4, 8, 16)
 """What an activation may have: HiF4; int8 with a float32 scale for each unit of 64 values; 16 bits, not quantized."""
@@ -56,7 +57,8 @@ class Options:
             level-1 scale of each unit among four by their error, and takes more time. A recipe's own comes first, and
             packed linears keep theirs.
         attention: ``"high_precision"``, or ``"int8"`` to run ``scaled_dot_product_attention`` with operands of 8 bits
-            where it can (see :class:`tahf4_compiler.passes.attention.Attention`).
+            where it can (see :class:`tahf4_compiler.passes.attention.Attention`), or ``"hif4"`` for queries and keys
+            in HiF4 there.
         passes: passes to add: instances or classes of :class:`tahf4_compiler.Pass`.
         disable_passes: names of passes to leave out.
         dump_dir: folder for graphs, plan and report of each compiled graph; by default ``TAHF4_DUMP_DIR``.

@@ -194,11 +194,13 @@ def test_errors_of_fake_tensors_are_told():
             x.nonzero()
 
 
-def test_the_sum_of_ranks_is_a_new_tensor(tmp_path):
+def test_results_of_collectives_are_new_tensors(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         part = torch.ones(3)
         whole = collectives.sum_of_ranks(part, torch.distributed.group.WORLD) + 1
         assert torch.equal(whole, torch.full((3,), 2.0)) and torch.equal(part, torch.ones(3))
+        for function in (collectives.largest_of_ranks, collectives.gathered_of_ranks):
+            assert torch.equal(function(part, torch.distributed.group.WORLD) + 1, whole)
     finally:
         torch.distributed.destroy_process_group()

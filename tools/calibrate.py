@@ -84,7 +84,10 @@ def calibrate(
     ] = None,
     attention: Annotated[
         str | None,
-        typer.Option(help="int8 measures each attention in 8 bits, and keeps what is above the tolerance as it is."),
+        typer.Option(
+            help="int8 measures each attention in 8 bits, and keeps what is above the tolerance as it is; hif4 "
+            "measures it with q and k in HiF4 as well."
+        ),
     ] = None,
     attention_tolerance: Annotated[
         float, typer.Option(min=0, help="Relative squared error of an attention's output.")
@@ -221,8 +224,10 @@ def _from_weights(
 def _attention_lines(expert: str, attentions: Mapping[str, AttentionEntry]) -> Iterator[str]:
     """Yield how many attentions may run in 8 bits, and the numbers of those of the greatest effect."""
     if attentions:
-        eight = sum(entry.decision == "int8" for entry in attentions.values())
-        yield f"{expert}: {eight} attentions may run in 8 bits, {len(attentions) - eight} stay in high precision"
+        low = [entry.decision for entry in attentions.values() if entry.decision != "high_precision"]
+        hif4 = f", {low.count('hif4')} of them with q and k in HiF4" if "hif4" in low else ""
+        high = len(attentions) - len(low)
+        yield f"{expert}: {len(low)} attentions may run in 8 bits{hif4}, {high} stay in high precision"
     for path in sorted(attentions, key=lambda p: -(attentions[p].effect or 0))[:5]:
         yield f"  {path}: {attentions[path].words}"
 

@@ -27,8 +27,9 @@ struct Piece {
   explicit Piece(const Attention& x)
       : codes(std::max(x.units * kUnit, x.channels) * kUnit),
         scales(std::max(x.units * kUnit, x.channels) * 4),
+        packed(x.units * kUnit * kUnit / 2),
         turned(x.channels * kUnit * 4) {}
-  Buffer codes, scales, turned;
+  Buffer codes, scales, packed, turned;
 };
 
 const void* row_of(const Attention& x, const void* data, const int64_t* strides, int64_t heads, int64_t head, int64_t row) {
@@ -36,16 +37,59 @@ const void* row_of(const Attention& x, const void* data, const int64_t* strides,
   return static_cast<const char*>(data) + place * (x.dtype == kFloat32 ? 4 : 2);
 }
 
+// A unit of HiF4 as whole quarters of its level-1 scale: at most 28 in magnitude.
+void quarters(const uint8_t* packed, int32_t metadata, int8_t* out) {
+  // Bytes that are all ones where an exponent bit doubles an element, four at a time.
+  uint32_t words[2][kUnit / 4];
+  for (int i = 0; i < kUnit / 4; ++i) {
+    words[0][i] = 0u - (uint32_t(metadata) >> (8 + i / 2) & 1);
+    words[1][i] = 0u - (uint32_t(metadata) >> (16 + i) & 1);
+  }
+  uint8_t nibbles[kUnit], twice[2][kUnit];
+  std::memcpy(twice, words, sizeof(twice));
+  for (int i = 0; i < kUnit / 2; ++i) {
+    nibbles[2 * i] = packed[i] & 15;
+    nibbles[2 * i + 1] = packed[i] >> 4;
+  }
+  for (int i = 0; i < kUnit; ++i) {
+    uint8_t magnitude = nibbles[i] & 7;
+    magnitude = uint8_t(magnitude + (magnitude & twice[0][i]));
+    magnitude = uint8_t(magnitude + (magnitude & twice[1][i]));
+    const uint8_t sign = uint8_t(0 - (nibbles[i] >> 3));
+    out[i] = int8_t(uint8_t((magnitude ^ sign) - sign));
+  }
+}
+
+// Units of queries or keys in 4 or 8 bits as bytes with scales in float32.
+void as_bytes(const Attention& x, const uint8_t* codes, const int32_t* scales, int64_t units, const Piece& piece) {
+  for (int64_t unit = 0; unit < units; ++unit) {
+    int8_t* const out = piece.codes.as<int8_t>() + unit * kUnit;
+    if (x.bits == 4) {
+      quarters(codes + unit * code_bytes(4), scales[unit], out);
+    } else if (codes != piece.codes.as<uint8_t>()) {
+      std::memcpy(out, codes + unit * kUnit, kUnit);
+    }
+    piece.scales.as<float>()[unit] = x.bits == 4 ? scale_of(scales[unit]) * 0.25f : bits_as<float>(scales[unit]);
+  }
+}
+
 // Rotated rows of queries or keys.
 void quantize_rows(const Attention& x, const void* rows, int64_t stride, int64_t count, int isa, const Piece& piece) {
-  const Target target = {nullptr, x.block, x.norm, piece.codes.as<uint8_t>(), piece.scales.as<int32_t>(), 8};
+  uint8_t* const codes = (x.bits == 4 ? piece.packed : piece.codes).as<uint8_t>();
+  const Target target = {nullptr, x.block, x.norm, codes, piece.scales.as<int32_t>(), x.bits};
   tahf4_quantize(rows, x.dtype, count, x.width, stride, &target, isa, 1);
+  as_bytes(x, codes, piece.scales.as<int32_t>(), count * x.units, piece);
 }
 
 void make_keys(const Attention& x, int64_t head, int64_t tile, int isa, const Piece& piece, int8_t* panels,
                int32_t* starts, float* scales) {
   const int64_t key = tile * kUnit, count = std::min<int64_t>(kUnit, x.keys - key), stride = x.units * kUnit;
-  quantize_rows(x, row_of(x, x.k, x.k_strides, x.key_heads, head, key), x.k_strides[2], count, isa, piece);
+  if (x.key_codes) {
+    const int64_t first = (head * x.keys + key) * x.units;
+    as_bytes(x, x.key_codes + first * code_bytes(x.bits), x.key_scales + first, count * x.units, piece);
+  } else {
+    quantize_rows(x, row_of(x, x.k, x.k_strides, x.key_heads, head, key), x.k_strides[2], count, isa, piece);
+  }
   for (int64_t unit = 0; unit < x.units; ++unit) {
     const int8_t* rows = piece.codes.as<int8_t>() + unit * kUnit;
     make_panel(rows, stride, count, panels + unit * kPanelBytes);
@@ -60,23 +104,34 @@ void make_keys(const Attention& x, int64_t head, int64_t tile, int isa, const Pi
 
 // Values lie token by token and are quantized channel by channel.
 template <class Bits>
-void turn(const Attention& x, const Bits* values, int64_t count, Bits* out) {
+void turn(const Attention& x, const Bits* values, int64_t stride, int64_t count, Bits* out) {
   for (int64_t channel = 0; channel < x.channels; ++channel)
     for (int64_t token = 0; token < kUnit; ++token)
-      out[channel * kUnit + token] = token < count ? values[token * x.v_strides[2] + channel] : 0;
+      out[channel * kUnit + token] = token < count ? values[token * stride + channel] : 0;
+}
+
+// Codes and scales of 64 tokens of values, channel by channel.
+void quantize_values(const Attention& x, int64_t head, int64_t tile, int64_t count, int isa, const Piece& piece) {
+  if (x.value_codes) {
+    const int64_t tiles = (x.keys + kUnit - 1) / kUnit;
+    const int8_t* codes = x.value_codes + (head * x.keys + tile * kUnit) * x.channels;
+    turn(x, codes, x.channels, count, piece.codes.as<int8_t>());
+    std::memcpy(piece.scales.data, x.value_scales + (head * tiles + tile) * x.channels, size_t(x.channels) * 4);
+    return;
+  }
+  const void* values = row_of(x, x.v, x.v_strides, x.key_heads, head, tile * kUnit);
+  if (x.dtype == kFloat32) {
+    turn(x, static_cast<const uint32_t*>(values), x.v_strides[2], count, piece.turned.as<uint32_t>());
+  } else {
+    turn(x, static_cast<const uint16_t*>(values), x.v_strides[2], count, piece.turned.as<uint16_t>());
+  }
+  const Target target = {nullptr, 0, 1.0f, piece.codes.as<uint8_t>(), piece.scales.as<int32_t>(), 8};
+  tahf4_quantize(piece.turned.data, x.dtype, x.channels, kUnit, kUnit, &target, isa, 1);
 }
 
 void make_values(const Attention& x, int64_t head, int64_t tile, int isa, const Piece& piece, int8_t* panels,
                  float* scales) {
-  const int64_t key = tile * kUnit, count = std::min<int64_t>(kUnit, x.keys - key);
-  const void* values = row_of(x, x.v, x.v_strides, x.key_heads, head, key);
-  if (x.dtype == kFloat32) {
-    turn(x, static_cast<const uint32_t*>(values), count, piece.turned.as<uint32_t>());
-  } else {
-    turn(x, static_cast<const uint16_t*>(values), count, piece.turned.as<uint16_t>());
-  }
-  const Target target = {nullptr, 0, 1.0f, piece.codes.as<uint8_t>(), piece.scales.as<int32_t>(), 8};
-  tahf4_quantize(piece.turned.data, x.dtype, x.channels, kUnit, kUnit, &target, isa, 1);
+  quantize_values(x, head, tile, std::min<int64_t>(kUnit, x.keys - tile * kUnit), isa, piece);
   for (int64_t channel = 0; channel < x.channels; channel += kUnit) {
     const int64_t lanes = std::min<int64_t>(kUnit, x.channels - channel);
     make_panel(piece.codes.as<int8_t>() + channel * kUnit, kUnit, lanes, panels + channel / kUnit * kPanelBytes);

@@ -17,10 +17,22 @@ from torch import Tensor
 from ...format import hif4
 from ...format.spans import MOST_UNITS, alone, units_of, with_units
 from . import build, checks
+from .attention_calls import at as _at
+from .attention_calls import attention, attention_lse, attention_of_codes
+from .attention_calls import isa as _isa
 from .build import instruction_set
 from .programs import DTYPES, MOST_INPUTS, Encoded, encode
 
-__all__ = ["attention", "attention_lse", "fused_linear", "fused_quantize", "linear", "linear_quantize", "quantize"]
+__all__ = [
+    "attention",
+    "attention_lse",
+    "attention_of_codes",
+    "fused_linear",
+    "fused_quantize",
+    "linear",
+    "linear_quantize",
+    "quantize",
+]
 
 _pointer, _int64, _int32, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 Packed = tuple[Tensor, Tensor]
@@ -62,20 +74,6 @@ class _Result(ctypes.Structure):
     """``struct Result``."""
 
     _fields_ = [("program", _pointer), ("inputs", _pointer), ("out", _pointer), ("dtype", _int32), ("target", _Target)]
-
-
-class _Attention(ctypes.Structure):
-    """``struct Attention``."""
-
-    _fields_ = [
-        *((name, _pointer) for name in ("q", "k", "v")),
-        *((name, _int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
-        *(("mask", _pointer), ("mask_strides", _int64 * 4), ("out", _pointer), ("out_strides", _int64 * 4)),
-        ("lse", _pointer),
-        *((name, _int64) for name in ("batch", "heads", "key_heads", "rows", "keys", "width", "channels")),
-        *(("block", _int64), ("units", _int64), ("norm", _float), ("factor", _float)),
-        *(("dtype", _int32), ("causal", _int32)),
-    ]
 
 
 class _Units:
@@ -277,82 +275,6 @@ def _fits(encoded: Encoded, inputs: Sequence[Tensor], shape: Sequence[int]) -> b
     return tuple(torch.broadcast_shapes(*(x.shape for x in read), (1,) * len(shape))) == tuple(shape)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """See ``tahf4::attention``."""
-    return _attend(query, key, value, attn_mask, is_causal, scale, None)
-
-
-def attention_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """See ``tahf4::attention_lse``."""
-    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32, device="cpu")
-    return _attend(query, key, value, attn_mask, is_causal, scale, lse), lse
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    lse: Tensor | None,
-) -> Tensor:
-    """Return an attention; ``lse``, minus infinity, is filled with its log-sum-exp."""
-    (batch, heads, rows, width), keys, channels = query.shape, key.shape[2], value.shape[3]
-    if channels == width:  # as SDPA does
-        out = torch.empty_like(query, dtype=torch.float32)
-    else:
-        out = torch.empty((batch, heads, rows, channels), dtype=torch.float32, device="cpu")
-    if not keys:
-        out.zero_()
-    if not keys or 0 in (batch, heads, rows) or (not channels and lse is None):
-        return out.to(query.dtype)
-    held = [x.resolve_neg() for x in (query, key, value)]
-    held = [x if x.stride(3) == 1 else x.contiguous() for x in held]
-    bias = _added(attn_mask, (batch, heads, rows, keys)) if attn_mask is not None else None
-    padded = hif4.units(width) * hif4.UNIT
-    block = padded & -padded
-    struct = _Attention(
-        *(x.data_ptr() for x in held),
-        *((_int64 * 3)(*x.stride()[:3]) for x in held),
-        *(_at(bias), (_int64 * 4)(*(bias.stride() if bias is not None else ()))),
-        *(out.data_ptr(), (_int64 * 4)(*out.stride()), _at(lse)),
-        *(batch, heads, key.shape[1], rows, keys, width, channels, block, padded // hif4.UNIT),
-        *(1 / math.sqrt(block), (width**-0.5 if scale is None else scale) / math.log(2)),
-        *(DTYPES[query.dtype], is_causal),
-    )
-    build.loaded().tahf4_attention(ctypes.byref(struct), _isa(), torch.get_num_threads())
-    return out.to(query.dtype)
-
-
-def _added(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return what a mask adds to the scores of a softmax to the base of 2."""
-    if mask.dtype == torch.bool:
-        zeros = torch.zeros(mask.shape, dtype=torch.float32, device="cpu")
-        values = zeros.masked_fill(mask.logical_not(), -math.inf)
-    else:
-        values = mask.to(torch.float32)
-    added, most = values.mul(1 / math.log(2)), torch.finfo(torch.float32).max
-    # A row of the least number of its dtype, which stands for padding, is no row of minus infinity.
-    return torch.where(values.isfinite(), added.clamp(-most, most), added).expand(shape)
-
-
 def _shared(span: int, units: int, bits: int = 4) -> int:
     """Return how many of so many units of a row share a scale; 0 if the dot of so many does not fit into an int32."""
     if span == 0 and units > MOST_UNITS:
@@ -362,11 +284,3 @@ def _shared(span: int, units: int, bits: int = 4) -> int:
 
 def _plain(values: Tensor | None) -> Tensor | None:
     return values.resolve_neg().to(torch.float32).contiguous() if values is not None else None
-
-
-def _at(values: Tensor | None) -> int | None:
-    return values.data_ptr() if values is not None else None
-
-
-def _isa() -> int:
-    return build.SETS.index(instruction_set())

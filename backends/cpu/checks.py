@@ -12,6 +12,7 @@ from ...errors import FormatError
 from ...format import hif4, int8
 from ...format.spans import alone, check_form, units_of
 from ...ops import fused
+from ...ops.attention_codes import check_codes
 from ...torch_private.tensors import under_modes
 from .programs import DTYPES, Encoded, encode
 
@@ -19,6 +20,7 @@ __all__ = [
     "as_rows",
     "attention",
     "attention_lse",
+    "attention_of_codes",
     "broadcast",
     "fused_linear",
     "fused_quantize",
@@ -149,13 +151,28 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> None:
     """See ``tahf4::attention``."""
-    ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     on_cpu("attention", query, key, value, attn_mask)
 
 
 attention_lse = attention
+
+
+def attention_of_codes(
+    query: Tensor,
+    key_codes: Tensor,
+    value_codes: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    scale: float | None = None,
+) -> None:
+    """See ``tahf4::attention_of_codes``."""
+    given = (query, key_codes, value_codes, key_scales, value_scales)
+    check_codes(*given)
+    on_cpu("attention_of_codes", *given)
 
 
 def _product(

@@ -211,6 +211,13 @@ struct Attention {
   int64_t block, units;      // of the rotation; of 64 in the width
   float norm, factor;        // of the rotation; of the scores
   int32_t dtype, causal;
+  int32_t bits;              // of queries and keys: 8, or 4 (HiF4)
+  // Keys and values that come quantized, in place of k and v, or null: [B, key_heads, keys, units * code_bytes(bits)] with
+  // [.., units], and [B, key_heads, keys, channels] with [B, key_heads, tiles, channels].
+  const uint8_t* key_codes;
+  const int32_t* key_scales;
+  const int8_t* value_codes;
+  const float* value_scales;
 };
 
 // Keys and values for dots with 64 keys, or channels, at a time.

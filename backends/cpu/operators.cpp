@@ -270,7 +270,7 @@ void tahf4_register() {
   static std::once_flag once;
   std::call_once(once, [] {
     for (const char* name : {"quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize", "attention",
-                             "attention_lse"})
+                             "attention_lse", "attention_of_codes"})
       autograd.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
     library.impl("quantize", TORCH_FN(quantize));
     library.impl("linear", TORCH_FN(linear));
@@ -279,6 +279,7 @@ void tahf4_register() {
     library.impl("linear_quantize", TORCH_FN(linear_quantize));
     library.impl("attention", TORCH_FN(attention));
     library.impl("attention_lse", TORCH_FN(attention_lse));
+    library.impl("attention_of_codes", TORCH_FN(attention_of_codes));
   });
 }
 

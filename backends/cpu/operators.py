@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ops import fused  # noqa: F401  (they define torch.ops.tahf4)
-from ...ops.attention import ATTENTIONS
+from ...ops.attention_codes import ATTENTIONS
 from ...ops.define import define, refuse_derivatives
 from ...ops.registry import arguments, in_16_bits, register_kernel
 from . import build, calls, checks
@@ -85,7 +85,8 @@ def _teach(name: str, program: str) -> None:
 OPERATORS = {
     name: _operator(name)
     for name in (
-        *("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize"), "attention", "attention_lse",
+        *("quantize", "linear", "fused_quantize", "fused_linear", "linear_quantize"),
+        *("attention", "attention_lse", "attention_of_codes"),
     )
 }
 """By name: each takes and gives what the operator of ``torch.ops.tahf4`` does."""

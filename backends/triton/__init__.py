@@ -24,7 +24,8 @@ from ...errors import FormatError
 from ...format import hif4, int8
 from ...format.spans import ROUNDED, alone, check_form, units_of
 from ...ops import fused
-from ...ops.attention import ATTENTIONS, empty_lse, empty_result
+from ...ops.attention import empty_lse, empty_result
+from ...ops.attention_codes import ATTENTIONS
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
 from ...ops.registry import arguments, in_16_bits, register_kernel
@@ -200,6 +201,12 @@ def _attention_lse(
     return (out, lse), calls
 
 
+def _attention_of_codes(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
+    from . import attention
+
+    return attention.calls_of_codes(*args, **kwargs)
+
+
 def _dense(values: Tensor | None) -> Tensor | None:
     """Return a bias or multiplier as kernels read it: one value behind the other."""
     return None if values is None else values.contiguous()
@@ -238,6 +245,7 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "linear_quantize": _linear_quantize,
     "attention": _attention,
     "attention_lse": _attention_lse,
+    "attention_of_codes": _attention_of_codes,
 }
 
 
@@ -279,7 +287,7 @@ def _serves(node: fx.Node) -> bool:
     packed = (torch.uint8, torch.int32, torch.int8)
     if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
-        return not wide and all(dtype in (*_FLOATS, torch.bool) for dtype in dtypes)
+        return not wide and all(dtype in (*_FLOATS, torch.bool, *packed) for dtype in dtypes)
     narrow = not isinstance(block, int) or block <= limit
     return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
 

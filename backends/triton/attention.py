@@ -17,10 +17,12 @@ from torch import Tensor
 from ...format.hif4 import UNIT, units
 from ...format.transforms import hadamard_block
 from ...ops.attention import MOST_CHANNELS, check_attention, empty_result
-from . import quantize, source
+from ...ops.attention_codes import check_codes
+from ...ops.reference import activation_bits
+from . import expand, quantize, source
 from .call import Call
 
-__all__ = ["AttentionTile", "calls", "tile_for"]
+__all__ = ["AttentionTile", "calls", "calls_of_codes", "tile_for"]
 
 CHANNELS = 128
 """Of the values that a program computes."""
@@ -54,6 +56,7 @@ def calls(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
     *,
     lse: Tensor | None = None,
     tile: AttentionTile | None = None,
@@ -69,22 +72,79 @@ def calls(
         is_causal: likewise.
         scale: likewise.
         enable_gqa: likewise.
+        bits: likewise.
         lse: float32 ``[B, H, L]``, which the last launch fills with the log-sum-exp, or None.
         tile: in place of the default.
         exact: whether to round as the reference does, for its bits; slower.
     """
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
-    batch, heads, rows, width = query.shape
-    keys, channels = key.shape[2], value.shape[3]
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     out = empty_result(query, value)
     if out.numel() == 0:
         return out, []
-    block = hadamard_block(width, MOST_CHANNELS)
-    (q, q_scales), before = quantize.call([query], "", None, block, 8)
-    (k, k_scales), launches = quantize.call([key], "", None, block, 8)
-    before += launches
-    (v, v_scales, v_starts), launches = _values(value)
-    before += launches
+    block = hadamard_block(query.shape[3], MOST_CHANNELS)
+    q, before = _rows(query, block, bits)
+    k, of_keys = _rows(key, block, bits)
+    v, of_values = _values(value)
+    last = _attend(query, q, k, v, out, key.shape[1], key.shape[2], attn_mask, is_causal, scale, lse, tile, exact)
+    return out, [*before, *of_keys, *of_values, last]
+
+
+def calls_of_codes(
+    query: Tensor,
+    key_codes: Tensor,
+    value_codes: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    scale: float | None = None,
+    *,
+    tile: AttentionTile | None = None,
+    exact: bool = False,
+) -> tuple[Tensor, list[Call]]:
+    """Return the result of ``tahf4::attention_of_codes``, empty, and the launches that fill it.
+
+    Args:
+        query: and the following as for ``tahf4::attention_of_codes``; heads have at most 256 channels.
+        key_codes: likewise.
+        value_codes: likewise.
+        key_scales: likewise.
+        value_scales: likewise.
+        scale: likewise.
+        tile: in place of the default.
+        exact: whether to round as the reference does, for its bits; slower.
+    """
+    check_codes(query, key_codes, value_codes, key_scales, value_scales)
+    out, keys, bits = empty_result(query, value_codes), key_codes.shape[2], activation_bits(key_codes)
+    if out.numel() == 0:
+        return out, []
+    q, before = _rows(query, hadamard_block(query.shape[3], MOST_CHANNELS), bits)
+    k, of_keys = _bytes(key_codes.contiguous(), key_scales.contiguous())
+    # As quantize_values writes them.
+    filled = torch.nn.functional.pad(value_codes, (0, 0, 0, -keys % UNIT))
+    v = filled.unflatten(2, (-1, UNIT)).transpose(-1, -2).contiguous()
+    v_units = v, value_scales.contiguous(), v.sum(-1, dtype=torch.int32) * 128 + 0x4B400000
+    last = _attend(query, q, k, v_units, out, query.shape[1], keys, None, False, scale, None, tile, exact)
+    return out, [*before, *of_keys, last]
+
+
+def _attend(
+    query: Tensor,
+    q_units: tuple[Tensor, Tensor],
+    k_units: tuple[Tensor, Tensor],
+    v_units: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    key_heads: int,
+    keys: int,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    lse: Tensor | None,
+    tile: AttentionTile | None,
+    exact: bool,
+) -> Call:
+    """Return the launch that goes through all keys."""
+    batch, heads, rows, width = query.shape
+    channels = out.shape[3]
+    (q, q_scales), (k, k_scales), (v, v_scales, v_starts) = q_units, k_units, v_units
     mask, kind, steps = _mask(attn_mask, (batch, heads, rows, keys))
     tile = tile or tile_for(is_causal)
     columns = max(16, min(CHANNELS, 1 << (channels - 1).bit_length()))
@@ -93,7 +153,7 @@ def calls(
         "v": v, "v_scales": v_scales, "v_starts": v_starts, "mask": q if mask is None else mask, "out": out,
         "lse": out if lse is None else lse,
         "factor": (width**-0.5 if scale is None else scale) / math.log(2),
-        "heads": heads, "shared": heads // key.shape[1], "rows": rows, "keys": keys, "channels": channels,
+        "heads": heads, "shared": heads // key_heads, "rows": rows, "keys": keys, "channels": channels,
         **dict(zip(("mask_batch", "mask_head", "mask_row", "mask_column"), steps, strict=True)),
         **dict(zip(("out_batch", "out_head", "out_row", "out_column"), out.stride(), strict=True)),
     }  # fmt: skip
@@ -104,13 +164,28 @@ def calls(
     }  # fmt: skip
     grid = (-(-rows // tile.rows) * batch * heads, -(-channels // columns))
     sizes = (tile.warps, tile.stages, exact)
-    return out, [*before, Call(text(), "attend", grid, arguments, constants, *sizes)]
+    return Call(text(), "attend", grid, arguments, constants, *sizes)
 
 
 @functools.cache
 def text() -> str:
     """Return the file of all kernels."""
     return source.module_text("Attention in 8 bits.", ["quantize_values", "attend"], "")
+
+
+def _rows(x: Tensor, block: int, bits: int) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return codes int8 ``[.., units * 64]`` and scales ``[.., units]`` of queries or keys, and their launches."""
+    (codes, scales), launches = quantize.call([x], "", None, block, bits)
+    held, more = _bytes(codes, scales)
+    return held, [*launches, *more]
+
+
+def _bytes(codes: Tensor, scales: Tensor) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return codes of 4 or 8 bits as int8 with scales in float32, and their launch, if one is needed."""
+    if codes.dtype == torch.int8 or codes.numel() == 0:
+        return (codes, scales), []
+    wide, launch = expand.expand(codes.view(-1, UNIT // 2), scales.view(-1, 1), "int8")  # a row for each unit
+    return (wide[0], wide[1]), [launch]
 
 
 def _values(value: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list[Call]]:

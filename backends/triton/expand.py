@@ -60,8 +60,10 @@ def _call(codes: Tensor, scales: Tensor, outputs: list[Tensor], k: int) -> Call:
     names = ["codes", "scales", "out", *(["out_scales"] if len(outputs) > 1 else []), "rows", "K", "U"]
     values = [codes.contiguous(), scales.contiguous(), *outputs, rows, k, count]
     arguments = dict(zip(names, values, strict=True))
-    grid = (-(-rows // ROWS), -(-count // UNITS))
-    return Call(text(outputs[0].dtype), "kernel", grid, arguments, {"ROWS": ROWS, "UNITS": UNITS})
+    wide = UNITS if count > 1 else 1
+    high = ROWS * UNITS // wide
+    grid = (-(-rows // high), -(-count // wide))
+    return Call(text(outputs[0].dtype), "kernel", grid, arguments, {"ROWS": high, "UNITS": wide})
 
 
 def expand(codes: Tensor, scales: Tensor, path: str) -> tuple[tuple[Tensor, ...], Call]:

@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,22 +35,28 @@ ATTENTION_TOLERANCE = 0.01
 QUERIES = 256
 """Of each head, evenly spread. A row of queries is on its own, so these have the errors that they have among all."""
 
-_INT8 = torch.ops.tahf4.attention.default
+_EIGHT_BITS = torch.ops.tahf4.attention.default
 
 
 class _Observed:
     """What is seen of the attentions of a module, while it runs compiled with observers.
 
     Attributes:
-        sums: by the linears of an attention's module: squares of its error in 8 bits, squares of itself, and FLOPs.
-        chosen: the attention that runs in 8 bits, by its linears, or none of them; None to measure errors.
+        sums: by the linears of an attention's module: squares of its errors, one for each of ``bits``, squares of
+            itself, and FLOPs.
+        bits: of queries and keys whose error is measured: 8, and perhaps 4.
+        chosen: the attention that runs in 8 bits, by its linears, and the bits of its queries and keys; ``()`` for
+            none of them, None to measure errors.
         ran: whether it was met.
     """
 
-    def __init__(self, module: nn.Module, name: str, paths: Mapping[Tensor, str], reference: bool) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, paths: Mapping[Tensor, str], reference: bool, bits: tuple[int, ...]
+    ) -> None:
         """Observe nothing yet."""
-        self.sums: dict[tuple[str, ...], tuple[float, float, int]] = defaultdict(lambda: (0.0, 0.0, 0))
-        self.chosen: tuple[str, ...] | None = None
+        self.sums: dict[tuple[str, ...], tuple[float, ...]] = defaultdict(lambda: (0,) * (len(bits) + 2))
+        self.bits = bits
+        self.chosen: tuple[tuple[str, ...], int] | tuple[()] | None = None
         self.ran = False
         self._module, self._name, self._paths, self._reference, self._heard = module, name, paths, reference, 0
 
@@ -64,11 +70,11 @@ class _Observed:
                 return
             *operands, output = x
             if self.chosen is None:
-                found = *_squares(tuple(operands), self._reference), _flops(*operands[:3])
-                error, norm, flops = (a + b for a, b in zip(self.sums[linears], found, strict=True))
-                self.sums[linears] = error, norm, int(flops)
-            elif self.chosen == linears:
-                output.copy_(dispatch(_INT8, output, reference=self._reference).target(*operands))
+                found = *_squares(tuple(operands), self.bits, self._reference), _flops(*operands[:3])
+                self.sums[linears] = tuple(a + b for a, b in zip(self.sums[linears], found, strict=True))
+            elif self.chosen and self.chosen[0] == linears:
+                kernel = dispatch(_EIGHT_BITS, output, reference=self._reference)
+                output.copy_(kernel.target(*operands, self.chosen[1]))
                 self.ran = True
 
         return observe
@@ -88,9 +94,9 @@ class _Observed:
             )
         return found
 
-    def effect(self, linears: tuple[str, ...], network: Network) -> float | None:
+    def effect(self, linears: tuple[str, ...], bits: int, network: Network) -> float | None:
         """Return the error of the network's output with one attention in 8 bits; None if no call met it."""
-        self.chosen, self.ran = linears, False
+        self.chosen, self.ran = (linears, bits), False
         try:
             errors = network.errors_now()
         finally:
@@ -99,14 +105,15 @@ class _Observed:
 
 
 def attention_entries(
-    calibration: Seen, expert: str, tolerance: float, network: Network | None, measured: Measured
+    calibration: Seen, expert: str, kind: str, tolerance: float, network: Network | None, measured: Measured
 ) -> dict[str, AttentionEntry]:
     """Return the error of each attention of an expert that would run in 8 bits, and what follows, by module path.
 
     Args:
         calibration: its kept calls are run, compiled with observers.
         expert: which one.
-        tolerance: relative squared error above which an attention stays in high precision.
+        kind: ``"int8"``, or ``"hif4"`` to measure queries and keys in HiF4 as well.
+        tolerance: relative squared error above which an attention stays in high precision, or has no HiF4.
         network: the expert on the kept calls, for the effect of each attention; None to measure none.
         measured: where the effects are kept.
 
@@ -117,7 +124,7 @@ def attention_entries(
     name = expert or type(module).__name__
     if not calls:
         raise CalibrationError(
-            f"attention='int8' is measured on calls of {name}, and the calibration kept none: it keeps calls whose "
+            f"attention={kind!r} is measured on calls of {name}, and the calibration kept none: it keeps calls whose "
             "arguments are plain values and tensors. Make the recipe with attention='high_precision'"
         )
     paths: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -125,43 +132,55 @@ def attention_entries(
         paths.setdefault(weight, path)
     if {*calibration.joined} - {"inputs"} or any(part_of(weight) is not None for weight in paths):
         raise CalibrationError(
-            f"attention='int8' is measured where one process holds {name} whole, and ranks divide it or its sequences "
-            "here. Make the recipe with attention='high_precision', or on one process"
+            f"attention={kind!r} is measured where one process holds {name} whole, and ranks divide it or its "
+            "sequences here. Make the recipe with attention='high_precision', or on one process"
         )
     reference = reference_forced() or calibration.options.kernels == "reference"
-    observed = _Observed(module, name, paths, reference)
+    observed = _Observed(module, name, paths, reference, (8, 4) if kind == "hif4" else (8,))
     few = network.few() if network is not None else None
     options = dataclasses.replace(calibration.options, pipeline="calibration", attention="int8", inductor=False)
     compiled = compiled_whole(module, lambda call: call, backend="tahf4", options=options)
-    effects: dict[tuple[str, ...], float | None] = {}
+    entries: dict[tuple[str, ...], AttentionEntry] = {}
+    seen = sum(count for (owner, _), (count, _) in calibration.kept.seen.items() if owner == expert)
     with Handles(observed.observer_of), compiled, torch.no_grad():
         for args, kwargs in tqdm(calls, desc=f"attention {expert}".strip(), unit="call", delay=1.0):
             observed.run(*args, **kwargs)
-        if few is not None and observed.sums:
+        for linears, (*errors, norm, flops) in sorted(observed.sums.items()):
+            relative = [error / max(norm, 1e-30) for error in errors]
+            entries[linears] = _entry(linears, relative, tolerance, int(flops) * seen // len(calls))
+        if few is not None and entries:
             # Against the compiled network: it rounds otherwise than the one that is not, as much as 8 bits may.
             observed.chosen = ()
             few = few.run_by(observed.run)
-            for linears in tqdm(sorted(observed.sums), desc="sensitivity", unit="attention", delay=1.0):
-                key = f"effect in {expert!r} of attention in 8 bits: {' '.join(linears)}"
-                effects[linears] = measured.value(key, functools.partial(observed.effect, linears, few))
-    seen = sum(count for (owner, _), (count, _) in calibration.kept.seen.items() if owner == expert)
-    return {
-        module_around(linears): _entry(
-            linears, error / max(norm, 1e-30), tolerance, effects.get(linears), flops * seen // len(calls)
-        )
-        for linears, (error, norm, flops) in sorted(observed.sums.items())
-    }
+            for linears, entry in tqdm(entries.items(), desc="sensitivity", unit="attention", delay=1.0):
+                bits, with_hif4 = (4, ", q and k in HiF4") if entry.decision == "hif4" else (8, "")
+                key = f"effect in {expert!r} of attention in 8 bits{with_hif4}: {' '.join(linears)}"
+                effect = measured.value(key, functools.partial(observed.effect, linears, bits, few))
+                entries[linears] = _with_effect(entry, effect)
+    return {module_around(linears): entry for linears, entry in entries.items()}
 
 
-def _entry(
-    linears: tuple[str, ...], error: float, tolerance: float, effect: float | None = None, flops: int = 0
-) -> AttentionEntry:
-    db = round(sqnr_db(_finite(error)), 3)
-    if _finite(error) <= tolerance:
-        return AttentionEntry(linears, db, effect=effect, flops=flops)
-    reason = f"sensitivity: SQNR {db:.1f} dB in 8 bits, less than {sqnr_db(tolerance):.1f} dB"
-    reason += f"; effect on the output {effect:.2e}" if effect is not None else ""
-    return AttentionEntry(linears, db, "high_precision", reason, effect, flops)
+def _entry(linears: tuple[str, ...], errors: Sequence[float], tolerance: float, flops: int) -> AttentionEntry:
+    """Return the decision of an attention's own error: the fewest bits that keep it within the tolerance.
+
+    Args:
+        linears: of its module.
+        errors: relative squared ones: in 8 bits, and with queries and keys in HiF4 if that was measured.
+        tolerance: the largest that is taken.
+        flops: of its core.
+    """
+    finite = [_finite(error) for error in errors]
+    db, *hif4_db = (round(sqnr_db(error), 3) for error in finite)
+    reason, decision = "", "hif4" if hif4_db and finite[1] <= tolerance else "int8"
+    if decision == "int8" and finite[0] > tolerance:
+        decision = "high_precision"
+        reason = f"sensitivity: SQNR {db:.1f} dB in 8 bits, less than {sqnr_db(tolerance):.1f} dB"
+    return AttentionEntry(linears, db, decision, reason, None, flops, hif4_sqnr_db=next(iter(hif4_db), None))
+
+
+def _with_effect(entry: AttentionEntry, effect: float | None) -> AttentionEntry:
+    said = f"; effect on the output {effect:.2e}" if entry.reason and effect is not None else ""
+    return dataclasses.replace(entry, effect=effect, reason=entry.reason + said)
 
 
 def _finite(error: float) -> float:
@@ -173,13 +192,14 @@ def _flops(query: Tensor, key: Tensor, value: Tensor) -> int:
     return 2 * math.prod(query.shape[:3]) * key.shape[2] * (query.shape[3] + value.shape[3])
 
 
-def _squares(operands: tuple[Any, ...], reference: bool) -> tuple[float, float]:
-    """Return the sum of squares of the error of an attention in 8 bits, and of the attention, on some of its queries.
+def _squares(operands: tuple[Any, ...], bits: Sequence[int], reference: bool) -> list[float]:
+    """Return sums of squares: of the errors of an attention in 8 bits, and of itself, on some of its queries.
 
     They are at most :data:`QUERIES` rows of at most :data:`ENTRIES` entries of the batch, with all their keys.
 
     Args:
         operands: of the attention, as ``tahf4::observe_attention`` is given them.
+        bits: of queries and keys, one for each error.
         reference: whether the operator runs as its reference.
     """
     query, key, value, mask, is_causal, scale, enable_gqa = operands
@@ -195,7 +215,6 @@ def _squares(operands: tuple[Any, ...], reference: bool) -> tuple[float, float]:
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, scale=scale, enable_gqa=enable_gqa
     )
-    kernel = dispatch(_INT8, query, reference=reference)
-    found = kernel.target(query, key, value, mask, False, scale, enable_gqa)
-    error = (found.to(torch.float32) - wanted.to(torch.float32)).square().sum()
-    return float(error), float(wanted.to(torch.float32).square().sum())
+    kernel, wanted = dispatch(_EIGHT_BITS, query, reference=reference), wanted.to(torch.float32)
+    found = (kernel.target(query, key, value, mask, False, scale, enable_gqa, each) for each in bits)
+    return [float(part.square().sum()) for part in (*(x.to(torch.float32) - wanted for x in found), wanted)]

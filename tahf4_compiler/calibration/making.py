@@ -95,7 +95,8 @@ def make_recipe(
             the weight, in multiples of 8 and at least 8. A linear whose output error on sample rows it does not lower
             by a twentieth gets none, and its reason says so. None: no branches.
         attention: ``"int8"`` measures the error of each attention in 8 bits, on the calls that the calibration kept.
-            Those above the tolerance stay in high precision where the option ``attention`` asks for 8 bits.
+            Those above the tolerance stay in high precision where the option ``attention`` asks for 8 bits. ``"hif4"``
+            measures it with queries and keys in HiF4 as well: those above it there have 8 bits.
             ``"high_precision"`` measures none. None: as the options of the calibration say.
         attention_tolerance: relative squared error of an attention's output.
         budget: as for :meth:`Recipe.plan`.
@@ -171,11 +172,12 @@ def make_recipe(
     if any(missing.values()):
         made["calibration"]["unseen"] = missing
     recipe = Recipe(found, tuple(high_precision_steps), made, step_activation_bits=step_activation_bits)
-    if (attention or calibration.options.attention) == "int8":
-        made["choices"] |= {"attention": "int8", "attention_tolerance": attention_tolerance}
+    kind = attention or calibration.options.attention
+    if kind != "high_precision":
+        made["choices"] |= {"attention": kind, "attention_tolerance": attention_tolerance}
         errors = {
             expert: attention_entries(
-                calibration, expert, attention_tolerance, network(expert) if sensitivity else None, measured
+                calibration, expert, kind, attention_tolerance, network(expert) if sensitivity else None, measured
             )
             for expert in found
         }

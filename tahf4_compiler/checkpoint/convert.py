@@ -19,6 +19,7 @@ from ..files.reading import read_header
 from ..format.spans import joined, span_name
 from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
+from ..packed.attention import attention_words
 from ..packed.config import TaHF4Config
 from ..packed.plan import plan_modules, plan_transforms
 from ..pipeline.context import Decision
@@ -170,7 +171,7 @@ def _parts(
                 **({"rank": d.rank} if d.rank else {}),
                 **({"scale_span": span_name(d.span)} if d.span != 1 else {}),
                 **({"rounding": d.rounding} if d.rounding != "half_away" else {}),
-                **({"attention": str(attention[path].reason)} if path in attention else {}),
+                **attention_words(attention.get(path)),
             }
             for path, d in chosen.items()
         }

@@ -13,7 +13,7 @@ from ..errors import FormatError
 from ..options import ACTIVATION_BITS
 from .hif4 import UNIT, units
 
-__all__ = ["LEAST", "MOST", "check_bits", "dequantize", "quantize"]
+__all__ = ["LEAST", "MOST", "by_maxima", "check_bits", "dequantize", "quantize", "scales_of"]
 
 MOST = 127
 """The largest magnitude of a code."""
@@ -50,12 +50,29 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     values = torch.nn.functional.pad(x.to(torch.float32), (0, count * UNIT - x.shape[-1]))
     values = values.reshape(*x.shape[:-1], count, UNIT)
     most = values.abs().amax(-1) if count else values.new_zeros(values.shape[:-1])
+    return by_maxima(values, most[..., None]).reshape(*x.shape[:-1], count * UNIT), scales_of(most)
+
+
+def by_maxima(values: Tensor, most: Tensor) -> Tensor:
+    """Return the codes of values whose units have some largest magnitudes.
+
+    Args:
+        values: float32.
+        most: the largest magnitude of the unit of each, which broadcasts to them; not finite where one is not.
+
+    Returns:
+        int8, 0 where the unit is not finite.
+    """
     finite = most.isfinite()
     most = torch.where(finite, most, 0.0).clamp(min=LEAST)
     factor = torch.full_like(most, MOST) / most  # a number divided by a tensor would be a product with its reciprocal
-    codes = (torch.where(finite[..., None], values, 0.0) * factor[..., None]).round()
-    scales = torch.where(finite, most * (1 / MOST), torch.nan)
-    return codes.to(torch.int8).reshape(*x.shape[:-1], count * UNIT), scales
+    return (torch.where(finite, values, 0.0) * factor).round().to(torch.int8)
+
+
+def scales_of(most: Tensor) -> Tensor:
+    """Return the scales of units, of the shape of their largest magnitudes; NaN where one is not finite."""
+    finite = most.isfinite()
+    return torch.where(finite, torch.where(finite, most, 0.0).clamp(min=LEAST) * (1 / MOST), torch.nan)
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:

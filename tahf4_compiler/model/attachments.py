@@ -48,7 +48,7 @@ class Attachment:
     Two are equal if one lowered graph can serve both: values that are looked up at run time take no part.
 
     Attributes:
-        decision: ``"hif4"`` or ``"high_precision"``.
+        decision: ``"hif4"`` or ``"high_precision"``; for an attention ``"int8"``, if it may not run in HiF4.
         reason: why, for the report.
         masked: whether there is a mask.
         hadamard_block: width of the rotation, 0 for none.
@@ -87,7 +87,7 @@ _KEPT = "_tahf4_kept"
 _PACKED = "_tahf4_packed"
 _RECIPE = "_tahf4_recipe"
 ATTENTION = "_tahf4_attention"
-"""The kind of what is attached to the linears around an attention that stays in high precision."""
+"""The kind of what is attached to the linears around an attention that stays in high precision, or in int8."""
 _KINDS = (_KEPT, _PACKED, _RECIPE, ATTENTION)
 _STEP = Attachment("high_precision", Reason(Cause.STEP, "this step runs in high precision"))
 _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -257,7 +257,7 @@ def attached_recipe(weight: object) -> Attachment | None:
 
 
 def attached_attention(weight: object) -> Attachment | None:
-    """Return why the attention of a linear's module stays in high precision, as a recipe says, or None."""
+    """Return whether a recipe lets the attention of a linear's module stay in high precision, or in int8; or None."""
     return _find(weight).get(ATTENTION)
 
 

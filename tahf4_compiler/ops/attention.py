@@ -1,9 +1,10 @@
 """Attention in 8 bits: ``torch.ops.tahf4.attention`` in the place of ``aten.scaled_dot_product_attention``.
 
 Queries and keys are rotated by a Hadamard matrix, which ``q k^T`` does not see, and have 8 bits with one scale for each
-64 channels (:mod:`tahf4_compiler.format.int8`). Values have 8 bits with one scale for each channel and 64 tokens. The
-softmax runs in float32, over 64 keys at a time. Their probabilities, divided by the largest of the 64, are unsigned
-bytes. All products of bytes are summed exactly.
+64 channels (:mod:`tahf4_compiler.format.int8`). Or they are in HiF4: then their elements are whole quarters of at most
+28 times the level-1 scale of their unit, which the same products of bytes multiply. Values have 8 bits with one scale
+for each channel and 64 tokens. The softmax runs in float32, over 64 keys at a time. Their probabilities, divided by the
+largest of the 64, are unsigned bytes. All products of bytes are summed exactly.
 
 Each row of queries is on its own, and a block of keys begins at a multiple of 64. So neither the other rows nor the
 number of threads change a bit.
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..format import hif4, int8
-from ..format.transforms import hadamard_block, transform
+from ..format.transforms import hadamard_block
 from .define import operator
 from .observers import take
+from .reference import integers, quantize
 
 __all__ = [
-    "ATTENTIONS",
     "MOST_CHANNELS",
+    "as_bytes",
+    "attend_units",
     "attention",
     "attention_lse",
     "check_attention",
@@ -52,6 +55,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> Tensor:
     """Compute scaled dot product attention with operands of 8 bits.
 
@@ -63,6 +67,7 @@ def attention(
         is_causal: whether query ``i`` sees keys up to ``i`` alone.
         scale: of the scores; ``E ** -0.5`` if None.
         enable_gqa: whether ``n`` heads of queries may share a head of keys and values.
+        bits: of queries and keys: 8 (int8), or 4 (HiF4). Values and probabilities have 8 either way.
 
     Returns:
         ``[B, H, L, Ev]`` of the dtype of the query. It lies in memory as the query does where Ev is E, as that of SDPA
@@ -70,9 +75,9 @@ def attention(
         makes its channel NaN in every row that sees one of the same 64 keys.
 
     Raises:
-        FormatError: dtypes or shapes do not fit each other.
+        FormatError: dtypes or shapes do not fit each other, or the bits are others.
     """
-    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa)[0]
+    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)[0]
 
 
 @operator
@@ -84,6 +89,7 @@ def attention_lse(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``tahf4::attention``, and what merges it with that of other keys, as ring attention does.
 
@@ -98,10 +104,7 @@ def attention_lse(
     Raises:
         FormatError: as ``tahf4::attention``.
     """
-    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-
-
-ATTENTIONS = (torch.ops.tahf4.attention.default, torch.ops.tahf4.attention_lse.default)
+    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)
 
 
 def _attend(
@@ -112,24 +115,47 @@ def _attend(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    bits: int,
 ) -> tuple[Tensor, Tensor]:
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     shared = query.shape[1] // max(1, key.shape[1])
     block = hadamard_block(query.shape[-1], MOST_CHANNELS)
-    q_codes, q_scales = _units(transform(query, None, block))
-    k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in _units(transform(key, None, block)))
-    v_codes, v_scales = (part.repeat_interleave(shared, 1) for part in _units(value.transpose(-1, -2)))
+    k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in as_bytes(*quantize(key, None, block, bits)))
+    v_units = as_bytes(*int8.quantize(value.transpose(-1, -2)))
+    v_codes, v_scales = (part.repeat_interleave(shared, 1) for part in v_units)
+    return attend_units(query, (k_codes, k_scales), (v_codes, v_scales), attn_mask, is_causal, scale, bits)
+
+
+def attend_units(
+    query: Tensor,
+    k_units: tuple[Tensor, Tensor],
+    v_units: tuple[Tensor, Tensor],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute an attention, and its log-sum-exp, from keys and values that are quantized.
+
+    Args:
+        query: as for ``tahf4::attention``.
+        k_units: of as many heads as the query, as :func:`as_bytes` gives them: codes ``[B, H, S, units, 64]``.
+        v_units: likewise, ``[B, H, Ev, tiles, 64]``; the last tile may be filled up.
+        attn_mask: and the following, as for ``tahf4::attention``.
+    """
+    (k_codes, k_scales), (v_codes, v_scales) = k_units, v_units
+    q_codes, q_scales = as_bytes(*quantize(query, None, hadamard_block(query.shape[-1], MOST_CHANNELS), bits))
     factor = (query.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)
-    tokens = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)[:, None]
-    added = _added(attn_mask, (*query.shape[:3], key.shape[2]))
+    tokens, key_count = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)[:, None], k_codes.shape[2]
+    added = _added(attn_mask, (*query.shape[:3], key_count))
 
     shape = (*query.shape[:3], 1)
     most = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
     total = torch.zeros_like(most)
-    out = torch.zeros((*shape[:3], value.shape[-1]), dtype=torch.float32, device=query.device)
+    out = torch.zeros((*shape[:3], v_codes.shape[2]), dtype=torch.float32, device=query.device)
     with torch.autocast(query.device.type, enabled=False):  # its cast would lose what is exact
         for tile in range(v_scales.shape[-1]):
-            keys = slice(tile * hif4.UNIT, min(key.shape[2], (tile + 1) * hif4.UNIT))
+            keys = slice(tile * hif4.UNIT, min(key_count, (tile + 1) * hif4.UNIT))
             scores = _scores(q_codes, q_scales * factor, k_codes[:, :, keys], k_scales[:, :, keys])
             if added is not None:
                 scores = scores + added[..., keys]
@@ -152,7 +178,7 @@ def _attend(
     out = torch.where(total == 0, 0.0, out / total)
     # The largest probability is 255. In float64, since logarithms round otherwise elsewhere.
     lse = most.to(torch.float64) * math.log(2) + (total.to(torch.float64) / 255).log()
-    return empty_result(query, value).copy_(out), lse.squeeze(-1).to(torch.float32)
+    return empty_result(query, out).copy_(out), lse.squeeze(-1).to(torch.float32)
 
 
 @torch.library.register_fake("tahf4::attention")
@@ -164,8 +190,9 @@ def _(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> Tensor:
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     return empty_result(query, value)
 
 
@@ -178,8 +205,9 @@ def _(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     return empty_result(query, value), empty_lse(query)
 
 
@@ -209,9 +237,17 @@ observe_attention.register_fake(lambda *given: None)
 
 
 def check_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    bits: int = 8,
 ) -> None:
     """Raise :class:`FormatError` unless the arguments of ``tahf4::attention`` fit each other."""
+    if bits not in (4, 8):
+        raise FormatError(f"attention got queries and keys of {bits!r} bits; expected 8 (int8) or 4 (HiF4)")
     shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise FormatError(f"attention got shapes {shapes}; expected four axes each, [batch, heads, tokens, channels]")
@@ -240,9 +276,15 @@ def check_attention(
         raise FormatError(f"attention got a mask of {attn_mask.dtype}; expected a boolean or a floating one")
 
 
-def _units(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes float32 ``[..., units, 64]`` and scales float32 ``[..., units]`` of ``[..., K]``."""
-    codes, scales = int8.quantize(x)
+def as_bytes(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whole numbers float32 ``[..., units, 64]`` and their scales float32 ``[..., units]``.
+
+    Args:
+        codes: of an activation in 4 or 8 bits, as ``tahf4::quantize`` gives them.
+        scales: likewise.
+    """
+    if codes.dtype == torch.uint8:
+        codes, scales = integers(codes, scales), hif4.level1_value(scales) * 0.25
     return codes.to(torch.float32).unflatten(-1, (scales.shape[-1], hif4.UNIT)), scales
 
 

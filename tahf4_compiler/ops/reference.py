@@ -31,7 +31,7 @@ from ..plugins import host
 from .define import operator
 from .observers import take
 
-__all__ = ["activation_bits", "dequantize", "empty_units", "linear", "observe", "quantize"]
+__all__ = ["activation_bits", "dequantize", "empty_units", "integers", "linear", "observe", "quantize"]
 
 
 @operator
@@ -204,7 +204,7 @@ _EXACT_UNITS = 256
 
 def _over_spans(codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scales: Tensor, span: int) -> Tensor:
     """Return the product ``[..., N]`` in float32 of operands whose level-1 scales are shared over spans."""
-    left, right = _integers(codes, scales), _integers(weight_codes, weight_scales)
+    left, right = integers(codes, scales), integers(weight_codes, weight_scales)
     count = scales.shape[-1]
     step = span or max(1, count)
     out = left.new_zeros((*scales.shape[:-1], len(weight_codes)))
@@ -221,7 +221,7 @@ def _over_spans(codes: Tensor, scales: Tensor, weight_codes: Tensor, weight_scal
     return out
 
 
-def _integers(codes: Tensor, scales: Tensor) -> Tensor:
+def integers(codes: Tensor, scales: Tensor) -> Tensor:
     """Return magnitudes with their signs and exponents, at most 28, as float32."""
     four = (scales & ~0xFF) | 4 * (48 + 2)  # a level-1 scale of 4: elements count quarters
     return _dequantized(codes, four, scales.shape[-1] * hif4.UNIT)

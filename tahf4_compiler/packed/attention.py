@@ -1,8 +1,9 @@
-"""Which attentions of a packed model stay in high precision: its linears carry that, in memory and in folders."""
+"""Which attentions of a packed model stay in high precision, or in int8: its linears carry that, also in folders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -10,18 +11,21 @@ from ..model.attachments import ATTENTION, Attachment, attach, attached_attentio
 from ..model.linears import linear_weights, packed_weights
 from ..model.reasons import Cause, Reason
 
-__all__ = ["attach_attention", "attention_of", "attention_said"]
+ATTENTION_KEYS = {"attention": "high_precision", "attention_in_8_bits": "int8"}
+"""What a folder calls a decision. An earlier version passes over the second, which it has no use for."""
+
+__all__ = ["ATTENTION_KEYS", "attach_attention", "attention_of", "attention_said", "attention_words"]
 
 
 def attention_of(model: nn.Module) -> dict[str, Attachment]:
-    """Return what is attached to linears around attentions that stay in high precision, by module path."""
+    """Return what is attached to linears around attentions, by module path."""
     refresh(model)  # a copy has other parameters than those that something was attached to
     weights = [*linear_weights(model), *packed_weights(model)]
     return {path: said for path, weight in weights if (said := attached_attention(weight)) is not None}
 
 
 def attach_attention(model: nn.Module, said: Mapping[str, Attachment]) -> None:
-    """Let attentions stay in high precision, in place of what was attached before.
+    """Let attentions stay in high precision, or in int8, in place of what was attached before.
 
     Args:
         model: packed, or a part that is.
@@ -32,6 +36,12 @@ def attach_attention(model: nn.Module, said: Mapping[str, Attachment]) -> None:
     attach(model, {names[path]: one for path, one in said.items() if path in names}, ATTENTION)
 
 
-def attention_said(reason: str) -> Attachment:
-    """Return what to attach for a reason that a folder holds."""
-    return Attachment("high_precision", Reason(Cause.SENSITIVITY, reason))
+def attention_words(said: Attachment | None) -> dict[str, str]:
+    """Return what a folder holds for what is attached: the reason, by the key of the decision."""
+    return {key: str(said.reason) for key, decision in ATTENTION_KEYS.items() if said and said.decision == decision}
+
+
+def attention_said(values: Mapping[str, Any]) -> Attachment | None:
+    """Return what to attach for what a folder holds about a linear."""
+    held = ((decision, values[key]) for key, decision in ATTENTION_KEYS.items() if values.get(key))
+    return next((Attachment(decision, Reason(Cause.SENSITIVITY, why)) for decision, why in held), None)

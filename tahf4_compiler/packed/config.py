@@ -21,7 +21,7 @@ from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
 from ..recipe.checks import check_steps
 from ..recipe.recipe import Recipe
-from .attention import attention_of
+from .attention import ATTENTION_KEYS, attention_of, attention_words
 from .convert import packed_linears
 
 __all__ = ["FORMAT_VERSION", "Method", "TaHF4Config", "arguments", "describe", "stand_ins"]
@@ -56,7 +56,8 @@ class TaHF4Config:
             ``multiplier`` is False for one that has none, ``activation_bits`` for one whose activation has not 4,
             ``rank`` for one that has a low-rank branch, ``scale_span`` for one whose units share level-1 scales: 2, 4
             or ``"row"``, ``rounding`` for one whose elements are rounded in another way than ``"half_away"``,
-            ``attention`` for one whose module's attention stays in high precision, and why.
+            ``attention`` for one whose module's attention stays in high precision, and why, ``attention_in_8_bits``
+            for one whose attention stays in int8.
         provenance: of the recipe of a packed model.
         high_precision_steps: of the recipe, or of the packed model (:func:`tahf4_compiler.set_high_precision_steps`).
         step_activation_bits: in these steps.
@@ -201,7 +202,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
             **({"rank": linear.rank} if linear.rank else {}),
             **({"scale_span": span_name(linear.span)} if linear.span != 1 else {}),
             **({"rounding": linear.rounding} if linear.rounding != FORM_ROUNDINGS[0] else {}),
-            **({"attention": str(attention[path].reason)} if path in attention else {}),
+            **attention_words(attention.get(path)),
         }
         for path, linear in packed_linears(model).items()
     }
@@ -264,8 +265,9 @@ def _checked(linears: Any) -> dict[str, dict[str, Any]]:
             raise PackedError(f"{where}: rounding is {rounding!r}, expected one of {known}; is the file newer?")
         if rounding == "least_error" and span != 1:
             raise PackedError(f"{where}: rounding is {rounding!r} and scale_span {span!r}, expected 1; it is damaged")
-        if not isinstance(why := values.get("attention", ""), str):
-            raise PackedError(f"{where}: attention is {why!r}, expected a reason in words; the file is damaged")
+        for key in ATTENTION_KEYS:
+            if not isinstance(why := values.get(key, ""), str):
+                raise PackedError(f"{where}: {key} is {why!r}, expected a reason in words; the file is damaged")
         k, n, block = values["k"], values["n"], values["hadamard_block"]
         if k < 1 or n < 1 or values["dtype"] not in _DTYPES:
             raise PackedError(f"{where}: k={k}, n={n}, dtype={values['dtype']!r}; the file is damaged")

@@ -66,7 +66,7 @@ class Loading:
         if packed:
             _put_empty(model, config, keys)
             listed = config.linears.items()
-            self._attention = {path: attention_said(v["attention"]) for path, v in listed if v.get("attention")}
+            self._attention = {path: said for path, v in listed if (said := attention_said(v)) is not None}
             return
         if config.linears:
             raise PackedError(

@@ -20,7 +20,7 @@ from ..model.reasons import Cause, Reason
 from ..model.steps import StepPrecision
 from ..weights.checksum import checksum
 from .checks import check_entry
-from .entries import RecipeEntry
+from .entries import AttentionEntry, RecipeEntry
 from .recipe import Recipe
 
 __all__ = ["apply_recipe", "recipe_attachments", "recipe_attention", "recipe_experts"]
@@ -127,21 +127,33 @@ def recipe_attachments(
 
 
 def recipe_attention(model: nn.Module, recipe: Recipe, *, expert: str | None = None) -> dict[str, Attachment]:
-    """Return what a recipe says about the linears around attentions that stay in high precision, by module path.
+    """Return what a recipe says about the linears around attentions, by module path.
 
     Args:
         model: a module.
         recipe: see :class:`Recipe`.
         expert: as for :func:`apply_recipe`.
+
+    Returns:
+        Of attentions that stay in high precision, and of those that stay in int8 where HiF4 is asked for.
     """
     known = dict(linear_weights(model))
     return {
-        now: Attachment("high_precision", Reason(Cause.SENSITIVITY, entry.reason))
+        now: Attachment(entry.decision, Reason(Cause.SENSITIVITY, _why(entry)))
         for entry in recipe.attention.get(_only_expert(recipe, expert), {}).values()
-        if entry.decision == "high_precision"
+        if entry.decision == "high_precision" or _too_few(entry)
         for path in entry.linears
         if (now := _path_now(path, known)) in known
     }
+
+
+def _too_few(entry: AttentionEntry) -> bool:
+    """Return whether HiF4 was measured for the queries and keys of an attention in int8, and is too few bits."""
+    return entry.decision == "int8" and entry.hif4_sqnr_db is not None
+
+
+def _why(entry: AttentionEntry) -> str:
+    return f"sensitivity: SQNR {entry.hif4_sqnr_db:.1f} dB in HiF4" if _too_few(entry) else entry.reason
 
 
 def _only_expert(recipe: Recipe, expert: str | None) -> str:

@@ -11,7 +11,7 @@ import torch
 from ..errors import RecipeError
 from ..format import hif4
 from ..format.spans import FORM_ROUNDINGS
-from ..options import ACTIVATION_BITS, PROTECTING_BITS
+from ..options import ACTIVATION_BITS, ATTENTION, PROTECTING_BITS
 from .entries import AttentionEntry, CallError, LinearEntry, RecipeEntry
 
 
@@ -33,8 +33,9 @@ def read_attention(values: Mapping[str, Any], where: str) -> AttentionEntry:
     """Return an attention of a recipe from what a file holds; raise :class:`RecipeError` if it is damaged."""
     found = AttentionEntry(**{**values, "linears": tuple(values["linears"])})
     texts = all(isinstance(text, str) for text in (*found.linears, found.reason, found.budget))
-    numbers = all(map(_is_number, (found.sqnr_db, found.effect or 0.0))) and type(found.flops) is int
-    decided = found.decision in ("int8", "high_precision")
+    values_given = (found.sqnr_db, found.effect or 0.0, found.hif4_sqnr_db or 0.0)
+    numbers = all(map(_is_number, values_given)) and type(found.flops) is int
+    decided = found.decision in ATTENTION and found.by_error in ("", "int8", "hif4")
     if not (texts and numbers and decided and found.linears and found.flops >= 0):
         raise RecipeError(f"{where}: an attention is {dict(values)}; the file is damaged or was edited")
     return found

@@ -50,11 +50,14 @@ class AttentionEntry:
     Attributes:
         linears: module paths of the linears of its module, which carry the decision.
         sqnr_db: of its output in 8 bits against the original, on the calls that the calibration kept.
-        decision: ``"int8"``, where attention in 8 bits is asked for, or ``"high_precision"``.
+        decision: ``"int8"`` or ``"hif4"``, where attention in so few bits is asked for, or ``"high_precision"``.
         reason: in words, for the report, where it stays.
-        effect: relative squared error of the network's output when only it is in 8 bits, or None.
+        effect: relative squared error of the network's output when only it is in 8 bits, with queries and keys in HiF4
+            if its own error lets it, or None.
         flops: of its core, as many as for all of the calibration's calls.
         budget: that it stays by, in words; empty where its own error decided.
+        hif4_sqnr_db: of its output with queries and keys in HiF4, or None if that was not measured.
+        by_error: the decision of its own error, where a budget made another.
     """
 
     linears: tuple[str, ...]
@@ -64,12 +67,15 @@ class AttentionEntry:
     effect: float | None = None
     flops: int = 0
     budget: str = ""
+    hif4_sqnr_db: float | None = None
+    by_error: str = ""
 
     @property
     def words(self) -> str:
         """The decision with its numbers."""
         effect = f"effect on the output {self.effect:.2e}, " if self.effect is not None else ""
         found = f"{self.decision}: {effect}SQNR {self.sqnr_db:.1f} dB"
+        found += f" in 8 bits and {self.hif4_sqnr_db:.1f} dB in HiF4" if self.hif4_sqnr_db is not None else ""
         return f"{found}; budget {self.budget}" if self.budget else found
 
 

@@ -99,7 +99,8 @@ class Recipe:
             ranks = {path: i + 1 for i, path in enumerate(sorted(effects, key=lambda p: (-effects[p], p)))}
             counted = {} if bits is not None or "max_high_precision_linears" in budget else _measured(cores)
             flops |= {core: entry.flops for core, entry in counted.items()}
-            effects |= {core: entry.effect or 0.0 for core, entry in counted.items() if entry.decision == "int8"}
+            low = {core: entry for core, entry in counted.items() if entry.decision != "high_precision"}
+            effects |= {core: entry.effect or 0.0 for core, entry in low.items()}
             kept = choose(
                 effects,
                 flops,
@@ -221,7 +222,7 @@ class Recipe:
 
 def _attention(experts: Mapping[str, Mapping[str, AttentionEntry]]) -> dict[str, Any]:
     """Return the attentions of all experts for the file; what was not measured or planned is left out."""
-    later = {"effect": None, "flops": 0, "budget": ""}
+    later = {"effect": None, "flops": 0, "budget": "", "hif4_sqnr_db": None, "by_error": ""}
     return {
         expert: {
             name: {k: v for k, v in dataclasses.asdict(entry).items() if k not in later or v != later[k]}
@@ -242,11 +243,14 @@ def _measured(cores: Mapping[str, AttentionEntry]) -> dict[str, AttentionEntry]:
 
 def _freed(entry: AttentionEntry) -> AttentionEntry:
     """Return an attention without what an earlier budget decided."""
-    return dataclasses.replace(entry, decision="int8", reason="", budget="") if entry.budget else entry
+    if not entry.budget:
+        return entry
+    return dataclasses.replace(entry, decision=entry.by_error or "int8", reason="", budget="", by_error="")
 
 
 def _kept(entry: AttentionEntry, budget: str) -> AttentionEntry:
-    kept = dataclasses.replace(entry, decision="high_precision", budget=budget)
+    other = entry.decision if entry.decision != "int8" else ""
+    kept = dataclasses.replace(entry, decision="high_precision", budget=budget, by_error=other)
     return dataclasses.replace(kept, reason=f"sensitivity: {kept.words.partition(': ')[2]}")
 
 

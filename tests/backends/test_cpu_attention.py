@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from attention_parts import quantized
 from tahf4_compiler.backends import cpu
 from tahf4_compiler.backends.cpu import build
 
@@ -54,6 +55,18 @@ def test_bits_are_those_of_the_reference(instruction_set, dtype, rows, keys, cha
     assert_same(own.attention(*given), reference(*given))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [64, 128, 96, 40])
+def test_with_queries_and_keys_in_hif4_too(instruction_set, dtype, channels):
+    q, k, v = operands(channels=channels, dtype=dtype)
+    q[0, 0, 2, 5], k[1, 0, 149, 0] = torch.nan, torch.inf
+    assert_same(own.attention(q, k, v, bits=4), reference(q, k, v, bits=4))
+    for got, wanted in zip(own.attention_lse(q, k, v, bits=4), with_lse(q, k, v, bits=4), strict=True):
+        assert_same(got, wanted)
+    for factor in (1e-20, 1e-3, 30.0, 1e4):  # below and above what a level-1 scale reaches
+        assert_same(own.attention(q * factor, k, v, bits=4), reference(q * factor, k, v, bits=4))
+
+
 def test_masks_scales_and_shared_heads(instruction_set):
     given = operands(heads=6, shared=3)
     generator = torch.Generator().manual_seed(1)
@@ -88,6 +101,20 @@ def test_the_log_sum_exp_has_the_bits_of_the_reference(instruction_set):
     for given in ((mask, False, None, True), (None, True, 0.3, True)):
         for got, wanted in zip(own.attention_lse(q, k, v, *given), with_lse(q, k, v, *given), strict=True):
             assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "keys", "channels", "values"), [(70, 150, 64, 64), (3, 65, 96, 24), (1, 1, 40, 130)])
+def test_keys_and_values_that_come_quantized(instruction_set, bits, rows, keys, channels, values):
+    q, k, v = operands(rows, keys, channels, values=values)
+    k[0, 0, keys - 1, 5], v[1, 1, 0, 3] = torch.nan, torch.inf
+    given = quantized(k, v, bits)
+    wanted = torch.ops.tahf4.attention_of_codes(q, *given, 0.3)
+    assert wanted.isnan().any() and not wanted.isnan().all()
+    assert_same(own.attention_of_codes(q, *given, 0.3), wanted)
+    assert_same(own.attention_of_codes(q, *given, 0.3), own.attention(q, k, v, scale=0.3, bits=bits))
+    with pytest.raises(FormatError, match="attention_of_codes got"):
+        own.attention_of_codes(q, *given[:3], given[3][..., :0], 0.3)
 
 
 def test_large_and_small_values(instruction_set):

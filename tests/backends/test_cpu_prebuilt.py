@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_parts import quantized
 from tahf4_compiler.backends import cpu
 from tahf4_compiler.backends.cpu import build, calls, operators
 from test_cpu_calls import CALLS
@@ -58,6 +59,12 @@ MORE = {
                          torch.randn(5, 9) > 0, False, 0.3, True),
         lambda x, w, f: (*(torch.randn(1, 33, 2, 128).transpose(1, 2) for _ in range(3)), torch.randn(2, 33, 33)),
         lambda x, w, f: (torch.randn(1, 1, 3, 64), torch.randn(1, 1, 0, 64), torch.randn(1, 1, 0, 64)),
+        lambda x, w, f: (*(torch.randn(2, 4, 70, 48) for _ in range(3)), None, True, None, False, 4),
+    ],
+    "attention_of_codes": [
+        lambda x, w, f: (q := torch.randn(1, 2, 9, 64), *quantized(q, q, 8)),
+        lambda x, w, f: (q := torch.randn(2, 3, 70, 40).bfloat16(), *quantized(q, q[..., :7], 4), 0.3),
+        lambda x, w, f: (q := torch.randn(1, 2, 3, 64), *quantized(q[:, :, :0], q[:, :, :0], 8)),
     ],
 }  # fmt: skip
 ALL = [(name, call) for given in (CALLS, MORE) for name, found in given.items() for call in found]

@@ -378,6 +378,20 @@ def test_attention_with_a_log_sum_exp_fits_the_chip(capability):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_attention_with_queries_and_keys_in_hif4_fits_the_chip(capability):
+    from tahf4_compiler.backends.triton import attention
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    q = torch.empty(1, 4000, 40, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    _, calls = attention.calls(q, q, q, bits=4)
+    assert [call.name for call in calls] == ["kernel", "kernel", "kernel", "kernel", "quantize_values", "attend"]
+    for call in (*calls[:2], calls[-1]):  # queries and keys go through the same two kernels
+        found = compile_call(call, capability)
+        assert found.spills == 0 and found.shared <= SHARED_LIMIT[capability]
+
+
+@pytest.mark.slow
 def test_attention_of_one_query_and_one_key_compiles():
     """Sizes of 1 are constants of Triton, with other types."""
     from tahf4_compiler.backends.triton import attention

@@ -14,7 +14,7 @@ from tahf4_compiler.tools.inspection.statistics import Evidence
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.calibration.attention import _entry
+from tahf4_compiler.calibration.attention import _entry, _with_effect
 from tahf4_compiler.errors import RecipeError
 from tahf4_compiler.files.tensors import load_tensors, save_tensors
 from tahf4_compiler.recipe.budget import choose
@@ -90,7 +90,7 @@ def test_it_is_shown_where_the_numbers_of_linears_are(measured, inputs):
     assert list(_attention_lines("transformer", {})) == []
     lowered = tahf4.lower(tahf4.capture(make(), (inputs[0],)), options=OPTIONS)
     assert f"attention: the recipe says: 1: {words}" in overview(Report.of(lowered, Evidence.of(measured)))
-    stays = _entry(("a",), 0.1, 0.01, 0.5, 3)
+    stays = _with_effect(_entry(("a",), [0.1], 0.01, 3), 0.5)
     assert stays.reason == "sensitivity: SQNR 10.0 dB in 8 bits, less than 20.0 dB; effect on the output 5.00e-01"
     assert stays.decision == "high_precision" and stays.flops == 3 and not stays.budget
 

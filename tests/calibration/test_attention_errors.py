@@ -120,9 +120,9 @@ def test_some_queries_have_the_errors_that_they_have_among_all(mask, monkeypatch
     wanted = sdpa(q, k, v, masks.get(mask), enable_gqa=True)[:, :, ::3]
     eight = torch.ops.tahf4.attention(q, k, v, masks.get(mask), False, None, True)[:, :, ::3]
     given = None if mask == "causal" else masks.get(mask)
-    error, norm = measuring._squares((q, k, v, given, mask == "causal", None, True), True)
+    few, error, norm = measuring._squares((q, k, v, given, mask == "causal", None, True), (4, 8), True)
     assert norm == pytest.approx(float(wanted.square().sum()), rel=1e-5)
-    assert error == pytest.approx(float((eight - wanted).square().sum()), rel=1e-3)
+    assert error == pytest.approx(float((eight - wanted).square().sum()), rel=1e-3) and few > 10 * error
 
 
 def test_a_model_follows_its_recipe_plain_and_packed(recipe):
@@ -219,5 +219,5 @@ def test_what_cannot_be_measured_is_refused(calibration, monkeypatch):
 
 
 def test_an_attention_of_no_finite_error_stays():
-    entry = measuring._entry(("a",), math.nan, 0.01)
+    entry = measuring._entry(("a",), [math.nan], 0.01, 0)
     assert entry.decision == "high_precision" and math.isfinite(entry.sqnr_db)

@@ -37,6 +37,30 @@ def test_it_is_the_operator_on_tokens_before_heads():
     assert torch.equal(out.transpose(1, 2), wanted) and torch.equal(lse.transpose(1, 2), wanted_lse)
 
 
+def test_with_hif4_it_has_queries_and_keys_in_hif4():
+    given = operands()
+    q, k, v = (x.transpose(1, 2) for x in given)
+    out = dispatch.dispatch_attention_fn(*given, backend="tahf4_hif4")
+    assert torch.equal(out.transpose(1, 2), torch.ops.tahf4.attention(q, k, v, bits=4))
+    out, lse = dispatch.dispatch_attention_fn(*given, backend="tahf4_hif4", attention_kwargs={"return_lse": True})
+    wanted, wanted_lse = torch.ops.tahf4.attention_lse(q, k, v, bits=4)
+    assert torch.equal(out.transpose(1, 2), wanted) and torch.equal(lse.transpose(1, 2), wanted_lse)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ulysses_degree": 2}, {"ring_anything": True}, {"is_causal": True}, {"return_lse": True}, {}]
+)
+def test_ring_exchanges_what_is_quantized_where_nobody_needs_more(changes, monkeypatch):
+    degrees = {"ring_degree": 2, "ulysses_degree": 1, "ring_anything": False}
+    config = SimpleNamespace(**{name: changes.get(name, degree) for name, degree in degrees.items()})
+    given = {name: value for name, value in changes.items() if name not in degrees}
+    monkeypatch.setattr(backend, "_gathered", lambda *given: "quantized")
+    monkeypatch.setattr(dispatch, "_templated_context_parallel_attention", lambda *given, **more: "by diffusers")
+    parallel = SimpleNamespace(context_parallel_config=config)
+    found = backend._attention(*operands(), _parallel_config=parallel, bits=8, **given)
+    assert found == ("by diffusers" if changes else "quantized")
+
+
 def test_a_model_takes_it_and_a_graph_runs_its_kernel(monkeypatch):
     registry = dispatch._AttentionBackendRegistry  # diffusers takes what one model is set to for all in the process
     monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
@@ -49,7 +73,7 @@ def test_a_model_takes_it_and_a_graph_runs_its_kernel(monkeypatch):
 def test_ring_takes_no_mask_and_nobody_a_derivative():
     config = SimpleNamespace(context_parallel_config=SimpleNamespace(ring_degree=2))
     with pytest.raises(OptionError, match="ulysses_degree"):
-        backend._attention(*operands(), torch.ones(20, 70), _parallel_config=config)
+        backend._attention(*operands(), torch.ones(20, 70), _parallel_config=config, bits=8)
     with pytest.raises(GradientError, match="no_grad"):
         backend._backward(None, torch.ones(1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_parts import quantized
 from tahf4_compiler.backends.triton import attention as kernels
 from tahf4_compiler.backends.triton import run
 
@@ -26,8 +27,8 @@ def operands(rows=40, keys=150, channels=64, heads=2, shared=1, values=None, dty
     return draw(rows, heads, channels), draw(keys, few, channels), draw(keys, few, values or channels)
 
 
-def exact(*args, tile=SMALL):
-    out, calls = kernels.calls(*args, tile=tile, exact=True)
+def exact(*args, tile=SMALL, **kwargs):
+    out, calls = kernels.calls(*args, tile=tile, exact=True, **kwargs)
     run(calls)
     return out
 
@@ -57,6 +58,34 @@ def error(got, wanted):
 def test_with_its_roundings_it_gives_the_bits_of_the_reference(rows, keys, channels, values, dtype):
     given = operands(rows, keys, channels, values=values, dtype=dtype)
     assert_same(exact(*given), reference(*given))
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "channels", "dtype"),
+    [(1, 1, 64, torch.float32), (33, 65, 128, torch.bfloat16), (9, 129, 96, torch.float32), (5, 70, 40, torch.float16)],
+)
+def test_with_queries_and_keys_in_hif4_too(rows, keys, channels, dtype):
+    q, k, v = operands(rows, keys, channels, dtype=dtype, heads=4, shared=2)
+    more = {"enable_gqa": True, "scale": 0.3, "bits": 4}
+    assert_same(exact(q, k, v, **more), reference(q, k, v, **more))
+    q[0, 1, 0, 5], k[0, 0, 0, 0] = torch.nan, torch.inf
+    assert_same(exact(q, k, v, **more), reference(q, k, v, **more))
+    got, wanted = (ops.attention_lse(q, k, v, **more)[1] for ops in (torch.ops.tahf4_triton, torch.ops.tahf4))
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "keys", "channels", "values"), [(9, 130, 96, 24), (1, 1, 64, 130)])
+def test_keys_and_values_that_come_quantized(bits, rows, keys, channels, values):
+    q, k, v = operands(rows, keys, channels, values=values)
+    v[0, 1, 0, 3] = torch.inf
+    given = quantized(k, v, bits)
+    out, calls = kernels.calls_of_codes(q, *given, 0.3, tile=SMALL, exact=True)
+    run(calls)
+    assert_same(out, torch.ops.tahf4.attention_of_codes(q, *given, 0.3))
+    usual = torch.ops.tahf4_triton.attention_of_codes(q, *given, 0.3)
+    assert error(usual.nan_to_num(), out.nan_to_num()) < 3e-4
+    assert torch.ops.tahf4_triton.attention_of_codes(q[:, :, :0], *given).shape == (1, 2, 0, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tahf4_compiler import ops  # noqa: F401  (defines torch.ops.tahf4)
 from tahf4_compiler.errors import FormatError, GradientError
-from tahf4_compiler.format import int8
+from tahf4_compiler.format import hif4, int8
 from tahf4_compiler.format.transforms import hadamard_block, transform
 
 attention, attention_lse = torch.ops.tahf4.attention, torch.ops.tahf4.attention_lse
@@ -26,10 +26,15 @@ def operands(rows=70, keys=150, channels=64, heads=2, shared=1, values=None, dty
     return draw(rows, heads, channels), draw(keys, few, channels), draw(keys, few, values or channels)
 
 
-def by_definition(q, k, v, added=0.0):
+def rounded(x, bits):
+    """Return rotated queries or keys in so many bits, in float64."""
+    turned = transform(x, None, hadamard_block(x.shape[-1], 1024))
+    return (hif4.dequantize(hif4.quantize(turned)) if bits == 4 else int8.dequantize(*int8.quantize(turned))).double()
+
+
+def by_definition(q, k, v, added=0.0, bits=8):
     """Return the attention of rounded operands in float64, 64 keys at a time; probabilities are bytes of 255."""
-    block = hadamard_block(q.shape[-1], 1024)
-    left, right = (int8.dequantize(*int8.quantize(transform(x, None, block))).double() for x in (q, k))
+    left, right = rounded(q, bits), rounded(k, bits)
     values = int8.dequantize(*int8.quantize(v.transpose(-1, -2))).double()
     scores = left @ right.transpose(-1, -2) * q.shape[-1] ** -0.5 + added
     weights = []
@@ -40,18 +45,35 @@ def by_definition(q, k, v, added=0.0):
     return (weight @ values[..., : k.shape[2]].transpose(-1, -2) / weight.sum(-1, keepdim=True)).to(torch.float32)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("keys", [1, 63, 64, 65, 150])
 @pytest.mark.parametrize("channels", [64, 96, 128, 40])
-def test_it_is_what_its_definition_says(channels, keys):
+def test_it_is_what_its_definition_says(channels, keys, bits):
     q, k, v = operands(channels=channels, keys=keys, values=24)
     # A probability beside the border of two bytes may fall to either side. One step of a byte more would be 1e-2.
-    assert relative(attention(q, k, v), by_definition(q, k, v)) < 1e-3
+    assert relative(attention(q, k, v, bits=bits), by_definition(q, k, v, bits=bits)) < 1e-3
+    assert torch.equal(attention_lse(q, k, v, bits=bits)[0], attention(q, k, v, bits=bits))
+
+
+def test_other_bits_are_refused():
+    q, k, v = operands()
+    for operator in (attention, attention_lse):
+        with pytest.raises(FormatError, match="queries and keys of 16 bits; expected 8 .int8. or 4 .HiF4."):
+            operator(q, k, v, bits=16)
+
+
+def test_in_hif4_a_unit_with_a_nan_or_an_infinity_makes_its_scores_nan():
+    q, k, v = operands(channels=40)
+    q[0, 0, 3, 5], k[1, 1, 7, 0] = torch.inf, torch.nan
+    found = attention(q, k, v, bits=4).isnan()
+    assert found[0, 0, 3].all() and found[1, 1].all() and found.sum() == 40 * (1 + 70)
 
 
 @pytest.mark.parametrize("channels", [64, 96, 128, 40])
 def test_it_is_near_the_attention_in_float32(channels):
     q, k, v = operands(channels=channels)
     assert relative(attention(q, k, v), sdpa(q, k, v)) < 0.02
+    assert 0.02 < relative(attention(q, k, v, bits=4), sdpa(q, k, v)) < 0.15
 
 
 def test_results_are_in_the_dtype_and_the_memory_format_of_sdpa():

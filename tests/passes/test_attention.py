@@ -11,6 +11,7 @@ from tahf4_compiler.passes.attention import Attention
 from tahf4_compiler.options import Options
 
 ASKED = {"attention": "int8", "kernels": "reference"}
+HIF4 = {**ASKED, "attention": "hif4"}
 QKV = """
 q: {dtype}[2, 3, {rows}, {channels}]
 k: {dtype}[2, 3, {keys}, {channels}]
@@ -33,11 +34,11 @@ SDPA = "scaled_dot_product_attention(q, k, v)"
 @pytest.mark.parametrize(
     ("before", "after", "dtype", "mask"),
     [
-        ("q, k, v", "q, k, v, None, False, None, False", "f32", "f32[130, 150]"),
-        ("q, k, v, m", "q, k, v, m, False, None, False", "f32", "bool[130, 150]"),
-        ("q, k, v, m, 0.0, False, scale=0.3", "q, k, v, m, False, 0.3, False", "bf16", "bf16[2, 1, 1, 150]"),
-        ("q, k, v, None, 0.0, True", "q, k, v, None, True, None, False", "f16", "f32[130, 150]"),
-        ("q, k, v, enable_gqa=True", "q, k, v, None, False, None, True", "f32", "f32[130, 150]"),
+        ("q, k, v", "q, k, v, None, False, None, False, 8", "f32", "f32[130, 150]"),
+        ("q, k, v, m", "q, k, v, m, False, None, False, 8", "f32", "bool[130, 150]"),
+        ("q, k, v, m, 0.0, False, scale=0.3", "q, k, v, m, False, 0.3, False, 8", "bf16", "bf16[2, 1, 1, 150]"),
+        ("q, k, v, None, 0.0, True", "q, k, v, None, True, None, False, 8", "f16", "f32[130, 150]"),
+        ("q, k, v, enable_gqa=True", "q, k, v, None, False, None, True, 8", "f32", "f32[130, 150]"),
     ],
 )
 def test_an_attention_becomes_one_of_8_bits(before, after, dtype, mask):
@@ -46,6 +47,12 @@ def test_an_attention_becomes_one_of_8_bits(before, after, dtype, mask):
     ran = assert_pass(text(before, **sizes), Attention(), text(after, **sizes), **ASKED)
     assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): int8"]
     assert ran.record.matches == 1
+
+
+def test_with_hif4_queries_and_keys_have_4_bits():
+    after = text("tahf4.attention(q, k, v, None, False, None, False, 4)")
+    ran = assert_pass(text(SDPA), Attention(), after, run=False, **HIF4)
+    assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): hif4"]
 
 
 def test_it_stays_unless_it_is_asked_for():
@@ -85,7 +92,7 @@ def test_tensors_of_three_axes_stay():
 
 
 def test_the_least_number_of_tokens_is_an_option():
-    after = "tahf4.attention(q, k, v, None, False, None, False)"
+    after = "tahf4.attention(q, k, v, None, False, None, False, 8)"
     sizes = {"rows": 20, "keys": 40}
     assert_pass(text(SDPA, **sizes), Attention(min_tokens=20), text(after, **sizes), **ASKED)
     assert_pass(text(SDPA, **sizes), Attention(min_tokens=21), **ASKED)
@@ -115,7 +122,7 @@ def test_it_goes_with_the_linears_of_its_module(decisions, stays):
         y = {{}}
         return y, a, b, c
         """
-    after = SDPA if stays else "tahf4.attention(q, k, v, None, False, None, False)"
+    after = SDPA if stays else "tahf4.attention(q, k, v, None, False, None, False, 8)"
     plain = re.sub(" +# .*", "", before)
     ran = assert_pass(before.format(SDPA), Attention(), plain.format(after), **ASKED)
     said = "high precision, its linears stay: kept: 'attn'" if stays else "int8"
@@ -129,7 +136,7 @@ def test_without_a_kernel_it_stays():
 
 def test_sizes_may_be_dynamic():
     given = "q: f32[2, 3, n, 64]\nk: f32[2, 3, n, 64]\nv: f32[2, 3, n, 64]\ny = {}\nreturn y"
-    after = "tahf4.attention(q, k, v, None, False, None, False)"
+    after = "tahf4.attention(q, k, v, None, False, None, False, 8)"
     assert_pass(given.format(SDPA), Attention(min_tokens=4), given.format(after), **ASKED)
 
 

@@ -46,6 +46,7 @@ ROWS = (
         for alpha in (0.5, 1.0)
     ),
     Row("W4A4 + int8 attention", options={"rotate.block": 0, "attention": "int8"}),
+    Row("W4A4 + HiF4 attention", options={"rotate.block": 0, "attention": "hif4"}),
     Row("+ max mask", {**PLAIN, "mask": "max"}),
     Row("+ percentile mask (99.9)", {**PLAIN, "mask": "percentile", "percentile": 99.9}),
     Row("+ rotation", {**PLAIN, "rotate": True}),
