@@ -53,9 +53,15 @@ def ulysses(rank, size, tmp, monkeypatch):
             each(**inputs)
         if parallel:
             calibration.all_reduce(over="sequence")
-        calibration.recipe(mask="percentile").save(tmp / f"recipe{rank}")
-        recipes.append((tmp / f"recipe{rank}").read_bytes())
-    assert recipes[0] == recipes[-1]
+        recipes.append(calibration.recipe(mask="percentile"))
+    entries, others = (recipe.experts[""] for recipe in (recipes[0], recipes[-1]))
+    assert list(entries) == list(others)
+    for entry, other in zip(entries.values(), others.values()):
+        assert torch.equal(entry.mask, other.mask)
+        for linear, same in zip(entry.linears.values(), other.linears.values(), strict=True):
+            assert linear.decision == same.decision and linear.weight_sum == same.weight_sum
+            # The sums of MKL depend on the number of rows, on AMD's processors.
+            assert linear.effect == pytest.approx(same.effect, rel=1e-3)
 
 
 def work(rank, size, tmp):
