@@ -35,4 +35,4 @@ def convert(
     if source is target:
         raise OptionError(f"--from and --to are both {source.value}; expected amct and tahf4, in either order")
     paths = from_amct(folder, out) if source is Layout.amct else to_amct(folder, out)
-    typer.echo(f"{out}: {len(paths)} linears in HiF4, all bits kept")
+    typer.echo(f"{out}: {len(paths)} linears in HiF4, all bits of weights kept")

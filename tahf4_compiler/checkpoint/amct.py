@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ..errors import CheckpointError, FormatError
 from ..files.reading import DTYPES, TensorInfo, opened, read_header, read_index, read_into, read_json
 from ..format import hif4
 from ..format.spans import FORM_ROUNDINGS
+from ..packed.attention import ATTENTION_KEYS
 from ..packed.config import TaHF4Config, stand_ins
 from .layout import Item, shard
 from .manifest import NAME, manifest_text
@@ -36,7 +36,6 @@ __all__ = ["from_amct", "from_amct_tensors", "to_amct", "to_amct_tensors"]
 log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
-_FILES = re.compile(r"(layer_\d+|rest_\d+)\.safetensors")
 _COPIED = (".json", ".txt", ".model", ".md", ".jinja")
 _REST = 8 << 30  # bytes of a file of other tensors, as AMCT writes them
 
@@ -148,6 +147,8 @@ def from_amct(folder: str | Path, out: str | Path) -> list[str]:
         if not _fit(_info_kind(info), _info_kind(tensors[scales[path]])):
             found = _mismatch(f"{folder}: {name}", _info_kind(info), _info_kind(tensors[scales[path]]))
             raise CheckpointError(found)
+        if len(both := sorted({f"{path}.weight", f"{path}.qweight"} & tensors.keys())) > 1:
+            raise CheckpointError(f"{folder} holds {' and '.join(both)}; expected one of them: which weight is it?")
         packed[path] = name
     if lost := sorted(set(scales) - set(packed)):
         raise CheckpointError(f"{folder} holds {scales[lost[0]]}, and no {lost[0]}.weight in uint8 beside it")
@@ -208,6 +209,8 @@ def to_amct(folder: str | Path, out: str | Path) -> list[str]:
     Raises:
         CheckpointError: a linear has what AMCT's layout has no place for: a channel mask or rotation, a branch, a K
             that is no multiple of 64; a file is damaged; or ``out`` cannot be written.
+
+    Logs a warning where the model says how activations and attention run, since the layout has no place for this.
     """
     folder, out = Path(folder), Path(out)
     tensors = _tensors(folder)
@@ -215,7 +218,8 @@ def to_amct(folder: str | Path, out: str | Path) -> list[str]:
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping) or settings.get("quant_method") != "tahf4":
         raise CheckpointError(f"{folder} holds no model that tahf4 packed; expected its quantization_config")
-    linears = TaHF4Config.from_dict(dict(settings)).linears
+    packed = TaHF4Config.from_dict(dict(settings))
+    linears = packed.linears
     layers: dict[str, list[Item]] = {}
     rest: list[tuple[str, TensorInfo]] = []
     for path, values in sorted(linears.items()):
@@ -236,9 +240,25 @@ def to_amct(folder: str | Path, out: str | Path) -> list[str]:
         filled += info.size
         item = Item(((name, info.dtype, info.shape),), info, info.dtype)
         groups.setdefault(f"rest_{count:05}.safetensors", []).append(item)
+    if lost := _lost(packed):
+        log.warning("%s: AMCT's layout has no place for %s. The weights keep all bits", folder, ", ".join(lost))
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     _write(folder, tensors, out, groups, {"config.json": plain}, _INDEX)
     return sorted(linears)
+
+
+def _lost(config: TaHF4Config) -> list[str]:
+    """Return what a packed model says about how it runs, where AMCT runs otherwise."""
+    linears = config.linears.values()
+    roundings = {values.get("rounding", FORM_ROUNDINGS[0]) for values in linears} - {FORM_ROUNDINGS[1]}
+    bits = {values.get("activation_bits", 4) for values in linears} - {4}
+    found = [f"activations rounded as {name!r} (AMCT: {FORM_ROUNDINGS[1]!r})" for name in sorted(roundings)]
+    found += [f"activations of {number} bits" for number in sorted(bits)]
+    if config.high_precision_steps:
+        found.append(f"more bits in the steps {', '.join(map(str, config.high_precision_steps))}")
+    if any(key in values for values in linears for key in ATTENTION_KEYS):
+        found.append("attention that stays in higher precision")
+    return found
 
 
 def _check_plain(folder: Path, path: str, values: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -272,18 +292,12 @@ def _tensors(folder: Path) -> dict[str, TensorInfo]:
     if len(indices) == 1:
         return read_index(indices[0])
     files = sorted(folder.glob("*.safetensors"))
-    if len(indices) > 1 or (len(files) > 1 and not all(_FILES.fullmatch(path.name) for path in files)) or not files:
+    if indices or len(files) != 1:
         raise CheckpointError(
-            f"{folder} has {len(files)} safetensors files and {len(indices)} indices; expected files of weights and "
-            "one index"
+            f"{folder} has {len(files)} safetensors files and {len(indices)} indices; expected one index that names "
+            "all files, or one file. Without it nobody knows whether a file is missing"
         )
-    found: dict[str, TensorInfo] = {}
-    for path in files:
-        for name, info in read_header(path).tensors.items():
-            if name in found:
-                raise CheckpointError(f"{path} and {found[name].path} both hold {name}")
-            found[name] = info
-    return found
+    return dict(read_header(files[0]).tensors)
 
 
 def _path(name: str) -> str:

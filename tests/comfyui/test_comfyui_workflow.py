@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 
 import pytest
 import torch
 from helpers import relative
 from torch import Tensor
 
+import tahf4_compiler as tahf4
 from tahf4_compiler.packed.linear import HiF4Linear
 
 SIGMAS = torch.tensor([0.9, 0.6, 0.3, 0.0])
@@ -103,6 +106,33 @@ def test_a_lora_of_each_convention_runs_beside_the_product(comfy, key, up, down)
     assert relative(by_diffusers(comfy.packed, noise, context), expected) > FAR
 
 
+@pytest.mark.parametrize(
+    ("settings", "alpha"),
+    [
+        ({"lora_alpha": 8}, 8.0),
+        ({"lora_alpha": 8, "alpha_pattern": {"net.0.proj": 2}}, 2.0),
+        ({"lora_alpha": 8, "use_rslora": True}, 16.0),  # divided by the root of the rank, 4
+    ],
+)
+def test_the_alpha_that_diffusers_writes_into_the_header_counts(comfy, settings, alpha):
+    from safetensors.torch import save_file
+
+    path = "blocks.0.ffn.net.0.proj"
+    header = json.dumps({f"transformer.{name}": value for name, value in settings.items()})
+    factors = lora(path, f"transformer.{path}", up="lora_B", down="lora_A")
+    save_file(factors, comfy.models / "loras" / "header.safetensors", {"lora_adapter_metadata": header})
+    node = comfy.package.NODE_CLASS_MAPPINGS["TAHF4LoraLoader"]()
+    (model,) = node.load_lora(comfy.load(), "header.safetensors", 0.7)
+    noise, context = inputs()
+    expected = by_diffusers(with_lora(comfy.packed, path, 0.7, alpha=alpha), noise, context)
+    assert relative(comfy.stand_in.sample(model, noise, context, SIGMAS), expected) < CLOSE
+    dora = json.dumps({"transformer.lora_alpha": 1, "transformer.use_dora": True})
+    for header, what in (("[1", "no JSON object"), (dora, "DoRA")):
+        save_file(factors, comfy.models / "loras" / "header.safetensors", {"lora_adapter_metadata": header})
+        with pytest.raises(tahf4.PackedError, match=what):
+            node.load_lora(comfy.load(), "header.safetensors", 0.7)
+
+
 def test_strengths_several_loras_and_back(comfy):
     """One model in memory, as ComfyUI holds it: what counts is the patcher that sampled last."""
     first, second = "blocks.0.ffn.net.0.proj", "blocks.1.attn1.to_v"
@@ -184,3 +214,15 @@ def test_more_bits_in_some_steps(comfy):
     used.clear()
     comfy.stand_in.sample(node.set_bits(model, "8", "all")[0], noise, context, SIGMAS)
     assert used == [{8}] * 3
+
+
+def test_steps_that_a_sampler_has_not_are_said_once(comfy, caplog):
+    node = comfy.package.NODE_CLASS_MAPPINGS["TAHF4ActivationBits"]()
+    (model,) = node.set_bits(comfy.load(), "16", "0, 3, -4")
+    with caplog.at_level(logging.WARNING):
+        comfy.stand_in.sample(model, *inputs(), SIGMAS)
+    (said,) = [record.message for record in caplog.records if "Activation Bits" in record.message]
+    assert "3, -4 is no step of a sampler of 3 steps" in said
+    for nothing in ("", ",", "1,"):
+        with pytest.raises(tahf4.OptionError, match="expected numbers"):
+            node.set_bits(model, "16", nothing)

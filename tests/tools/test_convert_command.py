@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import hif4_published as published
@@ -89,7 +90,7 @@ def test_there_and_back_keeps_every_bit(deployed, tmp_path):
         at = [folder, tmp_path / "ours"] if command[1] == "amct" else [tmp_path / "ours", tmp_path / "again"]
         result = runner.invoke(app, ["convert", str(at[0]), "-o", str(at[1]), *command])
         assert result.exit_code == 0, result.output
-        assert "1 linears in HiF4, all bits kept" in result.output
+        assert "1 linears in HiF4, all bits of weights kept" in result.output
     for name in ("layer_000.safetensors", "rest_00000.safetensors"):
         ours, theirs = load_file(tmp_path / "again" / name), load_file(folder / name)
         assert ours.keys() == theirs.keys()
@@ -159,8 +160,9 @@ def change(folder, name, edit):
     content = load_file(path)
     edit(content)
     save_file(content, path)
-    for index in folder.glob("*.index.json"):
-        index.unlink()
+    index = folder / "model.safetensors.index.json"
+    others = {key: file for key, file in json.loads(index.read_text())["weight_map"].items() if file != name}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**others, **dict.fromkeys(content, name)}}))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +173,7 @@ def change(folder, name, edit):
         (lambda c: c.update({"model.layers.0.up.scale": torch.zeros(6, 2, 4, dtype=torch.uint8)}), "expected uint8"),
         (lambda c: c.update({"model.layers.0.up.weight": torch.zeros(6, 95, dtype=torch.uint8)}), "expected uint8"),
         (lambda c: (c.clear(), c.update(a=torch.zeros(1))), "no weight in AMCT's HiF4"),
+        (lambda c: c.update({"model.layers.0.up.qweight": torch.zeros(6, 96)}), "up.qweight and .*which weight"),
     ],
 )
 def test_bad_files_are_refused(deployed, tmp_path, edit, message):
@@ -179,6 +182,25 @@ def test_bad_files_are_refused(deployed, tmp_path, edit, message):
     with pytest.raises(CheckpointError, match=message):
         from_amct(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_without_their_index_are_refused(deployed, tmp_path):
+    (deployed[0] / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="2 safetensors files and 0 indices"):
+        from_amct(deployed[0], tmp_path / "out")
+
+
+def test_what_says_how_a_model_runs_is_lost_and_said(tmp_path, caplog):
+    model = wan(ffn_dim=192, num_layers=1)[0]
+    with tahf4.calibrate(model, step_groups=1, options={"inductor": False}) as calibration:
+        model(**wan_inputs())
+    recipe = calibration.recipe(mask=None, rotate=False, scale_search="", sensitivity=False, rounding="half_away")
+    tahf4.quantize_(model, dataclasses.replace(recipe, high_precision_steps=(0,)))
+    tahf4.set_activation_bits(model, {"ffn": 8})
+    model.save_pretrained(tmp_path / "ours")
+    to_amct(tmp_path / "ours", tmp_path / "amct")
+    for words in ("rounded as 'half_away' (AMCT: 'bfloat16_half_away')", "activations of 8 bits", "in the steps 0"):
+        assert words in caplog.text
 
 
 def contents(folder):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP
+from safetensors import safe_open
 from torch import Tensor
 
 from tahf4_compiler.errors import PackedError
@@ -16,9 +20,10 @@ from tahf4_compiler.packed.state import PARTS
 from .linear import PackedLinear
 from .names import to_original
 
-__all__ = ["follow", "original_names"]
+__all__ = ["follow", "original_names", "with_alphas"]
 
 _KEY = "tahf4"
+_HEADER = "lora_adapter_metadata"  # where diffusers writes what PEFT was told
 
 
 def follow(patcher: Any) -> None:
@@ -37,6 +42,40 @@ def original_names(lora: dict[str, Tensor]) -> dict[str, Tensor]:
         found = to_original(key.removeprefix("transformer."))
         renamed[key if found is None else f"diffusion_model.{found}"] = value
     return renamed
+
+
+def with_alphas(lora: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Add the alphas that diffusers writes into a file's header, as tensors beside the factors: ComfyUI reads these.
+
+    Args:
+        lora: the tensors of the file, with diffusers' names ``transformer.P.lora_A.weight``, or others.
+        path: the file.
+
+    Raises:
+        PackedError: the header cannot be read, or says that the file is no plain LoRA.
+    """
+    if Path(path).suffix != ".safetensors":
+        return lora
+    with safe_open(str(path), "pt") as file:
+        text = (file.metadata() or {}).get(_HEADER, "{}")
+    try:
+        settings = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise PackedError(f"{path}: {_HEADER} in its header is no JSON object; save the LoRA again") from None
+    found = dict(lora)
+    for key, down in lora.items():
+        whole, is_down, _ = key.partition(".lora_A.")
+        model, _, module = whole.partition(".")
+        own = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(f"{model}.")}
+        if not is_down or "lora_alpha" not in own or f"{whole}.alpha" in lora:
+            continue
+        if own.get("use_dora"):
+            raise PackedError(f"{path} is a LoRA with a scale of its norms (DoRA), which runs beside no packed linear")
+        patterns = (own.get("alpha_pattern") or {}).items()
+        alpha = next((a for p, a in patterns if re.match(rf"(.*\.)?({p})$", module)), own["lora_alpha"])
+        # ComfyUI divides by the rank; with rsLoRA PEFT divides by its root.
+        found[f"{whole}.alpha"] = torch.tensor(float(alpha) * (down.shape[0] ** 0.5 if own.get("use_rslora") else 1.0))
+    return found
 
 
 def _loaded(patcher: Any, device: Any, memory: int, force_patch_weights: bool, *others: Any) -> None:

@@ -19,7 +19,7 @@ from tahf4_compiler.packed.convert import packed_linears
 from tahf4_compiler.packed.loading import not_packed
 
 from . import checkpoint
-from .adapters import follow, original_names
+from .adapters import follow, original_names, with_alphas
 from .linear import operations
 from .steps import set_bits
 
@@ -89,10 +89,10 @@ class LoraLoader:
         """Return a clone of the model with the LoRA.
 
         Raises:
-            PackedError: nothing in the file belongs to the model.
+            PackedError: nothing in the file belongs to the model, or its header says that it is no plain LoRA.
         """
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        lora = original_names(comfy.utils.load_torch_file(path, safe_load=True))
+        lora = original_names(with_alphas(comfy.utils.load_torch_file(path, safe_load=True), path))
         changed, _ = comfy.sd.load_lora_for_models(model, None, lora, strength_model, 0)
         if {k: len(v) for k, v in changed.patches.items()} == {k: len(v) for k, v in model.patches.items()}:
             raise PackedError(f"no tensor of {path} belongs to this model, among them {next(iter(lora), 'none')}")
@@ -128,7 +128,7 @@ class ActivationBits:
         if not packed_linears(model.model):
             raise PackedError("no linear of this model is packed; load it with TAHF4 Diffusion Model Loader")
         try:
-            wanted = None if steps.strip() == "all" else [int(step) for step in steps.split(",") if step.strip()]
+            wanted = None if steps.strip() == "all" else [int(step) for step in steps.split(",")]
         except ValueError:
             raise OptionError(f"steps is {steps!r}; expected numbers with commas between, or all") from None
         changed = model.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ def set_bits(patcher: Any, bits: int, steps: Sequence[int] | None) -> None:
         steps: of the sampler that runs the model, negative ones from its end; None: all.
     """
 
+    counts: set[int] = set()
+
     def call(run: Callable[..., Any], x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
-        if steps is not None and not _is_in(t, _options(args, kwargs), steps):
+        if steps is not None and not _is_in(t, _options(args, kwargs), steps, counts):
             return run(x, t, *args, **kwargs)
         linears = packed_linears(patcher.model).values()
         before = [linear.activation_bits for linear in linears]
@@ -44,7 +47,8 @@ def _options(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_in(t: Any, options: dict[str, Any], steps: Sequence[int]) -> bool:
+def _is_in(t: Any, options: dict[str, Any], steps: Sequence[int], counts: set[int]) -> bool:
+    """Whether a call at a time is one of these steps; say once for each number of steps which of these it has not."""
     sigmas = options.get("sample_sigmas")
     if sigmas is None:
         raise OptionError(
@@ -52,6 +56,10 @@ def _is_in(t: Any, options: dict[str, Any], steps: Sequence[int]) -> bool:
             "sample_sigmas). Write all for its steps, or take the node off."
         )
     count = len(sigmas) - 1
+    if (none := [step for step in steps if not -count <= step < count]) and count not in counts:
+        shown = ", ".join(map(str, none))
+        logging.warning("tahf4: TAHF4 Activation Bits: %s is no step of a sampler of %d steps", shown, count)
+    counts.add(count)
     now = float(t.flatten()[0])
     # A sampler may evaluate between two steps: the step that began last.
     step = max((i for i in range(count) if float(sigmas[i]) >= now - 1e-6 * abs(now)), default=0)
