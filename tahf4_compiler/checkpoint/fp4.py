@@ -35,6 +35,8 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _DROPPED = ("input_scale", "input_global_scale", "comfy_quant")  # of activations, which HiF4 scales as they come
 _SCALES = ("weight_scale", "weight_scale_2", "weight_global_scale")
 _TILE = (128, 4)
+_PREFIX = "model.diffusion_model."
+_KNOWN = ("format", "full_precision_matrix_mult", "orig_dtype", "orig_shape")  # of ComfyUI's marks: no other values
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,15 @@ def with_fp4(tensors: Mapping[str, TensorInfo], folder: Path) -> tuple[dict[str,
 
     Raises:
         CheckpointError: a weight has no scale, shapes or dtypes do not fit each other, ComfyUI's mark names another
-            format, or activations must be multiplied first (``pre_quant_scale``).
+            format or what is not known here, a weight is in scaled FP8, or activations must be multiplied first
+            (``pre_quant_scale``).
     """
+    for name, info in tensors.items():
+        if info.dtype.startswith("F8") and name.endswith(".weight") and f"{name}_scale" in tensors:
+            raise CheckpointError(
+                f"{folder} holds {name} in {info.dtype} with a scale; scaled FP8 is not read, NVFP4 and MXFP4 are. "
+                "Export this linear in 16 bits"
+            )
     found = dict(tensors)
     weights = {name: info for name, info in tensors.items() if _holds_codes(name, info)}
     if not weights:
@@ -136,7 +145,7 @@ def with_fp4(tensors: Mapping[str, TensorInfo], folder: Path) -> tuple[dict[str,
     for name, info in weights.items():
         path = name.rpartition(".")[0]
         parts = {leaf: tensors.get(f"{path}.{leaf}") for leaf in _SCALES}
-        said = comfy.get(path, comfy.get(path.removeprefix("model.diffusion_model.")))
+        said = next((comfy[p] for p in (path, path.removeprefix(_PREFIX), _PREFIX + path) if p in comfy), None)
         if comfy and said is None:
             raise CheckpointError(
                 f"{folder} has ComfyUI's marks, and none for {name} in uint8: nothing says how it lies in the file"
@@ -186,6 +195,8 @@ def _weight(
             f"{where} is U8 {info.shape} with a weight_scale {scale.dtype} {scale.shape}; expected F8_E4M3 "
             f"{wanted if block == 16 else (n, k // 16)} (NVFP4) or U8 {(n, k // 32)} (MXFP4)"
         )
+    if block == 32 and (more := [leaf for leaf in _SCALES[1:] if parts[leaf] is not None]):
+        raise CheckpointError(f"{where} is MXFP4 and has a {more[0]} beside it, which MXFP4 has not: what does it say?")
     leaf = "weight_global_scale" if packed else "weight_scale_2"
     total = parts[leaf] if block == 16 else None
     if block == 16 and (total is None or total.dtype != "F32" or math.prod(total.shape) != 1):
@@ -219,4 +230,6 @@ def _comfy_formats(tensors: Mapping[str, TensorInfo], folder: Path) -> dict[str,
 def _format(said: Any, where: str) -> str:
     if not isinstance(said, dict) or not isinstance(said.get("format"), str):
         raise CheckpointError(f"{where} is {json.dumps(said)[:100]}; expected a format")
+    if unknown := [key for key, value in said.items() if key not in _KNOWN and value]:
+        raise CheckpointError(f"{where} has {unknown[0]!r:.100}; it is not known here how a weight lies with it")
     return str(said["format"])

@@ -92,8 +92,8 @@ def recipe_experts(
         if name not in parts:
             raise RecipeError(
                 f"the recipe has the experts {', '.join(map(repr, parts)) or 'none'}, not {name!r}; say which one "
-                "belongs to this module with expert=... (where a pipeline is loaded: a TaHF4Config(recipe, expert=...) "
-                "for each component, in PipelineQuantizationConfig(quant_mapping=...))"
+                "belongs to this module with expert=..., --expert of a command (where a pipeline is loaded: a "
+                "TaHF4Config(recipe, expert=...) for each component, in PipelineQuantizationConfig(quant_mapping=...))"
             )
         parts = {"": parts[name]}
     missing = sorted(set(parts) - set(models))
