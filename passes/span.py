@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ from ..model.parts import part_of
 from ..pipeline.activations import Activation, activations, bits_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
-from ..pipeline.rules import span_obstacle, with_span
+from ..pipeline.rules import OVERRULED, span_obstacle, with_span
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,12 @@ class Span(Pass):
         """Rewrite in place."""
         spans: Counter[int | str] = Counter()
         roundings: Counter[str] = Counter()
-        changed = False
+        changed, overruled = False, 0
         for activation in activations(graph_module.graph):
             recipe = activation.attached(context)
             options = context.options
             form = recipe.span if recipe is not None else joined(options.scale_span, options.rounding)
+            overruled += recipe is not None and joined(options.scale_span, options.rounding) not in (1, form)
             wanted, rounding = parted(form)
             obstacle = _obstacle(activation, context) if wanted != 1 else None
             form = form if obstacle is None else alone(form)
@@ -62,6 +66,9 @@ class Span(Pass):
             if units_of(form) != 1:
                 spans[span_name(wanted)] += 1
             roundings[rounding] += rounding != "half_away"
+        if overruled:
+            context.note(f"{overruled} activations {OVERRULED}")
+            log.warning("%d activations %s", overruled, OVERRULED)
         for span, count in spans.items():
             units = "row" if span == "row" else f"{span} units"
             context.note(f"{count} activations with a level-1 scale for each {units}")

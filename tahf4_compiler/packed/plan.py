@@ -9,6 +9,7 @@ two differ.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +28,7 @@ from ..options import patterns
 from ..pipeline.context import Decision, branch_bytes
 from ..pipeline.rules import (
     MIN_FEATURES,
+    OVERRULED,
     Facts,
     Role,
     adapter_obstacle,
@@ -53,6 +55,8 @@ __all__ = [
     "unfit_in_blocks",
     "why_nothing",
 ]
+
+log = logging.getLogger(__name__)
 
 NO_LINEARS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 """Modules whose weights are those of no linear."""
@@ -175,7 +179,7 @@ def plan_transforms(
     """
     given = recipe_attachments(model, recipe, expert=expert, check_weights=False) if recipe is not None else None
     linears = dict(named_linears(model))
-    found = {}
+    found, overruled = {}, 0
     for decision in plan:
         path = decision.module
         if decision.decision != "hif4" or isinstance(linears[path], HiF4Linear):
@@ -184,6 +188,7 @@ def plan_transforms(
         block = said.hadamard_block if said is not None else hadamard_block(decision.k, rotate_block)
         seed = said.seed if said is not None and said.seed is not None else SEED
         mask = said.mask if said is not None and said.masked else None
+        overruled += said is not None and span not in (1, said.span)
         wanted, decision.rounding = parted(said.span if said is not None else span)
         obstacle = span_obstacle(decision.activation_bits, mask is not None, block) if wanted != 1 else None
         decision.span = wanted if obstacle is None else 1
@@ -201,6 +206,8 @@ def plan_transforms(
             decision.rank,
             joined(decision.span, decision.rounding),
         )
+    if overruled:
+        log.warning("%s: %d linears %s", type(model).__name__, overruled, OVERRULED)
     return found
 
 

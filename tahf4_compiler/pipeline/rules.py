@@ -15,6 +15,7 @@ from ..model.reasons import Cause, Reason, cause_of
 
 __all__ = [
     "MIN_FEATURES",
+    "OVERRULED",
     "Facts",
     "Role",
     "adapter_obstacle",
@@ -30,6 +31,9 @@ __all__ = [
 
 MIN_FEATURES = 64
 """Input and output features, at least: less than one unit of 64 values is mostly padding."""
+
+OVERRULED = "have span and rounding of their recipe, which come before scale_span and rounding"
+"""What is said where both a recipe and somebody else want something."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -174,7 +174,7 @@ def test_one_linear_that_is_rounded_otherwise_makes_the_version(others):
 
 
 @pytest.mark.parametrize("search", ["", "squared", "reconstruct"])
-def test_a_recipe_has_it(x, tmp_path, search):
+def test_a_recipe_has_it(x, tmp_path, search, caplog):
     plain = make()
     with tahf4.calibrate(plain, step_groups=1, options={"inductor": False}) as calibration:
         plain(x)
@@ -186,6 +186,9 @@ def test_a_recipe_has_it(x, tmp_path, search):
     packed = make()
     tahf4.quantize_(packed, loaded, rounding="half_away")  # the recipe comes first
     assert {linear.rounding for linear in packed_linears(packed).values()} == {VENDOR}
+    caplog.clear()
+    tahf4.quantize_(make(), loaded, rounding="least_error")
+    assert f"{len(packed_linears(packed))} linears have span and rounding of their recipe" in caplog.text
     ours = make()
     tahf4.quantize_(ours, calibration.recipe(**choices))
     same = [torch.equal(a, b) for a, b in zip(codes(packed).values(), codes(ours).values(), strict=True)]

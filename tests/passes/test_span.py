@@ -39,12 +39,16 @@ def test_there_is_none_by_default():
     assert_pass(one(), Span(), scale_span=1)
 
 
-def test_a_recipe_comes_before_the_option():
+def test_a_recipe_comes_before_the_option_and_the_log_says_so(caplog):
     said = {"hadamard_block": 64, "seed": 0}
     after = one("rotated 64, span 2", "m, 64, 4, 2", span=", 2")
     recipe = {"w": Attachment("hif4", "", span=2, **said)}
     assert_pass(one(), Span(), after, recipe=recipe, scale_span="row")
     assert_pass(one(), Span(), recipe={"w": Attachment("hif4", "", **said)}, scale_span="row")
+    assert caplog.text.count("1 activations have span and rounding of their recipe") == 2
+    caplog.clear()
+    assert_pass(one(), Span(), after, recipe=recipe, scale_span=2)
+    assert not caplog.text
 
 
 def test_a_mask_is_enough():
