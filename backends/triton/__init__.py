@@ -37,6 +37,8 @@ _LIBRARY = torch.library.Library("tahf4_triton", "FRAGMENT")
 _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
 MAX_QUANTIZE_BLOCK = 4096
+MAX_BRANCHED_BLOCK = 256
+"""Beside branches: a block of threads has no more neighbouring units of a row at once."""
 MAX_CHANNELS = 256
 """Of a head of queries in attention: those of more do not fit the registers."""
 
@@ -108,6 +110,29 @@ def _fused_quantize(
     fused.program_before(program)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
     return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span))
+
+
+def _branched_quantize(
+    inputs: list[Tensor],
+    program: str,
+    factors: list[Tensor],
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
+) -> tuple[Any, list[Call]]:
+    from . import quantize
+
+    int8.check_bits(bits, quantized=True)
+    statements = fused.program_before(program).statements
+    k = torch.broadcast_shapes(*(i.shape for i in inputs))[-1]
+    ops.check_transform(k, multiplier, hadamard_block)
+    fused.check_factors(factors, k, statements[-1].dtype if statements else inputs[0].dtype)
+    dense = [factor.contiguous() for factor in factors]
+    results, calls = quantize.call(
+        inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span), factors=dense
+    )
+    return list(results), calls
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
@@ -234,6 +259,7 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "dequantize": _dequantize,
     "linear": _linear,
     "fused_quantize": _fused_quantize,
+    "branched_quantize": _branched_quantize,
     "fused_linear": _fused_linear,
     "linear_quantize": _linear_quantize,
     "attention": _attention,
@@ -274,7 +300,7 @@ def _serves(node: fx.Node) -> bool:
         return False
     given = arguments(node)
     block = given.get("hadamard_block")
-    limit = 128 if "weight_codes" in given else MAX_QUANTIZE_BLOCK
+    limit = 128 if "weight_codes" in given else MAX_BRANCHED_BLOCK if "factors" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
     if node.target in ATTENTIONS:

@@ -7,6 +7,9 @@ cache. So the input comes from memory once.
 Where units share their level-1 scales, which may lie in several blocks of threads, there are two kernels: one writes
 the largest magnitude of each unit, and one reads those of a span and converts. Both compute the program and the
 transform.
+
+With branches of low rank, each block of threads takes whole rows as well, and multiplies each tile that it quantizes by
+the rows of the factors that belong to it.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from ...ops.program import Program, Statement
 from ...ops.reference import empty_units
 from . import source
 from .call import Call
-from .expressions import Leaf, Operand, emit, leaf_parameters, operand
+from .expressions import TL_DTYPES, Leaf, Operand, emit, leaf_parameters, operand
 
 __all__ = ["QuantizeKernel", "call", "describe"]
 
 THREADS = 128
+BRANCHED = 32, 4
+"""Rows, and units of each, that a block of threads quantizes at once beside branches of low rank."""
 FORMATS = {4: "hif4", 8: "int8"}
 """Bits of an activation -> what functions of Triton call it."""
 
@@ -51,6 +56,8 @@ class QuantizeKernel:
         span: units that share a level-1 scale; 0 for a row.
         rounding: an index of ``FORM_ROUNDINGS``.
         maxima: whether it only writes the largest magnitude (bits) of each unit, for the kernel that converts.
+        ranks: of the branches whose first products it computes.
+        factor: dtype of their factors; None without branches.
     """
 
     program: str
@@ -63,6 +70,8 @@ class QuantizeKernel:
     span: int = 1
     rounding: int = 0
     maxima: bool = False
+    ranks: tuple[int, ...] = ()
+    factor: torch.dtype | None = None
 
     @property
     def format(self) -> str:
@@ -73,7 +82,7 @@ class QuantizeKernel:
         """Return the kernel's parameters but for the constants."""
         results = ["maxima"] if self.maxima else ["codes", "scales", *(["maxima"] if self.span != 1 else [])]
         own = [*results, "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
-        return [*own, *leaf_parameters(self.leaves)]
+        return [*own, *leaf_parameters(self.leaves), *_numbered("factor", self.ranks), *_numbered("out", self.ranks)]
 
     def constants(self, unit_count: int) -> dict[str, int]:
         """Return the constants of a launch.
@@ -81,6 +90,10 @@ class QuantizeKernel:
         Args:
             unit_count: units in a row; together with the constants it decides how many rows a block takes.
         """
+        if self.ranks:
+            tile_rows, tile_units = BRANCHED
+            constants = {"T": tile_rows * tile_units, "ROWS": tile_rows, "UNITS": tile_units}
+            return constants | ({"COLUMNS": 8 * tile_units} if Program.parse(self.program).reduction() else {})
         if Program.parse(self.program).reduction() is None:
             return {"T": THREADS}
         rows = THREADS // math.gcd(unit_count, THREADS)
@@ -106,8 +119,10 @@ def _text(kernel: QuantizeKernel) -> str:
     statistics = ", mean, spread" if reduction is not None else ""
     pieces.append(_function("value", f"row, row_mask, column, column_mask{statistics}{given}", emit(program, leaves)))
     pieces.append(_units_function(kernel, given, statistics))
-    kernels = _rows_kernel(kernel, reduction, given) if reduction is not None else _flat_kernel(kernel, given)
-    pieces.append(kernels)
+    if kernel.ranks:
+        pieces.append(_branched_kernel(kernel, reduction, given))
+    else:
+        pieces.append(_rows_kernel(kernel, reduction, given) if reduction is not None else _flat_kernel(kernel, given))
     shown = textwrap.indent(kernel.program or "x0 as it is", "    ")
     name = "HiF4" if kernel.bits == 4 else "int8"
     what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
@@ -124,6 +139,16 @@ def _function(name: str, parameters: str, lines: Any) -> str:
     return f"@triton.jit\ndef {name}({parameters}):\n{body}\n    return result"
 
 
+def _numbered(name: str, ranks: Sequence[int]) -> list[str]:
+    """Return a name for each branch."""
+    return [f"{name}{i}" for i in range(len(ranks))]
+
+
+def _padded(rank: int) -> int:
+    """Return the width of a tile that holds a rank: matrix units multiply 16 columns at least."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
     multiplier = ", multiplier" if kernel.multiplier else ""
     lines = [
@@ -131,6 +156,7 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
         f"x = value(row[:, None], mask[:, None], column, column_mask{statistics}{given})",
         f"x = tl.broadcast_to(x, (T, {kernel.width}))",
     ]
+    lines += _products(kernel)
     if kernel.multiplier:
         lines.append("x = x * tl.load(multiplier + column, mask=column_mask, other=0.0)")
     if not kernel.whole:
@@ -153,10 +179,14 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
             f"    words, found = to_hif4_shared(parts, most, T{rounding})\n"
             "    store_hif4(codes, scales, unit, mask, words, found, T)"
         )
-    results = _results(kernel)
+    results, products = _results(kernel), _numbered("product", kernel.ranks)
+    branches = "".join(f", {name}" for name in ("begin", *_numbered("factor", kernel.ranks), *products) if products)
+    constants = "T: tl.constexpr" + (", ROWS: tl.constexpr, UNITS: tl.constexpr" if products else "")
+    if products:
+        converted += f"\n    return {', '.join(products)}"
     return (
-        f"@triton.jit\ndef quantize_units({results}, unit, row, first, mask, K{multiplier}{statistics}{given}, "
-        "T: tl.constexpr):\n"
+        f"@triton.jit\ndef quantize_units({results}, unit, row, first, mask, K{multiplier}{statistics}{given}{branches}, "
+        f"{constants}):\n"
         "    parts = ()\n"
         f"    for i in tl.static_range({UNIT // kernel.width}):\n"
         f"        column = first[:, None] + (i * {kernel.width} + tl.arange(0, {kernel.width}))[None, :]\n"
@@ -165,6 +195,30 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
         f"{transform}"
         f"{converted}"
     )
+
+
+def _products(kernel: QuantizeKernel) -> list[str]:
+    """Return the lines that multiply values ``x`` of T units, of each the same few, by those rows of the factors.
+
+    T units are ROWS rows of UNITS units from column ``begin`` on.
+    """
+    if not kernel.ranks:
+        return []
+    width = kernel.width
+    lines = [
+        f"inner = tl.arange(0, UNITS * {width})",
+        f"inner = begin + inner // {width} * 64 + i * {width} + inner % {width}",
+        f"left = tl.where(column_mask, x, 0.0).to({TL_DTYPES[kernel.factor]})",
+        f"left = tl.reshape(left, (ROWS, UNITS * {width}))",
+    ]
+    for i, rank in enumerate(kernel.ranks):
+        lines += [
+            f"lane = tl.arange(0, {_padded(rank)})",
+            f"known = (inner < K)[:, None] & (lane < {rank})[None, :]",
+            f"right = tl.load(factor{i} + inner[:, None] * {rank} + lane[None, :], mask=known, other=0.0)",
+            f'product{i} = tl.dot(left, right, product{i}, input_precision="ieee")',
+        ]
+    return lines
 
 
 def _results(kernel: QuantizeKernel) -> str:
@@ -189,17 +243,15 @@ def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
     quantize_units({_results(kernel)}, unit, row, first, mask, K{multiplier}{given}, T)"""
 
 
-def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
-    multiplier, results = ", multiplier" if kernel.multiplier else "", _results(kernel)
+def _statistics(reduction: Statement, given: str) -> str:
+    """Return the lines that find ``mean`` and ``spread`` of ROWS rows from ``start`` on, in one pass."""
     if reduction.function == "layer_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + {float(reduction.arguments[3])!r})"  # type: ignore[arg-type]
     elif reduction.function == "rms_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + mean * mean + {float(reduction.arguments[2])!r})"  # type: ignore[arg-type]
     else:
         spread = "spread = squares"
-    return f"""{_signature(kernel, ["T", "ROWS", "COLUMNS"])}
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    lane = tl.arange(0, COLUMNS)[None, :]
+    return f"""    lane = tl.arange(0, COLUMNS)[None, :]
     row = (start + tl.arange(0, ROWS))[:, None]
     row_mask = row < rows
     means = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -216,7 +268,14 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
     count = ((K - lane + COLUMNS - 1) // COLUMNS).to(tl.float32)
     mean = tl.sum(means * count, axis=1) / K
     squares = tl.sum(squares + count * (means - mean[:, None]) * (means - mean[:, None]), axis=1)
-    {spread}
+    {spread}"""
+
+
+def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
+    multiplier, results = ", multiplier" if kernel.multiplier else "", _results(kernel)
+    return f"""{_signature(kernel, ["T", "ROWS", "COLUMNS"])}
+    start = tl.program_id(0).to(tl.int64) * ROWS
+{_statistics(reduction, given)}
     for tile in range(0, ROWS * U // T):
         local = tile * T + tl.arange(0, T)
         local_row = local // U
@@ -229,21 +288,41 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
         quantize_units({results}, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
 
 
+def _branched_kernel(kernel: QuantizeKernel, reduction: Statement | None, given: str) -> str:
+    results, products = _results(kernel), _numbered("product", kernel.ranks)
+    multiplier = ", multiplier" if kernel.multiplier else ""
+    known = ", unit_mean, unit_spread" if reduction is not None else ""
+    branches = ", ".join([*_numbered("factor", kernel.ranks), *products])
+    lines = [_signature(kernel, ["T", "ROWS", "UNITS", *(["COLUMNS"] if reduction is not None else [])])]
+    lines.append("    start = tl.program_id(0).to(tl.int64) * ROWS")
+    if reduction is not None:
+        lines.append(_statistics(reduction, given))
+    lines += ["    local = tl.arange(0, T)", "    unit_row = start + local // UNITS"]
+    if reduction is not None:
+        lines += [f"    unit_{s} = tl.gather({s}, local // UNITS, axis=0)[:, None]" for s in ("mean", "spread")]
+    lines += [
+        f"    product{i} = tl.zeros((ROWS, {_padded(rank)}), tl.float32)" for i, rank in enumerate(kernel.ranks)
+    ]
+    lines.append(f"""    for step in range(0, tl.cdiv(U, UNITS)):
+        at = step * UNITS + local % UNITS
+        mask = (unit_row < rows) & (at < U)
+        {", ".join(products)} = quantize_units(
+            {results}, unit_row * U + at, unit_row, at * 64, mask, K{multiplier}{known}{given}, step * UNITS * 64,
+            {branches}, T, ROWS, UNITS)
+    row = (start + tl.arange(0, ROWS))[:, None]""")
+    for i, rank in enumerate(kernel.ranks):
+        lines += [
+            f"    column = tl.arange(0, {_padded(rank)})[None, :]",
+            f"    tl.store(out{i} + row * {rank} + column, product{i}.to({TL_DTYPES[kernel.factor]}), "
+            f"mask=(row < rows) & (column < {rank}))",
+        ]
+    return "\n".join(lines)
+
+
 @functools.lru_cache(maxsize=4096)
-def kernel_for(
-    program: str,
-    leaves: tuple[Leaf, ...],
-    whole: bool,
-    multiplier: bool,
-    block: int,
-    width: int,
-    bits: int = 4,
-    span: int = 1,
-    rounding: int = 0,
-    maxima: bool = False,
-) -> QuantizeKernel:
+def kernel_for(*key: Any) -> QuantizeKernel:
     """Return the kernel of a key; its text is made once."""
-    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, rounding, maxima)
+    return QuantizeKernel(*key)
 
 
 def describe(
@@ -256,6 +335,7 @@ def describe(
     span: int = 1,
     rounding: int = 0,
     maxima: bool = False,
+    factors: Sequence[Tensor] = (),
 ) -> tuple[QuantizeKernel, list[Operand]]:
     """Return the kernel for some inputs, and how they are passed."""
     operands = [operand(f"x{i}", value, shape) for i, value in enumerate(inputs)]
@@ -264,32 +344,45 @@ def describe(
     full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
     width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
     form = (multiplier is not None, block, width, bits, span, rounding, maxima)
+    form += (tuple(factor.shape[1] for factor in factors), factors[0].dtype if factors else None)
     return kernel_for(program, leaves, shape[-1] % UNIT == 0, *form), operands
 
 
 def call(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, bits: int = 4, span: int = 1
-) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    """Return the results of ``tahf4::fused_quantize``, empty, and the launches that fill them (none for no values)."""
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None,
+    block: int,
+    bits: int = 4,
+    span: int = 1,
+    factors: Sequence[Tensor] = (),
+) -> tuple[tuple[Tensor, ...], list[Call]]:
+    """Return the results, empty, and the launches that fill them (none for no values).
+
+    The results are those of ``tahf4::fused_quantize``; with factors, contiguous, those of ``tahf4::branched_quantize``.
+    """
     shape = torch.broadcast_shapes(*(value.shape for value in inputs))
     k, count = shape[-1], units(shape[-1])
     codes, scales = empty_units(inputs[0], shape, bits)
+    products = [factor.new_empty((*shape[:-1], factor.shape[1])) for factor in factors]
     rows = math.prod(shape[:-1])
     if rows == 0 or k == 0:
-        return (codes, scales), []
+        return (codes, scales, *(product.zero_() for product in products)), []
     rounding = span // ROUNDED if bits == 4 else 0
     span = units_of(span) if bits == 4 and count > 1 else 1
     shared = [torch.empty_like(scales)] if span != 1 else []
 
     def launch(maxima: bool) -> Call:
-        kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding, maxima)
+        form = (bits, span, rounding, maxima, () if maxima else factors)
+        kernel, operands = describe(inputs, program, multiplier, block, shape, *form)
         constants = kernel.constants(count)
         per_block = constants.get("ROWS")
         blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
         results = shared if maxima else [codes.view(torch.int32), scales, *shared]
         values = [*results, rows, k, count, *([multiplier] if multiplier is not None else [])]
         values += [value for o in operands for value in o.values]
+        values += [*factors, *products] if kernel.ranks else []
         arguments = dict(zip(kernel.parameters(), values, strict=True))
-        return Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=THREADS // 32, exact=True)
+        return Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=constants["T"] // 32, exact=True)
 
-    return (codes, scales), [launch(maxima) for maxima in ([True, False] if shared else [False])]
+    return (codes, scales, *products), [launch(maxima) for maxima in ([True, False] if shared else [False])]
