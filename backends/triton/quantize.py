@@ -14,315 +14,23 @@ the rows of the factors that belong to it.
 
 from __future__ import annotations
 
-import functools
 import math
-import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...format.hif4 import UNIT, units
 from ...format.spans import ROUNDED, units_of
-from ...ops.program import Program, Statement
 from ...ops.reference import empty_units
-from . import source
 from .call import Call
-from .expressions import TL_DTYPES, Leaf, Operand, emit, leaf_parameters, operand
+from .expressions import Operand, operand
+from .quantize_source import BRANCHED, THREADS, QuantizeKernel, kernel_for
 
-__all__ = ["QuantizeKernel", "call", "describe"]
+__all__ = ["call", "describe"]
 
-THREADS = 128
-BRANCHED = 32, 4
-"""Rows, and units of each, that a block of threads quantizes at once beside branches of low rank."""
-FORMATS = {4: "hif4", 8: "int8"}
-"""Bits of an activation -> what functions of Triton call it."""
-
-
-@dataclass(frozen=True)
-class QuantizeKernel:
-    """What a generated quantizing kernel depends on.
-
-    Attributes:
-        program: text, empty for none.
-        leaves: how its inputs are read.
-        whole: K is a multiple of 64.
-        multiplier: whether there is one.
-        block: Hadamard block, 0 for none.
-        width: values that a thread reads at once, 4 or 8.
-        bits: 4 for HiF4, or 8.
-        span: units that share a level-1 scale; 0 for a row.
-        rounding: an index of ``FORM_ROUNDINGS``.
-        maxima: whether it only writes the largest magnitude (bits) of each unit, for the kernel that converts.
-        ranks: of the branches whose first products it computes.
-        factor: dtype of their factors; None without branches.
-    """
-
-    program: str
-    leaves: tuple[Leaf, ...]
-    whole: bool
-    multiplier: bool
-    block: int
-    width: int
-    bits: int = 4
-    span: int = 1
-    rounding: int = 0
-    maxima: bool = False
-    ranks: tuple[int, ...] = ()
-    factor: torch.dtype | None = None
-
-    @property
-    def format(self) -> str:
-        """What its functions call what it writes."""
-        return FORMATS[self.bits]
-
-    def parameters(self) -> list[str]:
-        """Return the kernel's parameters but for the constants."""
-        results = ["maxima"] if self.maxima else ["codes", "scales", *(["maxima"] if self.span != 1 else [])]
-        own = [*results, "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
-        return [*own, *leaf_parameters(self.leaves), *_numbered("factor", self.ranks), *_numbered("out", self.ranks)]
-
-    def constants(self, unit_count: int) -> dict[str, int]:
-        """Return the constants of a launch.
-
-        Args:
-            unit_count: units in a row; together with the constants it decides how many rows a block takes.
-        """
-        if self.ranks:
-            tile_rows, tile_units = BRANCHED
-            constants = {"T": tile_rows * tile_units, "ROWS": tile_rows, "UNITS": tile_units}
-            return constants | ({"COLUMNS": 8 * tile_units} if Program.parse(self.program).reduction() else {})
-        if Program.parse(self.program).reduction() is None:
-            return {"T": THREADS}
-        rows = THREADS // math.gcd(unit_count, THREADS)
-        return {"T": THREADS, "ROWS": rows, "COLUMNS": max(8, 8 * THREADS // rows)}
-
-    @functools.cached_property
-    def text(self) -> str:
-        """Return the file."""
-        return _text(self)
-
-
-def _text(kernel: QuantizeKernel) -> str:
-    program = Program.parse(kernel.program)
-    reduction = program.reduction()
-    leaves = list(kernel.leaves)
-    names = leaf_parameters(leaves)
-    given = "".join(f", {name}" for name in names)
-    pieces = []
-    if reduction is not None:
-        pieces.append(
-            _function("reduced", f"row, row_mask, column, column_mask{given}", emit(program, leaves, until=reduction))
-        )
-    statistics = ", mean, spread" if reduction is not None else ""
-    pieces.append(_function("value", f"row, row_mask, column, column_mask{statistics}{given}", emit(program, leaves)))
-    pieces.append(_units_function(kernel, given, statistics))
-    if kernel.ranks:
-        pieces.append(_branched_kernel(kernel, reduction, given))
-    else:
-        pieces.append(_rows_kernel(kernel, reduction, given) if reduction is not None else _flat_kernel(kernel, given))
-    shown = textwrap.indent(kernel.program or "x0 as it is", "    ")
-    name = "HiF4" if kernel.bits == 4 else "int8"
-    what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
-    needed = [f"to_{kernel.format}", f"store_{kernel.format}", "fours", *(["hadamard"] if kernel.block else [])]
-    if kernel.maxima:
-        what, needed[:2] = "The largest magnitude of each unit, as bits." + what.partition(".")[2], ["group_maxima"]
-    elif kernel.span != 1:
-        needed[:2] = ["to_hif4_shared", "span_maximum", "store_hif4"]
-    return source.module_text(what, needed, "\n\n\n".join(pieces))
-
-
-def _function(name: str, parameters: str, lines: Any) -> str:
-    body = textwrap.indent("\n".join(lines), "    ")
-    return f"@triton.jit\ndef {name}({parameters}):\n{body}\n    return result"
-
-
-def _numbered(name: str, ranks: Sequence[int]) -> list[str]:
-    """Return a name for each branch."""
-    return [f"{name}{i}" for i in range(len(ranks))]
-
-
-def _padded(rank: int) -> int:
-    """Return the width of a tile that holds a rank: matrix units multiply 16 columns at least."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
-def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
-    multiplier = ", multiplier" if kernel.multiplier else ""
-    lines = [
-        "column_mask = " + ("mask[:, None]" if kernel.whole else "mask[:, None] & (column < K)"),
-        f"x = value(row[:, None], mask[:, None], column, column_mask{statistics}{given})",
-        f"x = tl.broadcast_to(x, (T, {kernel.width}))",
-    ]
-    lines += _products(kernel)
-    if kernel.multiplier:
-        lines.append("x = x * tl.load(multiplier + column, mask=column_mask, other=0.0)")
-    if not kernel.whole:
-        lines.append("x = tl.where(column_mask, x, 0.0)")
-    body = textwrap.indent("\n".join(lines), " " * 8)
-    transform = ""
-    if kernel.block:
-        levels = kernel.block.bit_length() - 1
-        transform = f"    parts = hadamard(parts, T, {levels}, {kernel.block**-0.5!r})\n"
-    rounding = f", {kernel.rounding}" if kernel.bits == 4 else ""
-    converted = (
-        f"    words, found = to_{kernel.format}(parts, T{rounding})\n"
-        f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
-    )
-    if kernel.maxima:
-        converted = "    groups, most = group_maxima(parts, T)\n    tl.store(maxima + unit, most, mask=mask)"
-    elif kernel.span != 1:
-        converted = (
-            f"    most = span_maximum(maxima, unit, row, U, {kernel.span or 'U'}, mask, T)\n"
-            f"    words, found = to_hif4_shared(parts, most, T{rounding})\n"
-            "    store_hif4(codes, scales, unit, mask, words, found, T)"
-        )
-    results, products = _results(kernel), _numbered("product", kernel.ranks)
-    branches = "".join(f", {name}" for name in ("begin", *_numbered("factor", kernel.ranks), *products) if products)
-    constants = "T: tl.constexpr" + (", ROWS: tl.constexpr, UNITS: tl.constexpr" if products else "")
-    if products:
-        converted += f"\n    return {', '.join(products)}"
-    return (
-        f"@triton.jit\ndef quantize_units({results}, unit, row, first, mask, K{multiplier}{statistics}{given}{branches}, "
-        f"{constants}):\n"
-        "    parts = ()\n"
-        f"    for i in tl.static_range({UNIT // kernel.width}):\n"
-        f"        column = first[:, None] + (i * {kernel.width} + tl.arange(0, {kernel.width}))[None, :]\n"
-        f"{body}\n"
-        f"        parts = parts + fours(x, T, {kernel.width})\n"
-        f"{transform}"
-        f"{converted}"
-    )
-
-
-def _products(kernel: QuantizeKernel) -> list[str]:
-    """Return the lines that multiply values ``x`` of T units, of each the same few, by those rows of the factors.
-
-    T units are ROWS rows of UNITS units from column ``begin`` on.
-    """
-    if not kernel.ranks:
-        return []
-    width = kernel.width
-    lines = [
-        f"inner = tl.arange(0, UNITS * {width})",
-        f"inner = begin + inner // {width} * 64 + i * {width} + inner % {width}",
-        f"left = tl.where(column_mask, x, 0.0).to({TL_DTYPES[kernel.factor]})",
-        f"left = tl.reshape(left, (ROWS, UNITS * {width}))",
-    ]
-    for i, rank in enumerate(kernel.ranks):
-        lines += [
-            f"lane = tl.arange(0, {_padded(rank)})",
-            f"known = (inner < K)[:, None] & (lane < {rank})[None, :]",
-            f"right = tl.load(factor{i} + inner[:, None] * {rank} + lane[None, :], mask=known, other=0.0)",
-            f'product{i} = tl.dot(left, right, product{i}, input_precision="ieee")',
-        ]
-    return lines
-
-
-def _results(kernel: QuantizeKernel) -> str:
-    """Return the arguments for what a kernel writes, and reads of a span."""
-    if kernel.maxima:
-        return "maxima"
-    return "codes, scales" + (", maxima, U" if kernel.span != 1 else "")
-
-
-def _signature(kernel: QuantizeKernel, constants: Sequence[str]) -> str:
-    parameters = [*kernel.parameters(), *(f"{name}: tl.constexpr" for name in constants)]
-    return f"@triton.jit\ndef kernel({', '.join(parameters)}):"
-
-
-def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
-    multiplier = ", multiplier" if kernel.multiplier else ""
-    return f"""{_signature(kernel, ["T"])}
-    unit = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    row = unit // U
-    mask = row < rows
-    first = ((unit - row * U) * 64).to(tl.int32)
-    quantize_units({_results(kernel)}, unit, row, first, mask, K{multiplier}{given}, T)"""
-
-
-def _statistics(reduction: Statement, given: str) -> str:
-    """Return the lines that find ``mean`` and ``spread`` of ROWS rows from ``start`` on, in one pass."""
-    if reduction.function == "layer_norm":
-        spread = f"spread = 1.0 / tl.sqrt(squares / K + {float(reduction.arguments[3])!r})"  # type: ignore[arg-type]
-    elif reduction.function == "rms_norm":
-        spread = f"spread = 1.0 / tl.sqrt(squares / K + mean * mean + {float(reduction.arguments[2])!r})"  # type: ignore[arg-type]
-    else:
-        spread = "spread = squares"
-    return f"""    lane = tl.arange(0, COLUMNS)[None, :]
-    row = (start + tl.arange(0, ROWS))[:, None]
-    row_mask = row < rows
-    means = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(0, tl.cdiv(K, COLUMNS)):
-        column = step * COLUMNS + lane
-        column_mask = row_mask & (column < K)
-        x = tl.broadcast_to(reduced(row, row_mask, column, column_mask{given}), (ROWS, COLUMNS))
-        difference = x - means
-        share = 1.0 / (step + 1)
-        moved = means + difference * share
-        squares = tl.where(column_mask, squares + difference * (x - moved), squares)
-        means = tl.where(column_mask, moved, means)
-    count = ((K - lane + COLUMNS - 1) // COLUMNS).to(tl.float32)
-    mean = tl.sum(means * count, axis=1) / K
-    squares = tl.sum(squares + count * (means - mean[:, None]) * (means - mean[:, None]), axis=1)
-    {spread}"""
-
-
-def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
-    multiplier, results = ", multiplier" if kernel.multiplier else "", _results(kernel)
-    return f"""{_signature(kernel, ["T", "ROWS", "COLUMNS"])}
-    start = tl.program_id(0).to(tl.int64) * ROWS
-{_statistics(reduction, given)}
-    for tile in range(0, ROWS * U // T):
-        local = tile * T + tl.arange(0, T)
-        local_row = local // U
-        unit = start * U + local
-        first = (local - local_row * U) * 64
-        unit_row = start + local_row
-        mask = unit_row < rows
-        unit_mean = tl.gather(mean, local_row, axis=0)[:, None]
-        unit_spread = tl.gather(spread, local_row, axis=0)[:, None]
-        quantize_units({results}, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
-
-
-def _branched_kernel(kernel: QuantizeKernel, reduction: Statement | None, given: str) -> str:
-    results, products = _results(kernel), _numbered("product", kernel.ranks)
-    multiplier = ", multiplier" if kernel.multiplier else ""
-    known = ", unit_mean, unit_spread" if reduction is not None else ""
-    branches = ", ".join([*_numbered("factor", kernel.ranks), *products])
-    lines = [_signature(kernel, ["T", "ROWS", "UNITS", *(["COLUMNS"] if reduction is not None else [])])]
-    lines.append("    start = tl.program_id(0).to(tl.int64) * ROWS")
-    if reduction is not None:
-        lines.append(_statistics(reduction, given))
-    lines += ["    local = tl.arange(0, T)", "    unit_row = start + local // UNITS"]
-    if reduction is not None:
-        lines += [f"    unit_{s} = tl.gather({s}, local // UNITS, axis=0)[:, None]" for s in ("mean", "spread")]
-    lines += [
-        f"    product{i} = tl.zeros((ROWS, {_padded(rank)}), tl.float32)" for i, rank in enumerate(kernel.ranks)
-    ]
-    lines.append(f"""    for step in range(0, tl.cdiv(U, UNITS)):
-        at = step * UNITS + local % UNITS
-        mask = (unit_row < rows) & (at < U)
-        {", ".join(products)} = quantize_units(
-            {results}, unit_row * U + at, unit_row, at * 64, mask, K{multiplier}{known}{given}, step * UNITS * 64,
-            {branches}, T, ROWS, UNITS)
-    row = (start + tl.arange(0, ROWS))[:, None]""")
-    for i, rank in enumerate(kernel.ranks):
-        lines += [
-            f"    column = tl.arange(0, {_padded(rank)})[None, :]",
-            f"    tl.store(out{i} + row * {rank} + column, product{i}.to({TL_DTYPES[kernel.factor]}), "
-            f"mask=(row < rows) & (column < {rank}))",
-        ]
-    return "\n".join(lines)
-
-
-@functools.lru_cache(maxsize=4096)
-def kernel_for(*key: Any) -> QuantizeKernel:
-    """Return the kernel of a key; its text is made once."""
-    return QuantizeKernel(*key)
+BLOCKS = 128
+"""Blocks of threads with branches: where rows give fewer of them, each has a part of its rows' columns."""
 
 
 def describe(
@@ -372,17 +80,30 @@ def call(
     span = units_of(span) if bits == 4 and count > 1 else 1
     shared = [torch.empty_like(scales)] if span != 1 else []
 
+    split, sums = 1, products
+    if factors:
+        split = max(1, min(BLOCKS // -(-rows // BRANCHED[0]), -(-count // BRANCHED[1])))
+    if split > 1:
+        sums = [product.new_empty((split, *product.shape), dtype=torch.float32) for product in products]
+
     def launch(maxima: bool) -> Call:
         form = (bits, span, rounding, maxima, () if maxima else factors)
         kernel, operands = describe(inputs, program, multiplier, block, shape, *form)
-        constants = kernel.constants(count)
+        constants = kernel.constants(count) | ({"SPLIT": split} if kernel.ranks else {})
         per_block = constants.get("ROWS")
         blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
         results = shared if maxima else [codes.view(torch.int32), scales, *shared]
         values = [*results, rows, k, count, *([multiplier] if multiplier is not None else [])]
         values += [value for o in operands for value in o.values]
-        values += [*factors, *products] if kernel.ranks else []
+        values += [*factors, *sums] if kernel.ranks else []
         arguments = dict(zip(kernel.parameters(), values, strict=True))
-        return Call(kernel.text, "kernel", (blocks,), arguments, constants, warps=constants["T"] // 32, exact=True)
+        grid = (blocks, split) if kernel.ranks else (blocks,)
+        return Call(kernel.text, "kernel", grid, arguments, constants, warps=constants["T"] // 32, exact=True)
 
-    return (codes, scales, *products), [launch(maxima) for maxima in ([True, False] if shared else [False])]
+    calls = [launch(maxima) for maxima in ([True, False] if shared else [False])]
+    if split > 1:
+        arguments = {f"sums{i}": part for i, part in enumerate(sums)} | {f"out{i}": p for i, p in enumerate(products)}
+        blocks = -(-max(product.numel() for product in products) // THREADS)
+        constants = {"T": THREADS, "SPLIT": split}
+        calls.append(Call(calls[-1].text, "finish", (blocks,), {**arguments, "rows": rows}, constants))
+    return (codes, scales, *products), calls
