@@ -25,7 +25,7 @@ from ...format.spans import ROUNDED, units_of
 from ...ops.reference import empty_units
 from .call import Call
 from .expressions import Operand, operand
-from .quantize_source import BRANCHED, THREADS, QuantizeKernel, kernel_for
+from .quantize_source import THREADS, QuantizeKernel, branched_tile, kernel_for
 
 __all__ = ["call", "describe"]
 
@@ -82,7 +82,8 @@ def call(
 
     split, sums = 1, products
     if factors:
-        split = max(1, min(BLOCKS // -(-rows // BRANCHED[0]), -(-count // BRANCHED[1])))
+        own_rows, own_units = branched_tile([factor.shape[1] for factor in factors])
+        split = max(1, min(BLOCKS // -(-rows // own_rows), -(-count // own_units)))
     if split > 1:
         sums = [product.new_empty((split, *product.shape), dtype=torch.float32) for product in products]
 

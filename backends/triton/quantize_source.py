@@ -17,11 +17,11 @@ from ...ops.program import Program, Statement
 from . import source
 from .expressions import TL_DTYPES, Leaf, emit, leaf_parameters
 
-__all__ = ["FORMATS", "QuantizeKernel", "kernel_for"]
+__all__ = ["FORMATS", "THREADS", "QuantizeKernel", "branched_tile", "kernel_for"]
 
 THREADS = 128
-BRANCHED = 64, 4
-"""Rows, and units of each, that a block of threads quantizes at once beside branches of low rank."""
+BRANCHED = 256
+"""Threads of a block that computes branches as well."""
 FORMATS = {4: "hif4", 8: "int8"}
 """Bits of an activation -> what functions of Triton call it."""
 
@@ -76,9 +76,9 @@ class QuantizeKernel:
             unit_count: units in a row; together with the constants it decides how many rows a block takes.
         """
         if self.ranks:
-            tile_rows, tile_units = BRANCHED
-            constants = {"T": tile_rows * tile_units, "ROWS": tile_rows, "UNITS": tile_units}
-            return constants | ({"COLUMNS": 8 * tile_units} if Program.parse(self.program).reduction() else {})
+            own_rows, own_units = branched_tile(self.ranks)
+            constants = {"T": BRANCHED, "ROWS": own_rows, "UNITS": own_units}
+            return constants | ({"COLUMNS": 8 * own_units} if Program.parse(self.program).reduction() else {})
         if Program.parse(self.program).reduction() is None:
             return {"T": THREADS}
         rows = THREADS // math.gcd(unit_count, THREADS)
@@ -239,6 +239,20 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
         quantize_units({results}, unit, unit_row, first, mask, K{multiplier}, unit_mean, unit_spread{given}, T)"""
 
 
+def _width(ranks: Sequence[int]) -> int:
+    """Return the columns of a tile that holds the factors of all branches; matrix units multiply 16 at least."""
+    return max(16, 1 << (sum(ranks) - 1).bit_length())
+
+
+def branched_tile(ranks: Sequence[int]) -> tuple[int, int]:
+    """Return the rows, and the units of each, that a block of threads computes at once with branches.
+
+    With more rows the factors are read less often. Wide products of as many rows would leave no registers.
+    """
+    rows = 64 if _width(ranks) <= 128 else 32
+    return rows, BRANCHED // rows
+
+
 def _branched_kernel(kernel: QuantizeKernel, reduction: Statement | None, given: str) -> str:
     """Return a kernel that goes through ROWS rows, UNITS units at a time: it multiplies a tile, then quantizes it.
 
@@ -250,7 +264,7 @@ def _branched_kernel(kernel: QuantizeKernel, reduction: Statement | None, given:
     found = ("mean", "spread") if reduction else ()
     across, along = (", mean[:, None], spread[:, None]", ", unit_mean, unit_spread") if reduction else ("", "")
     branches = list(zip(range(len(kernel.ranks)), kernel.ranks, itertools.accumulate(kernel.ranks, initial=0)))
-    width = max(16, 1 << (sum(kernel.ranks) - 1).bit_length())  # matrix units multiply 16 columns at least
+    width = _width(kernel.ranks)
     lines = [
         _signature(kernel, ["T", "ROWS", "UNITS", "SPLIT", *(["COLUMNS"] if reduction else [])]),
         "    start = tl.program_id(0).to(tl.int64) * ROWS",

@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import relative
 from models import Stack
+from tahf4_compiler.tools.branch_bench import branched_block
 from tahf4_compiler.tools.generation import load_pipeline
+from tahf4_compiler.tools.kernels.block import rotary_of
 from tahf4_compiler.tools.tiny_wan import settings
 
 import tahf4_compiler as tahf4
@@ -68,3 +70,22 @@ def test_torch_compile_runs_the_kernels_for_other_sizes_without_compiling_again(
         x = torch.randn(rows, 64)
         assert 0 < relative(compiled(x), model(x)) < 0.2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_branches_of_a_packed_block_are_computed_where_it_quantizes(monkeypatch):
+    block = branched_block(64, 128, 1, 8, torch.float32)
+    args = torch.randn(1, 6, 64), torch.randn(1, 5, 64), torch.randn(1, 6, 64), rotary_of(6, 64, "cpu")
+    captured = tahf4.capture(block, args)
+    low = tahf4.lower(captured)
+    nodes = low.graph_module.graph.nodes
+    quantized = [node for node in nodes if node.target is torch.ops.tahf4_triton.branched_quantize.default]
+    # q, k and v; the output; q, k and v again, where k and v read the text; the output; and the feed-forward.
+    assert [len(node.args[2]) for node in quantized] == [3, 1, 1, 2, 1, 1, 1]
+    assert sum("layer_norm" in node.args[1] for node in quantized) == 3
+    assert not [node for node in nodes if node.target is torch.ops.aten.matmul.default]
+    with torch.no_grad():
+        got = low(*args)
+        monkeypatch.setattr(registry, "_kernels", [k for k in registry.kernels() if k.name == "reference"])
+        plain = tahf4.lower(captured)
+        assert "branched_quantize" not in str(plain.graph_module.graph)
+        assert relative(got, plain(*args)) < 1e-2
