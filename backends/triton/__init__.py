@@ -38,7 +38,7 @@ _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
 MAX_QUANTIZE_BLOCK = 4096
 MAX_BRANCHED_BLOCK = 256
-"""Beside branches: a block of threads has no more neighbouring units of a row at once."""
+"""With branches: a block of threads has no more neighbouring units of a row at once."""
 MAX_CHANNELS = 256
 """Of a head of queries in attention: those of more do not fit the registers."""
 
@@ -300,12 +300,16 @@ def _serves(node: fx.Node) -> bool:
         return False
     given = arguments(node)
     block = given.get("hadamard_block")
-    limit = 128 if "weight_codes" in given else MAX_BRANCHED_BLOCK if "factors" in given else MAX_QUANTIZE_BLOCK
+    limit = 128 if "weight_codes" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
     if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
         return not wide and all(dtype in (*_FLOATS, torch.bool) for dtype in dtypes)
+    if "factors" in given:
+        limit = MAX_BRANCHED_BLOCK
+        if any(factor.meta["val"].dtype == torch.float32 for factor in given["factors"]):
+            return False  # without matrix units its sums fill the registers; PyTorch's product is better there
     narrow = not isinstance(block, int) or block <= limit
     return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
 
