@@ -37,8 +37,8 @@ _LIBRARY = torch.library.Library("tahf4_triton", "FRAGMENT")
 _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
 MAX_QUANTIZE_BLOCK = 4096
-MAX_BRANCHED_BLOCK = 256
-"""With branches: a block of threads has no more neighbouring units of a row at once."""
+MAX_SHARED_BLOCK = 128
+"""Of a rotation in a kernel that multiplies as well: a tile has two neighbouring units of a row."""
 MAX_CHANNELS = 256
 """Of a head of queries in attention: those of more do not fit the registers."""
 
@@ -128,6 +128,8 @@ def _branched_quantize(
     k = torch.broadcast_shapes(*(i.shape for i in inputs))[-1]
     ops.check_transform(k, multiplier, hadamard_block)
     fused.check_factors(factors, k, statements[-1].dtype if statements else inputs[0].dtype)
+    if hadamard_block > MAX_SHARED_BLOCK:
+        raise FormatError(f"hadamard_block {hadamard_block} beside branches; expected at most {MAX_SHARED_BLOCK}")
     dense = [factor.contiguous() for factor in factors]
     results, calls = quantize.call(
         inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span), factors=dense
@@ -300,16 +302,14 @@ def _serves(node: fx.Node) -> bool:
         return False
     given = arguments(node)
     block = given.get("hadamard_block")
-    limit = 128 if "weight_codes" in given else MAX_QUANTIZE_BLOCK
+    limit = MAX_SHARED_BLOCK if "weight_codes" in given or "factors" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
     if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
         return not wide and all(dtype in (*_FLOATS, torch.bool) for dtype in dtypes)
-    if "factors" in given:
-        limit = MAX_BRANCHED_BLOCK
-        if any(factor.meta["val"].dtype == torch.float32 for factor in given["factors"]):
-            return False  # without matrix units its sums fill the registers; PyTorch's product is better there
+    if any(factor.meta["val"].dtype == torch.float32 for factor in given.get("factors", ())):
+        return False  # without matrix units the sums fill the registers; PyTorch's product does better
     narrow = not isinstance(block, int) or block <= limit
     return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
 

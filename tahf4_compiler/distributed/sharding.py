@@ -178,9 +178,9 @@ _RULES: dict[str, Callable[..., list[Rule]]] = {
     "linear_quantize": _linear_quantize,
     "packed_linear": _packed_linear,
 }
-"""By operator. ``fused_linear`` and ``branched_quantize`` return lists of tensors, which DTensor's rules cannot describe:
-with DTensors they raise its own error. Lowered graphs run on plain tensors, so nothing of ours calls them with these.
-"""
+"""By operator. ``fused_linear`` and ``branched_quantize`` return lists of tensors, which DTensor's rules cannot
+describe: with DTensors they raise its own error. Lowered graphs run on plain tensors, so nothing of ours calls them with
+these."""
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def same(got, wanted):
 def test_codes_are_those_of_the_reference_and_products_are_near(dtype, tolerance, rows, k, ranks):
     """Also where a row is split, where columns do not fill a unit, and units not a block of threads."""
     x, multiplier = torch.randn(*rows, k).to(dtype), torch.rand(k) + 0.5
-    block = {256: 256, 100: 4}.get(k, 64)
+    block = {256: 128, 100: 4}.get(k, 64)
     given = ([x], RELU.format(dtype=str(dtype)[6:]), factors(k, ranks, dtype), multiplier, block)
     got, wanted = triton.branched_quantize(*given), reference.branched_quantize(*given)
     same(got, wanted)
@@ -115,3 +115,8 @@ def test_the_kernel_refuses_what_the_reference_refuses(given, message):
     for space in (triton, reference):
         with pytest.raises(Exception, match=message):
             space.branched_quantize(*given)
+
+
+def test_a_rotation_across_more_units_than_a_tile_has_is_refused():
+    with pytest.raises(Exception, match="hadamard_block 256 beside branches; expected at most 128"):
+        triton.branched_quantize([torch.randn(2, 256)], "", [torch.randn(256, 8)], None, 256)
