@@ -96,20 +96,9 @@ def _quantize(
     return quantize.call([x], "", _dense(multiplier), hadamard_block, bits, check_form(span))
 
 
-def _fused_quantize(
-    inputs: list[Tensor],
-    program: str,
-    multiplier: Tensor | None = None,
-    hadamard_block: int = 0,
-    bits: int = 4,
-    span: int = 1,
-) -> tuple[Any, list[Call]]:
-    from . import quantize
-
-    int8.check_bits(bits, quantized=True)
-    fused.program_before(program)
-    ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
-    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span))
+def _fused_quantize(inputs: list[Tensor], program: str, *form: Any, **named: Any) -> tuple[Any, list[Call]]:
+    results, calls = _branched_quantize(inputs, program, [], *form, **named)
+    return tuple(results), calls
 
 
 def _branched_quantize(
@@ -128,12 +117,10 @@ def _branched_quantize(
     k = torch.broadcast_shapes(*(i.shape for i in inputs))[-1]
     ops.check_transform(k, multiplier, hadamard_block)
     fused.check_factors(factors, k, statements[-1].dtype if statements else inputs[0].dtype)
-    if hadamard_block > MAX_SHARED_BLOCK:
+    if factors and hadamard_block > MAX_SHARED_BLOCK:
         raise FormatError(f"hadamard_block {hadamard_block} beside branches; expected at most {MAX_SHARED_BLOCK}")
-    dense = [factor.contiguous() for factor in factors]
-    results, calls = quantize.call(
-        inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span), factors=dense
-    )
+    form, dense = (_dense(multiplier), hadamard_block, bits, check_form(span)), [f.contiguous() for f in factors]
+    results, calls = quantize.call(inputs, program, *form, dense)
     return list(results), calls
 
 

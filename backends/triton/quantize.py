@@ -52,8 +52,8 @@ def describe(
     full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
     width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
     form = (multiplier is not None, block, width, bits, span, rounding, maxima)
-    form += (tuple(factor.shape[1] for factor in factors), factors[0].dtype if factors else None)
-    return kernel_for(program, leaves, shape[-1] % UNIT == 0, *form), operands
+    branches = (tuple(factor.shape[1] for factor in factors), factors[0].dtype if factors else None)
+    return kernel_for(program, leaves, shape[-1] % UNIT == 0, *form, *branches), operands
 
 
 def call(

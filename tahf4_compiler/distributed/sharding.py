@@ -179,8 +179,7 @@ _RULES: dict[str, Callable[..., list[Rule]]] = {
     "packed_linear": _packed_linear,
 }
 """By operator. ``fused_linear`` and ``branched_quantize`` return lists of tensors, which DTensor's rules cannot
-describe: with DTensors they raise its own error. Lowered graphs run on plain tensors, so nothing of ours calls them with
-these."""
+describe: with DTensors they raise its own error. Lowered graphs run on plain tensors, so nothing of ours does that."""
 
 
 @functools.cache
