@@ -88,6 +88,7 @@ def call(
         sums = [product.new_empty((split, *product.shape), dtype=torch.float32) for product in products]
 
     def launch(maxima: bool) -> Call:
+        # Magnitudes need no branches. Behind a norm they may differ by a rounding from the values that are converted.
         form = (bits, span, rounding, maxima, () if maxima else factors)
         kernel, operands = describe(inputs, program, multiplier, block, shape, *form)
         constants = kernel.constants(count) | ({"SPLIT": split} if kernel.ranks else {})

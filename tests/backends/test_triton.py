@@ -109,34 +109,6 @@ def test_a_branch_of_low_rank_stays_in_registers(capability, dtype, rows, quanti
     assert found.registers <= 255 and found.shared <= SHARED_LIMIT[capability]
 
 
-@pytest.mark.parametrize(
-    ("capability", "ranks", "norm"),
-    [
-        pytest.param(c, r, n, marks=() if (c, r, n) == (90, (32,), False) else pytest.mark.slow)
-        for c in (90, 80, 86, 89, 100, 120)
-        for r in ((32,), (32, 32, 32), (64, 64, 64))
-        for n in (False, True)
-    ],
-)
-def test_a_quantization_with_branches_stays_in_registers(capability, ranks, norm):
-    from tahf4_compiler.backends.triton import quantize
-    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
-
-    def empty(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    factors, multiplier = [empty(5120, rank) for rank in ranks], empty(5120, dtype=torch.float32)
-    inputs = [empty(1, 32760, 5120), *(empty(1, 1, 5120, dtype=torch.float32) for _ in range(2 if norm else 0))]
-    program = "v0: float32 = layer_norm(x0, None, None, 1e-06)\nv1: float32 = add(x1, 1)\nv2: float32 = mul(v0, v1)\n"
-    program += "v3: bfloat16 = add(v2, x2)"
-    _, (call,) = quantize.call(inputs, program if norm else "", multiplier, 64, factors=factors)
-    found = compile_call(call, capability)
-    print(found)
-    assert found.spills == 0 and found.registers <= 255 and found.shared <= SHARED_LIMIT[capability]
-    assert found.counts["mma"] + found.counts["wgmma"] + found.counts["tcgen05"] > 0
-    assert found.counts["loads of 16 bytes"] == found.counts["loads"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
 @pytest.mark.parametrize("span", [4, 0])

@@ -115,8 +115,3 @@ def test_the_kernel_refuses_what_the_reference_refuses(given, message):
     for space in (triton, reference):
         with pytest.raises(Exception, match=message):
             space.branched_quantize(*given)
-
-
-def test_a_rotation_across_more_units_than_a_tile_has_is_refused():
-    with pytest.raises(Exception, match="hadamard_block 256 beside branches; expected at most 128"):
-        triton.branched_quantize([torch.randn(2, 256)], "", [torch.randn(256, 8)], None, 256)
