@@ -91,7 +91,7 @@ def test_q_and_k_read_an_activation_once_with_a_factor_each():
 @pytest.mark.parametrize(
     "rest",
     [
-        pytest.param("h = matmul(a, x)\n c, s = tahf4.quantize(x, None, 0)", id="the other side"),
+        pytest.param("c, s = tahf4.quantize(x, None, 0)\n h = matmul(a, x)", id="the other side"),
         pytest.param("h = matmul(x, a)\n c, s = tahf4.quantize(x, None, 0)", id="one that is read before"),
         pytest.param("c, s = tahf4.quantize(x, None, 0)\n u = add_(a, 1)\n h = matmul(x, a)", id="behind a write"),
         pytest.param("c, s = tahf4.quantize(x, None, 0)\n t = neg(a)\n h = matmul(x, t)", id="a computed factor"),
