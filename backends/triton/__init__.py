@@ -38,7 +38,7 @@ _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
 MAX_QUANTIZE_BLOCK = 4096
 MAX_SHARED_BLOCK = 128
-"""Of a rotation in a kernel that multiplies as well: a tile has two neighbouring units of a row."""
+"""Of a rotation in a kernel that multiplies as well: wider ones would spill."""
 MAX_CHANNELS = 256
 """Of a head of queries in attention: those of more do not fit the registers."""
 
@@ -96,15 +96,9 @@ def _quantize(
     return quantize.call([x], "", _dense(multiplier), hadamard_block, bits, check_form(span))
 
 
-def _fused_quantize(inputs: list[Tensor], program: str, *form: Any, **named: Any) -> tuple[Any, list[Call]]:
-    results, calls = _branched_quantize(inputs, program, [], *form, **named)
-    return tuple(results), calls
-
-
-def _branched_quantize(
+def _fused_quantize(
     inputs: list[Tensor],
     program: str,
-    factors: list[Tensor],
     multiplier: Tensor | None = None,
     hadamard_block: int = 0,
     bits: int = 4,
@@ -113,15 +107,15 @@ def _branched_quantize(
     from . import quantize
 
     int8.check_bits(bits, quantized=True)
-    statements = fused.program_before(program).statements
-    k = torch.broadcast_shapes(*(i.shape for i in inputs))[-1]
-    ops.check_transform(k, multiplier, hadamard_block)
-    fused.check_factors(factors, k, statements[-1].dtype if statements else inputs[0].dtype)
-    if factors and hadamard_block > MAX_SHARED_BLOCK:
-        raise FormatError(f"hadamard_block {hadamard_block} beside branches; expected at most {MAX_SHARED_BLOCK}")
-    form, dense = (_dense(multiplier), hadamard_block, bits, check_form(span)), [f.contiguous() for f in factors]
-    results, calls = quantize.call(inputs, program, *form, dense)
-    return list(results), calls
+    fused.program_before(program)
+    ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
+    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span))
+
+
+def _branched_quantize(*args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Call]]:
+    from . import branches
+
+    return branches.calls(*args, **kwargs)
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
@@ -295,6 +289,8 @@ def _serves(node: fx.Node) -> bool:
     if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
         return not wide and all(dtype in (*_FLOATS, torch.bool) for dtype in dtypes)
+    if "factors" in given and units_of(given.get("span", 1)) != 1:
+        return False  # a block of threads holds no whole rows
     if any(factor.meta["val"].dtype == torch.float32 for factor in given.get("factors", ())):
         return False  # without matrix units the sums fill the registers; PyTorch's product does better
     narrow = not isinstance(block, int) or block <= limit

@@ -13,7 +13,7 @@ from ...format.hif4 import UNIT
 from ...ops.program import Program
 from . import source
 from .expressions import TL_DTYPES, Leaf, emit, leaf_parameters
-from .quantize_source import FORMATS
+from .quantize import FORMATS
 
 __all__ = ["LinearKernel"]
 

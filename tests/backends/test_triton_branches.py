@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 from tahf4_compiler.backends import triton as backend  # noqa: E402
-from tahf4_compiler.backends.triton import quantize  # noqa: E402
+from tahf4_compiler.backends.triton import branches  # noqa: E402
 from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call  # noqa: E402
 
 from tahf4_compiler import FormatError  # noqa: E402
@@ -32,16 +32,19 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "block", "served"),
-    [(torch.bfloat16, 128, True), (torch.float16, 0, True), (torch.bfloat16, 256, False), (torch.float32, 64, False)],
-)
-def test_which_branches_a_kernel_computes(dtype, block, served, monkeypatch):
+    ("dtype", "block", "form", "served"),
+    [
+        (torch.bfloat16, 128, 1, True), (torch.float16, 0, 9, True), (torch.bfloat16, 256, 1, False),
+        (torch.float32, 64, 1, False), (torch.bfloat16, 64, 0, False), (torch.bfloat16, 64, 10, False),
+    ],
+)  # fmt: skip
+def test_which_branches_a_kernel_computes(dtype, block, form, served, monkeypatch):
     monkeypatch.setattr(backend, "available", lambda device: True)
     graph = fx.Graph()
     x, factor = (graph.placeholder(name) for name in ("x", "factor"))
     x.meta["val"], factor.meta["val"] = empty(4, 256, dtype=dtype), empty(256, 8, dtype=dtype)
     target = torch.ops.tahf4.branched_quantize.default
-    assert backend._serves(graph.call_function(target, ([x], "", [factor], None, block))) == served
+    assert backend._serves(graph.call_function(target, ([x], "", [factor], None, block, 4, form))) == served
 
 
 @pytest.mark.parametrize(
@@ -53,14 +56,17 @@ def test_which_branches_a_kernel_computes(dtype, block, served, monkeypatch):
 )  # fmt: skip
 def test_few_rows_are_split_among_blocks_of_threads(rows, ranks, grid):
     """Into no more parts than there are steps: 20 of four units."""
-    _, calls = quantize.call([empty(rows, 5120)], "", None, 0, factors=[empty(5120, rank) for rank in ranks])
-    assert calls[0].grid == grid
-    assert [call.name for call in calls] == (["kernel", "finish"] if grid[1] > 1 else ["kernel"])
+    _, found = branches.calls([empty(rows, 5120)], "", [empty(5120, rank) for rank in ranks], None, 0)
+    assert found[0].grid == grid
+    assert [call.name for call in found] == (["kernel", "finish"] if grid[1] > 1 else ["kernel"])
 
 
-def test_a_rotation_across_more_units_than_a_tile_has_is_refused():
-    with pytest.raises(FormatError, match="hadamard_block 256 beside branches; expected at most 128"):
-        backend._branched_quantize([empty(2, 256)], "", [empty(256, 8)], None, 256)
+@pytest.mark.parametrize("given", [(0, None, 64), (1, None, 512), (1, None, 64, 4, 0), (1, None, 64, 4, 2)])
+def test_what_the_kernel_cannot_do_is_refused(given):
+    """A rotation across more units than a tile has would be wrong."""
+    count, multiplier, *form = given
+    with pytest.raises(FormatError, match="a branch, a level-1 scale for each unit, and a block of at most 256"):
+        branches.calls([empty(2, 512)], "", [empty(512, 8)] * count, multiplier, *form)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,7 @@ def test_a_quantization_with_branches_stays_in_registers(capability, ranks, norm
     inputs = [empty(1, 32760, 5120), *(empty(1, 1, 5120, dtype=torch.float32) for _ in range(2 if norm else 0))]
     program = "v0: float32 = layer_norm(x0, None, None, 1e-06)\nv1: float32 = add(x1, 1)\nv2: float32 = mul(v0, v1)\n"
     program += "v3: bfloat16 = add(v2, x2)"
-    _, (call,) = quantize.call(inputs, program if norm else "", multiplier, 64, factors=factors)
+    _, (call,) = branches.calls(inputs, program if norm else "", factors, multiplier, 64)
     found = compile_call(call, capability)
     print(found)
     assert found.spills == 0 and found.registers <= 255 and found.shared <= SHARED_LIMIT[capability]
