@@ -40,6 +40,11 @@ class Fuse(Pass):
         codes, scales = tahf4.fused_quantize([x, scale, shift], "v0: float32 = layer_norm(x0, ...) ...", multiplier, 64)
         [z] = tahf4.fused_linear(codes, ..., [gate, residual], "v0: float32 = mul(y, x0) ...", dtype)
 
+    Where branches of low rank read what is quantized (``aten.matmul(m, low_rank_a)``), their first product becomes a
+    further result of the quantization::
+
+        [codes, scales, xa] = tahf4.branched_quantize([x, scale, shift], "...", [low_rank_a], multiplier, 64)
+
     A product whose only reader is a quantization becomes ``tahf4.linear_quantize``, which writes codes alone, and
     merged products with ``aten.split_with_sizes`` one with several results. Nothing is fused where only the reference
     could run it: PyTorch's own compiler does better there. Nothing is fused where another kernel than the fused one
@@ -61,15 +66,20 @@ class Fuse(Pass):
             return PassResult(graph_module, False)
         graph = graph_module.graph
         places = Places(graph)
-        counts = {"products": 0, "quantizations": 0, "products with their quantization": 0, "split products": 0}
+        kinds = ("products", "quantizations", "products with their quantization", "split products", "branches")
+        counts = dict.fromkeys(kinds, 0)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             kind = self._product(Region(places), node)
             if kind is not None:
                 counts[kind] += 1
                 context.matched(node)
         for node in graph.find_nodes(op="call_function", target=QUANTIZE):
-            if _quantizes(node) and self._quantization(Region(places), node):
+            if not _quantizes(node):
+                continue
+            branches = self._branched_quantization(Region(places), node)
+            if branches or self._quantization(Region(places), node):
                 counts["quantizations"] += 1
+                counts["branches"] += branches
                 context.matched(node)
         context.note(", ".join(f"{count} {kind}" for kind, count in counts.items()))
         return PassResult(graph_module, any(counts.values()))
@@ -138,6 +148,29 @@ class Fuse(Pass):
         region.absorbed.append(quantization)
         region.drop()
         return True
+
+    def _branched_quantization(self, region: Region, quantization: fx.Node) -> int:
+        """Compute the first products of branches with the quantization of what they read; return their number."""
+        branches = region.branches(quantization)
+        program = region.before(quantization, branches)
+        if not branches or len(region.leaves) > MAX_INPUTS:
+            return 0
+        leaves = region.leaves if program.statements else [quantization.args[0]]
+        with quantization.graph.inserting_before(quantization):
+            factors = [region.moved(factor, quantization) for factor in branches.values()]
+        args = (leaves, str(program), factors, *quantization.args[1:])
+        fused = self._replace(region, quantization, quantization, torch.ops.tahf4.branched_quantize.default, args)
+        if fused is None:
+            erase(factors)
+            return 0
+        with quantization.graph.inserting_before(quantization):
+            for i, product in enumerate(branches):
+                part = call(product, operator.getitem, (fused, 2 + i))
+                part.meta["val"] = product.meta["val"]
+                product.replace_all_uses_with(part)
+        region.absorbed += [quantization, *branches, *branches.values()]
+        region.drop()
+        return len(branches)
 
     def _replace(
         self, region: Region, like: fx.Node, end: fx.Node, target: Any, args: tuple[Any, ...], first: bool = False

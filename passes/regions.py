@@ -13,7 +13,7 @@ from ..graph.nodes import mutates, node_arg
 from ..ops.program import DTYPES, REDUCTIONS, Program, Statement, call_of, factors_of
 from ..torch_private.tensors import contiguous_strides
 
-__all__ = ["MAX_INPUTS", "MAX_RANK", "Places", "Region", "erase", "readers"]
+__all__ = ["MAX_INPUTS", "MAX_RANK", "MAX_RANKS", "Places", "Region", "erase", "readers"]
 
 aten = torch.ops.aten
 _ASSERT = aten._assert_tensor_metadata.default
@@ -22,6 +22,8 @@ MAX_INPUTS = 12
 """Tensors that a program reads, at most; the C++ kernels run programs of up to 16."""
 MAX_RANK = 64
 """Of a low-rank branch that is computed behind its product; a wider one is a product of PyTorch."""
+MAX_RANKS = 192
+"""Of all branches together whose ``x A`` is computed where their activation is quantized."""
 
 
 class Places:
@@ -97,11 +99,41 @@ class Region:
         statements = [s for s in statements if s.name in used or s is statements[-1]]
         return Program(tuple(statements))
 
-    def before(self, quantization: fx.Node) -> Program:
-        """Take in the nodes that only a quantization reads: pointwise ones and one reduction along the last axis."""
+    def branches(self, quantization: fx.Node) -> dict[fx.Node, fx.Node]:
+        """Return ``matmul(x, A)`` -> ``A`` for the branches that read what a quantization reads; none if too wide."""
         x = node_arg(quantization, 0)
         self.chain = [quantization]
-        inside: set[fx.Node] = {quantization}
+        found: dict[fx.Node, fx.Node] = {}
+        for node in readers(x):
+            factors = factors_of(node)
+            # Their readers come after them, and so after the quantization.
+            later = self.reaches(node) and self.order[node] > self.order[quantization]
+            if factors is None or not later or factors[0] is not x or not all(_plain_on(f, x) for f in factors):
+                continue
+            if self._known_before(factors[1], quantization):
+                found[node] = factors[1]
+        ranks = [factor.meta["val"].shape[1] for factor in found.values()]
+        return found if all(isinstance(rank, int) for rank in ranks) and sum(ranks) <= MAX_RANKS else {}
+
+    def moved(self, factor: fx.Node, node: fx.Node) -> fx.Node:
+        """Return a factor of :meth:`branches` that is computed before a node: a copy of a cast that comes later."""
+        return factor if self.order[factor] < self.order[node] else factor.graph.node_copy(factor)
+
+    def _known_before(self, factor: fx.Node, node: fx.Node) -> bool:
+        """Whether a factor, or what it is a cast of, is computed before a node."""
+        found = call_of(factor)
+        source = found[1][0] if found is not None and found[0] == "to" else factor
+        return self.order.get(source, len(self.order)) < self.order[node]
+
+    def before(self, quantization: fx.Node, branches: Iterable[fx.Node] = ()) -> Program:
+        """Take in the nodes that only a quantization, and branches that are computed with it, read.
+
+        These are pointwise ones and one reduction along the last axis.
+        """
+        x = node_arg(quantization, 0)
+        self.chain = [quantization]
+        ends: set[fx.Node] = {quantization, *branches}
+        inside = set(ends)
         wanted, waiting = {x}, [(0, x)]
         reductions = 0
         while waiting:  # the last one first
@@ -124,7 +156,7 @@ class Region:
                 if operand not in wanted:
                     wanted.add(operand)
                     heapq.heappush(waiting, (-self.order.get(operand, 0), operand))
-        inside.discard(quantization)
+        inside -= ends
         if x not in inside:
             return Program()
         self.absorbed = []

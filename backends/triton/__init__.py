@@ -38,6 +38,8 @@ _LIBRARY = torch.library.Library("tahf4_triton", "FRAGMENT")
 _FLOATS = tuple(DTYPES.values())
 _CAPABILITY = (8, 0)
 MAX_QUANTIZE_BLOCK = 4096
+MAX_SHARED_BLOCK = 128
+"""Of a rotation in a kernel that multiplies as well: wider ones would spill."""
 MAX_CHANNELS = 256
 """Of a head of queries in attention: those of more do not fit the registers."""
 
@@ -109,6 +111,12 @@ def _fused_quantize(
     fused.program_before(program)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
     return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span))
+
+
+def _branched_quantize(*args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Call]]:
+    from . import branches
+
+    return branches.calls(*args, **kwargs)
 
 
 def _dequantize(codes: Tensor, scales: Tensor, k: int, dtype: torch.dtype) -> tuple[Any, list[Call]]:
@@ -241,6 +249,7 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "dequantize": _dequantize,
     "linear": _linear,
     "fused_quantize": _fused_quantize,
+    "branched_quantize": _branched_quantize,
     "fused_linear": _fused_linear,
     "linear_quantize": _linear_quantize,
     "attention": _attention,
@@ -282,12 +291,16 @@ def _serves(node: fx.Node) -> bool:
         return False
     given = arguments(node)
     block = given.get("hadamard_block")
-    limit = 128 if "weight_codes" in given else MAX_QUANTIZE_BLOCK
+    limit = MAX_SHARED_BLOCK if "weight_codes" in given or "factors" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
     if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
         return not wide and all(dtype in (*_FLOATS, torch.bool, *packed) for dtype in dtypes)
+    if "factors" in given and units_of(given.get("span", 1)) != 1:
+        return False  # a block of threads holds no whole rows
+    if any(factor.meta["val"].dtype == torch.float32 for factor in given.get("factors", ())):
+        return False  # without matrix units the sums fill the registers; PyTorch's product does better
     narrow = not isinstance(block, int) or block <= limit
     return narrow and all(dtype in _FLOATS or dtype in packed for dtype in dtypes)
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from ...errors import FormatError
 from ...ops.program import DTYPES, Program, Statement
 
-__all__ = ["TRITON_DTYPES", "Leaf", "Operand", "emit", "leaf_parameters", "operand", "operands"]
+__all__ = ["TL_DTYPES", "TRITON_DTYPES", "Leaf", "Operand", "emit", "leaf_parameters", "operand", "operands"]
 
 TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """PyTorch's dtype -> what Triton calls it in signatures (``*fp32``)."""
 
-_TL = {dtype: f"tl.{name}" for name, dtype in DTYPES.items()}
+TL_DTYPES = {dtype: f"tl.{name}" for name, dtype in DTYPES.items()}
+"""PyTorch's dtype -> what a kernel's text calls it."""
 
 _EXPRESSIONS: dict[str, Callable[..., str]] = {
     "to": lambda x: x,
@@ -200,7 +201,7 @@ def emit(program: Program, leaves: Sequence[Leaf], *, until: Statement | None = 
         names[statement.name] = f"{statement.name}_value"
         line = f"{statement.name}_value = ({_EXPRESSIONS[statement.function](*arguments)})"
         if statement.dtype != torch.float32:
-            line += f".to({_TL[statement.dtype]}).to(tl.float32)"
+            line += f".to({TL_DTYPES[statement.dtype]}).to(tl.float32)"
         yield line
     last = until.names()[0] if until is not None else program.result(leaves[0].name if leaves else "y")
     yield f"result = {names[last]}"

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from ...format.hif4 import UNIT
-from ...ops.program import DTYPES, Program
+from ...ops.program import Program
 from . import source
-from .expressions import Leaf, emit, leaf_parameters
+from .expressions import TL_DTYPES, Leaf, emit, leaf_parameters
 from .quantize import FORMATS
 
 __all__ = ["LinearKernel"]
-
-_TL = {dtype: f"tl.{name}" for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -315,10 +313,10 @@ def _epilogue(kernel: LinearKernel) -> list[str]:
         lines.append("total = total + tl.load(bias_at, mask=column < width, other=0.0).to(tl.float32)[None, :]")
     lines += ["column = column[None, :]", "column_mask = row_mask & (column < width)", "y = total"]
     if kernel.out_dtype != torch.float32:
-        lines[-1] += f".to({_TL[kernel.out_dtype]}).to(tl.float32)"
+        lines[-1] += f".to({TL_DTYPES[kernel.out_dtype]}).to(tl.float32)"
     lines += emit(Program.parse(kernel.program), kernel.leaves) if kernel.program else ["result = y"]
     if kernel.result_dtype is not None:
-        stored = f"result.to({_TL[kernel.result_dtype]})"
+        stored = f"result.to({TL_DTYPES[kernel.result_dtype]})"
         if kernel.outputs == 1:
             return [*lines, f"tl.store(out0 + row * width + column, {stored}, mask=column_mask)"]
         for i in range(kernel.outputs):

@@ -28,7 +28,7 @@ from . import source
 from .call import Call
 from .expressions import Leaf, Operand, emit, leaf_parameters, operand
 
-__all__ = ["QuantizeKernel", "call", "describe", "threads_of_rows"]
+__all__ = ["QuantizeKernel", "call", "describe", "moments", "text_of", "threads_of_rows"]
 
 THREADS = 128
 FORMATS = {4: "hif4", 8: "int8"}
@@ -93,7 +93,7 @@ class QuantizeKernel:
     @functools.cached_property
     def text(self) -> str:
         """Return the file."""
-        return _text(self)
+        return text_of(self)
 
 
 def _power(count: int) -> int:
@@ -110,7 +110,8 @@ def threads_of_rows(unit_count: int) -> int:
     return next((t for t in few if busy[t] >= 0.8), max(few, key=busy.__getitem__))
 
 
-def _text(kernel: QuantizeKernel) -> str:
+def text_of(kernel: QuantizeKernel, kernels: str = "") -> str:
+    """Return a file with the functions of a kernel, and that kernel itself or others in its place."""
     program = Program.parse(kernel.program)
     reduction = program.reduction()
     leaves = list(kernel.leaves)
@@ -124,8 +125,8 @@ def _text(kernel: QuantizeKernel) -> str:
     statistics = ", mean, spread" if reduction is not None else ""
     pieces.append(_function("value", f"row, row_mask, column, column_mask{statistics}{given}", emit(program, leaves)))
     pieces.append(_units_function(kernel, given, statistics))
-    kernels = _flat_kernel(kernel, given) if reduction is None else _rows_kernel(kernel, reduction, given)
-    pieces.append(kernels)
+    own = _flat_kernel(kernel, given) if reduction is None else _rows_kernel(kernel, reduction, given)
+    pieces.append(kernels or own)
     shown = textwrap.indent(kernel.program or "x0 as it is", "    ")
     name = "HiF4" if kernel.bits == 4 else "int8"
     what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
@@ -219,27 +220,29 @@ def _flat_kernel(kernel: QuantizeKernel, given: str) -> str:
     {_converted(kernel, given)}"""
 
 
-def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
+def moments(reduction: Statement, given: str, rows: str = "ROWS") -> str:
+    """Return the lines that find ``mean`` and ``spread`` of some rows from ``start`` on, in one pass.
+
+    Args:
+        reduction: along these rows.
+        given: the leaves' parameters, each after a comma.
+        rows: the constant that says how many they are, a power of two.
+    """
     if reduction.function == "layer_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + {float(reduction.arguments[3])!r})"  # type: ignore[arg-type]
     elif reduction.function == "rms_norm":
         spread = f"spread = 1.0 / tl.sqrt(squares / K + mean * mean + {float(reduction.arguments[2])!r})"  # type: ignore[arg-type]
     else:
         spread = "spread = squares"
-    # With spans ROWS is no power of two: the last rows of a block of threads are those of the next one.
-    inside = "" if kernel.span == 1 else " & (local_row < ROWS)"
-    statistics = "local_row" if kernel.span == 1 else "tl.minimum(local_row, ROWS - 1)"
-    return f"""{_signature(kernel, ["T", "ROWS", "ROWS_UP", "COLUMNS"])}
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    lane = tl.arange(0, COLUMNS)[None, :]
-    row = (start + tl.arange(0, ROWS_UP))[:, None]
+    return f"""    lane = tl.arange(0, COLUMNS)[None, :]
+    row = (start + tl.arange(0, {rows}))[:, None]
     row_mask = row < rows
-    means = tl.zeros((ROWS_UP, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS_UP, COLUMNS), tl.float32)
+    means = tl.zeros(({rows}, COLUMNS), tl.float32)
+    squares = tl.zeros(({rows}, COLUMNS), tl.float32)
     for step in range(0, tl.cdiv(K, COLUMNS)):
         column = step * COLUMNS + lane
         column_mask = row_mask & (column < K)
-        x = tl.broadcast_to(reduced(row, row_mask, column, column_mask{given}), (ROWS_UP, COLUMNS))
+        x = tl.broadcast_to(reduced(row, row_mask, column, column_mask{given}), ({rows}, COLUMNS))
         difference = x - means
         share = 1.0 / (step + 1)
         moved = means + difference * share
@@ -248,7 +251,16 @@ def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> st
     count = ((K - lane + COLUMNS - 1) // COLUMNS).to(tl.float32)
     mean = tl.sum(means * count, axis=1) / K
     squares = tl.sum(squares + count * (means - mean[:, None]) * (means - mean[:, None]), axis=1)
-    {spread}
+    {spread}"""
+
+
+def _rows_kernel(kernel: QuantizeKernel, reduction: Statement, given: str) -> str:
+    # With spans ROWS is no power of two: the last rows of a block of threads are those of the next one.
+    inside = "" if kernel.span == 1 else " & (local_row < ROWS)"
+    statistics = "local_row" if kernel.span == 1 else "tl.minimum(local_row, ROWS - 1)"
+    return f"""{_signature(kernel, ["T", "ROWS", "ROWS_UP", "COLUMNS"])}
+    start = tl.program_id(0).to(tl.int64) * ROWS
+{moments(reduction, given, "ROWS_UP")}
     for tile in range(0, tl.cdiv(ROWS * U, T)):
         local = tile * T + tl.arange(0, T)
         {_LOCAL.format("        ")}{inside}

@@ -178,8 +178,8 @@ _RULES: dict[str, Callable[..., list[Rule]]] = {
     "linear_quantize": _linear_quantize,
     "packed_linear": _packed_linear,
 }
-"""By operator. ``fused_linear`` returns a list of tensors, which DTensor's rules cannot describe: with DTensors it
-raises DTensor's own error. Lowered graphs run on plain tensors, so nothing of ours calls it with them."""
+"""By operator. ``fused_linear`` and ``branched_quantize`` return lists of tensors, which DTensor's rules cannot
+describe: with DTensors they raise its own error. Lowered graphs run on plain tensors, so nothing of ours does that."""
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Operators that ``fuse`` makes of several nodes: ``torch.ops.tahf4.{fused_quantize, fused_linear, linear_quantize}``.
+"""Operators that ``fuse`` makes of several nodes: ``torch.ops.tahf4.{fused_quantize, fused_linear, linear_quantize}``,
+and ``branched_quantize``.
 
 What is computed around a quantization or a product is a :class:`~tahf4_compiler.ops.program.Program`, as text in the
 node's arguments. The references replay it with PyTorch's own operators, so they give the numbers of the graph before
@@ -19,7 +20,15 @@ from .define import operator
 from .program import Program
 from .reference import check_memory, empty_units, linear, quantize
 
-__all__ = ["check_sizes", "fused_linear", "fused_quantize", "linear_quantize", "program_before"]
+__all__ = [
+    "branched_quantize",
+    "check_factors",
+    "check_sizes",
+    "fused_linear",
+    "fused_quantize",
+    "linear_quantize",
+    "program_before",
+]
 
 
 def _named(inputs: list[Tensor]) -> dict[str, Tensor]:
@@ -50,6 +59,14 @@ def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
     return found
 
 
+def _before(inputs: list[Tensor], program: str) -> Tensor:
+    """Return the result of a program that ends in a quantization."""
+    x = program_before(program).run(_named(inputs), "x0")
+    if x.shape != _shape(inputs):
+        raise FormatError(f"the program's result is {tuple(x.shape)}; expected {tuple(_shape(inputs))}, as its inputs")
+    return x
+
+
 @operator
 def fused_quantize(
     inputs: list[Tensor],
@@ -76,10 +93,7 @@ def fused_quantize(
         FormatError: as ``tahf4::quantize``; a program that cannot be read, or whose result is smaller than its inputs.
     """
     int8.check_bits(bits, quantized=True)
-    x = program_before(program).run(_named(inputs), "x0")
-    if x.shape != _shape(inputs):
-        raise FormatError(f"the program's result is {tuple(x.shape)}; expected {tuple(_shape(inputs))}, as its inputs")
-    codes, scales = quantize(x, multiplier, hadamard_block, bits, span)
+    codes, scales = quantize(_before(inputs, program), multiplier, hadamard_block, bits, span)
     return codes, scales
 
 
@@ -95,6 +109,70 @@ def _(
     int8.check_bits(bits, quantized=True)
     check_memory("fused_quantize", *inputs, multiplier)
     return empty_units(inputs[0], _shape(inputs), bits)
+
+
+@operator
+def branched_quantize(
+    inputs: list[Tensor],
+    program: str,
+    factors: list[Tensor],
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
+) -> list[Tensor]:
+    """Compute a program, quantize its result ``x``, and multiply ``x`` by the first factors of branches of low rank.
+
+    Args:
+        inputs: and the next one as for ``tahf4::fused_quantize``. An empty program returns ``x0``.
+        program: see there.
+        factors: ``[K, r]`` of each branch, of the dtype of ``x``.
+        multiplier: and the following as for ``tahf4::quantize``. They transform what is quantized, and not what is
+            multiplied.
+        hadamard_block: see there.
+        bits: 4 or 8, see there.
+        span: see there.
+
+    Returns:
+        Codes and scales of ``[..., K]``, as ``tahf4::quantize``, and ``x @ factor``, contiguous ``[..., r]``, for each
+        factor.
+
+    Raises:
+        FormatError: as ``tahf4::fused_quantize``; a factor that does not fit ``x``.
+    """
+    int8.check_bits(bits, quantized=True)
+    x = _before(inputs, program)
+    check_factors(factors, x.shape[-1], x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # which would cast the product
+        products = [torch.matmul(x, factor).contiguous() for factor in factors]
+    return [*quantize(x, multiplier, hadamard_block, bits, span), *products]
+
+
+@torch.library.register_fake("tahf4::branched_quantize")
+def _(
+    inputs: list[Tensor],
+    program: str,
+    factors: list[Tensor],
+    multiplier: Tensor | None = None,
+    hadamard_block: int = 0,
+    bits: int = 4,
+    span: int = 1,
+) -> list[Tensor]:
+    int8.check_bits(bits, quantized=True)
+    check_memory("branched_quantize", *inputs, *factors, multiplier)
+    shape = _shape(inputs)
+    products = [factor.new_empty((*shape[:-1], factor.shape[1])) for factor in factors]
+    return [*empty_units(inputs[0], shape, bits), *products]
+
+
+def check_factors(factors: Sequence[Tensor], k: int, dtype: torch.dtype) -> None:
+    """Refuse factors that do not fit an activation ``[..., K]`` of a dtype."""
+    for factor in factors:
+        if factor.dim() != 2 or factor.shape[0] != k or factor.dtype != dtype:
+            raise FormatError(
+                f"a factor of a branch is {factor.dtype} {tuple(factor.shape)}; expected {dtype} {(k, 'r')}, as the "
+                "activation"
+            )
 
 
 @operator

@@ -69,6 +69,7 @@ OPERATORS = (
     torch.ops.tahf4.dequantize.default,
     torch.ops.tahf4.linear.default,
     torch.ops.tahf4.fused_quantize.default,
+    torch.ops.tahf4.branched_quantize.default,
     torch.ops.tahf4.fused_linear.default,
     torch.ops.tahf4.linear_quantize.default,
     *attention_codes.ATTENTIONS,

@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import relative
 from models import Stack
+from tahf4_compiler.tools.branch_bench import branched_block
 from tahf4_compiler.tools.generation import load_pipeline
+from tahf4_compiler.tools.kernels.block import rotary_of
 from tahf4_compiler.tools.tiny_wan import settings
 
 import tahf4_compiler as tahf4
@@ -68,3 +70,28 @@ def test_torch_compile_runs_the_kernels_for_other_sizes_without_compiling_again(
         x = torch.randn(rows, 64)
         assert 0 < relative(compiled(x), model(x)) < 0.2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_branches_of_a_packed_block_are_computed_where_it_quantizes(dtype, monkeypatch):
+    """In 16 bits; in float32 they are products of PyTorch."""
+    block = branched_block(64, 128, 1, 8, dtype)
+    args = torch.randn(1, 6, 64).to(dtype), torch.randn(1, 5, 64).to(dtype), torch.randn(1, 6, 64)
+    args = (*args, rotary_of(6, 64, "cpu"))
+    captured = tahf4.capture(block, args)
+    low = tahf4.lower(captured)
+    nodes = low.graph_module.graph.nodes
+    quantized = [node for node in nodes if node.target is torch.ops.tahf4_triton.branched_quantize.default]
+    products = [node for node in nodes if node.target is torch.ops.aten.matmul.default]
+    if dtype == torch.float32:
+        assert not quantized and len(products) == 10
+        return
+    # q, k and v; the output; q again, whose k and v read the text; the output; and the feed-forward.
+    assert [len(node.args[2]) for node in quantized] == [3, 1, 1, 2, 1, 1, 1] and not products
+    assert sum("layer_norm" in node.args[1] for node in quantized) == 3
+    with torch.no_grad():
+        got = low(*args)
+        monkeypatch.setattr(registry, "_kernels", [k for k in registry.kernels() if k.name == "reference"])
+        plain = tahf4.lower(captured)
+        assert "branched_quantize" not in str(plain.graph_module.graph)
+        assert relative(got, plain(*args)) < 1e-2

@@ -118,6 +118,8 @@ def call(space, name: str, x: torch.Tensor, bias: torch.Tensor | None):
         return space.quantize(x)
     if name == "fused_quantize":
         return space.fused_quantize([x], "a: float32 = neg(x0)")
+    if name == "branched_quantize":
+        return space.branched_quantize([x], "", [torch.ones(64, 8)])
     operands = (*tahf4.quantize(X), *tahf4.quantize(X), bias, torch.float32)
     more = {"linear": (), "fused_linear": ([4], [], "", torch.float32), "linear_quantize": ([], "", None, 0)}
     return getattr(space, name)(*operands, *more[name])
@@ -126,8 +128,10 @@ def call(space, name: str, x: torch.Tensor, bias: torch.Tensor | None):
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("space", ["tahf4", "tahf4_cpu"])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    ("space", "name"),
+    [*((space, name) for space in ("tahf4", "tahf4_cpu") for name in OPERATORS), ("tahf4", "branched_quantize")],
+)
 @pytest.mark.parametrize("without_cpp", ["", "1"])
 def test_operators_say_that_they_have_no_derivative(space, name, without_cpp, monkeypatch):
     registry.kernels()  # defines tahf4_cpu

@@ -73,6 +73,7 @@ def packed(*shape):
 def test_operators_pass_pytorchs_own_checks():
     x, scale = torch.randn(2, 5, 96).bfloat16(), torch.randn(2, 1, 96)
     opcheck(fused.fused_quantize, ([x, scale], TEXT, torch.rand(96), 64))
+    opcheck(fused.branched_quantize, ([x, scale], TEXT, [torch.randn(96, 8).bfloat16()], torch.rand(96), 64))
     operands = (*packed(2, 5, 128), *packed(96, 128), torch.randn(96), torch.bfloat16)
     gate = "v0: float32 = mul(y, x0)"
     opcheck(fused.fused_linear, (*operands, [96], [scale], gate, torch.float32))
@@ -92,6 +93,25 @@ def test_arguments_that_do_not_fit_are_refused():
         torch.ops.tahf4.fused_quantize([torch.randn(4, 8), torch.randn(8, 64)], "v0: float32 = matmul(x0, x1)")
     with pytest.raises(Exception, match="the program's result is"):
         torch.ops.tahf4.fused_quantize([torch.randn(4, 64)], "v0: float32 = mean(x0)")
+
+
+@pytest.mark.parametrize("program", ["", "v0: bfloat16 = silu(x0)"])
+def test_branches_read_what_is_quantized_before_its_transform(program):
+    x = torch.randn(2, 5, 128).bfloat16()
+    factors = [torch.randn(128, rank).bfloat16() for rank in (8, 24)]
+    multiplier = torch.rand(128)
+    codes, scales, *products = torch.ops.tahf4.branched_quantize([x], program, factors, multiplier, 64, 8)
+    wanted = torch.nn.functional.silu(x) if program else x
+    for got, right in zip((codes, scales), torch.ops.tahf4.quantize(wanted, multiplier, 64, 8), strict=True):
+        assert torch.equal(got, right)
+    assert [tuple(p.shape) for p in products] == [(2, 5, 8), (2, 5, 24)]
+    assert all(torch.equal(p, wanted @ factor) for p, factor in zip(products, factors, strict=True))
+
+
+@pytest.mark.parametrize("factor", [torch.ones(64, 8), torch.ones(128, 8).bfloat16(), torch.ones(1, 128, 8)])
+def test_a_factor_that_does_not_fit_is_refused(factor):
+    with pytest.raises(FormatError, match="a factor of a branch is .* expected torch.float32"):
+        torch.ops.tahf4.branched_quantize([torch.randn(4, 128)], "", [factor])
 
 
 @pytest.mark.parametrize("text", ["a: float32 = add(x0)", "a: float32 = neg(x0, x0)", "a: float32 = layer_norm(x0)"])

@@ -98,19 +98,27 @@ def test_the_roofline_of_attention_in_8_bits_counts_operations_instructions_and_
 
 def test_the_roofline_of_branches_counts_what_they_add():
     chip, m, d, rank = next(c for c in roofline.CHIPS if c.name == "RTX 4090"), 32760, A14B.dim, 32
-    found = roofline.parts(A14B, m, chip, "w4a4", rank)
-    assert sum("x A" in part.name for part in found) == 10  # q, k, v and the output twice, and the feed-forward
-    plain, part = ({p.name: p.seconds for p in parts} for parts in (roofline.parts(A14B, m, chip, "w4a4"), found))
-    name, product = "attn1 out, gate, residual", 2 * m * d * rank / chip.bf16
-    assert part[f"{name}: x A"]["matrix"] == pytest.approx(product)
+    plain, part = (
+        {p.name: p.seconds for p in roofline.parts(A14B, m, chip, "w4a4", *ranks)} for ranks in ((), (rank,))
+    )
+    name, units, product = "attn1 out, gate, residual", 36 / 64, 2 * m * d * rank / chip.bf16
     assert part[name]["matrix"] - plain[name]["matrix"] == pytest.approx(product)
-    assert part[f"{name}: x A"]["memory"] == pytest.approx(2 * (m * d + d * rank + m * rank) / chip.bandwidth)
     more = part[name]["memory"] - plain[name]["memory"]
     assert more == pytest.approx(2 * (m + d) * rank / chip.bandwidth)
-    # The norm and GELU write 16 bits, which the quantizations read.
-    assert part["norm2 -> quantize: norm"]["memory"] == pytest.approx(4 * m * d / chip.bandwidth)
-    assert part["ffn 1, GELU -> quantize"]["memory"] == pytest.approx(m * A14B.ffn * (2 + 36 / 64) / chip.bandwidth)
-    assert "| RTX 4090 | 13.73 | 1.04 | 1.05 | 3.09 | 1.20 | 1.21 |" in roofline.page(A14B)
+    # A quantization reads its input once for all branches: three of them, then one.
+    for quantization, count in (("norm1, modulation -> quantize", 3), ("norm2 -> quantize", 1)):
+        assert part[quantization]["matrix"] == pytest.approx(count * product)
+        memory = m * d * (2 + units) + 2 * count * rank * (m + d)
+        assert part[quantization]["memory"] == pytest.approx(memory / chip.bandwidth)
+        assert part[quantization]["lanes"] == pytest.approx(61 * m * d / chip.lanes)
+    assert part["text -> quantize"]["matrix"] == pytest.approx(2 * 2 * A14B.text * d * rank / chip.bf16)
+    # Behind a GELU the product writes 16 bits.
+    quantized = part["ffn 1, GELU -> quantize"]
+    memory = m * A14B.ffn * (2 + units) + 2 * rank * (m + A14B.ffn)
+    assert quantized["memory"] == pytest.approx(memory / chip.bandwidth)
+    assert quantized["lanes"] == pytest.approx(31 * m * A14B.ffn / chip.lanes)
+    assert part["ffn 1, GELU"]["memory"] > plain["ffn 1, GELU -> quantize"]["memory"]
+    assert "| RTX 4090 | 13.73 | 1.01 | 1.02 | 3.09 | 1.06 | 1.08 |" in roofline.page(A14B)
 
 
 def test_the_roofline_of_one_scale_a_row_counts_a_scaling_for_each_output_and_threads_without_a_unit():

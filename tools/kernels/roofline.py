@@ -29,6 +29,10 @@ RESOLUTIONS = (("480p (832 x 480), 81 frames", 32760), ("720p (1280 x 720), 81 f
 QUANTIZE_INSTRUCTIONS = {"norm": 37, "plain": 25}
 """Instructions a value, from the table of ``tahf4 kernels`` (sm_90)."""
 
+BRANCHED_INSTRUCTIONS = {"norm": 61, "plain": 31}
+"""The same with branches: those of a warp in the loops of the kernel for three of rank 32, as compiled for sm_90. One
+has 59 and 29. Here the pass over a norm's rows counts as often as it runs, 12 instructions a value."""
+
 ROW_INSTRUCTIONS = {"norm": 40, "plain": 26}
 """The same for one level-1 scale a row."""
 
@@ -120,23 +124,33 @@ def _w4a4(step: Step, chip: Chip, row: bool = False, library: bool = False) -> l
     return [expand, Part(step.name, product)]
 
 
-def _branched(step: Step, chip: Chip, rank: int) -> list[Part]:
-    """Return the kernels of a step in W4A4 whose linears have branches ``(x A) B``.
+def _branched(steps: Sequence[Step], chip: Chip, rank: int) -> list[Part]:
+    """Return the kernels of a block in W4A4 whose linears have branches ``(x A) B``.
 
-    ``x A`` is a product of PyTorch, and ``(x A) B`` runs in the 4-bit one. What both read is written in 16 bits, so
-    norms and GELU stay apart from quantizations. Linears are not merged.
+    A quantization computes the ``x A`` of the linears that read it, and their products add ``(x A) B``. A product that
+    a GELU follows writes 16 bits, which the next quantization reads. Linears are not merged.
     """
-    m, k, n = step.rows, step.k, step.n // step.linears
-    if n == 0:
-        norm = [Part(f"{step.name}: norm", {"memory": m * k * 4 / chip.bandwidth})] if "norm" in step.name else []
-        return [*norm, _quantization(step.name, m, k, chip)]
-    alone = replace(step, n=n, name=step.name.replace("-> quantize", "").strip())
-    down = {"memory": 2 * (m * k + k * rank + m * rank) / chip.bandwidth, "matrix": 2 * m * k * rank / chip.bf16}
-    expand, product = _w4a4(alone, chip)
-    up = {"memory": 2 * (m + n) * rank / chip.bandwidth, "matrix": 2 * m * n * rank / chip.bf16}
-    with_up = {bound: least + up.get(bound, 0.0) for bound, least in product.seconds.items()}
-    found = [Part(f"{alone.name}: x A", down), expand, Part(alone.name, with_up)] * step.linears
-    return found if alone.name == step.name else [*found, _quantization(step.name, m, n, chip)]
+    found: list[Part] = []
+    for step, after in zip(steps, [*steps[1:], None]):
+        m, k, n = step.rows, step.k, step.n // step.linears
+        if after is not None and n == 0:
+            found.append(_branched_quantization(step.name, m, k, chip, rank * after.linears))
+            continue
+        alone = replace(step, n=n, name=step.name.replace("-> quantize", "").strip())
+        expand, product = _w4a4(alone, chip)
+        up = {"memory": 2 * (m + n) * rank / chip.bandwidth, "matrix": 2 * m * n * rank / chip.bf16}
+        with_up = {bound: least + up.get(bound, 0.0) for bound, least in product.seconds.items()}
+        found += [expand, Part(alone.name, with_up)] * step.linears
+        if after is not None and alone.name != step.name:
+            found.append(_branched_quantization(step.name, m, n, chip, rank * after.linears))
+    return found
+
+
+def _branched_quantization(name: str, rows: int, k: int, chip: Chip, ranks: int) -> Part:
+    values, kind = rows * k, "norm" if "norm" in name else "plain"
+    memory = values * (2 + HIF4) + 2 * (k + rows) * ranks
+    lanes = values * BRANCHED_INSTRUCTIONS[kind] / chip.lanes
+    return Part(name, {"memory": memory / chip.bandwidth, "matrix": 2 * values * ranks / chip.bf16, "lanes": lanes})
 
 
 def _bf16(step: Step, chip: Chip) -> list[Part]:
@@ -193,9 +207,11 @@ def parts(model: Model, tokens: int, chip: Chip, precision: str, rank: int = 0, 
         rank: of a branch of each linear in W4A4, 0 for none.
         row: whether operands have one level-1 scale a row, in W4A4 without branches.
     """
-    packed = functools.partial(_branched, rank=rank) if rank else functools.partial(_w4a4, row=row)
-    one, steps = packed if precision == "w4a4" else _bf16, block_steps(model, tokens, span=0 if row else 1)
-    return [part for step in steps for part in one(step, chip)] + _rest(model, tokens, chip)
+    steps, rest = block_steps(model, tokens, span=0 if row else 1), _rest(model, tokens, chip)
+    if rank and precision == "w4a4":
+        return _branched(steps, chip, rank) + rest
+    one = functools.partial(_w4a4, row=row) if precision == "w4a4" else _bf16
+    return [part for step in steps for part in one(step, chip)] + rest
 
 
 def step_seconds(model: Model, found: Sequence[Part], calls: int = GUIDANCE) -> float:
