@@ -118,6 +118,7 @@ def lower_graph(
             each(record, graph_module)
 
     graph_module, history = PassManager(pipeline, keep_text=keep_text).run(graph_module, context, seen)
+    recorder.end(graph_module)
     _check_plan_against_graph(graph_module, context.plan)
     seconds = {"capture": captured.seconds, "passes": time.perf_counter() - start}
     lowered = LoweredGraph(

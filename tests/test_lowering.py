@@ -172,6 +172,13 @@ def test_a_dump_holds_every_graph_the_plan_and_the_report(tmp_path, monkeypatch)
     assert len(plan) == 8
 
 
+def test_nobody_listens_to_a_graph_that_was_dumped(tmp_path):
+    """Inductor's cache has no key for such a graph."""
+    model, x = Stack().eval(), torch.randn(4, 64)
+    lowered = tahf4.lower(tahf4.capture(model, (x,)), options={**GRAPH, "dump_dir": str(tmp_path)})
+    assert lowered.snapshots and not lowered.graph_module._replace_hooks
+
+
 @pytest.mark.slow
 def test_structured_trace_gets_an_artifact_for_each_pass(tmp_path):
     import os

@@ -225,6 +225,15 @@ def _compile() -> Finding:
     return Finding('torch.compile(nn.Linear, backend="tahf4") gives the product of the 4-bit values')
 
 
+def _first_compile() -> Finding:
+    from .selftest import first_compile
+    from .tiny_wan import settings
+
+    if not (folder := settings.PIPELINE_DIR / "transformer").is_dir():
+        return Finding("not timed: the tiny Wan2.2 is missing", WARNING, "see the line of the tiny Wan2.2")
+    return Finding(f"of the blocks of the tiny Wan2.2, {first_compile(folder)}; kernels have a line of their own")
+
+
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": lambda: Finding(platform.python_version()),
     "tahf4-compiler": lambda: _package("tahf4-compiler"),
@@ -242,5 +251,6 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "tiny Wan2.2": _shipped_pipeline,
     "number format": _format,
     "compilation": _compile,
+    "first compile": _first_compile,
 }
 """Name and function of each check, in the order in which they run."""

@@ -1,13 +1,19 @@
-"""Two quick checks that the number format and the backend work in this environment."""
+"""Quick checks that the number format and the backend work in this environment."""
 
 from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..format import hif4
 
-__all__ = ["check_compile", "check_format"]
+__all__ = ["check_compile", "check_format", "first_compile"]
 
 # Eight eighths of a unit, all of them values that HiF4 holds: 0 to 7 quarters times 4, -2, 1 and -1, twice.
 FACTORS = (4.0, -2.0, 1.0, -1.0, 4.0, -2.0, 1.0, -1.0)
@@ -45,3 +51,23 @@ def check_compile() -> str:
     if not error < 1e-3:
         return f"the compiled layer is off by {error:.3g} from the product of the 4-bit values"
     return ""
+
+
+def first_compile(folder: Path) -> str:
+    """Compile the blocks of a Wan transformer in a folder and call it once; return the seconds and where they went."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel.from_pretrained(folder).eval()
+    channels, text = model.config.in_channels, model.config.text_dim
+    given = torch.zeros(1, channels, 2, 8, 8), torch.tensor([500]), torch.zeros(1, 12, text)
+    stages: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as dump, torch.no_grad():
+        model.compile_repeated_blocks(backend="tahf4", options={"dump_dir": dump})
+        start = time.perf_counter()
+        model(hidden_states=given[0], timestep=given[1], encoder_hidden_states=given[2])
+        took = time.perf_counter() - start
+        for path in Path(dump).rglob("report.txt"):
+            for line in re.findall("compile time: (.*)", path.read_text()):
+                stages.update({name: float(value) for name, value in re.findall(r"([a-z ]+) ([\d.]+) s", line)})
+    stages["Dynamo, packing and the call"] = took - stages.total()
+    return f"{took:.1f} s: " + ", ".join(f"{name.strip()} {value:.1f}" for name, value in stages.most_common())

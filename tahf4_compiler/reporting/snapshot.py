@@ -101,6 +101,11 @@ class Recorder:
         if self._listen not in graph_module._replace_hooks:
             graph_module._register_replace_node_hook(self._listen)
 
+    def end(self, graph_module: fx.GraphModule) -> None:
+        """Listen to a graph no more. Inductor has no key for a graph that somebody listens to, and caches none."""
+        if self._listen in graph_module._replace_hooks:
+            graph_module._unregister_replace_node_hook(self._listen)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         """Return the same: a copy of a graph that it listens to goes on to be listened to."""
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from tahf4_compiler.tools import doctor, selftest
 from tahf4_compiler.tools.cli import app
 from tahf4_compiler.tools.errors import CommandError, own_error
+from tahf4_compiler.tools.tiny_wan import settings
 from torch import nn
 from typer.testing import CliRunner
 
@@ -136,13 +138,23 @@ def test_a_registered_pass_is_listed_where_it_runs():
     assert "Do nothing, in [brackets]." in output
 
 
-def test_doctor_passes_every_check_here():
+def test_doctor_passes_every_check_here(monkeypatch):
+    monkeypatch.setattr(selftest, "first_compile", lambda folder: f"1.0 s of {folder.name}")
     result = run("doctor")
+    assert "1.0 s of transformer" in result.output
     assert result.exit_code == 0, result.output
     assert "FAIL" not in result.output
     for name in doctor.CHECKS:
         assert name in result.output
     assert "reference" in result.output
+
+
+@pytest.mark.slow
+def test_the_first_compilation_is_taken_apart():
+    found = selftest.first_compile(settings.PIPELINE_DIR / "transformer")
+    whole, *stages = map(float, re.findall(r"(\d+\.\d)", found))
+    assert len(stages) == 4 and "capture" in found and "inductor" in found
+    assert 0 < max(stages) <= whole and abs(sum(stages) - whole) < 0.3
 
 
 @pytest.mark.parametrize("outcome", ["finding", "exception"])
