@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def first_compile(folder: Path) -> str:
     model = WanTransformer3DModel.from_pretrained(folder).eval()
     channels, text = model.config.in_channels, model.config.text_dim
     given = torch.zeros(1, channels, 2, 8, 8), torch.tensor([500]), torch.zeros(1, 12, text)
-    stages: Counter[str] = Counter()
+    stages: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as dump, torch.no_grad():
         model.compile_repeated_blocks(backend="tahf4", options={"dump_dir": dump})
         start = time.perf_counter()
@@ -68,6 +68,8 @@ def first_compile(folder: Path) -> str:
         took = time.perf_counter() - start
         for path in Path(dump).rglob("report.txt"):
             for line in re.findall("compile time: (.*)", path.read_text()):
-                stages.update({name: float(value) for name, value in re.findall(r"([a-z ]+) ([\d.]+) s", line)})
-    stages["Dynamo, packing and the call"] = took - stages.total()
-    return f"{took:.1f} s: " + ", ".join(f"{name.strip()} {value:.1f}" for name, value in stages.most_common())
+                for name, seconds in re.findall(r"([a-z ]+) ([\d.]+) s", line):
+                    stages[name.strip()] += float(seconds)
+    stages["Dynamo, packing and the call"] = took - sum(stages.values())
+    longest = sorted(stages.items(), key=lambda stage: -stage[1])
+    return f"{took:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
