@@ -114,7 +114,7 @@ def _former(path: Path) -> dict[str, Any]:
             raise CommandError(f"{path} is damaged: its files are no JSON object")
         made = [name for name in ("clips", "recipes", "calibration.safetensors") if (path.parent / name).exists()]
         if made and not found:
-            raise CommandError(f"{path} is missing or empty, and {', '.join(made)} stand(s) beside it")
+            raise CommandError(f"{path} is missing or empty, and its folder holds {', '.join(made)}")
     except CommandError as error:
         raise CommandError(
             f"{error}. Only this file says what made the others. Delete the folder, or name another with -o"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ def pipeline(tmp_path) -> Path:
     (folder / "transformer").mkdir(parents=True)
     (folder / "model_index.json").write_text('{"transformer": ["diffusers", "WanTransformer3DModel"]}')
     (folder / "transformer" / "model.safetensors").write_bytes(bytes(4 << 20))
+    os.utime(folder / "transformer" / "model.safetensors", (0, 0))
     return folder
 
 
@@ -59,7 +61,8 @@ def test_a_file_of_the_model_is_read_once_and_again_when_it_changes(pipeline, tm
     weights = pipeline / "transformer" / "model.safetensors"
     before = weights.stat()
     weights.write_bytes(b"x" + bytes((4 << 20) - 1))
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy with its times
+    time.sleep(0.02)  # a clock of files may tick every 10 ms
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps the time
     with pytest.raises(CommandError, match="model was"):
         run.check_same_run(protocol, pipeline, out, CPU)
     weights.write_bytes(bytes(4 << 20))
