@@ -116,7 +116,7 @@ def parse_json(text: bytes, where: str, error: type[Tahf4Error] = CheckpointErro
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError, MemoryError) as cause:
-        raise error(f"{where} is damaged: {cause}; get the file again") from cause
+        raise error(f"{where} is damaged: {cause}; get or make the file again") from cause
     if not isinstance(value, dict):
         raise error(f"{where} holds a {type(value).__name__}; expected a JSON object")
     return value
@@ -159,14 +159,15 @@ def read_header(path: Path, error: type[Tahf4Error] = CheckpointError) -> Header
     """
     size = _size_of(path, error)
     if size < 8:
-        raise error(f"{path} has {size} bytes and is no safetensors file; it may be truncated: get it again")
+        raise error(f"{path} has {size} bytes and is no safetensors file; it may be truncated: get or make it again")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER:
                 raise error(f"{path} names a header of {length:,} bytes, more than {MAX_HEADER:,}; it is damaged")
             if length > size - 8:
-                raise error(f"{path} has {size:,} bytes, its header alone {length:,}: it is truncated; get it again")
+                what = "it is truncated; get or make it again"
+                raise error(f"{path} has {size:,} bytes, its header alone {length:,}: {what}")
             text = file.read(length)
     except OSError as cause:
         raise error(f"cannot read {path}: {cause.strerror}") from cause
@@ -184,7 +185,7 @@ def read_header(path: Path, error: type[Tahf4Error] = CheckpointError) -> Header
         at += info.size
     if at != size:
         what = "truncated" if size < at else "longer than it should be"
-        raise error(f"{path} has {size:,} bytes; its header describes {at:,}: it is {what}; get it again")
+        raise error(f"{path} has {size:,} bytes; its header describes {at:,}: it is {what}; get or make it again")
     return Header(tensors, metadata, text)
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from tqdm import tqdm
 
+from ...files.reading import read_json
 from ...model.components import WAN_EXPERTS
 from ..errors import CommandError
 from ..generation import WAN_PIPELINES, class_of, load_pipeline
-from .protocol import Protocol
+from .protocol import Protocol, file_digest
 
-__all__ = ["Prompted", "Structure", "check_fits", "fingerprint", "local_folder", "open_pipeline", "structure"]
+__all__ = ["Prompted", "Structure", "check_fits", "digests", "local_folder", "open_pipeline", "structure"]
 
 HINT = "Give a folder that `pipe.save_pretrained` wrote, or a name on the hub such as Wan-AI/Wan2.2-T2V-A14B-Diffusers."
 
@@ -96,11 +97,11 @@ def structure(folder: Path) -> Structure:
     name = class_of(folder, HINT)
     if name not in WAN_PIPELINES:
         raise CommandError(f"{folder} is a {name}; expected {' or '.join(WAN_PIPELINES)}. {HINT}")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json", CommandError)
     components = {}
     for part in (*WAN_EXPERTS, "text_encoder", "image_encoder", "vae"):
         if (folder / part / "config.json").is_file():
-            components[part] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            components[part] = read_json(folder / part / "config.json", CommandError)
     for part in ("transformer", "text_encoder", "vae"):
         if part not in components:
             raise CommandError(f"{folder} has no {part}/config.json. {HINT}")
@@ -142,23 +143,45 @@ def check_fits(protocol: Protocol, found: Structure) -> None:
     for part in protocol.lora:
         if part.expert not in found.experts:
             raise CommandError(f"lora is for {part.expert}; this pipeline has {', '.join(found.experts)}")
-    scheduler = protocol.scheduler.get("class")
-    if scheduler is not None and not (scheduler.endswith("Scheduler") and hasattr(diffusers, scheduler)):
+    if protocol.scheduler:
+        _check_scheduler(protocol.scheduler, found)
+
+
+def _check_scheduler(settings: Mapping[str, Any], found: Structure) -> None:
+    """Check the names; whether the values fit is known once the scheduler is made."""
+    name = settings.get("class") or (found.index.get("scheduler") or [None, None])[1]
+    if not (isinstance(name, str) and name.endswith("Scheduler") and hasattr(diffusers, name)):
         example = "FlowMatchEulerDiscreteScheduler"
-        raise CommandError(f"scheduler.class is {scheduler!r}; expected a scheduler of diffusers, such as {example}")
+        raise CommandError(f"scheduler.class is {name!r}; expected a scheduler of diffusers, such as {example}")
+    known = [*inspect.signature(getattr(diffusers, name)).parameters]
+    for setting in settings:
+        if setting not in ("class", *known):
+            raise CommandError(f"scheduler.{setting} is no setting of {name}; expected some of {', '.join(known)}")
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a short text that changes with the weights: of each file its size, its start and its end."""
-    digest, part = hashlib.sha256(), 1 << 20
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(part))
-            stream.seek(max(0, size - part))
-            digest.update(stream.read(part))
-    return digest.hexdigest()[:16]
+def digests(folder: Path, former: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the sha256 of every file of a pipeline.
+
+    Only model_index.json and the folders that it names are read: others do not change what is generated.
+
+    Args:
+        folder: of the pipeline.
+        former: the second result of a former call; a file that is as it was then is not read again.
+
+    Returns:
+        By the name in the folder; and by the absolute path, size, inode and times of the last change (of the content
+        and of the inode, in ns).
+    """
+    index = folder / "model_index.json"
+    parts = [folder / name for name in read_json(index, CommandError)]
+    by_name, by_state = {}, {}
+    paths = [index, *(path for part in parts for path in sorted(part.rglob("*")) if path.is_file())]
+    for path in tqdm(paths, desc="digests of the model", unit="file", delay=2, leave=False):
+        stat = path.stat()
+        state = f"{path.absolute()} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        digest = former.get(state) or file_digest(path)
+        by_name[path.relative_to(folder).as_posix()] = by_state[state] = digest
+    return by_name, by_state
 
 
 class Prompted:
@@ -191,9 +214,6 @@ def open_pipeline(folder: Path, protocol: Protocol) -> Any:
     if protocol.scheduler:
         settings = dict(protocol.scheduler)
         name = settings.pop("class", type(pipe.scheduler).__name__)
-        unknown = set(settings) - set(inspect.signature(getattr(diffusers, name)).parameters)
-        if unknown:
-            raise CommandError(f"{name} has no setting {', '.join(sorted(unknown))}")
         try:
             pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
         except Exception as error:  # of diffusers, for whatever a setting can be

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from ...model.components import WAN_EXPERTS
 from ..errors import CommandError
 from ..tiny_wan import data
 
-__all__ = ["DIMENSIONS", "SHIPPED", "Lora", "Prompt", "Protocol", "load_protocol", "parse_protocol"]
+__all__ = ["DIMENSIONS", "SHIPPED", "Lora", "Prompt", "Protocol", "file_digest", "load_protocol", "parse_protocol"]
 
 SHIPPED = Path(__file__).parent / "protocols"
 """Folder of the protocols that ship; the name of a file without ``.yaml`` names it."""
@@ -70,6 +72,21 @@ class Lora:
         path = Path(self.path)
         path = path / self.weight_name if self.weight_name and path.is_dir() else path
         return path if path.exists() else None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what decides the weights, as JSON: files by their content, wherever they are; else the hub's name."""
+        path = self.local()
+        if path is None:
+            return dataclasses.asdict(self)
+        files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+        return {"sha256": [file_digest(file) for file in files], "expert": self.expert, "scale": self.scale}
+
+    def __str__(self) -> str:
+        """Return its name, as the protocol has it, where it goes, and its digest if it is here."""
+        where = "/".join(filter(None, [self.path, self.weight_name]))
+        digests = [digest[:16] for digest in self.fingerprint().get("sha256", [])]
+        known = f"sha256 {', '.join(digests)}..." if digests else "from the hub"
+        return f"{where} into {self.expert}, scale {self.scale:g} ({known})"
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ class Protocol:
         """Return what decides the clips, as JSON: two protocols with the same make the same clips."""
 
         def shown(prompts: Sequence[Prompt]) -> list[Any]:
-            return [[p.text, _digest(p.image)] if p.image is not None else p.text for p in prompts]
+            return [[p.text, file_digest(p.image)] if p.image is not None else p.text for p in prompts]
 
         return {
             "prompts": shown(self.prompts),
@@ -134,7 +151,7 @@ class Protocol:
             "calibration prompts": shown(self.calibration_prompts),
             "step groups": self.step_groups,
             "scheduler": dict(self.scheduler),
-            "lora": [{**dataclasses.asdict(part), "sha256": _digest(part.local())} for part in self.lora],
+            "lora": [part.fingerprint() for part in self.lora],
             "dtype": self.dtype,
         }
 
@@ -152,7 +169,7 @@ def load_protocol(name: str) -> Protocol:
         known = ", ".join(sorted(found.stem for found in SHIPPED.glob("*.yaml")))
         raise CommandError(f"there is no protocol {name}; give a YAML file or one of those that ship: {known}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CommandError(f"{path} is no YAML: {error}") from error
     return parse_protocol(content, path)
@@ -189,6 +206,7 @@ def parse_protocol(content: Any, path: Path) -> Protocol:
     scheduler = top.get("scheduler") or {}
     if not isinstance(scheduler, Mapping) or not isinstance(scheduler.get("class", ""), str):
         read.fail(f"scheduler is {scheduler!r}; expected settings, such as {{class: UniPCMultistepScheduler}}")
+    read.plain(scheduler, "scheduler")
     protocol = Protocol(
         path.stem,
         prompts,
@@ -202,7 +220,7 @@ def parse_protocol(content: Any, path: Path) -> Protocol:
         ),
         groups,
         dict(scheduler),
-        tuple(_lora(read, entry) for entry in top.get("lora") or ()),
+        tuple(_lora(read, entry) for entry in (read.items(top["lora"], "lora") if top.get("lora") else ())),
         read.one_of(top.get("dtype", "bfloat16"), "dtype", DTYPES),
         read.number(top.get("frames_per_second", 16), "frames_per_second", 1),
         " ".join(str(top.get("about", "")).split()),
@@ -226,9 +244,8 @@ def _generate(read: _Reader, top: Mapping[str, Any]) -> dict[str, Any]:
     for name in REQUIRED[:-1]:
         read.number(generate[name], f"generate.{name}", 1)
     for name in ("guidance_scale", "guidance_scale_2"):
-        value = generate.get(name, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            read.fail(f"generate.{name} is {value!r}; expected a number, 1 for none")
+        read.real(generate.get(name, 1.0), f"generate.{name}", 0.0, "; 1 is no guidance")
+    read.plain(generate, "generate")
     return dict(generate)
 
 
@@ -237,14 +254,12 @@ def _lora(read: _Reader, entry: Any) -> Lora:
     if not isinstance(found.get("path"), str):
         read.fail(f"lora has the path {found.get('path')!r}; expected a file, a folder or a name on the hub")
     expert = read.one_of(found.get("expert", "transformer"), "lora.expert", WAN_EXPERTS)
-    scale = found.get("scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        read.fail(f"lora.scale is {scale!r}; expected a number")
+    scale = read.real(found.get("scale", 1.0), "lora.scale", -math.inf)
     beside, name = read.path.parent / found["path"], found.get("weight_name")
     file = beside / str(name) if name and beside.is_dir() else beside
     if not file.exists() and (beside.exists() or found["path"].endswith(".safetensors")):
         read.fail(f"lora names the file {file}, which is not there")
-    return Lora(str(beside) if beside.exists() else found["path"], name, expert, float(scale))
+    return Lora(str(beside) if beside.exists() else found["path"], name, expert, scale)
 
 
 @dataclass(frozen=True)
@@ -274,6 +289,20 @@ class _Reader:
         if type(value) is not int or value < least:
             self.fail(f"{where} is {value!r}; expected a whole number, at least {least}")
         return value
+
+    def real(self, value: Any, where: str, least: float, more: str = "") -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+            at_least = f", at least {least:g}" if math.isfinite(least) else ""
+            self.fail(f"{where} is {value!r}; expected a finite number{at_least}{more}")
+        return float(value)
+
+    def plain(self, values: Mapping[str, Any], where: str) -> None:
+        """Check that a run can be stored and compared: numbers that are finite, texts, lists and mappings of them."""
+        for name, value in values.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                self.fail(f"{where}.{name} is {value!r}; expected texts, finite numbers, or lists or mappings of them")
 
     def one_of(self, value: Any, where: str, known: Sequence[str]) -> str:
         if value not in known:
@@ -319,12 +348,20 @@ def _short(value: Any) -> str:
     return "missing" if value is None else repr(value)[:80]
 
 
-def _digest(path: Path | None) -> str | None:
-    """Return the sha256 of a file, or of all files of a folder."""
-    if path is None:
-        return None
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node] | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node

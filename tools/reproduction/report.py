@@ -88,6 +88,7 @@ def write_report(
     content = {
         "protocol": protocol.fingerprint(),
         "model": model,
+        "lora": [str(part) for part in protocol.lora],
         "versions": versions(),
         "rows": rows,
         "costs": costs,
@@ -142,7 +143,7 @@ def _parts(
     sources = [[entry["name"], entry["model"], entry["source"], " ".join(entry["note"].split())]
                for entry in published()]  # fmt: skip
     return [
-        Part("Reproduction", [what, *filter(None, [protocol.about])]),
+        Part("Reproduction", [what, *filter(None, [protocol.about, _student(protocol)])]),
         Part("Quality", scored, ["", *(name for name, _ in columns.values())], lines),
         Part(
             "Time and memory",
@@ -155,6 +156,12 @@ def _parts(
     ]
 
 
+def _student(protocol: Protocol) -> str:
+    """Return what was fused into the weights, nothing where nothing was."""
+    fused = "; ".join(map(str, protocol.lora))
+    return f"Every setting, the original too, has these LoRAs fused into its weights: {fused}." if fused else ""
+
+
 def _comparable(measure: str, protocol: Protocol) -> bool:
     """Say whether a published figure is of the same thing: a mean is of five dimensions."""
     return measure != "mean" or set(protocol.dimensions) == set(DIMENSIONS["vbench"][:5])
@@ -162,13 +169,12 @@ def _comparable(measure: str, protocol: Protocol) -> bool:
 
 def _cost(clips: list[ClipFile]) -> dict[str, Any]:
     run, peak = run_of(clips)
-    path = clips[0].path.with_name("linears.json")
     return {
         "seconds_per_step": run.seconds_per_step(),
         "steps_measured": len(run.measured()),
         "calls_per_step": run.calls_per_step,
         "peak_gpu_bytes": peak or None,
-        "linears": json.loads(path.read_text(encoding="utf-8")) if path.exists() else None,
+        "linears": clips[0].linears(),
     }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from ...calibration.calibration import calibrate
+from ...errors import Tahf4Error
+from ...files.reading import read_json
 from ...recipe.recipe import Recipe
 from ..errors import CommandError
 from ..evaluation.results import file_of, row_bytes, write_beside
@@ -21,7 +24,7 @@ from ..evaluation.rows import PLAIN, Row
 from ..evaluation.run import prepare
 from ..generation import experts
 from .clips import ClipFile, clip_files, generate_missing
-from .model import Prompted, fingerprint, open_pipeline
+from .model import Prompted, digests, open_pipeline
 from .protocol import Protocol
 from .scores import Unscored, lpips_missing, pair_scores, vbench_scores
 
@@ -77,40 +80,52 @@ def check_same_run(protocol: Protocol, folder: Path, out: Path, device: Device) 
     """Store what decides the clips in a folder, or compare it with what is stored there.
 
     Raises:
-        CommandError: the folder holds clips of another protocol or model.
+        CommandError: the folder holds clips of another protocol or model, or does not say what made them.
     """
+    path = out / "run.json"
+    former = _former(path)
+    model, files = digests(folder, former.get("files", {}))
     now = protocol.fingerprint() | {
-        "model": fingerprint(folder),
+        "model": model,
         "settings": [[s.key, s.row.name, dict(s.row.recipe or {})] for s in SETTINGS],
         "device": device.name,
         "inductor": device.inductor,
         "versions": versions(),
     }
     now = json.loads(json.dumps(now))
-    path = out / "run.json"
-    if path.exists():
-        former = json.loads(path.read_text(encoding="utf-8"))
-        for key in now:
-            if former.get(key) != now[key]:
-                before, after = (_difference(former.get(key), now[key]), _difference(now[key], former.get(key)))
-                raise CommandError(
-                    f"{out} holds a run with another protocol or model: {key} was {before}, and is {after}. Name "
-                    "another folder with -o, or delete this one"
-                )
-        return
-    write_json(path, now)
+    for key in now if former else ():
+        if former.get(key) != now[key]:
+            before, after = (_difference(former.get(key), now[key]), _difference(now[key], former.get(key)))
+            raise CommandError(
+                f"{out} holds a run with another protocol or model: {key} was {before}, and is {after}. Name "
+                "another folder with -o, or delete this one"
+            )
+    if former != now | {"files": files}:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(now | {"files": files}, indent=1, allow_nan=False)
+        write_beside(path, content.encode())
+
+
+def _former(path: Path) -> dict[str, Any]:
+    """Return what run.json holds, empty in a folder without a run."""
+    try:
+        found = read_json(path, CommandError) if path.exists() else {}
+        if not isinstance(found.get("files", {}), dict):
+            raise CommandError(f"{path} is damaged: its files are no JSON object")
+        made = [name for name in ("clips", "recipes", "calibration.safetensors") if (path.parent / name).exists()]
+        if made and not found:
+            raise CommandError(f"{path} is missing or empty, and its folder holds {', '.join(made)}")
+    except CommandError as error:
+        raise CommandError(
+            f"{error}. Only this file says what made the others. Delete the folder, or name another with -o"
+        ) from error
+    return found
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what generates."""
     names = ("tahf4-compiler", "torch", "diffusers")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file beside its place, whose folder is made, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def _difference(value: Any, other: Any) -> str:
@@ -128,8 +143,13 @@ def generate_all(
 
     Returns:
         The clips of each setting, the original first.
+
+    Raises:
+        CommandError: a file of a former run is damaged, or is of something else.
     """
     clips = {s: clip_files(protocol, out / "clips" / s.key) for s in (ORIGINAL, *settings)}
+    for clip in (clip for mine in clips.values() for clip in mine if clip.path.exists()):
+        clip.check()  # sooner than hours of others are generated
     recipes = {s: out / "recipes" / f"{s.key}.safetensors" for s in settings}
     wanted = [s for s in settings if not recipes[s].exists() and _missing(clips[s])]
     if wanted or _missing(clips[ORIGINAL]):
@@ -146,15 +166,25 @@ def generate_all(
     for setting in settings:
         if not _missing(clips[setting]):
             continue
+        with _made_here(recipes[setting]):
+            recipe = Recipe.load(recipes[setting])
         loaded = open_pipeline(folder, protocol)
-        recipe = Recipe.load(recipes[setting])
         # Packed before it goes to the device: there is room for one of the two.
         details = prepare(loaded, setting.row, recipe, pack=True, inductor=device.inductor)
-        write_json(out / "clips" / setting.key / "linears.json", details["linears"])
-        generate_missing(Prompted(device.take(loaded), protocol), protocol, clips[setting], setting.row.name)
-        del loaded
+        prompted = Prompted(device.take(loaded), protocol)
+        generate_missing(prompted, protocol, clips[setting], setting.row.name, details["linears"])
+        del loaded, prompted
         _free()
     return clips
+
+
+@contextlib.contextmanager
+def _made_here(path: Path) -> Iterator[None]:
+    """Say of a file that this command made, and that does not load, that it is made again."""
+    try:
+        yield
+    except Tahf4Error as error:
+        raise CommandError(f"{error}. If you delete {path}, this command makes it again") from error
 
 
 def _missing(clips: list[ClipFile]) -> bool:
@@ -166,7 +196,9 @@ def _make_recipes(pipe: Any, protocol: Protocol, wanted: Mapping[Setting, Path],
     (out / "recipes").mkdir(parents=True, exist_ok=True)
     checkpoint = out / "calibration.safetensors"
     options = {"inductor": device.inductor}
-    with calibrate(pipe, step_groups=protocol.step_groups, checkpoint=checkpoint, options=options) as calibration:
+    with _made_here(checkpoint):
+        calibration = calibrate(pipe, step_groups=protocol.step_groups, checkpoint=checkpoint, options=options)
+    with calibration:
         texts = [prompt.text for prompt in protocol.calibration_prompts]
         calibration.run(texts, **protocol.generate, output_type="latent")
     for setting, path in wanted.items():

@@ -17,6 +17,7 @@ from diffusers.utils import export_to_video
 from PIL import Image
 from tqdm import tqdm
 
+from ...files.reading import read_json
 from ...files.replacing import replacing
 from ..errors import CommandError
 from ..evaluation.measures import judgements, psnrs, ssims
@@ -32,11 +33,6 @@ class Unscored(Exception):
     """A scorer that cannot run here, and why."""
 
 
-def _fresh(path: Path, *clips: ClipFile) -> bool:
-    """Say whether a file is there and younger than the clips that it was made from."""
-    return path.exists() and all(path.stat().st_mtime_ns >= clip.path.stat().st_mtime_ns for clip in clips)
-
-
 def lpips_missing() -> str | None:
     """Return why LPIPS cannot be measured, or None."""
     if importlib.util.find_spec("lpips") is None:
@@ -47,7 +43,8 @@ def lpips_missing() -> str | None:
 def pair_scores(protocol: Protocol, original: ClipFile, clip: ClipFile, folder: Path) -> dict[str, float | None]:
     """Return PSNR, SSIM, LPIPS where it is installed, and what the judge says where it is the scorer.
 
-    The numbers are kept in a file, so that a run that was stopped measures no clip twice.
+    The numbers are kept in a file with the digests of the two clips, so that a run that was stopped measures no clip
+    twice. A file of other clips, or one that is damaged, is made again.
 
     Args:
         protocol: names the scorer and its dimensions.
@@ -56,13 +53,14 @@ def pair_scores(protocol: Protocol, original: ClipFile, clip: ClipFile, folder: 
         folder: of the files.
 
     Raises:
-        CommandError: the original is not finite.
+        CommandError: the original is not finite, or a clip is damaged.
     """
     path = folder / f"{clip.name}.json"
     names = ["psnr", "ssim", *([] if lpips_missing() else ["lpips"])]
     names += protocol.dimensions if protocol.scorer == "judge" else ()
-    kept = json.loads(path.read_text(encoding="utf-8")) if _fresh(path, original, clip) else {}
-    if all(name in kept for name in names):
+    of = [original.digest(), clip.digest()]
+    kept = _kept(path)
+    if kept.get("clips") == of and all(isinstance(kept.get(name, ""), int | float | None) for name in names):
         return {name: kept[name] for name in names}
     reference, video = original.frames(), clip.frames()
     if not np.isfinite(reference).all():
@@ -78,8 +76,15 @@ def pair_scores(protocol: Protocol, original: ClipFile, clip: ClipFile, folder: 
         verdict = judgements(video[None], [caption])
         found |= {name: number(verdict[name][0]) for name in protocol.dimensions}
     folder.mkdir(parents=True, exist_ok=True)
-    write_beside(path, json.dumps(found, allow_nan=False).encode())
+    write_beside(path, json.dumps({"clips": of, **found}, allow_nan=False).encode())
     return found
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, CommandError) if path.exists() else {}
+    except CommandError:  # measured again sooner than anyone deletes it
+        return {}
 
 
 def _lpips(reference: np.ndarray, video: np.ndarray) -> float | None:
@@ -105,6 +110,8 @@ _networks: dict[str, Any] = {}
 def vbench_scores(protocol: Protocol, clips: list[ClipFile], folder: Path, python: str) -> dict[str, list[float]]:
     """Return what VBench says of clips, by dimension.
 
+    Its results are kept in a file whose name is a digest of the clips and of what is asked.
+
     Args:
         protocol: names the dimensions.
         clips: of one setting.
@@ -116,9 +123,9 @@ def vbench_scores(protocol: Protocol, clips: list[ClipFile], folder: Path, pytho
     """
     if len(clips) < 2:
         raise Unscored("VBench: its subject consistency divides by the number of clips less one; take a second seed")
-    asked = json.dumps([protocol.dimensions, protocol.frames_per_second])
+    asked = json.dumps([protocol.dimensions, protocol.frames_per_second, [clip.digest() for clip in clips]])
     results = folder / f"vbench_{hashlib.sha256(asked.encode()).hexdigest()[:8]}.json"
-    if not _fresh(results, *clips):
+    if not results.exists():
         videos = _videos(protocol, clips, folder / f"videos_{protocol.frames_per_second}_fps")
         log = folder / "vbench.log"
         tqdm.write(f"VBench scores {videos}; what it prints is in {log}", file=sys.stderr)
@@ -159,11 +166,10 @@ def _videos(protocol: Protocol, clips: list[ClipFile], folder: Path) -> Path:
             raise Unscored(f"VBench reads mp4 files, and {package} is not installed (pip install imageio[ffmpeg])")
     for clip in clips:
         path = folder / f"{clip.name}.mp4"
-        if not _fresh(path, clip):
-            video = np.nan_to_num(clip.frames())
-            frames = [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video]
-            with replacing(path) as beside:
-                export_to_video(frames, str(beside), fps=protocol.frames_per_second, quality=10)
+        video = np.nan_to_num(clip.frames())
+        frames = [Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in video]
+        with replacing(path) as beside:
+            export_to_video(frames, str(beside), fps=protocol.frames_per_second, quality=10)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def config(folder: Path, part: str, **values: object) -> None:
 def a14b(tmp_path: Path) -> Path:
     """The configuration of Wan2.2 A14B without its weights, as text to video."""
     index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "expand_timesteps": False}
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
     for part in ("transformer", "transformer_2"):
         config(
             tmp_path, part, _class_name="WanTransformer3DModel", num_layers=40, num_attention_heads=40,
@@ -85,6 +87,12 @@ def test_a_student_is_an_option(tmp_path):
     before = protocol.fingerprint()
     (tmp_path / "lora.safetensors").write_bytes(b"y")
     assert protocol.fingerprint() != before, "other weights under the same name are another protocol"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "lora.safetensors").rename(tmp_path / "elsewhere" / "lora.safetensors")
+    elsewhere = parse_protocol({**GOOD, **student}, tmp_path / "elsewhere" / "a.yaml")
+    moved = dataclasses.replace(protocol, lora=elsewhere.lora)
+    (tmp_path / "elsewhere" / "lora.safetensors").write_bytes(b"x")
+    assert moved.fingerprint() == before, "the same weights elsewhere are the same protocol"
 
 
 def test_prompts_come_from_a_text_file_too(tmp_path):
@@ -122,6 +130,12 @@ def test_prompts_come_from_a_text_file_too(tmp_path):
         ({"lora": [{"scale": 1}]}, "lora has the path None"),
         ({"lora": [{"path": "a/b", "expert": "third"}]}, "lora.expert has 'third'"),
         ({"scheduler": "Euler"}, "scheduler is 'Euler'; expected settings"),
+        ({"generate": {**GENERATE, "guidance_scale": math.nan}}, "guidance_scale is nan; expected a finite number, at"),
+        ({"generate": {**GENERATE, "guidance_scale_2": -3.0}}, "guidance_scale_2 is -3.0; expected a finite number"),
+        ({"generate": {**GENERATE, "other": [math.inf]}}, "generate.other is [inf]; expected texts, finite numbers"),
+        ({"scheduler": {"shift": math.nan}}, "scheduler.shift is nan; expected texts, finite numbers"),
+        ({"lora": [{"path": "a/b", "scale": math.inf}]}, "lora.scale is inf; expected a finite number"),
+        ({"lora": "a.safetensors"}, "lora is 'a.safetensors'; expected a list"),
         ({"dtype": "fp8"}, "dtype has 'fp8'"),
         ({"steps": 4}, "steps is unknown; expected about, prompts"),
     ],
@@ -134,13 +148,28 @@ def test_what_is_wrong_is_said(tmp_path, change, message):
     assert "mine.yaml" in str(raised.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is no YAML"), ("- a", "the file is ['a']; expected keys")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is no YAML"),
+        ("- a", "the file is ['a']; expected keys"),
+        ("seeds: [0]\nseeds: [1]", "the key 'seeds' stands twice"),
+        ("generate: {height: 1, <<: {height: 2}, height: 3}", "the key 'height' stands twice"),
+    ],
+)
 def test_a_file_that_is_no_protocol_is_refused(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(CommandError, match=re.escape(message)):
         load_protocol(str(tmp_path / "a.yaml"))
     with pytest.raises(CommandError, match="those that ship: tiny, wan2.2-t2v-a14b, wan2.2-ti2v-5b"):
         load_protocol("wan")
+
+
+def test_a_key_may_stand_beside_one_that_it_is_merged_over(tmp_path):
+    sizes = "height: 480, num_frames: 81, num_inference_steps: 40, guidance_scale: 1"
+    text = f"generate: {{<<: {{{sizes}, width: 16}}, width: 832}}\nprompts: [a]\ncalibration: {{prompts: [b]}}"
+    (tmp_path / "a.yaml").write_text(text)
+    assert load_protocol(str(tmp_path / "a.yaml")).generate["width"] == 832
 
 
 @pytest.mark.parametrize(
@@ -171,6 +200,12 @@ def test_a_protocol_of_another_kind_of_model_is_refused(tmp_path, a14b):
         check_fits(with_image, found)
     with pytest.raises(CommandError, match="expected a scheduler of diffusers"):
         check_fits(dataclasses.replace(protocol, scheduler={"class": "WanPipeline"}), found)
+    check_fits(dataclasses.replace(protocol, scheduler={"flow_shift": 3.0}), found)
+    with pytest.raises(CommandError, match="scheduler.shift is no setting of UniPCMultistepScheduler; expected .*flow"):
+        check_fits(dataclasses.replace(protocol, scheduler={"shift": 3.0}), found)
+    euler = {"class": "FlowMatchEulerDiscreteScheduler", "shft": 3.0}
+    with pytest.raises(CommandError, match="scheduler.shft is no setting of FlowMatchEuler"):
+        check_fits(dataclasses.replace(protocol, scheduler=euler), found)
 
 
 def test_a_folder_that_is_no_wan_pipeline_is_refused(tmp_path, monkeypatch):

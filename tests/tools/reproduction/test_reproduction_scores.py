@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tahf4_compiler.tools.errors import CommandError
+from tahf4_compiler.tools.generation import Run, StepTime
 from tahf4_compiler.tools.reproduction import run, scores
 from tahf4_compiler.tools.reproduction.clips import ClipFile, clip_files
 from tahf4_compiler.tools.reproduction.protocol import Protocol, parse_protocol
@@ -88,16 +89,19 @@ def protocol(**changes: object) -> Protocol:
 def write_clips(protocol: Protocol, folder: Path, noise: float, finite: bool = True) -> list[ClipFile]:
     """Write clips of a moving edge with noise."""
     files, rng = clip_files(protocol, folder), np.random.default_rng(0)
-    folder.mkdir(parents=True)
     video = np.broadcast_to(np.linspace(0.2, 0.8, 32)[None, :, None, None], (5, 32, 32, 3))
     for clip in files:
         noisy = (video + noise * rng.standard_normal(video.shape)).clip(0, 1)
-        values = {"seconds": [1.0, 2.0], "experts": ["transformer"] * 2, "first_of_clip": [True, False]}
-        np.savez(
-            clip.path, frames=(noisy * 255).round().astype(np.uint8), finite=finite, first_call=[True, False], calls=1,
-            peak=0, **values,
-        )  # fmt: skip
+        steps = [StepTime(1.0, "transformer", True, True), StepTime(2.0, "transformer", False, False)]
+        clip.save(Run([noisy if finite else noisy * np.nan], steps))
     return files
+
+
+def replace_frames(clip: ClipFile) -> None:
+    """Write other frames at the same place, as old as those before."""
+    before = clip.path.stat()
+    clip.save(Run([1 - clip.frames()], []))
+    os.utime(clip.path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_vbench_scores_every_clip_and_is_asked_once(tmp_path, vbench, monkeypatch):
@@ -111,8 +115,7 @@ def test_vbench_scores_every_clip_and_is_asked_once(tmp_path, vbench, monkeypatc
     assert vbench_scores(asked, files, tmp_path, "/no/python") == found
     fewer = protocol(dimensions=DIMENSIONS[:1])
     assert list(vbench_scores(fewer, files, tmp_path, sys.executable)) == DIMENSIONS[:1], "others are asked for again"
-    made_again = files[0].path
-    os.utime(made_again, (time.time() + 10, time.time() + 10))
+    replace_frames(files[0])
     with pytest.raises(Unscored, match="/no/python"):  # the score was of another clip
         vbench_scores(asked, files, tmp_path, "/no/python")
 
@@ -170,6 +173,19 @@ def test_the_report_shows_published_figures_beside_those_of_vbench(tmp_path, vbe
     assert "0.5324" in row and "0.5880" not in row, "a mean of two dimensions is another mean"
 
 
+def test_the_report_names_the_loras_of_a_student(tmp_path, vbench):
+    (tmp_path / "few_steps.safetensors").write_bytes(b"weights")
+    parts = [{"path": str(tmp_path / "few_steps.safetensors"), "scale": 0.5}, {"path": "someone/student"}]
+    asked = protocol(lora=parts)
+    made = {run.ORIGINAL: write_clips(asked, tmp_path / "original", 0.0)}
+    files, reasons = run.score_all(asked, made, tmp_path, sys.executable)
+    write_report(asked, "some/model", made, files, reasons, tmp_path, run.Device("cpu"))
+    text = (tmp_path / "report.md").read_text()
+    digest = hashlib.sha256(b"weights").hexdigest()[:16]
+    assert f"few_steps.safetensors into transformer, scale 0.5 (sha256 {digest}...); someone/student into" in text
+    assert len(json.loads((tmp_path / "report.json").read_text())["lora"]) == 2
+
+
 def test_a_run_without_vbench_says_so_and_has_the_other_numbers(tmp_path, vbench, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     asked = protocol()
@@ -180,17 +196,29 @@ def test_a_run_without_vbench_says_so_and_has_the_other_numbers(tmp_path, vbench
     assert {"psnr", "ssim"} <= set(content["clips"][0]) and "subject_consistency" not in content["clips"][0]
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"psnr": "x"}', "\x00"])
+def test_numbers_are_kept_for_the_clips_that_they_are_of(tmp_path, damage):
+    asked = protocol()
+    original, other = (write_clips(asked, tmp_path / name, noise)[0] for name, noise in (("a", 0.0), ("b", 0.1)))
+    measured, file = pair_scores(asked, original, other, tmp_path), tmp_path / "p0000_s0.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "psnr": 1.0}))
+    assert pair_scores(asked, original, other, tmp_path) == {**measured, "psnr": 1.0}, "they are kept"
+    file.write_text(damage)
+    assert pair_scores(asked, original, other, tmp_path) == measured, "what is damaged is made again"
+    assert json.loads(file.read_text()) == kept
+    for clip in (other, original):
+        before = pair_scores(asked, original, other, tmp_path)
+        replace_frames(clip)
+        assert pair_scores(asked, original, other, tmp_path) != before, "other clips have other numbers"
+
+
 def test_lpips_is_measured_where_it_is_installed(tmp_path, monkeypatch):
     """The call of lpips 0.1.4: images of [-1, 1], or of [0, 1] with ``normalize``."""
     asked = protocol()
     original, other = (write_clips(asked, tmp_path / name, noise) for name, noise in (("a", 0.0), ("b", 0.1)))
     without = pair_scores(asked, original[0], other[0], tmp_path / "scores")
     assert set(without) == {"psnr", "ssim"}
-    (tmp_path / "scores" / "p0000_s0.json").write_text('{"psnr": 1.0, "ssim": 1.0}')
-    assert pair_scores(asked, original[0], other[0], tmp_path / "scores") == {"psnr": 1.0, "ssim": 1.0}, "it is kept"
-    os.utime(other[0].path, (time.time() + 10, time.time() + 10))
-    assert pair_scores(asked, original[0], other[0], tmp_path / "scores") == without, "and made again for another clip"
-    os.utime(other[0].path, (0, 0))
 
     class LPIPS(torch.nn.Module):
         def __init__(self, net="alex", verbose=True):
