@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..errors import FormatError
 from ..graph.nodes import module_classes, size_hint
@@ -43,7 +43,8 @@ class Attention(Pass):
 
     An attention goes with the linears of its module: where none of them runs in 4 bits, because the user keeps them, a
     recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. So it does
-    where a recipe measured its error and found it too large. Where only that with HiF4 is too large, it runs in int8.
+    where they are in another graph, as behind hooks, since nothing tells what was decided about them, and where a
+    recipe measured its error and found it too large. Where only that with HiF4 is too large, it runs in int8.
     The report has a line for each attention.
 
     Attributes:
@@ -61,10 +62,11 @@ class Attention(Pass):
         if found and context.options.attention not in BITS:
             context.note(f"{len(found)} in high precision: not asked for, options={{'attention': 'int8'}}")
             return PassResult(graph_module, False)
-        chosen = _chosen_by_diffusers(context)
         for node in found:
             given = _arguments(node)
-            reason = chosen or self._said(node, context) or self._obstacle(node, given)
+            reason = _chosen_by_diffusers(node, context)
+            reason = self._said(node, context) if reason is None else reason
+            reason = self._obstacle(node, given) if reason is None else reason
             kind, why = _kind(node, context)
             if reason is None:
                 with graph.inserting_before(node):
@@ -78,11 +80,13 @@ class Attention(Pass):
                 else:
                     self._put(node, new, context)
                     modified = True
-            context.note(f"{_words(node, given)}: {f'high precision, {reason}' if reason else f'{kind}{why}'}")
+            what = f"{kind}{why}" if reason is None else f"high precision, {reason or 'as its recipe says'}"
+            context.note(f"{_words(node, given)}: {what}")
         return PassResult(graph_module, modified)
 
     def _put(self, node: fx.Node, new: fx.Node, context: Context) -> None:
         """Put an attention in 8 bits in the place of one in high precision."""
+        new.meta["val"] = node.meta["val"]  # another attention may read it
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
         context.matched(new)
@@ -90,8 +94,12 @@ class Attention(Pass):
     def _said(self, node: fx.Node, context: Context) -> Reason | None:
         """Return why a user or a recipe lets an attention stay in high precision, or None."""
         linears = list(linears_around(node))
+        if not linears and context.surroundings.linear_paths:
+            return Reason(Cause.OTHER, "its linears are in another graph, and so is what was decided about them")
         if linears and all(_in_high_precision(linear) for linear in linears):
-            return Reason(linears[0].cause, f"its linears stay: {linears[0].reason}")
+            step = linears[0].cause is Cause.STEP
+            why = "this step runs in high precision" if step else linears[0].reason
+            return Reason(linears[0].cause, f"its linears stay: {why}")
         stays = (said for said in _attached(linears, context) if said.decision == "high_precision")
         return next((Reason(Cause.SENSITIVITY, said.reason) for said in stays), None)
 
@@ -148,7 +156,7 @@ def _kind(node: fx.Node, context: Context) -> tuple[str, str]:
     """Return the value of the option ``attention`` that an attention runs by, and why in words if it is another."""
     kind = context.options.attention
     said = next(_attached(linears_around(node), context), None) if kind == "hif4" else None
-    return (kind, "") if said is None else ("int8", f", {said.reason}")
+    return (kind, "") if said is None else ("int8", f", {said.reason or 'as its recipe says'}")
 
 
 def _in_high_precision(linear: Decision) -> bool:
@@ -156,12 +164,11 @@ def _in_high_precision(linear: Decision) -> bool:
     return linear.decision == "high_precision" or (linear.cause is Cause.STEP and linear.activation_bits == 16)
 
 
-def _chosen_by_diffusers(context: Context) -> Reason | None:
-    """Return whether a user chose how the attentions of this model run, for this model or by a context manager."""
+def _chosen_by_diffusers(node: fx.Node, context: Context) -> Reason | None:
+    """Return whether a user chose how an attention runs: for it, for all of a model, or by a context manager."""
     registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
     active = getattr(registry, "_active_backend", None)
-    root = context.surroundings.root
-    for module in root.modules() if root is not None else ():
+    for module in _around(node, context.surroundings.root):
         processor = getattr(module, "processor", None)
         name, how = getattr(processor, "_attention_backend", None), "set_attention_backend"
         if name is None and hasattr(processor, "_attention_backend") and active not in (None, "native"):
@@ -169,6 +176,15 @@ def _chosen_by_diffusers(context: Context) -> Reason | None:
         if name is not None:
             return Reason(Cause.KEPT, f"kept: {how}({getattr(name, 'value', name)!r})")
     return None
+
+
+def _around(node: fx.Node, root: nn.Module | None) -> Iterable[nn.Module]:
+    """Return the innermost module around a node that diffusers gave a processor, or all where that is not known."""
+    modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
+    for path in reversed(module_classes(node)):
+        if hasattr(getattr(modules.get(path), "processor", None), "_attention_backend"):
+            return [modules[path]]
+    return modules.values()
 
 
 def _words(node: fx.Node, given: dict[str, Any]) -> str:

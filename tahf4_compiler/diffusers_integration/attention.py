@@ -51,6 +51,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -60,8 +61,10 @@ def _attention(
     bits: int,
 ) -> Any:
     """Compute ``[B, tokens, heads, channels]``; diffusers calls it, perhaps on a part of the tokens."""
+    if dropout_p:
+        raise OptionError(f"attention in 8 bits got dropout_p={dropout_p}; expected 0: call the model in eval()")
     if torch.is_autocast_enabled(query.device.type):  # as scaled_dot_product_attention does
-        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+        query, key, value = (_as_in_autocast(x) for x in (query, key, value))
     if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
         attn_mask = attn_mask[:, None, None]  # of the keys of each entry, as in diffusers' other backends
     given = (query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa, return_lse)
@@ -76,6 +79,10 @@ def _attention(
     return dispatch._templated_context_parallel_attention(
         *given, forward_op=forward, backward_op=_backward, _parallel_config=_parallel_config
     )
+
+
+def _as_in_autocast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _gathered(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bits: int, config: Any) -> Tensor:

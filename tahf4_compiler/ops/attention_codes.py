@@ -101,7 +101,12 @@ def check_codes(
 
 
 def key_codes(key: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return codes and scales of keys ``[..., E]``, rotated, in 8 bits or 4 (HiF4)."""
+    """Return codes and scales of keys ``[..., E]``, rotated, in 8 bits or 4 (HiF4).
+
+    Raises:
+        FormatError: other bits.
+    """
+    int8.check_bits(bits, quantized=True)
     codes, scales = torch.ops.tahf4.quantize(key, None, hadamard_block(key.shape[-1], MOST_CHANNELS), bits)
     return codes, scales
 

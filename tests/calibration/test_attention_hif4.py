@@ -134,6 +134,16 @@ def test_blocks_of_one_graph_follow_it_each(recipe, x, monkeypatch):
     assert seen == [4, 8]
 
 
+def test_a_decision_without_a_reason_counts(recipe, x):
+    entries = recipe.attention[""].items()
+    for decision, words in (("high_precision", "high precision"), ("int8", "int8")):
+        edited = {name: dataclasses.replace(entry, decision=decision, reason="") for name, entry in entries}
+        model = make()
+        tahf4.apply_recipe(model, dataclasses.replace(recipe, attention={"": edited}))
+        found = notes(model, x)
+        assert [note.partition(", ")[0] for note in found] == [words] * 3 and all(n.partition(", ")[2] for n in found)
+
+
 def test_the_file_holds_it_and_one_of_int8_is_as_it_was(recipe, tmp_path):
     recipe.save(tmp_path / "r")
     assert Recipe.load(tmp_path / "r").attention == recipe.attention

@@ -12,7 +12,7 @@ from models import wan
 
 import tahf4_compiler as tahf4
 from tahf4_compiler.diffusers_integration import attention as backend
-from tahf4_compiler.errors import GradientError, OptionError
+from tahf4_compiler.errors import FormatError, GradientError, OptionError
 
 
 def operands():
@@ -76,6 +76,15 @@ def test_ring_takes_no_mask_and_nobody_a_derivative():
         backend._attention(*operands(), torch.ones(20, 70), _parallel_config=config, bits=8)
     with pytest.raises(GradientError, match="no_grad"):
         backend._backward(None, torch.ones(1))
+
+
+def test_dropout_is_refused_and_autocast_leaves_float64():
+    with pytest.raises(OptionError, match="dropout_p=0.5; expected 0"):
+        backend._attention(*operands(), dropout_p=0.5, bits=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(FormatError, match="float64"):
+        backend._attention(*(x.double() for x in operands()), bits=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert backend._attention(*operands(), bits=8).dtype == torch.bfloat16
 
 
 def test_another_diffusers_than_expected_is_left_alone(monkeypatch, caplog):

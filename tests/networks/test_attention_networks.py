@@ -148,6 +148,30 @@ def test_a_backend_that_a_user_set_through_diffusers_stays(calls):
     assert calls.during(lambda: model(**args))[1] == 2
 
 
+def test_one_attention_that_a_user_set_stays_and_the_others_run_in_8_bits(calls):
+    model, args = wan(num_layers=2)
+    options = {**ASKED, "kernels": "reference", "inductor": False}
+    model.blocks[0].attn1.set_attention_backend("native")
+    low = tahf4.lower(tahf4.capture(model, (), args), options=options)
+    assert ["kept: set_attention_backend" in note for note in low.notes["attention"]] == [True, False, False, False]
+    model.compile_repeated_blocks(backend="tahf4", options=options)
+    assert calls.during(lambda: model(**args))[1] == 3
+
+
+def test_an_attention_whose_linears_are_in_another_graph_stays(calls, tmp_path):
+    """Nothing tells whether the user keeps them, or what a recipe says."""
+    model, args = wan(num_layers=1)
+    tahf4.keep(model, ["attn1"])
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = torch.compiler.disable(module.forward)
+    options = {**ASKED, "kernels": "reference", "inductor": False, "dump_dir": str(tmp_path)}
+    model.compile_repeated_blocks(backend="tahf4", options=options)
+    assert calls.during(lambda: model(**args))[1] == 0
+    reports = "".join(path.read_text() for path in tmp_path.rglob("report.txt"))
+    assert "its linears are in another graph" in reports
+
+
 def test_a_step_in_high_precision_has_its_attention_so(calls):
     class Pipe:
         scheduler = FlowMatchEulerDiscreteScheduler()

@@ -55,6 +55,14 @@ def test_with_hif4_queries_and_keys_have_4_bits():
     assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): hif4"]
 
 
+def test_one_that_reads_another_runs_in_8_bits_too():
+    two = "z = {0}(q, k, v{1})\ny = {0}(z, k, v{1})"
+    before = two.format("scaled_dot_product_attention", "")
+    after = two.format("tahf4.attention", ", None, False, None, False, 8")
+    where = f"{qkv()}@ blocks.0 Block, blocks.0.attn Attn\n"
+    assert_pass(f"{where}{before}\nreturn y", Attention(), f"{where}{after}\nreturn y", **ASKED)
+
+
 def test_it_stays_unless_it_is_asked_for():
     ran = assert_pass(text(SDPA), Attention())
     assert ran.notes == ["1 in high precision: not asked for, options={'attention': 'int8'}"]
