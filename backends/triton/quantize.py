@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...format.hif4 import UNIT, units
-from ...format.spans import ROUNDED, units_of
+from ...format.spans import ROUNDED, check_units, units_of
 from ...ops.program import Program, Statement
 from ...ops.reference import empty_units
 from . import source
@@ -317,6 +317,7 @@ def call(
         return (codes, scales), []
     rounding = span // ROUNDED if bits == 4 else 0
     span = units_of(span) if bits == 4 and count > 1 else 1
+    check_units(span, count)
     kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding)
     constants = kernel.constants(count)
     per_block = constants.get("ROWS")

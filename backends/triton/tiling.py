@@ -67,6 +67,11 @@ def choose_path(rows: int, capability: tuple[int, int] | None, library: bool = F
         return forced
     if rows < FEW_ROWS:
         return "packed"
+    return path_of_many(capability)
+
+
+def path_of_many(capability: tuple[int, int] | None) -> str:
+    """Return how a product of many rows is computed where no environment variable says it."""
     return "bf16" if capability is not None and capability[0] in TCGEN05 else "int8"
 
 

@@ -117,7 +117,8 @@ class HiF4RowwiseParallel(RowwiseParallel):
 
 
 def _spans_fit(linear: HiF4Linear, parts: int) -> bool:
-    return linear.span == 1 or (linear.span > 1 and hif4.units(linear.in_features) % (parts * linear.span) == 0)
+    shared = linear.span > 1 and hif4.units(linear.in_features) % (parts * linear.span) == 0
+    return parts == 1 or linear.span == 1 or shared
 
 
 class _RowParallel:

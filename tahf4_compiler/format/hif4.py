@@ -240,12 +240,13 @@ def extremes(scales: Tensor) -> Tensor:
     return torch.stack([(codes == code).any() for code in (NAN_SCALE, NAN_SCALE - 1, 0)])
 
 
-def fake_quantize(x: Tensor, *, rounding: str = "half_away") -> Tensor:
+def fake_quantize(x: Tensor, *, rounding: str = "half_away", span: int | str = 1) -> Tensor:
     """Return ``x`` rounded to the nearest values that HiF4 holds: ``dequantize(quantize(x), x.dtype)``.
 
     Args:
         x: ``[..., K]``, as for :func:`quantize`.
         rounding: as for :func:`quantize`.
+        span: as for :func:`quantize`.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -253,7 +254,7 @@ def fake_quantize(x: Tensor, *, rounding: str = "half_away") -> Tensor:
     Raises:
         FormatError: as :func:`quantize`.
     """
-    return dequantize(quantize(x, rounding=rounding), x.dtype)
+    return dequantize(quantize(x, rounding=rounding, span=span), x.dtype)
 
 
 def to_bytes(packed: Packed) -> Tensor:

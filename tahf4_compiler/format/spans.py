@@ -22,6 +22,7 @@ __all__ = [
     "check_alone",
     "check_form",
     "check_span",
+    "check_units",
     "joined",
     "over_spans",
     "parted",
@@ -127,6 +128,15 @@ def alone(form: int) -> int:
     return with_units(form, 1)
 
 
+def check_units(span: int, count: int) -> None:
+    """Raise :class:`FormatError` where so many units of a row cannot share their level-1 scales: ``span`` 0 for all."""
+    if span == 0 and count > MOST_UNITS:
+        raise FormatError(
+            f"a row of {count} units shares a level-1 scale; expected at most {MOST_UNITS}, whose dot fits into 32 "
+            "bits. Use a span of 4."
+        )
+
+
 def over_spans(values: Tensor, span: int) -> Tensor:
     """Return the largest value of each span in the places of all its values.
 
@@ -138,12 +148,8 @@ def over_spans(values: Tensor, span: int) -> Tensor:
         FormatError: sums over a span would not fit into an int32.
     """
     count = values.shape[-1]
+    check_units(span, count)
     step = span or count
-    if step > MOST_UNITS:
-        raise FormatError(
-            f"a row of {count} units shares a level-1 scale; expected at most {MOST_UNITS}, whose dot fits into 32 "
-            "bits. Use a span of 4."
-        )
     if step <= 1:
         return values
     groups = torch.nn.functional.pad(values, (0, -count % step)).unflatten(-1, (-1, step))

@@ -203,3 +203,9 @@ def test_the_reference_adds_more_than_a_float32_holds():
     dots = torch.stack([(row * right).sum(1) for row in left])
     assert dots.min() > 1 << 25
     assert torch.equal(got, dots.to(torch.float32) / 16)
+
+
+def test_rounding_to_what_a_span_holds():
+    x = torch.randn(3, 256) * torch.tensor([1.0, 30.0]).repeat_interleave(128)
+    want = hif4.dequantize(hif4.quantize(x, span="row"), x.dtype)
+    assert torch.equal(hif4.fake_quantize(x, span="row"), want) and not torch.equal(hif4.fake_quantize(x), want)

@@ -67,6 +67,12 @@ def test_blocks_of_threads_take_whole_rows(rows, units, span):
         assert (found[0] != wanted[0]).float().mean() < 1e-2
 
 
+def test_a_row_whose_dot_does_not_fit_is_refused():
+    x = torch.empty(1, 42800 * 64, device="meta")
+    with pytest.raises(FormatError, match="a row of 42800 units .* Use a span of 4"):
+        quantize.call([x], "", None, 0, 4, 0)
+
+
 @pytest.mark.parametrize("program", ["", "v0: float32 = layer_norm(x0, None, None, 1e-06)"])
 def test_a_block_of_threads_writes_no_row_that_it_has_in_part(program):
     """The interpreter runs blocks one after the other, so the next one would hide it."""

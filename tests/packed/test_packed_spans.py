@@ -243,7 +243,7 @@ def test_dtensor_shards_k_in_whole_spans_only():
 
 def test_a_linear_that_ranks_divide_along_k_keeps_whole_spans_or_none():
     linear = make(scale_span="row").down
-    assert not styles._spans_fit(linear, 2)
+    assert not styles._spans_fit(linear, 2) and styles._spans_fit(linear, 1)
     linear = make(scale_span=4).down  # 8 units
     assert styles._spans_fit(linear, 2)
     assert not styles._spans_fit(linear, 4)

@@ -26,6 +26,8 @@ from tahf4_compiler.tools.kernels.wan import A14B
         ("NVIDIA H100 80GB HBM3", "H100 SXM"),
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
         ("NVIDIA B200", "B200"),
     ],
 )
@@ -34,7 +36,8 @@ def test_a_chip_is_found_by_its_name_and_no_other(device, name):
     assert (found.name if found else None) == name
 
 
-def test_chips_take_the_path_of_their_capability_and_name_their_source():
+def test_chips_take_the_path_of_their_capability_and_name_their_source(monkeypatch):
+    monkeypatch.setenv("TAHF4_LINEAR_PATH", "int8")  # of this process, not of the table
     assert {chip.name for chip in CHIPS if chip.path == "bf16"} == {"B200"}
     assert all(chip.source and chip.bf16 < chip.int8 for chip in CHIPS)
 

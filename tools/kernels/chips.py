@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ...backends.triton.tiling import choose_path
+from ...backends.triton.tiling import path_of_many
 
 __all__ = ["CHIPS", "Chip", "chip_of"]
 
@@ -41,8 +41,8 @@ class Chip:
 
     @property
     def path(self) -> str:
-        """How products of many rows are computed."""
-        return choose_path(MANY, self.capability)
+        """How products of many rows are computed by default."""
+        return path_of_many(self.capability)
 
 
 _GEFORCE = r"RTX {}(?! Ti| D| Laptop)\b"
@@ -57,11 +57,13 @@ CHIPS = (
     Chip("L40S", r"\bL40S\b", (8, 9), 48, 0.864e12, 362e12, 733e12, 45.8e12, "NVIDIA L40S data sheet"),
     Chip("A100 80 GB", r"A100-SXM4-80GB", (8, 0), 80, 2.039e12, 312e12, 624e12, 9.75e12, "NVIDIA A100 data sheet"),
     Chip("H100 SXM", r"\bH100 80GB HBM3\b", (9, 0), 80, 3.35e12, 989e12, 1979e12, 33.5e12, "NVIDIA H100 data sheet"),
-    Chip("H200", r"\bH200\b", (9, 0), 141, 4.8e12, 989e12, 1979e12, 33.5e12, "NVIDIA H200 data sheet"),
+    Chip("H200", r"\bH200(?! NVL)\b", (9, 0), 141, 4.8e12, 989e12, 1979e12, 33.5e12, "NVIDIA H200 data sheet"),
     Chip("B200", r"\bB200\b", (10, 0), 180, 8.0e12, 2250e12, 4500e12, 40e12, "NVIDIA HGX B200 data sheet"),
 )  # fmt: skip
 
 
 def chip_of(device: str) -> Chip | None:
     """Return the chip of a device by the name that CUDA gives it; None if it is not listed."""
+    if "MIG" in device.split():  # a part of a chip
+        return None
     return next((chip for chip in CHIPS if re.search(chip.device, device)), None)

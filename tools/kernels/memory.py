@@ -168,7 +168,7 @@ def page() -> str:
         "",
         f"Added to each sum: {OVERHEAD / 1e9:g} GB for the CUDA context, workspaces and gaps, an assumption. The VAE",
         "tiles. Both calls of guidance run one after the other. bfloat16 is counted with the same activations. A sum",
-        "that fits by less than 1 GB is no promise.",
+        "that fits by less than 1 GB is no promise. A card of 24 GB has 24 x 2^30 bytes.",
         "",
         "| on the card at once | video | bfloat16, GB | smallest card | packed, GB | smallest card |",
         "|---|---|---|---|---|---|",
@@ -179,6 +179,8 @@ def page() -> str:
             for sizes in (plain, packed):
                 total = held(sizes, running[name], decoding[name, True]) + OVERHEAD
                 fits = next((f"{card} GB" for card in CARDS if total <= card * 2**30), "none of them")
+                close = any(0 <= card * 2**30 - total < OVERHEAD for card in CARDS)
+                fits += ", by less than 1 GB" if close else ""
                 cells += [f"{total / 1e9:.1f}", fits]
             lines.append(f"| {what} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
