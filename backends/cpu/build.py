@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _NAMES = (
     # Side by side, so what takes longest comes first.
     *("operators.cpp", "linear.cpp", "sets.cpp", "kernels.cpp", "search.cpp", "histogram.cpp", "attention.cpp"),
+    "checksum.cpp",
     *("common.h", "attention.inc", "attention_operator.inc", "operands.inc", "units.inc", "programs.inc"),
     *("units_avx2.inc", "units_avx512.inc"),
     *("expand.inc", "branches.inc", "tile_avx2.inc", "tile_amx.inc", "tile_span.inc"),
