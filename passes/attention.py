@@ -31,7 +31,8 @@ BITS = {"int8": 8, "hif4": 4}
 class Attention(Pass):
     """Rewrite every ``aten.scaled_dot_product_attention`` that can run in 8 bits, with ``{"attention": "int8"}``.
 
-    With ``{"attention": "hif4"}`` its queries and keys are in HiF4.
+    With ``{"attention": "hif4"}`` its queries and keys are in HiF4. With ``{"attention.value_bits": 16}`` its values and
+    probabilities have 16 bits.
 
     Before::
 
@@ -41,6 +42,8 @@ class Attention(Pass):
 
         y = tahf4.attention(q, k, v, mask, False, scale, False, 8)
 
+    and with values of 16 bits ``tahf4.attention(..., 8, 16)``.
+
     An attention goes with the linears of its module: where none of them runs in 4 bits, because the user keeps them, a
     recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. So it does
     where they are in another graph, as behind hooks, since nothing tells what was decided about them, and where a
@@ -49,11 +52,13 @@ class Attention(Pass):
 
     Attributes:
         min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
+        value_bits: of values and probabilities, 8 or 16.
     """
 
     after: ClassVar[tuple[str, ...]] = ("plan", "quantize", "share", "scale_search")
     before: ClassVar[tuple[str, ...]] = ("upcast",)
     min_tokens: int = field(default=128, metadata={"least": 1})
+    value_bits: int = field(default=8, metadata={"choices": (8, 16)})
 
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
@@ -71,7 +76,8 @@ class Attention(Pass):
             if reason is None:
                 with graph.inserting_before(node):
                     operands = (value for name, value in given.items() if name != "dropout_p")
-                    new = call(node, EIGHT_BITS, (*operands, BITS[kind]))
+                    wide = (self.value_bits,) if self.value_bits != 8 else ()
+                    new = call(node, EIGHT_BITS, (*operands, BITS[kind], *wide))
                 forced = context.options.kernels == "reference"
                 if not forced and dispatch(EIGHT_BITS, new).name == "reference":
                     graph.erase_node(new)
@@ -80,6 +86,7 @@ class Attention(Pass):
                 else:
                     self._put(node, new, context)
                     modified = True
+            kind += ", values in 16 bits" if self.value_bits == 16 else ""
             what = f"{kind}{why}" if reason is None else f"high precision, {reason or 'as its recipe says'}"
             context.note(f"{_words(node, given)}: {what}")
         return PassResult(graph_module, modified)

@@ -15,6 +15,9 @@ from ..pipeline.context import Context
 from .attention import Attention, linears_around
 from .observe import BY_CHOICE
 
+_OPERANDS = 7
+"""Of an attention: tensors, and what belongs to scores. How many bits they get is behind them."""
+
 
 @dataclass(frozen=True)
 class ObserveAttention(Attention):
@@ -45,7 +48,7 @@ class ObserveAttention(Attention):
         beside = next(n for n in graph.find_nodes(op="placeholder") if _stands_for(n, weights[0]))
         handle = packed_input(graph, beside, PackedWeight(weights), "observer")
         with graph.inserting_after(node):
-            call(node, torch.ops.tahf4.observe_attention.default, (*new.args[:-1], node, handle))
+            call(node, torch.ops.tahf4.observe_attention.default, (*new.args[:_OPERANDS], node, handle))
         graph.erase_node(new)
         context.matched(node)
 

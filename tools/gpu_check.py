@@ -93,7 +93,8 @@ def markdown(found: dict[str, Any]) -> str:
             lines.append(f"| {row['m']}, {row['k']}, {row['n']} | {what} | {times} |")
     attention = found["attention"]
     times = f"{attention['sdpa_ms']:.3f} ms in bfloat16 (SDPA), {attention['int8_ms']:.3f} ms in 8 bits"
-    lines += ["", f"Self-attention with its quantization: {times}, {attention['speedup']:.2f}x."]
+    wide = f"{attention['wide_ms']:.3f} ms with values in 16, {attention['wide_speedup']:.2f}x"
+    lines += ["", f"Self-attention with its quantization: {times}, {attention['speedup']:.2f}x; {wide}."]
     lines += [
         "",
         "| block | eager ms | torch.compile ms | tahf4 ms | over torch.compile | relative error |",

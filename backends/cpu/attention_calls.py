@@ -42,8 +42,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     bits: int = 8,
+    value_bits: int = 8,
 ) -> Tensor:
-    """See ``tahf4::attention``."""
+    """See ``tahf4::attention``; NotImplemented for values of 16 bits."""
+    if value_bits != 8:
+        return NotImplemented
     return _attend(query, key, value, attn_mask, is_causal, scale, bits, None)
 
 

@@ -152,9 +152,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     bits: int = 8,
+    value_bits: int = 8,
 ) -> None:
     """See ``tahf4::attention``."""
-    ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
+    ops.check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, value_bits)
     on_cpu("attention", query, key, value, attn_mask)
 
 

@@ -110,6 +110,8 @@ def _serves(node: fx.Node) -> bool:
     if not tensors or not all(t.device.type == "cpu" and t.dtype in read for t in tensors) or in_16_bits(node):
         return False
     given = arguments(node)
+    if given.get("value_bits", 8) != 8:
+        return False
     if any(isinstance(a, torch.dtype) and a not in DTYPES for a in given.values()) or build.library() is None:
         return False
     program = given.get("program")

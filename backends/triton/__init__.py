@@ -94,7 +94,7 @@ def _quantize(
 
     int8.check_bits(bits, quantized=True)
     ops.check_transform(x.shape[-1], multiplier, hadamard_block)
-    return quantize.call([x], "", _dense(multiplier), hadamard_block, bits, check_form(span))
+    return quantize.call([x], "", _dense(multiplier), hadamard_block, bits, _form(bits, span))
 
 
 def _fused_quantize(
@@ -110,7 +110,7 @@ def _fused_quantize(
     int8.check_bits(bits, quantized=True)
     fused.program_before(program)
     ops.check_transform(torch.broadcast_shapes(*(i.shape for i in inputs))[-1], multiplier, hadamard_block)
-    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, check_form(span))
+    return quantize.call(inputs, program, _dense(multiplier), hadamard_block, bits, _form(bits, span))
 
 
 def _branched_quantize(*args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Call]]:
@@ -190,10 +190,10 @@ def _linear_quantize(
     return tuple(results), calls
 
 
-def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
+def _attention(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
     from . import attention
 
-    return attention.calls(*args, **kwargs)
+    return attention.calls(query, *args, **kwargs, capability=_device_facts(query.device)[0])
 
 
 def _attention_lse(
@@ -213,6 +213,11 @@ def _attention_of_codes(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
     from . import attention
 
     return attention.calls_of_codes(*args, **kwargs)
+
+
+def _form(bits: int, span: int) -> int:
+    """Return the form of an activation, checked: one of 8 bits has none."""
+    return check_form(span) if bits == 4 else 1
 
 
 def _dense(values: Tensor | None) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 q and k go through the kernel that quantizes activations (:mod:`.quantize`), v through one of its own, because its 64
 values of a scale are 64 tokens. A program of the last kernel has some rows of a head. It holds their queries, and reads
-keys and values 64 at a time; no score comes to memory.
+keys and values 64 or 128 at a time; no score comes to memory. Values of 16 bits are read as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...format.hif4 import UNIT, units
 from ...format.transforms import hadamard_block
-from ...ops.attention import MOST_CHANNELS, check_attention, empty_result
+from ...ops.attention import MOST_CHANNELS, check_attention, empty_result, values_in_16_bits
 from ...ops.attention_codes import check_codes
 from ...ops.reference import activation_bits
 from . import expand, quantize, source
@@ -34,18 +34,39 @@ class AttentionTile:
 
     Attributes:
         rows: that a block of threads computes.
+        keys: that it reads at a time: 64, or 128 where values have 16 bits.
         warps: of a block.
         stages: of loads ahead.
     """
 
     rows: int
+    keys: int
     warps: int
     stages: int
 
 
-def tile_for(causal: bool) -> AttentionTile:
-    """Return the sizes of a launch: the largest whose numbers stay in registers, on every architecture."""
-    return AttentionTile(64, 4, 2) if causal else AttentionTile(128, 8, 2)
+def tile_for(
+    causal: bool,
+    masked: bool = False,
+    wide: bool = False,
+    channels: int = CHANNELS,
+    capability: tuple[int, int] | None = None,
+) -> AttentionTile:
+    """Return the sizes of a launch: the largest whose numbers stay in registers.
+
+    Args:
+        causal: whether the attention is.
+        masked: whether it has a mask.
+        wide: whether its values have 16 bits.
+        channels: of a head of queries.
+        capability: of the device, if it is known. Where matrix units read operands from shared memory, 128 keys fit.
+    """
+    if causal:
+        return AttentionTile(64, 64, 4, 2)
+    if masked or (channels > CHANNELS and not wide):
+        return AttentionTile(64, 64, 8, 2)
+    many = wide and channels <= CHANNELS and capability is not None and capability[0] in (9, 10)
+    return AttentionTile(128, 128 if many else 64, 8, 2)
 
 
 def calls(
@@ -57,9 +78,11 @@ def calls(
     scale: float | None = None,
     enable_gqa: bool = False,
     bits: int = 8,
+    value_bits: int = 8,
     *,
     lse: Tensor | None = None,
     tile: AttentionTile | None = None,
+    capability: tuple[int, int] | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, list[Call]]:
     """Return the result of ``tahf4::attention``, empty, and the launches that fill it.
@@ -73,19 +96,24 @@ def calls(
         scale: likewise.
         enable_gqa: likewise.
         bits: likewise.
+        value_bits: likewise.
         lse: float32 ``[B, H, L]``, which the last launch fills with the log-sum-exp, or None.
         tile: in place of the default.
-        exact: whether to round as the reference does, for its bits; slower.
+        capability: of the device, see :func:`tile_for`.
+        exact: whether to round as the reference does, for its bits; slower. With values in 16 bits it changes nothing.
     """
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, value_bits)
     out = empty_result(query, value)
     if out.numel() == 0:
         return out, []
-    block = hadamard_block(query.shape[3], MOST_CHANNELS)
-    q, before = _rows(query, block, bits)
-    k, of_keys = _rows(key, block, bits)
-    v, of_values = _values(value)
-    last = _attend(query, q, k, v, out, key.shape[1], key.shape[2], attn_mask, is_causal, scale, lse, tile, exact)
+    block, span = hadamard_block(query.shape[3], MOST_CHANNELS), 0 if value_bits == 16 else 1
+    if value_bits == 16 and scale is not None and scale < 0:  # the kernel takes factors that are not
+        query, scale = -query, -scale
+    q, before = _rows(query, block, bits, span)
+    k, of_keys = _rows(key, block, bits, span)
+    v, of_values = _values(value) if value_bits == 8 else ((values_in_16_bits(value), None, None), [])
+    heads, keys = key.shape[1:3]
+    last = _attend(query, q, k, v, out, heads, keys, attn_mask, is_causal, scale, lse, tile, exact, capability)
     return out, [*before, *of_keys, *of_values, last]
 
 
@@ -130,7 +158,7 @@ def _attend(
     query: Tensor,
     q_units: tuple[Tensor, Tensor],
     k_units: tuple[Tensor, Tensor],
-    v_units: tuple[Tensor, Tensor, Tensor],
+    v_units: tuple[Tensor, Tensor | None, Tensor | None],
     out: Tensor,
     key_heads: int,
     keys: int,
@@ -140,27 +168,32 @@ def _attend(
     lse: Tensor | None,
     tile: AttentionTile | None,
     exact: bool,
+    capability: tuple[int, int] | None = None,
 ) -> Call:
-    """Return the launch that goes through all keys."""
+    """Return the launch that goes through all keys; ``v_units``: values in 16 bits have no scales."""
     batch, heads, rows, width = query.shape
     channels = out.shape[3]
     (q, q_scales), (k, k_scales), (v, v_scales, v_starts) = q_units, k_units, v_units
     mask, kind, steps = _mask(attn_mask, (batch, heads, rows, keys))
-    tile = tile or tile_for(is_causal)
+    wide = v_scales is None
+    tile = tile or tile_for(is_causal, mask is not None, wide, width, capability)
     columns = max(16, min(CHANNELS, 1 << (channels - 1).bit_length()))
     arguments = {
         "q": q, "q_scales": q_scales, "k": k, "k_scales": k_scales,
-        "v": v, "v_scales": v_scales, "v_starts": v_starts, "mask": q if mask is None else mask, "out": out,
+        "v": v, "v_scales": v if v_scales is None else v_scales, "v_starts": v if v_starts is None else v_starts,
+        "mask": q if mask is None else mask, "out": out,
         "lse": out if lse is None else lse,
         "factor": (width**-0.5 if scale is None else scale) / math.log(2),
         "heads": heads, "shared": heads // key_heads, "rows": rows, "keys": keys, "channels": channels,
+        **dict(zip(("v_batch", "v_head", "v_key", "v_channel"), v.stride() if wide else (0,) * 4, strict=True)),
         **dict(zip(("mask_batch", "mask_head", "mask_row", "mask_column"), steps, strict=True)),
         **dict(zip(("out_batch", "out_head", "out_row", "out_column"), out.stride(), strict=True)),
     }  # fmt: skip
     constants = {
-        "BM": tile.rows, "C": columns, "UNITS": units(width), "MASK": kind,
+        "BM": tile.rows, "N": tile.keys, "C": columns, "UNITS": units(width), "MASK": kind,
         "BOOLEAN": mask is not None and mask.dtype == torch.uint8,
-        "CAUSAL": is_causal, "LSE": lse is not None, "EXACT": exact, "STAGES": tile.stages,
+        "CAUSAL": is_causal, "LSE": lse is not None, "BYTES": not wide,
+        "EXACT": exact, "STAGES": tile.stages,
     }  # fmt: skip
     grid = (-(-rows // tile.rows) * batch * heads, -(-channels // columns))
     sizes = (tile.warps, tile.stages, exact)
@@ -173,9 +206,9 @@ def text() -> str:
     return source.module_text("Attention in 8 bits.", ["quantize_values", "attend"], "")
 
 
-def _rows(x: Tensor, block: int, bits: int) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+def _rows(x: Tensor, block: int, bits: int, span: int = 1) -> tuple[tuple[Tensor, Tensor], list[Call]]:
     """Return codes int8 ``[.., units * 64]`` and scales ``[.., units]`` of queries or keys, and their launches."""
-    (codes, scales), launches = quantize.call([x], "", None, block, bits)
+    (codes, scales), launches = quantize.call([x], "", None, block, bits, span)
     held, more = _bytes(codes, scales)
     return held, [*launches, *more]
 

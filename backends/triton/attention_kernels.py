@@ -8,6 +8,10 @@ one lies beside the border of two.
 mantissa of a float, and one subtraction makes it the number itself, where a conversion takes twice as long. So the
 accumulators of int8 products begin at these bits.
 
+**Values in 16 bits.** Then probabilities have 16 bits, too, and are relative to the largest score so far, so that the
+matrix units add up all keys: no scale follows each 64 of them. The factor of a row of queries, which is not negative,
+is part of the fused multiply-add before the power of 2.
+
 **Unsigned probabilities.** Matrix units take both sides signed here, so 128 is taken off the probabilities, and the
 products with the values begin at 128 times the sum of the 64 values.
 """
@@ -92,29 +96,40 @@ def added_mask(mask, at, inside, BOOLEAN: tl.constexpr):
 
 
 @triton.jit
-def attend_tile(
-    tile, q_parts, q_factors, so_far, k, k_scales, v, v_scales, v_starts, mask, mask_at, column_step,
-    row, rows, key_head, keys, channels, near,
-    BM: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
-    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, BORDER: tl.constexpr, EXACT: tl.constexpr,
+def tile_scores(
+    tile, q_parts, q_factors, k, k_scales, mask, mask_at, column_step, row, rows, key_head, keys,
+    BM: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr, BORDER: tl.constexpr, JOINT: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """Return what rows have so far, with 64 keys more. BORDER: some rows may not see some of them."""
-    most, total, sums = so_far
+    """Return the scores of N keys, and where the keys lie, counted from the first of them.
+
+    BORDER: some rows may not see some of them. JOINT: the units of a row have one scale. FOLDED: the factors of the
+    rows are left out.
+    """
     lane = tl.arange(0, 64)
-    key = tile * 64 + lane
-    place = lane
+    key = tile * N + tl.arange(0, N)
+    place = tl.arange(0, N)
     if BORDER:
-        place = tl.minimum(key, keys - 1) - tile * 64
-    first = (key_head * keys + tile * 64) * UNITS
-    scores = tl.zeros((BM, 64), tl.float32)
+        place = tl.minimum(key, keys - 1) - tile * N
+    first = (key_head * keys + tile * N) * UNITS
+    scores = tl.zeros((BM, N), tl.float32)
+    sums = tl.full((BM, N), 0x4B400000, tl.int32)
     for unit in tl.static_range(UNITS):
         codes = tl.load(k + first * 64 + (place * (UNITS * 64))[None, :] + unit * 64 + lane[:, None])
-        dot = dots(q_parts[unit], codes, tl.full((BM, 64), 0x4B400000, tl.int32))
-        part = dot * tl.load(k_scales + first + place * UNITS + unit)[None, :] * q_factors[unit][:, None]
-        if unit == 0:
-            scores = part
+        if JOINT:
+            sums = tl.dot(q_parts[unit], codes, sums, out_dtype=tl.int32)
         else:
-            scores = scores + part
+            dot = dots(q_parts[unit], codes, tl.full((BM, N), 0x4B400000, tl.int32))
+            part = dot * tl.load(k_scales + first + place * UNITS + unit)[None, :] * q_factors[unit][:, None]
+            if unit == 0:
+                scores = part
+            else:
+                scores = scores + part
+    if JOINT:
+        scores = sums.to(tl.float32, bitcast=True) - 12582912.0
+        scores = scores * tl.load(k_scales + first + place * UNITS)[None, :]
+        if not FOLDED:
+            scores = scores * q_factors[0][:, None]
     if MASK == 1:  # the same for every row
         at = mask_at + key.to(tl.int64) * column_step
         scores = scores + added_mask(mask, at, key < keys, BOOLEAN)[None, :]
@@ -126,7 +141,17 @@ def attend_tile(
         if CAUSAL:
             visible = visible & (key[None, :] <= row[:, None])
         scores = tl.where(visible, scores, float("-inf"))
+    return scores, place
 
+
+@triton.jit
+def with_bytes(
+    tile, scores, so_far, v, v_scales, v_starts, key_head, keys, channels, near,
+    BM: tl.constexpr, C: tl.constexpr, SELECT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Return what rows have so far, with 64 values in 8 bits more. SELECT: some rows may see none of them."""
+    most, total, sums = so_far
+    lane = tl.arange(0, 64)
     tile_most = tl.reduce(scores, 1, larger)
     tile_most = tl.where(tile_most == float("inf"), float("nan"), tile_most)
     seen = tile_most != float("-inf")
@@ -146,26 +171,76 @@ def attend_tile(
     start = tl.broadcast_to(tl.load(v_starts + first + near)[None, :], (BM, C))
     found = dots(weights, values, start) * tl.load(v_scales + first + near)[None, :] * now[:, None]
     found = sums * before[:, None] + found
-    if MASK > 0 or BORDER:  # a value that is NaN does not reach rows that see none of these keys
+    if SELECT:  # a value that is NaN does not reach rows that see none of these keys
         found = tl.where(seen[:, None], found, sums)
     return tl.where(seen, new_most, most), total * before + tile_total * now, found
 
 
 @triton.jit
+def with_values(scores, place, so_far, q_factor, v, v_key, v_channel, channel, channels, FOLDED: tl.constexpr):
+    """Return what rows have so far, with some values in 16 bits more; v: where the first of them begins."""
+    most, total, sums = so_far
+    tile_most = tl.reduce(scores, 1, larger)
+    tile_most = tl.where(tile_most == float("inf"), float("nan"), tile_most)
+    if FOLDED:  # a factor is not negative
+        tile_most = tile_most * q_factor
+    new_most = larger(most, tile_most)
+    base = tl.where(new_most == float("-inf"), 0.0, new_most)
+    if FOLDED:
+        scores = scores * q_factor[:, None]
+    weights = tl.exp2(scores - base[:, None])
+    before = tl.exp2(most - base)
+    at = v + place[:, None] * v_key + (channel * v_channel)[None, :]
+    values = tl.load(at, mask=(channel < channels)[None, :], other=0.0)  # clamped channels would not be read at once
+    sums = tl.dot(weights.to(values.dtype), values, sums * before[:, None])
+    return new_most, total * before + tl.sum(weights, axis=1), sums
+
+
+@triton.jit
+def attend_tile(
+    tile, q_parts, q_factors, so_far, k, k_scales, v, v_scales, v_starts, v_key, v_channel, mask, mask_at, column_step,
+    row, rows, key_head, keys, channel, channels,
+    BM: tl.constexpr, N: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
+    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, BORDER: tl.constexpr, BYTES: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Return what rows have so far, with N keys more. BORDER: some rows may not see some of them."""
+    FOLDED: tl.constexpr = not (BYTES or BORDER or MASK > 0)
+    scores, place = tile_scores(
+        tile, q_parts, q_factors, k, k_scales, mask, mask_at, column_step, row, rows, key_head, keys,
+        BM, N, UNITS, MASK, BOOLEAN, CAUSAL, BORDER, not BYTES, FOLDED,
+    )  # fmt: skip
+    if BYTES:
+        near = tl.minimum(channel, channels - 1)
+        found = with_bytes(
+            tile, scores, so_far, v, v_scales, v_starts, key_head, keys, channels, near,
+            BM, C, MASK > 0 or BORDER, EXACT,
+        )  # fmt: skip
+    else:
+        at = v + tl.cast(tile, tl.int64) * N * v_key
+        found = with_values(scores, place, so_far, q_factors[0], at, v_key, v_channel, channel, channels, FOLDED)
+    return found
+
+
+@triton.jit
 def attend(
     q, q_scales, k, k_scales, v, v_scales, v_starts, mask, out, lse, factor, heads, shared, rows, keys, channels,
-    mask_batch, mask_head, mask_row, mask_column, out_batch, out_head, out_row, out_column,
-    BM: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
-    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    v_batch, v_head, v_key, v_channel, mask_batch, mask_head, mask_row, mask_column,
+    out_batch, out_head, out_row, out_column,
+    BM: tl.constexpr, N: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
+    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, BYTES: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute BM rows and C channels of the result from all keys, and with LSE the log-sum-exp of the rows."""
+    """Compute BM rows and C channels of the result from all keys, and with LSE the log-sum-exp of the rows.
+
+    BYTES: values are codes, as quantize_values writes them; without, they have 16 bits, and the units of q and of k
+    have one scale.
+    """
     blocks = tl.cdiv(rows, BM)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     first_row = (blocks - 1 - tl.program_id(0) % blocks) * BM  # causal rows with many keys first
     row = first_row + tl.arange(0, BM)
     key_head = head // shared
     channel = tl.program_id(1) * C + tl.arange(0, C)
-    near = tl.minimum(channel, channels - 1)
     q_row = head * rows + tl.minimum(row, rows - 1)
     lane = tl.arange(0, 64)
     q_parts = ()
@@ -180,22 +255,24 @@ def attend(
     most = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, C), tl.float32)
-    tiles = tl.cdiv(keys, 64)
-    whole_tiles = keys // 64
+    if not BYTES:
+        v += head // heads * v_batch + head % heads // shared * v_head
+    tiles = tl.cdiv(keys, N)
+    whole_tiles = keys // N
     if CAUSAL:
-        tiles = tl.minimum(tiles, tl.cdiv(first_row + BM, 64))
+        tiles = tl.minimum(tiles, tl.cdiv(first_row + BM, N))
         whole_tiles = 0  # a second loop would cost registers
     for tile in tl.range(0, whole_tiles, num_stages=STAGES):
         most, total, sums = attend_tile(
-            tile, q_parts, q_factors, (most, total, sums), k, k_scales, v, v_scales, v_starts, mask, mask_at,
-            mask_column, row, rows, key_head, keys, channels, near,
-            BM, C, UNITS, MASK, BOOLEAN, CAUSAL, False, EXACT,
+            tile, q_parts, q_factors, (most, total, sums), k, k_scales, v, v_scales, v_starts, v_key, v_channel,
+            mask, mask_at, mask_column, row, rows, key_head, keys, channel, channels,
+            BM, N, C, UNITS, MASK, BOOLEAN, CAUSAL, False, BYTES, EXACT,
         )  # fmt: skip
     for tile in tl.range(whole_tiles, tiles, num_stages=STAGES):
         most, total, sums = attend_tile(
-            tile, q_parts, q_factors, (most, total, sums), k, k_scales, v, v_scales, v_starts, mask, mask_at,
-            mask_column, row, rows, key_head, keys, channels, near,
-            BM, C, UNITS, MASK, BOOLEAN, CAUSAL, True, EXACT,
+            tile, q_parts, q_factors, (most, total, sums), k, k_scales, v, v_scales, v_starts, v_key, v_channel,
+            mask, mask_at, mask_column, row, rows, key_head, keys, channel, channels,
+            BM, N, C, UNITS, MASK, BOOLEAN, CAUSAL, True, BYTES, EXACT,
         )  # fmt: skip
     result = tl.div_rn(sums, tl.broadcast_to(total[:, None], (BM, C)))
     result = tl.where(total[:, None] == 0.0, 0.0, result).to(out.dtype.element_ty)

@@ -236,11 +236,17 @@ def int8_scale(most, finite):
 
 
 @triton.jit
-def to_int8(parts, T: tl.constexpr):
-    """Convert units to a tuple of 16 words int32 [T], four bytes each, and the scale float32 [T]."""
+def int8_maximum(parts, T: tl.constexpr):
+    """Return the largest magnitudes (bits) of units, int32 [T]."""
     most = tl.zeros((T,), tl.int32)
     for i in tl.static_range(16):
         most = tl.maximum(most, tl.max(parts[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))
+    return most
+
+
+@triton.jit
+def encoded_int8(parts, most):
+    """Return 16 words int32 [T] of units, four bytes each, and scales float32 [T], by the largest magnitudes."""
     finite = most < 0x7F800000
     factor, scale = int8_scale(most, finite)
     words = ()
@@ -248,6 +254,12 @@ def to_int8(parts, T: tl.constexpr):
         codes = tl.where(finite[:, None], whole(parts[i], factor[:, None]) & 255, 0)
         words = words + (tl.sum(codes << (8 * tl.arange(0, 4)[None, :]), axis=1),)
     return words, scale
+
+
+@triton.jit
+def to_int8(parts, T: tl.constexpr):
+    """Convert units to a tuple of 16 words int32 [T], four bytes each, and the scale float32 [T]."""
+    return encoded_int8(parts, int8_maximum(parts, T))
 
 
 @triton.jit

@@ -132,7 +132,8 @@ def text_of(kernel: QuantizeKernel, kernels: str = "") -> str:
     what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
     needed = [f"to_{kernel.format}", f"store_{kernel.format}", "fours", *(["hadamard"] if kernel.block else [])]
     if kernel.span != 1:
-        needed[0:1] = ["group_maxima", "span_maximum", "encoded"]
+        of_format = ["group_maxima", "encoded"] if kernel.bits == 4 else ["int8_maximum", "encoded_int8"]
+        needed[0:1] = ["span_maximum", *of_format]
     return source.module_text(what, needed, "\n\n\n".join(pieces))
 
 
@@ -164,11 +165,13 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
     )
     constants = "T: tl.constexpr"
     if kernel.span != 1:
+        maxima = "maxima, most = group_maxima(parts, T)" if kernel.bits == 4 else "most = int8_maximum(parts, T)"
+        encoded = f"encoded(parts, maxima, most, T{rounding})" if kernel.bits == 4 else "encoded_int8(parts, most)"
         converted = (
-            "    maxima, most = group_maxima(parts, T)\n"
+            f"    {maxima}\n"
             f"    most = span_maximum(most, U, {kernel.span or 'U'}, T, SPANS, WIDTH)\n"
-            f"    words, found = encoded(parts, maxima, most, T{rounding})\n"
-            "    store_hif4(codes, scales, unit, mask, words, found, T)"
+            f"    words, found = {encoded}\n"
+            f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
         )
         constants = "U, T: tl.constexpr, SPANS: tl.constexpr, WIDTH: tl.constexpr"
     return (
@@ -308,7 +311,10 @@ def describe(
 def call(
     inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, bits: int = 4, span: int = 1
 ) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    """Return the results of ``tahf4::fused_quantize``, empty, and the launches that fill them (none for no values)."""
+    """Return the results of ``tahf4::fused_quantize``, empty, and the launches that fill them (none for no values).
+
+    The span counts with 8 bits as well, as for :func:`tahf4_compiler.format.int8.quantize`.
+    """
     shape = torch.broadcast_shapes(*(value.shape for value in inputs))
     k, count = shape[-1], units(shape[-1])
     codes, scales = empty_units(inputs[0], shape, bits)
@@ -316,7 +322,7 @@ def call(
     if rows == 0 or k == 0:
         return (codes, scales), []
     rounding = span // ROUNDED if bits == 4 else 0
-    span = units_of(span) if bits == 4 and count > 1 else 1
+    span = units_of(span) if count > 1 else 1
     check_units(span, count)
     kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding)
     constants = kernel.constants(count)

@@ -45,17 +45,24 @@ class _Observed:
         sums: by the linears of an attention's module: squares of its errors, one for each of ``bits``, squares of
             itself, and FLOPs.
         bits: of queries and keys whose error is measured: 8, and perhaps 4.
+        value_bits: of values and probabilities.
         chosen: the attention that runs in 8 bits, by its linears, and the bits of its queries and keys; ``()`` for
             none of them, None to measure errors.
         ran: whether it was met.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, paths: Mapping[Tensor, str], reference: bool, bits: tuple[int, ...]
+        self,
+        module: nn.Module,
+        name: str,
+        paths: Mapping[Tensor, str],
+        reference: bool,
+        bits: tuple[int, ...],
+        value_bits: int,
     ) -> None:
         """Observe nothing yet."""
         self.sums: dict[tuple[str, ...], tuple[float, ...]] = defaultdict(lambda: (0,) * (len(bits) + 2))
-        self.bits = bits
+        self.bits, self.value_bits = bits, value_bits
         self.chosen: tuple[tuple[str, ...], int] | tuple[()] | None = None
         self.ran = False
         self._module, self._name, self._paths, self._reference, self._heard = module, name, paths, reference, 0
@@ -70,11 +77,11 @@ class _Observed:
                 return
             *operands, output = x
             if self.chosen is None:
-                found = *_squares(tuple(operands), self.bits, self._reference), _flops(*operands[:3])
+                found = *_squares(tuple(operands), self.bits, self.value_bits, self._reference), _flops(*operands[:3])
                 self.sums[linears] = tuple(a + b for a, b in zip(self.sums[linears], found, strict=True))
             elif self.chosen and self.chosen[0] == linears:
                 kernel = dispatch(_EIGHT_BITS, output, reference=self._reference)
-                output.copy_(kernel.target(*operands, self.chosen[1]))
+                output.copy_(kernel.target(*operands, self.chosen[1], self.value_bits))
                 self.ran = True
 
         return observe
@@ -136,7 +143,9 @@ def attention_entries(
             "sequences here. Make the recipe with attention='high_precision', or on one process"
         )
     reference = reference_forced() or calibration.options.kernels == "reference"
-    observed = _Observed(module, name, paths, reference, (8, 4) if kind == "hif4" else (8,))
+    given = {option: value for owner, option, value in calibration.options.pass_options if owner == "attention"}
+    value_bits = given.get("value_bits", 8)
+    observed = _Observed(module, name, paths, reference, (8, 4) if kind == "hif4" else (8,), value_bits)
     few = network.few() if network is not None else None
     options = dataclasses.replace(calibration.options, pipeline="calibration", attention="int8", inductor=False)
     compiled = compiled_whole(module, lambda call: call, backend="tahf4", options=options)
@@ -153,8 +162,9 @@ def attention_entries(
             observed.chosen = ()
             few = few.run_by(observed.run)
             for linears, entry in tqdm(entries.items(), desc="sensitivity", unit="attention", delay=1.0):
-                bits, with_hif4 = (4, ", q and k in HiF4") if entry.decision == "hif4" else (8, "")
-                key = f"effect in {expert!r} of attention in 8 bits{with_hif4}: {' '.join(linears)}"
+                bits, how = (4, ", q and k in HiF4") if entry.decision == "hif4" else (8, "")
+                how += ", values in 16 bits" if value_bits == 16 else ""
+                key = f"effect in {expert!r} of attention in 8 bits{how}: {' '.join(linears)}"
                 effect = measured.value(key, functools.partial(observed.effect, linears, bits, few))
                 entries[linears] = _with_effect(entry, effect)
     return {module_around(linears): entry for linears, entry in entries.items()}
@@ -192,7 +202,7 @@ def _flops(query: Tensor, key: Tensor, value: Tensor) -> int:
     return 2 * math.prod(query.shape[:3]) * key.shape[2] * (query.shape[3] + value.shape[3])
 
 
-def _squares(operands: tuple[Any, ...], bits: Sequence[int], reference: bool) -> list[float]:
+def _squares(operands: tuple[Any, ...], bits: Sequence[int], value_bits: int, reference: bool) -> list[float]:
     """Return sums of squares: of the errors of an attention in 8 bits, and of itself, on some of its queries.
 
     They are at most :data:`QUERIES` rows of at most :data:`ENTRIES` entries of the batch, with all their keys.
@@ -200,6 +210,7 @@ def _squares(operands: tuple[Any, ...], bits: Sequence[int], reference: bool) ->
     Args:
         operands: of the attention, as ``tahf4::observe_attention`` is given them.
         bits: of queries and keys, one for each error.
+        value_bits: of values and probabilities.
         reference: whether the operator runs as its reference.
     """
     query, key, value, mask, is_causal, scale, enable_gqa = operands
@@ -216,5 +227,5 @@ def _squares(operands: tuple[Any, ...], bits: Sequence[int], reference: bool) ->
         query, key, value, mask, scale=scale, enable_gqa=enable_gqa
     )
     kernel, wanted = dispatch(_EIGHT_BITS, query, reference=reference), wanted.to(torch.float32)
-    found = (kernel.target(query, key, value, mask, False, scale, enable_gqa, each) for each in bits)
+    found = (kernel.target(query, key, value, mask, False, scale, enable_gqa, each, value_bits) for each in bits)
     return [float(part.square().sum()) for part in (*(x.to(torch.float32) - wanted for x in found), wanted)]

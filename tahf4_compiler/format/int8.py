@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..options import ACTIVATION_BITS
 from .hif4 import UNIT, units
+from .spans import over_spans
 
 __all__ = ["LEAST", "MOST", "by_maxima", "check_bits", "dequantize", "quantize", "scales_of"]
 
@@ -29,13 +30,15 @@ def check_bits(bits: int, quantized: bool = False) -> None:
         raise FormatError(f"an activation of {bits!r} bits; expected 4 (HiF4) or 8 (int8 with a scale a unit){others}")
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, span: int = 1) -> tuple[Tensor, Tensor]:
     """Convert to 8 bits along the last axis.
 
     The scale is the largest magnitude of the unit divided by 127. Values are rounded to the nearest code, half to even.
 
     Args:
         x: ``[..., K]`` of a floating-point type. The last unit is filled up with zeros.
+        span: units that share a scale, 0 for a row (:mod:`tahf4_compiler.format.spans`). Activations of linears have a
+            scale for each unit, queries and keys may have one for a row.
 
     Returns:
         Codes int8 ``[..., ceil(K / 64) * 64]``, between -127 and 127, and scales float32 ``[..., ceil(K / 64)]``. A
@@ -49,7 +52,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     count = units(x.shape[-1])
     values = torch.nn.functional.pad(x.to(torch.float32), (0, count * UNIT - x.shape[-1]))
     values = values.reshape(*x.shape[:-1], count, UNIT)
-    most = values.abs().amax(-1) if count else values.new_zeros(values.shape[:-1])
+    most = over_spans(values.abs().amax(-1), span) if count else values.new_zeros(values.shape[:-1])
     return by_maxima(values, most[..., None]).reshape(*x.shape[:-1], count * UNIT), scales_of(most)
 
 

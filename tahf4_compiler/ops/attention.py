@@ -6,6 +6,9 @@ Queries and keys are rotated by a Hadamard matrix, which ``q k^T`` does not see,
 for each channel and 64 tokens. The softmax runs in float32, over 64 keys at a time. Their probabilities, divided by the
 largest of the 64, are unsigned bytes. All products of bytes are summed exactly.
 
+Values may have 16 bits. Then a row of queries or keys has one scale for all its channels, and probabilities are rounded
+to 16 bits, relative to the largest score so far.
+
 Each row of queries is on its own, and a block of keys begins at a multiple of 64. So neither the other rows nor the
 number of threads change a bit.
 """
@@ -13,15 +16,15 @@ number of threads change a bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
 from ..format import hif4, int8
-from ..format.transforms import hadamard_block
+from ..format.transforms import hadamard_block, transform
 from .define import operator
-from .observers import take
 from .reference import integers, quantize
 
 __all__ = [
@@ -33,7 +36,7 @@ __all__ = [
     "check_attention",
     "empty_lse",
     "empty_result",
-    "observe_attention",
+    "values_in_16_bits",
 ]
 
 MOST_CHANNELS = 1024
@@ -56,6 +59,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     bits: int = 8,
+    value_bits: int = 8,
 ) -> Tensor:
     """Compute scaled dot product attention with operands of 8 bits.
 
@@ -67,7 +71,9 @@ def attention(
         is_causal: whether query ``i`` sees keys up to ``i`` alone.
         scale: of the scores; ``E ** -0.5`` if None.
         enable_gqa: whether ``n`` heads of queries may share a head of keys and values.
-        bits: of queries and keys: 8 (int8), or 4 (HiF4). Values and probabilities have 8 either way.
+        bits: of queries and keys: 8 (int8), or 4 (HiF4).
+        value_bits: of values and probabilities: 8, or 16. Then they have the dtype of the value, bfloat16 for float32,
+            and are summed in float32. A value that is not finite goes where SDPA lets it go.
 
     Returns:
         ``[B, H, L, Ev]`` of the dtype of the query. It lies in memory as the query does where Ev is E, as that of SDPA
@@ -77,6 +83,9 @@ def attention(
     Raises:
         FormatError: dtypes or shapes do not fit each other, or the bits are others.
     """
+    if value_bits == 16:
+        return _attend_16_bits(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, value_bits)
     return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)[0]
 
 
@@ -126,6 +135,45 @@ def _attend(
     return attend_units(query, (k_codes, k_scales), (v_codes, v_scales), attn_mask, is_causal, scale, bits)
 
 
+def _attend_16_bits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    bits: int,
+) -> Tensor:
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, 16)
+    shared, held = query.shape[1] // max(1, key.shape[1]), values_in_16_bits(value)
+    k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in _row_units(key, bits))
+    q_units = _row_units(query, bits)
+    v = held.to(torch.float32).repeat_interleave(shared, 1)
+    most, total, out = _nothing(query, v.shape[3])
+    with torch.autocast(query.device.type, enabled=False):  # its cast would lose what is exact
+        for keys, scores in _tiles(q_units, (k_codes, k_scales), attn_mask, is_causal, _factor(query, scale)):
+            new_most = torch.maximum(most, _largest(scores))
+            base = torch.where(new_most == -torch.inf, 0.0, new_most)
+            weights, before = (scores - base).exp2(), (most - base).exp2()
+            out = out * before + torch.matmul(weights.to(held.dtype).to(torch.float32), v[:, :, keys])
+            total = total * before + weights.sum(-1, keepdim=True)
+            most = new_most
+    return empty_result(query, value).copy_(torch.where(total == 0, 0.0, out / total))
+
+
+def values_in_16_bits(value: Tensor) -> Tensor:
+    """Return values as an attention with values of 16 bits reads them: bfloat16 in the place of float32."""
+    return value.to(torch.bfloat16) if value.dtype == torch.float32 else value
+
+
+def _row_units(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return queries or keys as :func:`as_bytes` gives them, rotated, with one scale a row."""
+    block = hadamard_block(x.shape[-1], MOST_CHANNELS)
+    units = int8.quantize(transform(x, None, block), span=0) if bits == 8 else quantize(x, None, block, bits, 0)
+    return as_bytes(*units)
+
+
 def attend_units(
     query: Tensor,
     k_units: tuple[Tensor, Tensor],
@@ -143,28 +191,13 @@ def attend_units(
         v_units: likewise, ``[B, H, Ev, tiles, 64]``; the last tile may be filled up.
         attn_mask: and the following, as for ``tahf4::attention``.
     """
-    (k_codes, k_scales), (v_codes, v_scales) = k_units, v_units
-    q_codes, q_scales = as_bytes(*quantize(query, None, hadamard_block(query.shape[-1], MOST_CHANNELS), bits))
-    factor = (query.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)
-    tokens, key_count = torch.arange(query.shape[2], dtype=torch.int64, device=query.device)[:, None], k_codes.shape[2]
-    added = _added(attn_mask, (*query.shape[:3], key_count))
-
-    shape = (*query.shape[:3], 1)
-    most = torch.full(shape, -torch.inf, dtype=torch.float32, device=query.device)
-    total = torch.zeros_like(most)
-    out = torch.zeros((*shape[:3], v_codes.shape[2]), dtype=torch.float32, device=query.device)
+    v_codes, v_scales = v_units
+    q_units = as_bytes(*quantize(query, None, hadamard_block(query.shape[-1], MOST_CHANNELS), bits))
+    most, total, out = _nothing(query, v_codes.shape[2])
     with torch.autocast(query.device.type, enabled=False):  # its cast would lose what is exact
-        for tile in range(v_scales.shape[-1]):
-            keys = slice(tile * hif4.UNIT, min(key_count, (tile + 1) * hif4.UNIT))
-            scores = _scores(q_codes, q_scales * factor, k_codes[:, :, keys], k_scales[:, :, keys])
-            if added is not None:
-                scores = scores + added[..., keys]
-            if is_causal:
-                places = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=query.device)
-                seen = places <= tokens
-                scores = torch.where(seen, scores, -torch.inf)
-            tile_most = scores.amax(-1, keepdim=True)
-            tile_most = torch.where(tile_most == torch.inf, torch.nan, tile_most)
+        for keys, scores in _tiles(q_units, k_units, attn_mask, is_causal, _factor(query, scale)):
+            tile = keys.start // hif4.UNIT
+            tile_most = _largest(scores)
             new_most = torch.maximum(most, tile_most)
             codes = _exp2((scores - tile_most) + _LOG2_255).nan_to_num(0).round().clamp(max=255)
             columns = v_codes[..., tile, : codes.shape[-1]]
@@ -181,6 +214,46 @@ def attend_units(
     return empty_result(query, out).copy_(out), lse.squeeze(-1).to(torch.float32)
 
 
+def _factor(query: Tensor, scale: float | None) -> float:
+    """Return what scores are multiplied by, for a softmax to the base of 2."""
+    return (query.shape[-1] ** -0.5 if scale is None else scale) / math.log(2)
+
+
+def _nothing(query: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what rows have before the first key: the largest score, the sum of probabilities, and that of values."""
+    most = torch.full((*query.shape[:3], 1), -torch.inf, dtype=torch.float32, device=query.device)
+    return most, torch.zeros_like(most), most.new_zeros((*query.shape[:3], channels))
+
+
+def _tiles(
+    q_units: tuple[Tensor, Tensor],
+    k_units: tuple[Tensor, Tensor],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    factor: float,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield 64 keys at a time, and their scores ``[B, H, L, keys]``."""
+    (q_codes, q_scales), (k_codes, k_scales) = q_units, k_units
+    count, device = k_codes.shape[2], q_codes.device
+    tokens = torch.arange(q_codes.shape[2], dtype=torch.int64, device=device)[:, None]
+    added = _added(attn_mask, (*q_codes.shape[:3], count))
+    for first in range(0, count, hif4.UNIT):
+        keys = slice(first, min(count, first + hif4.UNIT))
+        scores = _scores(q_codes, q_scales * factor, k_codes[:, :, keys], k_scales[:, :, keys])
+        if added is not None:
+            scores = scores + added[..., keys]
+        if is_causal:
+            seen = torch.arange(keys.start, keys.stop, dtype=torch.int64, device=device) <= tokens
+            scores = torch.where(seen, scores, -torch.inf)
+        yield keys, scores
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Return the largest score of each row; NaN if it is infinity."""
+    most = scores.amax(-1, keepdim=True)
+    return torch.where(most == torch.inf, torch.nan, most)
+
+
 @torch.library.register_fake("tahf4::attention")
 def _(
     query: Tensor,
@@ -191,8 +264,9 @@ def _(
     scale: float | None = None,
     enable_gqa: bool = False,
     bits: int = 8,
+    value_bits: int = 8,
 ) -> Tensor:
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, value_bits)
     return empty_result(query, value)
 
 
@@ -211,31 +285,6 @@ def _(
     return empty_result(query, value), empty_lse(query)
 
 
-@torch.library.custom_op("tahf4::observe_attention", mutates_args=("output", "handle"))
-def observe_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    output: Tensor,
-    handle: Tensor,
-) -> None:
-    """Show the operands of an attention to who measures it (:mod:`tahf4_compiler.calibration.attention`).
-
-    Args:
-        query: and the others, as for ``tahf4::attention``; nothing is changed.
-        output: of the attention, in whose place the observer may put another.
-        handle: as for ``tahf4::observe``.
-    """
-    take((query, key, value, attn_mask, is_causal, scale, enable_gqa, output), handle)
-
-
-observe_attention.register_fake(lambda *given: None)
-
-
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -244,8 +293,11 @@ def check_attention(
     is_causal: bool,
     enable_gqa: bool,
     bits: int = 8,
+    value_bits: int = 8,
 ) -> None:
     """Raise :class:`FormatError` unless the arguments of ``tahf4::attention`` fit each other."""
+    if value_bits not in (8, 16):
+        raise FormatError(f"attention got values of {value_bits!r} bits; expected 8, or 16")
     if bits not in (4, 8):
         raise FormatError(f"attention got queries and keys of {bits!r} bits; expected 8 (int8) or 4 (HiF4)")
     shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))

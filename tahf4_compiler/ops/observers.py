@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Handles", "handle_of"]
+__all__ = ["Handles", "handle_of", "observe_attention", "take"]
 
 Observer = Callable[[Any], None]
 
@@ -81,3 +81,28 @@ def take(x: Any, handle: Tensor) -> None:
     if _current is not None and number != _NOBODY:
         _current.observers[number](x)
         handle[1] += 1
+
+
+@torch.library.custom_op("tahf4::observe_attention", mutates_args=("output", "handle"))
+def observe_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    output: Tensor,
+    handle: Tensor,
+) -> None:
+    """Show the operands of an attention to who measures it (:mod:`tahf4_compiler.calibration.attention`).
+
+    Args:
+        query: and the others, as for ``tahf4::attention``; nothing is changed.
+        output: of the attention, in whose place the observer may put another.
+        handle: as for ``tahf4::observe``.
+    """
+    take((query, key, value, attn_mask, is_causal, scale, enable_gqa, output), handle)
+
+
+observe_attention.register_fake(lambda *given: None)

@@ -79,11 +79,11 @@ class Pass:
         """Return the pass with some options replaced.
 
         Raises:
-            OptionError: a name that is no field of the pass, a value of another type than its default, or one below
-                ``metadata={"least": ...}`` of the field.
+            OptionError: a name that is no field of the pass, a value of another type than its default, or one that
+                ``metadata={"least": ...}`` or ``{"choices": ...}`` of the field leaves out.
         """
         known, checked = self.options(), dict[str, Any]()
-        least = {f.name: f.metadata["least"] for f in dataclasses.fields(self) if "least" in f.metadata}
+        limits = {f.name: f.metadata for f in dataclasses.fields(self)}
         for option, value in values.items():
             if option not in known:
                 if (cls := _undecorated(type(self), option)) is not None:
@@ -102,8 +102,12 @@ class Pass:
                     f"option {self.name}.{option} is {value!r}; expected {expected.__name__}, "
                     f"as its default {known[option]!r}"
                 )
-            if option in least and not value >= least[option]:  # nor is NaN
-                raise OptionError(f"option {self.name}.{option} is {value!r}; expected at least {least[option]}")
+            least, choices = (limits[option].get(limit) for limit in ("least", "choices"))
+            if least is not None and not value >= least:  # nor is NaN
+                raise OptionError(f"option {self.name}.{option} is {value!r}; expected at least {least}")
+            if choices is not None and value not in choices:
+                allowed = " or ".join(map(repr, choices))
+                raise OptionError(f"option {self.name}.{option} is {value!r}; expected {allowed}")
             checked[option] = value
         return dataclasses.replace(self, **checked)
 

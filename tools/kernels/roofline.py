@@ -44,6 +44,10 @@ ATTENTION_INSTRUCTIONS = 30
 """Instructions a score of attention in 8 bits, with heads of 128: those of a warp in the loop over keys, as compiled
 for sm_80, sm_90 and sm_120 (942 to 973), for the 32 scores of a thread in it."""
 
+WIDE_INSTRUCTIONS = {8: 16, 9: 12, 10: 11, 12: 16}
+"""The same with values in 16 bits, by the first number of the compute capability: 128 keys at a time for 9 and 10, and 64
+for the others."""
+
 EPILOGUE_INSTRUCTIONS = 75
 """Instructions an output of a product whose result is rotated and quantized."""
 
@@ -182,18 +186,27 @@ def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
     ]
 
 
-def attention(model: Model, tokens: int, chip: Chip) -> tuple[Part, Part]:
-    """Return the self-attention core of one block, one call: in bfloat16, and in 8 bits with its quantization."""
+def attention(model: Model, tokens: int, chip: Chip) -> tuple[Part, Part, Part]:
+    """Return the self-attention core of one block, one call: in bfloat16, in 8 bits, and with values in 16 bits.
+
+    The last two have the quantization in them.
+    """
     d, scores = model.dim, tokens**2 * model.heads
     matrix = 4 * tokens**2 * d
-    before = 3 * tokens * d * (2 + 1)  # q, k and v are read in 16 bits, and written in 8
+    before = tokens * d * (2 + 1)  # q, k or v is read in 16 bits, and written in 8
     eight = {
-        "memory": (before + tokens * d * (3 + 2)) / chip.bandwidth,
+        "memory": (3 * before + tokens * d * (3 + 2)) / chip.bandwidth,
         "matrix": matrix / chip.int8,
         "lanes": scores * ATTENTION_INSTRUCTIONS / chip.lanes,
     }
+    wide = {
+        "memory": (2 * before + tokens * d * (2 + 2 + 2)) / chip.bandwidth,
+        "matrix": matrix / 2 / chip.int8 + matrix / 2 / chip.bf16,
+        "lanes": scores * WIDE_INSTRUCTIONS[chip.capability[0]] / chip.lanes,
+    }
     core = {"memory": 8 * tokens * d / chip.bandwidth, "matrix": matrix / chip.bf16}
-    return Part("self-attention core", core), Part("self-attention core in 8 bits", eight)
+    name = "self-attention core"
+    return Part(name, core), Part(f"{name} in 8 bits", eight), Part(f"{name} in 8 bits, values in 16", wide)
 
 
 def parts(model: Model, tokens: int, chip: Chip, precision: str, rank: int = 0, row: bool = False) -> list[Part]:
@@ -260,6 +273,27 @@ def _rows(model: Model) -> list[str]:
     return lines
 
 
+def _attentions(model: Model) -> list[str]:
+    """Return the lines of a table: seconds of self-attention in a step, and how many times as fast the step is."""
+    steps = " | ".join(f"whole step: {how}" for how in ("attention in bf16", "8 bits", "values in 16"))
+    lines = [
+        f"| chip | bf16 | 8 bits | bound | ratio | values in 16 bits | bound | ratio | {steps} |",
+        "|---" * 11 + "|",
+    ]
+    for chip in CHIPS:
+        tokens = RESOLUTIONS[0][1]
+        core, *others = attention(model, tokens, chip)
+        whole, row = parts(model, tokens, chip, "bf16"), parts(model, tokens, chip, "w4a4", row=True)
+        rest = [part for part in row if part.name != core.name]
+        cells = [f"{step_seconds(model, [core]):.2f}"]
+        for part in others:
+            cells.append(f"{step_seconds(model, [part]):.2f} | {part.bound} | {core.least / part.least:.2f}")
+        for part in (core, *others):
+            cells.append(f"{step_seconds(model, whole) / step_seconds(model, [*rest, part]):.2f}")
+        lines.append(f"| {chip.name} | {' | '.join(cells)} |")
+    return lines
+
+
 def _by_library(model: Model) -> list[str]:
     """Return the lines of a table: seconds of a step's products with one level-1 scale a row, by who multiplies."""
     lines = ["| chip | generated kernel, in | generated | library | ratio |", "|---" * 5 + "|"]
@@ -311,14 +345,9 @@ def page(model: Model) -> str:
         "",
         f"## Self-attention in 8 bits, {RESOLUTIONS[0][0]}: a step, seconds",
         "",
-        "| chip | bf16 | bound | 8 bits | bound | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    for chip in CHIPS:
-        core, eight = attention(model, RESOLUTIONS[0][1], chip)
-        cells = [f"{step_seconds(model, [part]):.2f} | {part.bound}" for part in (core, eight)]
-        lines.append(f"| {chip.name} | {' | '.join(cells)} | {core.least / eight.least:.2f} |")
-    lines += [
+        "The whole step is in W4A4 with one level-1 scale a row, beside one in bfloat16.",
+        "",
+        *_attentions(model),
         "",
         f"## Branches of low rank at each linear, {RESOLUTIONS[0][0]}: times as long",
         "",

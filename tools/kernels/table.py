@@ -53,8 +53,9 @@ def entries(capability: int) -> list[Entry]:
                 if not span:
                     name += " (span row)"
                 found.setdefault(_key(call), Entry(name, model, call))
-    for call in attention_calls(A14B, TOKENS):
-        found.setdefault(_key(call), Entry(f"attention in 8 bits: {ATTENTION[call.name]}", A14B, call))
+    for value_bits, values in ((8, ""), (16, ", values in 16")):
+        for call in attention_calls(A14B, TOKENS, value_bits, (capability // 10, capability % 10)):
+            found.setdefault(_key(call), Entry(f"attention in 8 bits{values}: {ATTENTION[call.name]}", A14B, call))
     return list(found.values())
 
 

@@ -157,10 +157,12 @@ def block_steps(model: Model, tokens: int, *, block: int = 64, span: int = 1) ->
     return found
 
 
-def attention_calls(model: Model, tokens: int) -> list[Call]:
-    """Return what the self-attention of a block launches in 8 bits."""
+def attention_calls(
+    model: Model, tokens: int, value_bits: int = 8, capability: tuple[int, int] | None = None
+) -> list[Call]:
+    """Return what the self-attention of a block launches in 8 bits, or with values in 16."""
     q, k, v = (_empty(1, tokens, model.heads, model.dim // model.heads).transpose(1, 2) for _ in range(3))
-    return attention.calls(q, k, v)[1]
+    return attention.calls(q, k, v, value_bits=value_bits, capability=capability)[1]
 
 
 def call_name(call: Call) -> str:
