@@ -82,7 +82,8 @@ class Attention(Pass):
                 if not forced and dispatch(EIGHT_BITS, new).name == "reference":
                     graph.erase_node(new)
                     device = given["query"].meta["val"].device
-                    reason = Reason(Cause.OTHER, f"kernel: there is none for {device} here")
+                    values = " with values in 16 bits" if self.value_bits == 16 else ""
+                    reason = Reason(Cause.OTHER, f"kernel: there is none for {device} here{values}")
                 else:
                     self._put(node, new, context)
                     modified = True

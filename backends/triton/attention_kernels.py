@@ -177,7 +177,9 @@ def with_bytes(
 
 
 @triton.jit
-def with_values(scores, place, so_far, q_factor, v, v_key, v_channel, channel, channels, FOLDED: tl.constexpr):
+def with_values(
+    scores, place, so_far, q_factor, v, v_key, v_channel, channel, channels, SELECT: tl.constexpr, FOLDED: tl.constexpr
+):
     """Return what rows have so far, with some values in 16 bits more; v: where the first of them begins."""
     most, total, sums = so_far
     tile_most = tl.reduce(scores, 1, larger)
@@ -192,8 +194,10 @@ def with_values(scores, place, so_far, q_factor, v, v_key, v_channel, channel, c
     before = tl.exp2(most - base)
     at = v + place[:, None] * v_key + (channel * v_channel)[None, :]
     values = tl.load(at, mask=(channel < channels)[None, :], other=0.0)  # clamped channels would not be read at once
-    sums = tl.dot(weights.to(values.dtype), values, sums * before[:, None])
-    return new_most, total * before + tl.sum(weights, axis=1), sums
+    found = tl.dot(weights.to(values.dtype), values, sums * before[:, None])
+    if SELECT:
+        found = tl.where((tile_most != float("-inf"))[:, None], found, sums)
+    return new_most, total * before + tl.sum(weights, axis=1), found
 
 
 @triton.jit
@@ -217,7 +221,9 @@ def attend_tile(
         )  # fmt: skip
     else:
         at = v + tl.cast(tile, tl.int64) * N * v_key
-        found = with_values(scores, place, so_far, q_factors[0], at, v_key, v_channel, channel, channels, FOLDED)
+        found = with_values(
+            scores, place, so_far, q_factors[0], at, v_key, v_channel, channel, channels, MASK > 0 or CAUSAL, FOLDED
+        )
     return found
 
 

@@ -73,7 +73,7 @@ def attention(
         enable_gqa: whether ``n`` heads of queries may share a head of keys and values.
         bits: of queries and keys: 8 (int8), or 4 (HiF4).
         value_bits: of values and probabilities: 8, or 16. Then they have the dtype of the value, bfloat16 for float32,
-            and are summed in float32. A value that is not finite goes where SDPA lets it go.
+            and are summed in float32.
 
     Returns:
         ``[B, H, L, Ev]`` of the dtype of the query. It lies in memory as the query does where Ev is E, as that of SDPA
@@ -83,10 +83,10 @@ def attention(
     Raises:
         FormatError: dtypes or shapes do not fit each other, or the bits are others.
     """
-    if value_bits == 16:
-        return _attend_16_bits(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)
     check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, value_bits)
-    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)[0]
+    if value_bits == 16:
+        return _attend_16_bits(query, key, value, attn_mask, is_causal, scale, bits)
+    return _attend(query, key, value, attn_mask, is_causal, scale, bits)[0]
 
 
 @operator
@@ -113,7 +113,8 @@ def attention_lse(
     Raises:
         FormatError: as ``tahf4::attention``.
     """
-    return _attend(query, key, value, attn_mask, is_causal, scale, enable_gqa, bits)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
+    return _attend(query, key, value, attn_mask, is_causal, scale, bits)
 
 
 def _attend(
@@ -123,10 +124,8 @@ def _attend(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
-    enable_gqa: bool,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits)
     shared = query.shape[1] // max(1, key.shape[1])
     block = hadamard_block(query.shape[-1], MOST_CHANNELS)
     k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in as_bytes(*quantize(key, None, block, bits)))
@@ -142,10 +141,8 @@ def _attend_16_bits(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
-    enable_gqa: bool,
     bits: int,
 ) -> Tensor:
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, 16)
     shared, held = query.shape[1] // max(1, key.shape[1]), values_in_16_bits(value)
     k_codes, k_scales = (part.repeat_interleave(shared, 1) for part in _row_units(key, bits))
     q_units = _row_units(query, bits)
@@ -153,10 +150,12 @@ def _attend_16_bits(
     most, total, out = _nothing(query, v.shape[3])
     with torch.autocast(query.device.type, enabled=False):  # its cast would lose what is exact
         for keys, scores in _tiles(q_units, (k_codes, k_scales), attn_mask, is_causal, _factor(query, scale)):
-            new_most = torch.maximum(most, _largest(scores))
+            tile_most = _largest(scores)
+            new_most = torch.maximum(most, tile_most)
             base = torch.where(new_most == -torch.inf, 0.0, new_most)
             weights, before = (scores - base).exp2(), (most - base).exp2()
-            out = out * before + torch.matmul(weights.to(held.dtype).to(torch.float32), v[:, :, keys])
+            sums = torch.matmul(weights.to(held.dtype).to(torch.float32), v[:, :, keys])
+            out = torch.where(tile_most != -torch.inf, out * before + sums, out)
             total = total * before + weights.sum(-1, keepdim=True)
             most = new_most
     return empty_result(query, value).copy_(torch.where(total == 0, 0.0, out / total))

@@ -120,7 +120,7 @@ def test_some_queries_have_the_errors_that_they_have_among_all(mask, monkeypatch
     wanted = sdpa(q, k, v, masks.get(mask), enable_gqa=True)[:, :, ::3]
     eight = torch.ops.tahf4.attention(q, k, v, masks.get(mask), False, None, True)[:, :, ::3]
     given = None if mask == "causal" else masks.get(mask)
-    few, error, norm = measuring._squares((q, k, v, given, mask == "causal", None, True), (4, 8), True)
+    few, error, norm = measuring._squares((q, k, v, given, mask == "causal", None, True), (4, 8), 8, True)
     assert norm == pytest.approx(float(wanted.square().sum()), rel=1e-5)
     assert error == pytest.approx(float((eight - wanted).square().sum()), rel=1e-3) and few > 10 * error
 

@@ -26,7 +26,7 @@ TOLERANCE = 0.01
 
 
 class Block(nn.Module):
-    bits = 0
+    bits, value_bits = 0, 8
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x).unflatten(-1, (3, 1, 64)).unbind(-3))
-        y = torch.ops.tahf4.attention(q, k, v, bits=self.bits) if self.bits else sdpa(q, k, v)
+        few = {"bits": self.bits, "value_bits": self.value_bits}
+        y = torch.ops.tahf4.attention(q, k, v, **few) if self.bits else sdpa(q, k, v)
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -96,6 +97,18 @@ def test_the_effect_is_that_of_the_bits_it_runs_with(recipe, x):
         assert recipe.attention[""][name].effect == pytest.approx(error, rel=1e-3), name
 
 
+def test_values_of_16_bits_are_measured_as_they_run(recipe, x):
+    model, options = make(), {**OPTIONS, "attention": "int8", "attention.value_bits": 16}
+    with tahf4.calibrate(model, options=options) as calibration:
+        wanted = model(x)
+    found = calibration.recipe(mask=None, scale_search="", rotate=False, attention_tolerance=TOLERANCE).attention[""]
+    # The sharper a softmax, the less values matter.
+    assert found["0"].sqnr_db > recipe.attention[""]["0"].sqnr_db + 0.5
+    model[0].bits, model[0].value_bits = 8, 16
+    error = float((model(x) - wanted).square().sum() / wanted.square().sum())
+    assert found["0"].effect == pytest.approx(error, rel=1e-3) and error < 0.9 * recipe.attention[""]["0"].effect
+
+
 def test_errors_decide_in_order():
     def decision(*errors):
         return measuring._entry(("a",), errors, TOLERANCE, 0).decision
@@ -124,7 +137,7 @@ def test_packed_models_and_folders_hold_it(recipe, x):
 def test_blocks_of_one_graph_follow_it_each(recipe, x, monkeypatch):
     model, seen = make(), []
     tahf4.apply_recipe(model, recipe)
-    monkeypatch.setattr("tahf4_compiler.ops.attention.check_attention", lambda *given: seen.append(given[-1]))
+    monkeypatch.setattr("tahf4_compiler.ops.attention.check_attention", lambda *given: seen.append(given[6]))
     torch._dynamo.reset()
     for block in model:
         block.compile(backend="tahf4", options=OPTIONS)

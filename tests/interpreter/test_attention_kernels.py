@@ -12,7 +12,7 @@ import tahf4_compiler as tahf4
 from tahf4_compiler.ops import registry
 
 reference = torch.ops.tahf4.attention
-SMALL = kernels.AttentionTile(32, 4, 2)
+SMALL = kernels.AttentionTile(32, 64, 4, 2)
 
 
 def operands(rows=40, keys=150, channels=64, heads=2, shared=1, values=None, dtype=torch.float32, batch=1):
@@ -122,7 +122,7 @@ def test_masks_scales_and_shared_heads():
 def test_a_causal_attention(rows, keys):
     given = operands(rows, keys, heads=1)
     assert_same(exact(*given, None, True), reference(*given, None, True))
-    wide = kernels.AttentionTile(128, 8, 2)  # taller than a block of keys
+    wide = kernels.AttentionTile(128, 64, 8, 2)  # taller than a block of keys
     assert_same(exact(*given, None, True, tile=wide), reference(*given, None, True))
 
 

@@ -55,6 +55,15 @@ def test_with_hif4_queries_and_keys_have_4_bits():
     assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): hif4"]
 
 
+@pytest.mark.parametrize(("asked", "bits"), [(ASKED, 8), (HIF4, 4)])
+def test_values_may_have_16_bits(asked, bits):
+    after = text(f"tahf4.attention(q, k, v, None, False, None, False, {bits}, 16)")
+    ran = assert_pass(text(SDPA), Attention(value_bits=16), after, run=False, **asked)
+    assert ran.notes[0].endswith(f"{asked['attention']}, values in 16 bits")
+    with pytest.raises(OptionError, match=r"attention\.value_bits is 12; expected 8 or 16"):
+        Attention().with_options({"value_bits": 12})
+
+
 def test_one_that_reads_another_runs_in_8_bits_too():
     two = "z = {0}(q, k, v{1})\ny = {0}(z, k, v{1})"
     before = two.format("scaled_dot_product_attention", "")

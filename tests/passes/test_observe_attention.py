@@ -42,6 +42,7 @@ def test_the_operands_are_shown_with_all_linears_of_its_module(causal):
     before, after, _ = observed(HIF4, causal=causal)
     ran = assert_pass(before, ObserveAttention(), after, **ASKED)
     assert ran.record.matches == 1 and ran.notes[0].endswith("int8")
+    assert_pass(before, ObserveAttention(value_bits=16), after, **ASKED)
 
 
 @pytest.mark.parametrize("reason", ["kept: 'q' matches", "sensitivity 0.3", "this step runs in high precision"])

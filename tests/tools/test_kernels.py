@@ -86,14 +86,20 @@ def test_the_roofline_of_attention_in_8_bits_counts_operations_instructions_and_
     tokens, d = 32760, A14B.dim
     for chip in roofline.CHIPS:
         bound = "lanes" if chip.name in ("A100 80 GB", "H100 SXM", "H200", "B200") else "matrix"
-        core, eight = roofline.attention(A14B, tokens, chip)
+        core, eight, wide = roofline.attention(A14B, tokens, chip)
         assert core in roofline.parts(A14B, tokens, chip, "w4a4")
         assert eight.bound == bound
         assert eight.seconds["matrix"] / core.seconds["matrix"] == pytest.approx(chip.bf16 / chip.int8)
         assert eight.seconds["lanes"] == pytest.approx(30 * 40 * tokens**2 / chip.lanes)
         # q, k and v: 2 bytes read and 1 written; then 1 read of each and a result of 2.
         assert eight.seconds["memory"] == pytest.approx((3 * 3 + 3 + 2) * tokens * d / chip.bandwidth)
-    assert "| RTX 4090 | 10.64 | matrix |" in roofline.page(A14B)
+        # q and k: 2 bytes read and 1 written; then 1 read of each, values of 2, and a result of 2.
+        assert wide.seconds["memory"] == pytest.approx((2 * 3 + 2 + 2 + 2) * tokens * d / chip.bandwidth)
+        half = (core.seconds["matrix"] + eight.seconds["matrix"]) / 2
+        assert wide.seconds["matrix"] == pytest.approx(half)
+        assert wide.seconds["lanes"] < 0.6 * eight.seconds["lanes"]
+    # Linears and all else of a step take as long, so that the ratios of whole steps give the seconds of attention.
+    assert "| RTX 4090 | 10.64 | 2.66 | matrix | 4.00 | 6.65 | matrix | 1.60 | 1.52 | 3.60 | 2.14 |" in roofline.page(A14B)
 
 
 def test_the_roofline_of_branches_counts_what_they_add():
