@@ -61,10 +61,8 @@ def tile_for(
         channels: of a head of queries.
         capability: of the device, if it is known. Where matrix units read operands from shared memory, 128 keys fit.
     """
-    if causal:
-        return AttentionTile(64, 64, 4, 2)
-    if masked or (channels > CHANNELS and not wide):
-        return AttentionTile(64, 64, 8, 2)
+    if causal or masked or (channels > CHANNELS and not wide):
+        return AttentionTile(64, 64, 4 if causal and not wide else 8, 2)
     many = wide and channels <= CHANNELS and capability is not None and capability[0] in (9, 10)
     return AttentionTile(128, 128 if many else 64, 8, 2)
 

@@ -436,3 +436,23 @@ def test_units_of_reconstructed_weights_fit_the_chip(capability):
     for call in (first, rounding.descend_unit(values, values, values, square)):
         found = compile_call(call, capability)
         assert found.spills == 0 and found.registers <= 255
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+@pytest.mark.parametrize("value_bits", [8, 16])
+def test_attention_with_masks_and_wide_heads_spills_nothing(capability, value_bits):
+    from tahf4_compiler.backends.triton import attention
+    from tahf4_compiler.backends.triton.targets import SHARED_LIMIT, compile_call
+
+    def found(channels, **how):
+        q = torch.empty(1, 1024, 4, channels, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+        known = {"value_bits": value_bits, "capability": (capability // 10, capability % 10)}
+        return compile_call(attention.calls(q, q, q, **known, **how)[1][-1], capability)
+
+    for dtype in (torch.bool, torch.float32):
+        for rows in (1, 1024):
+            resources = found(128, attn_mask=torch.empty(1, 1, rows, 1024, dtype=dtype, device="meta"))
+            assert resources.spills == 0 and resources.shared <= SHARED_LIMIT[capability]
+    for resources in (found(256), found(64), found(128, is_causal=True)):
+        assert resources.spills == 0 and resources.shared <= SHARED_LIMIT[capability]

@@ -151,6 +151,11 @@ def test_without_a_kernel_it_stays():
     assert ran.notes[0].endswith("high precision, kernel: there is none for cpu here")
 
 
+def test_values_in_16_bits_stay_on_a_cpu():
+    ran = assert_pass(text(SDPA), Attention(value_bits=16), attention="int8")
+    assert ran.notes[0].endswith("high precision, kernel: there is none for cpu here with values in 16 bits")
+
+
 def test_sizes_may_be_dynamic():
     given = "q: f32[2, 3, n, 64]\nk: f32[2, 3, n, 64]\nv: f32[2, 3, n, 64]\ny = {}\nreturn y"
     after = "tahf4.attention(q, k, v, None, False, None, False, 8)"

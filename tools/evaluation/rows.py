@@ -62,6 +62,10 @@ ROWS = (
         {"sensitivity": False, "scale_search": "squared"},
     ),
     Row("defaults (network-searched mask, rotation, reconstruction)", {"sensitivity": False}),
+    *(
+        Row(f"defaults, {name} attention", {"sensitivity": False}, {"attention": name.lower()})
+        for name in ("int8", "HiF4")
+    ),
     Row("defaults, rounding half away", {"sensitivity": False, "rounding": "half_away"}),
     Row("defaults, without rotation", {"sensitivity": False, "rotate": False}),
     *(

@@ -274,24 +274,35 @@ def _rows(model: Model) -> list[str]:
 
 
 def _attentions(model: Model) -> list[str]:
-    """Return the lines of a table: seconds of self-attention in a step, and how many times as fast the step is."""
-    steps = " | ".join(f"whole step: {how}" for how in ("attention in bf16", "8 bits", "values in 16"))
-    lines = [
-        f"| chip | bf16 | 8 bits | bound | ratio | values in 16 bits | bound | ratio | {steps} |",
-        "|---" * 11 + "|",
+    """Return the lines of two tables: seconds of self-attention in a step, and how many times as fast the step is.
+
+    The last columns say what kernels would save that hold more: q and k, and the result, would be neither written nor
+    read in 16 bits.
+    """
+    lines = ["| chip | bf16 | 8 bits | bound | ratio | values in 16 bits | bound | ratio |", "|---" * 8 + "|"]
+    steps = [
+        "",
+        "The whole step, in W4A4 with one level-1 scale a row: how many times as fast as in bfloat16, and what larger",
+        "kernels would save of it: one for norms, rotary embedding and quantization of q and k, and one for attention and",
+        "the quantization of its result.",
+        "",
+        "| chip | attention in bf16 | 8 bits | values in 16 bits | larger kernels: before attention | behind it |",
+        "|---" * 6 + "|",
     ]
+    tokens = RESOLUTIONS[0][1]
     for chip in CHIPS:
-        tokens = RESOLUTIONS[0][1]
         core, *others = attention(model, tokens, chip)
         whole, row = parts(model, tokens, chip, "bf16"), parts(model, tokens, chip, "w4a4", row=True)
         rest = [part for part in row if part.name != core.name]
-        cells = [f"{step_seconds(model, [core]):.2f}"]
-        for part in others:
-            cells.append(f"{step_seconds(model, [part]):.2f} | {part.bound} | {core.least / part.least:.2f}")
-        for part in (core, *others):
-            cells.append(f"{step_seconds(model, whole) / step_seconds(model, [*rest, part]):.2f}")
-        lines.append(f"| {chip.name} | {' | '.join(cells)} |")
-    return lines
+        ratios = (f"{step_seconds(model, [x]):.2f} | {x.bound} | {core.least / x.least:.2f}" for x in others)
+        lines.append(f"| {chip.name} | {step_seconds(model, [core]):.2f} | {' | '.join(ratios)} |")
+        seconds = [step_seconds(model, [*rest, part]) for part in (core, *others)]
+        cells = [f"{step_seconds(model, whole) / each:.2f}" for each in seconds]
+        for tensors in (2, 1):
+            copy = Part("", {"memory": tensors * tokens * model.dim * (2 + 2) / chip.bandwidth})
+            cells.append(f"{100 * step_seconds(model, [copy]) / min(seconds):.1f} %")
+        steps.append(f"| {chip.name} | {' | '.join(cells)} |")
+    return lines + steps
 
 
 def _by_library(model: Model) -> list[str]:
@@ -344,8 +355,6 @@ def page(model: Model) -> str:
     lines += [
         "",
         f"## Self-attention in 8 bits, {RESOLUTIONS[0][0]}: a step, seconds",
-        "",
-        "The whole step is in W4A4 with one level-1 scale a row, beside one in bfloat16.",
         "",
         *_attentions(model),
         "",
