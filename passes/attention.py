@@ -31,8 +31,8 @@ BITS = {"int8": 8, "hif4": 4}
 class Attention(Pass):
     """Rewrite every ``aten.scaled_dot_product_attention`` that can run in 8 bits, with ``{"attention": "int8"}``.
 
-    With ``{"attention": "hif4"}`` its queries and keys are in HiF4. With ``{"attention.value_bits": 16}`` its values and
-    probabilities have 16 bits.
+    With ``{"attention": "hif4"}`` its queries and keys are in HiF4. With ``{"attention.value_bits": 16}`` its values
+    and probabilities have 16 bits.
 
     Before::
 

@@ -13,7 +13,7 @@ from tahf4_compiler.ops import registry
 reference = torch.ops.tahf4.attention
 SMALL = kernels.AttentionTile(32, 64, 4, 2)
 SAME, BORDER = 1e-5, 2e-3
-"""The order of sums in float32; probabilities that are rounded relative to another score, since 128 keys come at once."""
+"""The order of sums in float32; probabilities rounded relative to another score, since 128 keys come at once."""
 
 
 def operands(rows=40, keys=150, channels=64, heads=2, shared=1, values=None, dtype=torch.float32, batch=1):

@@ -21,8 +21,8 @@ WIDE_BORDER = 2e-3
 def check_attention(device: torch.device) -> Iterator[dict[str, Any]]:
     """Compare the kernel of attention with the reference on the same device.
 
-    With the roundings of the reference it gives its bits. As it runs, its powers of 2 are those of the chip. With values
-    in 16 bits probabilities may lie on the other side of a border of two of these.
+    With the roundings of the reference it gives its bits. As it runs, its powers of 2 are those of the chip. With
+    values in 16 bits probabilities may lie on the other side of a border of two of these.
 
     Args:
         device: that Triton serves.

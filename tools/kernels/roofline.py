@@ -45,8 +45,8 @@ ATTENTION_INSTRUCTIONS = 30
 for sm_80, sm_90 and sm_120 (942 to 973), for the 32 scores of a thread in it."""
 
 WIDE_INSTRUCTIONS = {8: 16, 9: 12, 10: 11, 12: 16}
-"""The same with values in 16 bits, by the first number of the compute capability: 128 keys at a time for 9 and 10, and 64
-for the others."""
+"""The same with values in 16 bits, by the first number of the compute capability: 128 keys at a time for 9 and 10, and
+64 for the others."""
 
 EPILOGUE_INSTRUCTIONS = 75
 """Instructions an output of a product whose result is rotated and quantized."""
@@ -276,8 +276,8 @@ def _rows(model: Model) -> list[str]:
 def _attentions(model: Model) -> list[str]:
     """Return the lines of two tables: seconds of self-attention in a step, and how many times as fast the step is.
 
-    The last columns say what kernels would save that hold more: q and k, and the result, would be neither written nor
-    read in 16 bits.
+    The last columns say what larger kernels would save: q and k, and the result, would be neither written nor read in
+    16 bits.
     """
     lines = ["| chip | bf16 | 8 bits | bound | ratio | values in 16 bits | bound | ratio |", "|---" * 8 + "|"]
     steps = [
