@@ -283,8 +283,8 @@ def _attentions(model: Model) -> list[str]:
     steps = [
         "",
         "The whole step, in W4A4 with one level-1 scale a row: how many times as fast as in bfloat16, and what larger",
-        "kernels would save of it: one for norms, rotary embedding and quantization of q and k, and one for attention and",
-        "the quantization of its result.",
+        "kernels would save of it: one for norms, rotary embedding and quantization of q and k, and one for attention",
+        "and the quantization of its result.",
         "",
         "| chip | attention in bf16 | 8 bits | values in 16 bits | larger kernels: before attention | behind it |",
         "|---" * 6 + "|",
