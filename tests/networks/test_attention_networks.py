@@ -80,6 +80,8 @@ def test_the_report_has_a_line_for_each_attention():
     ]
     assert "attention: blocks.0.attn1 (32 x 32 tokens, 2 heads of 64): int8" in low.report()
     assert "lower: 1 x tahf4.attention -> cpu" in low.report()
+    low = lowered(wan(num_layers=1), **{"attention.min_tokens": 16, "attention.value_bits": 16})
+    assert low.notes["attention"][0].endswith("kernel: there is none for cpu here with values in 16 bits")
 
 
 def test_compiled_whole_by_blocks_and_packed_it_is_the_same(calls):
