@@ -27,3 +27,14 @@ def quantized(k: Tensor, v: Tensor, bits: int, parts: int = 1) -> list[Tensor]:
     found = [torch.cat([part[i] for part in keys], 1) for i in (0, 1)]
     whole = found[0], torch.cat([codes for codes, _ in rounded], 1), found[1], rounded[0][1]
     return [x.transpose(1, 2) for x in whole]
+
+
+def normal(rows=40, keys=150, channels=64, heads=2, shared=1, values=None, dtype=torch.float32, batch=1):
+    """Return normal random q, k and v as models make them: heads are split off the channels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tokens, heads, width):
+        return torch.randn(batch, tokens, heads, width, generator=generator).to(dtype).transpose(1, 2)
+
+    few = heads // shared
+    return draw(rows, heads, channels), draw(keys, few, channels), draw(keys, few, values or channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_parts import normal
 from tahf4_compiler.backends.triton import attention as kernels
 from tahf4_compiler.backends.triton import run
 
@@ -14,16 +15,6 @@ reference = torch.ops.tahf4.attention
 SMALL = kernels.AttentionTile(32, 64, 4, 2)
 SAME, BORDER = 1e-5, 2e-3
 """The order of sums in float32; probabilities rounded relative to another score, since 128 keys come at once."""
-
-
-def operands(rows=40, keys=150, channels=64, heads=2, shared=1, values=None, dtype=torch.float32, batch=1):
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(tokens, heads, width):
-        return torch.randn(batch, tokens, heads, width, generator=generator).to(dtype).transpose(1, 2)
-
-    few = heads // shared
-    return draw(rows, heads, channels), draw(keys, few, channels), draw(keys, few, values or channels)
 
 
 def launched(*given, tile=SMALL, **how):
@@ -45,26 +36,26 @@ def check(got, wanted, allowed):
     [(1, 1, 64, 64, 8), (33, 63, 128, 130, 8), (40, 129, 96, 24, 4), (5, 200, 40, 64, 8), (5, 70, 256, 3, 8)],
 )
 def test_it_is_the_reference(rows, keys, channels, values, bits):
-    given = operands(rows, keys, channels, values=values)
+    given = normal(rows, keys, channels, values=values)
     check(launched(*given, bits=bits), reference(*given, bits=bits, value_bits=16), SAME)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_its_dtype(dtype):
-    given = operands(dtype=dtype, batch=2, heads=4, shared=2, rows=9)
+    given = normal(dtype=dtype, batch=2, heads=4, shared=2, rows=9)
     got = torch.ops.tahf4_triton.attention(*given, None, False, None, True, 8, 16)
     check(got, reference(*given, None, False, None, True, 8, 16), torch.finfo(dtype).eps / 2)
 
 
 def test_128_keys_at_a_time():
-    given = operands(keys=300, channels=128)
+    given = normal(keys=300, channels=128)
     tile = kernels.tile_for(False, wide=True, channels=128, capability=(9, 0))
     assert tile.keys == 128 and kernels.tile_for(False, wide=True, channels=128, capability=(8, 9)).keys == 64
     check(launched(*given, tile=tile), reference(*given, value_bits=16), BORDER)
 
 
 def test_masks_and_scales():
-    q, k, v = operands(heads=4, shared=2, batch=2, rows=5, keys=130)
+    q, k, v = normal(heads=4, shared=2, batch=2, rows=5, keys=130)
     added = torch.randn(2, 4, 5, 130, generator=torch.Generator().manual_seed(1))
     seen = added > -0.5
     seen[0, 1, 3], seen[:, 2, 4, 64:128], seen[0, 0, :, :64] = False, False, False
@@ -78,12 +69,12 @@ def test_masks_and_scales():
 
 @pytest.mark.parametrize(("rows", "keys"), [(40, 150), (150, 40)])
 def test_a_causal_attention(rows, keys):
-    given = (*operands(rows, keys, heads=1), None, True)
+    given = (*normal(rows, keys, heads=1), None, True)
     check(launched(*given), reference(*given, value_bits=16), SAME)
 
 
 def test_nan_and_infinities():
-    q, k, v = operands()
+    q, k, v = normal()
     q[0, 0, 2, 5], q[0, 1, 39, 0], k[0, 0, 149, 0], v[0, 1, 149, 7] = torch.nan, torch.inf, torch.nan, torch.nan
     mask = torch.zeros(40, 150)
     mask[8, 3], mask[9, 70], mask[10, 149], mask[11] = torch.inf, torch.nan, -torch.inf, -torch.inf
@@ -94,21 +85,21 @@ def test_nan_and_infinities():
 
 
 def test_memory_may_lie_in_any_way():
-    q, k, v = (torch.cat([x, x], -1)[..., ::2] for x in operands(batch=2, rows=9, keys=70, heads=1))
+    q, k, v = (torch.cat([x, x], -1)[..., ::2] for x in normal(batch=2, rows=9, keys=70, heads=1))
     check(launched(q, k, v), reference(q, k, v, value_bits=16), SAME)
     v = v[:, :, :1].expand(-1, -1, 70, -1).half()
     check(launched(q.half(), k.half(), v), reference(q.half(), k.half(), v, value_bits=16), 1e-3)
 
 
 def test_places_beyond_2_to_the_31():
-    q, k, v = (x.half() for x in operands(rows=3, heads=1))
+    q, k, v = (x.half() for x in normal(rows=3, heads=1))
     step = (1 << 31) // 148  # so that the last tokens lie beyond; memory that nobody touches is not there
     far = torch.empty(149 * step + 64, dtype=torch.float16).as_strided((1, 1, 150, 64), (0, 0, step, 1)).copy_(v)
     check(launched(q, k, far), reference(q, k, v, value_bits=16), 1e-3)
 
 
 def test_nothing_to_do():
-    q, k, v = operands()
+    q, k, v = normal()
     for given in ((q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0]), (q, k, v[..., :0])):
         assert torch.equal(launched(*given), reference(*given, value_bits=16))
 

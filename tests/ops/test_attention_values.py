@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from attention_parts import normal
 from helpers import relative
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -13,17 +16,8 @@ from tahf4_compiler.format import hif4, int8
 from tahf4_compiler.format.transforms import hadamard_block, transform
 
 attention = torch.ops.tahf4.attention
+operands = functools.partial(normal, rows=70, batch=2)
 BF16 = torch.finfo(torch.bfloat16).eps / 2
-
-
-def operands(rows=70, keys=150, channels=64, heads=2, shared=1, values=None, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(tokens, heads, width):
-        return torch.randn(2, tokens, heads, width, generator=generator).to(dtype).transpose(1, 2)
-
-    few = heads // shared
-    return draw(rows, heads, channels), draw(keys, few, channels), draw(keys, few, values or channels)
 
 
 def rounded(x, bits):
