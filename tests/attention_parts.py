@@ -1,4 +1,4 @@
-"""Keys and values that some ranks quantize, each its part of the tokens."""
+"""Operands of attention: random ones, and keys and values that some ranks quantize, each its part of the tokens."""
 
 from __future__ import annotations
 
