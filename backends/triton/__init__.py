@@ -24,7 +24,6 @@ from ...errors import FormatError
 from ...format import hif4, int8
 from ...format.spans import ROUNDED, alone, check_form, units_of
 from ...ops import fused
-from ...ops.attention import empty_lse, empty_result
 from ...ops.attention_codes import ATTENTIONS
 from ...ops.define import define
 from ...ops.program import DTYPES, Program
@@ -190,29 +189,15 @@ def _linear_quantize(
     return tuple(results), calls
 
 
-def _attention(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
-    from . import attention
+def _of_attention(name: str) -> Callable[..., Any]:
+    """Return a function of :mod:`.attention`, which is imported when it is needed."""
 
-    return attention.calls(query, *args, **kwargs, capability=_device_facts(query.device)[0])
+    def launched(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        from . import attention
 
+        return getattr(attention, name)(query, *args, **kwargs, capability=_device_facts(query.device)[0])
 
-def _attention_lse(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    from . import attention
-
-    lse = empty_lse(query).fill_(-math.inf)  # what no launch fills saw no key
-    if value.dim() == 4 and not value.shape[3]:  # scores have a log-sum-exp without values as well
-        _, calls = attention.calls(query, key, value.new_zeros((*value.shape[:3], 1)), *args, **kwargs, lse=lse)
-        return (empty_result(query, value), lse), calls
-    out, calls = attention.calls(query, key, value, *args, **kwargs, lse=lse)
-    return (out, lse), calls
-
-
-def _attention_of_codes(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
-    from . import attention
-
-    return attention.calls_of_codes(*args, **kwargs)
+    return launched
 
 
 def _form(bits: int, span: int) -> int:
@@ -257,9 +242,10 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "branched_quantize": _branched_quantize,
     "fused_linear": _fused_linear,
     "linear_quantize": _linear_quantize,
-    "attention": _attention,
-    "attention_lse": _attention_lse,
-    "attention_of_codes": _attention_of_codes,
+    "attention": _of_attention("calls"),
+    "attention_lse": _of_attention("calls_with_lse"),
+    "attention_of_codes": _of_attention("calls_of_codes"),
+    "attention_quantize": _of_attention("quantized_calls"),
 }
 
 

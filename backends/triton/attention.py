@@ -10,22 +10,68 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...format.hif4 import UNIT, units
-from ...format.transforms import hadamard_block
-from ...ops.attention import MOST_CHANNELS, check_attention, empty_result, values_in_16_bits
+from ...errors import FormatError
+from ...format import hif4, int8
+from ...format.hif4 import UNIT
+from ...format.spans import ROUNDED, check_form, units_of
+from ...format.transforms import hadamard_block as block_of
+from ...ops import check_transform
+from ...ops.attention import MOST_CHANNELS, check_attention, empty_lse, empty_result, values_in_16_bits
 from ...ops.attention_codes import check_codes
-from ...ops.reference import activation_bits
+from ...ops.reference import activation_bits, empty_units
 from . import expand, quantize, source
 from .call import Call
 
-__all__ = ["AttentionTile", "calls", "calls_of_codes", "tile_for"]
+__all__ = [
+    "AttentionTile",
+    "Units",
+    "calls",
+    "calls_of_codes",
+    "calls_with_lse",
+    "quantized_calls",
+    "quantizes",
+    "tile_for",
+]
 
 CHANNELS = 128
 """Of the values that a program computes."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """A result that is quantized, and how.
+
+    Attributes:
+        codes: as ``tahf4::quantize`` gives them for ``[B, L, H * Ev]``.
+        scales: likewise.
+        multiplier: as for ``tahf4::quantize``.
+        block: of a rotation, or 0.
+        bits: 4 or 8.
+        rounding: an index of ``FORM_ROUNDINGS``.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    multiplier: Tensor | None
+    block: int
+    bits: int
+    rounding: int
+
+    def arguments(self) -> dict[str, Tensor]:
+        """Return the tensors of a launch."""
+        multiplier = self.scales if self.multiplier is None else self.multiplier
+        return {"out_codes": self.codes.view(torch.int32), "out_scales": self.scales, "multiplier": multiplier}
+
+    def constants(self) -> dict[str, Any]:
+        """Return the constants of a launch."""
+        levels, factor = (self.block.bit_length() - 1, self.block**-0.5) if self.block else (0, 1.0)
+        found = {"BITS": self.bits, "LEVELS": levels, "FACTOR": factor, "ROUNDING": self.rounding}
+        return {**found, "MULTIPLIER": self.multiplier is not None}
 
 
 @dataclass(frozen=True)
@@ -67,6 +113,12 @@ def tile_for(
     return AttentionTile(128, 128 if many else 64, 8, 2)
 
 
+def quantizes(channels: int, block: int) -> bool:
+    """Whether the last launch can quantize a result whose heads have so many channels, with such a rotation."""
+    columns = _columns(channels)
+    return channels % columns == 0 and columns % UNIT == 0 and block <= columns
+
+
 def calls(
     query: Tensor,
     key: Tensor,
@@ -79,6 +131,7 @@ def calls(
     value_bits: int = 8,
     *,
     lse: Tensor | None = None,
+    units: Units | None = None,
     tile: AttentionTile | None = None,
     capability: tuple[int, int] | None = None,
     exact: bool = False,
@@ -96,6 +149,7 @@ def calls(
         bits: likewise.
         value_bits: likewise.
         lse: float32 ``[B, H, L]``, which the last launch fills with the log-sum-exp, or None.
+        units: what the last launch fills in place of the result, or None; see :func:`quantizes`.
         tile: in place of the default.
         capability: of the device, see :func:`tile_for`.
         exact: whether to round as the reference does, for its bits; slower. With values in 16 bits it changes nothing.
@@ -104,15 +158,80 @@ def calls(
     out = empty_result(query, value)
     if out.numel() == 0:
         return out, []
-    block, span = hadamard_block(query.shape[3], MOST_CHANNELS), 0 if value_bits == 16 else 1
+    block, span = block_of(query.shape[3], MOST_CHANNELS), 0 if value_bits == 16 else 1
     if value_bits == 16 and scale is not None and scale < 0:  # the kernel takes factors that are not
         query, scale = -query, -scale
     q, before = _rows(query, block, bits, span)
     k, of_keys = _rows(key, block, bits, span)
     v, of_values = _values(value) if value_bits == 8 else ((values_in_16_bits(value), None, None), [])
     heads, keys = key.shape[1:3]
-    last = _attend(query, q, k, v, out, heads, keys, attn_mask, is_causal, scale, lse, tile, exact, capability)
+    last = _attend(query, q, k, v, out, heads, keys, attn_mask, is_causal, scale, lse, tile, exact, capability, units)
     return out, [*before, *of_keys, *of_values, last]
+
+
+def calls_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return the results of ``tahf4::attention_lse``, and the launches that fill them; see :func:`calls`."""
+    lse = empty_lse(query).fill_(-math.inf)  # what no launch fills saw no key
+    if value.dim() == 4 and not value.shape[3]:  # scores have a log-sum-exp without values as well
+        _, found = calls(query, key, value.new_zeros((*value.shape[:3], 1)), *args, **kwargs, lse=lse)
+        return (empty_result(query, value), lse), found
+    out, found = calls(query, key, value, *args, **kwargs, lse=lse)
+    return (out, lse), found
+
+
+def quantized_calls(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    bits: int,
+    value_bits: int,
+    multiplier: Tensor | None,
+    hadamard_block: int,
+    result_bits: int = 4,
+    span: int = 1,
+    **how: Any,
+) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return the results of ``tahf4::attention_quantize``, empty, and the launches that fill them.
+
+    Args:
+        query: and the following as for ``tahf4::attention_quantize``.
+        key: likewise.
+        value: likewise.
+        attn_mask: likewise.
+        is_causal: likewise.
+        scale: likewise.
+        enable_gqa: likewise.
+        bits: likewise.
+        value_bits: likewise.
+        multiplier: likewise.
+        hadamard_block: likewise.
+        result_bits: likewise.
+        span: likewise.
+        how: as for :func:`calls`.
+
+    Raises:
+        FormatError: as ``tahf4::attention_quantize``; no launch can quantize such a result.
+    """
+    int8.check_bits(result_bits, quantized=True)
+    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, value_bits)
+    width, form = query.shape[1] * value.shape[3], check_form(span) if result_bits == 4 else 1
+    check_transform(width, multiplier, hadamard_block)
+    if not quantizes(value.shape[3], hadamard_block) or units_of(form) != 1:
+        raise FormatError(
+            f"heads of {value.shape[3]} channels, a rotation of {hadamard_block} and the form {form}; expected 64 "
+            f"channels or a multiple of {CHANNELS}, a rotation within these, and a scale for each unit"
+        )
+    codes, scales = empty_units(query, (query.shape[0], query.shape[2], width), result_bits)
+    held = multiplier.contiguous() if multiplier is not None else None
+    units = Units(codes, scales, held, hadamard_block, result_bits, form // ROUNDED)
+    given = (query, key, value, attn_mask, is_causal, scale, enable_gqa, bits, value_bits)
+    return (codes, scales), calls(*given, units=units, **how)[1]
 
 
 def calls_of_codes(
@@ -124,6 +243,7 @@ def calls_of_codes(
     scale: float | None = None,
     *,
     tile: AttentionTile | None = None,
+    capability: tuple[int, int] | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, list[Call]]:
     """Return the result of ``tahf4::attention_of_codes``, empty, and the launches that fill it.
@@ -136,19 +256,20 @@ def calls_of_codes(
         value_scales: likewise.
         scale: likewise.
         tile: in place of the default.
+        capability: of the device, see :func:`tile_for`.
         exact: whether to round as the reference does, for its bits; slower.
     """
     check_codes(query, key_codes, value_codes, key_scales, value_scales)
     out, keys, bits = empty_result(query, value_codes), key_codes.shape[2], activation_bits(key_codes)
     if out.numel() == 0:
         return out, []
-    q, before = _rows(query, hadamard_block(query.shape[3], MOST_CHANNELS), bits)
+    q, before = _rows(query, block_of(query.shape[3], MOST_CHANNELS), bits)
     k, of_keys = _bytes(key_codes.contiguous(), key_scales.contiguous())
     # As quantize_values writes them.
     filled = torch.nn.functional.pad(value_codes, (0, 0, 0, -keys % UNIT))
     v = filled.unflatten(2, (-1, UNIT)).transpose(-1, -2).contiguous()
     v_units = v, value_scales.contiguous(), v.sum(-1, dtype=torch.int32) * 128 + 0x4B400000
-    last = _attend(query, q, k, v_units, out, query.shape[1], keys, None, False, scale, None, tile, exact)
+    last = _attend(query, q, k, v_units, out, query.shape[1], keys, None, False, scale, None, tile, exact, capability)
     return out, [*before, *of_keys, last]
 
 
@@ -167,6 +288,7 @@ def _attend(
     tile: AttentionTile | None,
     exact: bool,
     capability: tuple[int, int] | None = None,
+    units: Units | None = None,
 ) -> Call:
     """Return the launch that goes through all keys; ``v_units``: values in 16 bits have no scales."""
     batch, heads, rows, width = query.shape
@@ -175,7 +297,7 @@ def _attend(
     mask, kind, steps = _mask(attn_mask, (batch, heads, rows, keys))
     wide = v_scales is None
     tile = tile or tile_for(is_causal, mask is not None, wide, width, capability)
-    columns = max(16, min(CHANNELS, 1 << (channels - 1).bit_length()))
+    columns = _columns(channels)
     arguments = {
         "q": q, "q_scales": q_scales, "k": k, "k_scales": k_scales,
         "v": v, "v_scales": v if v_scales is None else v_scales, "v_starts": v if v_starts is None else v_starts,
@@ -186,16 +308,22 @@ def _attend(
         **dict(zip(("v_batch", "v_head", "v_key", "v_channel"), v.stride() if wide else (0,) * 4, strict=True)),
         **dict(zip(("mask_batch", "mask_head", "mask_row", "mask_column"), steps, strict=True)),
         **dict(zip(("out_batch", "out_head", "out_row", "out_column"), out.stride(), strict=True)),
+        **(dict.fromkeys(("out_codes", "out_scales", "multiplier"), out) if units is None else units.arguments()),
     }  # fmt: skip
+    after = {"BITS": 0, "LEVELS": 0, "FACTOR": 1.0, "ROUNDING": 0, "MULTIPLIER": False}
     constants = {
-        "BM": tile.rows, "N": tile.keys, "C": columns, "UNITS": units(width), "MASK": kind,
+        "BM": tile.rows, "N": tile.keys, "C": columns, "UNITS": hif4.units(width), "MASK": kind,
         "BOOLEAN": mask is not None and mask.dtype == torch.uint8,
         "CAUSAL": is_causal, "LSE": lse is not None, "BYTES": not wide,
-        "EXACT": exact, "STAGES": tile.stages,
+        "EXACT": exact, "STAGES": tile.stages, **(after if units is None else units.constants()),
     }  # fmt: skip
     grid = (-(-rows // tile.rows) * batch * heads, -(-channels // columns))
-    sizes = (tile.warps, tile.stages, exact)
-    return Call(text(), "attend", grid, arguments, constants, *sizes)
+    return Call(text(), "attend", grid, arguments, constants, tile.warps, tile.stages, exact=True)
+
+
+def _columns(channels: int) -> int:
+    """Return how many channels of the values a program computes."""
+    return max(16, min(CHANNELS, 1 << (channels - 1).bit_length()))
 
 
 @functools.cache

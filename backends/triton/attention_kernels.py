@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .functions import int8_scale, whole
+from .functions import hadamard_tile, int8_scale, to_hif4_tile, to_int8_tile, whole
 
 
 @triton.jit
@@ -47,6 +47,16 @@ def power_of_2(x, EXACT: tl.constexpr):
     else:
         result = tl.exp2(x)
     return result
+
+
+@triton.jit
+def added_product(a, b, c, EXACT: tl.constexpr):
+    """Return a * b + c, rounded once, or twice as the reference does."""
+    if EXACT:
+        found = a * b + c
+    else:
+        found = tl.fma(a, b, c)
+    return found
 
 
 @triton.jit
@@ -99,7 +109,7 @@ def added_mask(mask, at, inside, BOOLEAN: tl.constexpr):
 def tile_scores(
     tile, q_parts, q_factors, k, k_scales, mask, mask_at, column_step, row, rows, key_head, keys,
     BM: tl.constexpr, N: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr, BOOLEAN: tl.constexpr,
-    CAUSAL: tl.constexpr, BORDER: tl.constexpr, JOINT: tl.constexpr, FOLDED: tl.constexpr,
+    CAUSAL: tl.constexpr, BORDER: tl.constexpr, JOINT: tl.constexpr, FOLDED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Return the scores of N keys, and where the keys lie, counted from the first of them.
 
@@ -120,11 +130,11 @@ def tile_scores(
             sums = tl.dot(q_parts[unit], codes, sums, out_dtype=tl.int32)
         else:
             dot = dots(q_parts[unit], codes, tl.full((BM, N), 0x4B400000, tl.int32))
-            part = dot * tl.load(k_scales + first + place * UNITS + unit)[None, :] * q_factors[unit][:, None]
+            part = dot * tl.load(k_scales + first + place * UNITS + unit)[None, :]
             if unit == 0:
-                scores = part
+                scores = part * q_factors[unit][:, None]
             else:
-                scores = scores + part
+                scores = added_product(part, tl.broadcast_to(q_factors[unit][:, None], (BM, N)), scores, EXACT)
     if JOINT:
         scores = sums.to(tl.float32, bitcast=True) - 12582912.0
         scores = scores * tl.load(k_scales + first + place * UNITS)[None, :]
@@ -159,7 +169,7 @@ def with_bytes(
     if EXACT:
         rounded = tl.minimum(power_of_2(scores + 7.994353436858858, True), 255.0) + 12582784.0
     else:
-        rounded = power_of_2(scores, False) * 255.0 + 12582784.0
+        rounded = tl.fma(power_of_2(scores, False), 255.0, 12582784.0)
     codes = rounded.to(tl.int32, bitcast=True) - 0x4B3FFF80  # 12582784 is 1.5 * 2**23 - 128: its lowest byte is signed
     tile_total = tl.sum(codes, axis=1).to(tl.float32)
     new_most = larger(most, tile_most)
@@ -170,7 +180,7 @@ def with_bytes(
     values = tl.load(v + first * 64 + (near * 64)[None, :] + lane[:, None])
     start = tl.broadcast_to(tl.load(v_starts + first + near)[None, :], (BM, C))
     found = dots(weights, values, start) * tl.load(v_scales + first + near)[None, :] * now[:, None]
-    found = sums * before[:, None] + found
+    found = added_product(sums, tl.broadcast_to(before[:, None], (BM, C)), found, EXACT)
     if SELECT:  # a value that is NaN does not reach rows that see none of these keys
         found = tl.where(seen[:, None], found, sums)
     return tl.where(seen, new_most, most), total * before + tile_total * now, found
@@ -188,9 +198,11 @@ def with_values(
         tile_most = tile_most * q_factor
     new_most = larger(most, tile_most)
     base = tl.where(new_most == float("-inf"), 0.0, new_most)
+    base_of_rows = tl.broadcast_to(base[:, None], scores.shape)
     if FOLDED:
-        scores = scores * q_factor[:, None]
-    weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(tl.fma(scores, tl.broadcast_to(q_factor[:, None], scores.shape), -base_of_rows))
+    else:
+        weights = tl.exp2(scores - base_of_rows)
     before = tl.exp2(most - base)
     at = v + place[:, None] * v_key + (channel * v_channel)[None, :]
     values = tl.load(at, mask=(channel < channels)[None, :], other=0.0)  # clamped channels would not be read at once
@@ -211,7 +223,7 @@ def attend_tile(
     FOLDED: tl.constexpr = not (BYTES or BORDER or MASK > 0)
     scores, place = tile_scores(
         tile, q_parts, q_factors, k, k_scales, mask, mask_at, column_step, row, rows, key_head, keys,
-        BM, N, UNITS, MASK, BOOLEAN, CAUSAL, BORDER, not BYTES, FOLDED,
+        BM, N, UNITS, MASK, BOOLEAN, CAUSAL, BORDER, not BYTES, FOLDED, EXACT,
     )  # fmt: skip
     if BYTES:
         near = tl.minimum(channel, channels - 1)
@@ -228,18 +240,43 @@ def attend_tile(
 
 
 @triton.jit
+def store_units(
+    x, codes, scales, multiplier, head, heads, row, rows, channels,
+    BM: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr,
+    ROUNDING: tl.constexpr, MULTIPLIER: tl.constexpr,
+):  # fmt: skip
+    """Rotate and quantize channels of a head, which are whole units of a row of all heads."""
+    first = head % heads * channels + tl.program_id(1) * C
+    if MULTIPLIER:
+        x = x * tl.load(multiplier + first + tl.arange(0, C))[None, :]
+    if LEVELS > 0:
+        x = hadamard_tile(x, BM, C, LEVELS, FACTOR)
+    if BITS == 4:
+        words, found = to_hif4_tile(x, BM, C, ROUNDING)
+    else:
+        words, found = to_int8_tile(x, BM, C)
+    units = heads * channels // 64
+    place = (head // heads * rows + row)[:, None] * units + first // 64
+    row_mask = (row < rows)[:, None]
+    tl.store(scales + place + tl.arange(0, C // 64)[None, :], found, mask=row_mask)
+    WORDS: tl.constexpr = 2 * BITS  # of a unit
+    tl.store(codes + place * WORDS + tl.arange(0, C // 64 * WORDS)[None, :], words, mask=row_mask)
+
+
+@triton.jit
 def attend(
     q, q_scales, k, k_scales, v, v_scales, v_starts, mask, out, lse, factor, heads, shared, rows, keys, channels,
     v_batch, v_head, v_key, v_channel, mask_batch, mask_head, mask_row, mask_column,
-    out_batch, out_head, out_row, out_column,
+    out_batch, out_head, out_row, out_column, out_codes, out_scales, multiplier,
     BM: tl.constexpr, N: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
     BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, BYTES: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr, ROUNDING: tl.constexpr,
+    MULTIPLIER: tl.constexpr,
 ):  # fmt: skip
     """Compute BM rows and C channels of the result from all keys, and with LSE the log-sum-exp of the rows.
 
     BYTES: values are codes, as quantize_values writes them; without, they have 16 bits, and the units of q and of k
-    have one scale.
+    have one scale. BITS: the result is not written as it is, but quantized to so many bits; 0 for neither.
     """
     blocks = tl.cdiv(rows, BM)
     head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -282,9 +319,15 @@ def attend(
         )  # fmt: skip
     result = tl.div_rn(sums, tl.broadcast_to(total[:, None], (BM, C)))
     result = tl.where(total[:, None] == 0.0, 0.0, result).to(out.dtype.element_ty)
-    at = out + head // heads * out_batch + head % heads * out_head
-    at += row[:, None].to(tl.int64) * out_row + channel[None, :].to(tl.int64) * out_column
-    tl.store(at, result, mask=(row < rows)[:, None] & (channel < channels)[None, :])
+    if BITS > 0:
+        store_units(
+            result.to(tl.float32), out_codes, out_scales, multiplier, head, heads, row, rows, channels,
+            BM, C, BITS, LEVELS, FACTOR, ROUNDING, MULTIPLIER,
+        )  # fmt: skip
+    else:
+        at = out + head // heads * out_batch + head % heads * out_head
+        at += row[:, None].to(tl.int64) * out_row + channel[None, :].to(tl.int64) * out_column
+        tl.store(at, result, mask=(row < rows)[:, None] & (channel < channels)[None, :])
     if LSE:
         # The largest probability is 255. log2(0) and the largest of no scores are minus infinity.
         found = (most + tl.log2(total * 0.00392156862745098)) * 0.6931471805599453

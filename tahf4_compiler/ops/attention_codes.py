@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..format import hif4, int8
 from ..format.transforms import hadamard_block
+from . import attention_quantize  # noqa: F401  (it defines an operator)
 from .attention import MOST_CHANNELS, as_bytes, attend_units, empty_result
 from .define import operator
 from .reference import activation_bits
@@ -57,6 +58,7 @@ ATTENTIONS = (
     torch.ops.tahf4.attention.default,
     torch.ops.tahf4.attention_lse.default,
     torch.ops.tahf4.attention_of_codes.default,
+    torch.ops.tahf4.attention_quantize.default,
 )
 """The operators that compute attention."""
 
