@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -62,9 +62,11 @@ class Attention(Pass):
         if found and context.options.attention not in BITS:
             context.note(f"{len(found)} in high precision: not asked for, options={{'attention': 'int8'}}")
             return PassResult(graph_module, False)
+        root = context.surroundings.root
+        modules = dict(root.named_modules(remove_duplicate=False)) if root is not None and found else {}
         for node in found:
             given = _arguments(node)
-            reason = _chosen_by_diffusers(node, context)
+            reason = _chosen_by_diffusers(node, modules)
             reason = self._said(node, context) if reason is None else reason
             reason = self._obstacle(node, given) if reason is None else reason
             kind, why = _kind(node, context)
@@ -164,11 +166,11 @@ def _in_high_precision(linear: Decision) -> bool:
     return linear.decision == "high_precision" or (linear.cause is Cause.STEP and linear.activation_bits == 16)
 
 
-def _chosen_by_diffusers(node: fx.Node, context: Context) -> Reason | None:
+def _chosen_by_diffusers(node: fx.Node, modules: Mapping[str, nn.Module]) -> Reason | None:
     """Return whether a user chose how an attention runs: for it, for all of a model, or by a context manager."""
     registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
     active = getattr(registry, "_active_backend", None)
-    for module in _around(node, context.surroundings.root):
+    for module in _around(node, modules):
         processor = getattr(module, "processor", None)
         name, how = getattr(processor, "_attention_backend", None), "set_attention_backend"
         if name is None and hasattr(processor, "_attention_backend") and active not in (None, "native"):
@@ -178,9 +180,8 @@ def _chosen_by_diffusers(node: fx.Node, context: Context) -> Reason | None:
     return None
 
 
-def _around(node: fx.Node, root: nn.Module | None) -> Iterable[nn.Module]:
+def _around(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
     """Return the innermost module around a node that diffusers gave a processor, or all where that is not known."""
-    modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
     for path in reversed(module_classes(node)):
         if hasattr(getattr(modules.get(path), "processor", None), "_attention_backend"):
             return [modules[path]]
