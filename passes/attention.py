@@ -15,7 +15,8 @@ from ..graph.nodes import module_classes, size_hint
 from ..model.attachments import Attachment, attached_attention
 from ..model.linears import module_around
 from ..model.reasons import Cause, Reason
-from ..ops import check_attention
+from ..ops import activation_bits, check_attention
+from ..ops.attention_codes import ATTENTIONS
 from ..ops.registry import dispatch
 from ..pipeline.activations import call
 from ..pipeline.base import Pass, PassResult
@@ -45,7 +46,8 @@ class Attention(Pass):
     recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. So it does
     where they are in another graph, as behind hooks, since nothing tells what was decided about them, and where a
     recipe measured its error and found it too large. Where only that with HiF4 is too large, it runs in int8.
-    The report has a line for each attention.
+    The report has a line for each attention, also for those that the model calls in 8 bits or HiF4 by itself, as with
+    ``set_attention_backend("tahf4")`` of diffusers.
 
     Attributes:
         min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
@@ -58,12 +60,17 @@ class Attention(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
         graph, modified = graph_module.graph, False
+        root = context.surroundings.root
+        modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
+        for node in graph.nodes:
+            if node.target in ATTENTIONS:
+                given, chosen = _arguments(node), _chosen_by_diffusers(node, modules)
+                why = chosen or "kept: the model calls it"
+                context.note(f"{_words(node, given)}: {_kind_of_operator(given)}, {why}")
         found = list(graph.find_nodes(op="call_function", target=SDPA))
         if found and context.options.attention not in BITS:
             context.note(f"{len(found)} in high precision: not asked for, options={{'attention': 'int8'}}")
             return PassResult(graph_module, False)
-        root = context.surroundings.root
-        modules = dict(root.named_modules(remove_duplicate=False)) if root is not None and found else {}
         for node in found:
             given = _arguments(node)
             reason = _chosen_by_diffusers(node, modules)
@@ -188,9 +195,16 @@ def _around(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterable[nn.Modu
     return modules.values()
 
 
+def _kind_of_operator(given: dict[str, Any]) -> str:
+    """Return the value of the option ``attention`` that has the queries and keys of an operator of tahf4."""
+    bits = given["bits"] if "bits" in given else activation_bits(given["key_codes"].meta["val"])
+    return next(kind for kind, wanted in BITS.items() if wanted == bits)
+
+
 def _words(node: fx.Node, given: dict[str, Any]) -> str:
     """Name an attention, as a recipe does, and its sizes."""
     path = module_around([d.module for d in linears_around(node)]) or next(reversed(module_classes(node)), node.name)
-    q, k = ([size_hint(size) for size in given[name].meta["val"].shape] for name in ("query", "key"))
+    key = given["key" if "key" in given else "key_codes"]
+    q, k = ([size_hint(size) for size in operand.meta["val"].shape] for operand in (given["query"], key))
     heads = f", {q[-3]} heads of {q[-1]}" if len(q) > 2 else ""
     return f"{path} ({q[-2]} x {k[-2]} tokens{heads})"

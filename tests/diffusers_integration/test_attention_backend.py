@@ -68,6 +68,8 @@ def test_a_model_takes_it_and_a_graph_runs_its_kernel(monkeypatch):
     model.requires_grad_(False).set_attention_backend("tahf4")
     low = tahf4.lower(tahf4.capture(model, (), inputs))
     assert "tahf4.attention -> cpu" in low.report() and "scaled_dot_product" not in str(low.graph_module.graph)
+    said = "2 heads of 64): int8, kept: set_attention_backend('tahf4')"
+    assert [said in note for note in low.notes["attention"]] == [True, True]
 
 
 def test_ring_takes_no_mask_and_nobody_a_derivative():

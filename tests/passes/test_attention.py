@@ -142,6 +142,24 @@ def test_without_a_kernel_it_stays():
     assert ran.notes[0].endswith("high precision, kernel: there is none for cpu here")
 
 
+@pytest.mark.parametrize("options", [{}, HIF4])
+def test_what_a_model_calls_in_8_bits_or_hif4_itself_has_a_line_too(options):
+    codes = """
+        q: f32[2, 3, 130, 64]
+        k: i8[2, 3, 150, 64]
+        v: i8[2, 3, 150, 64]
+        s: f32[2, 3, 150, 1]
+        t: f32[2, 3, 3, 64]
+        y = tahf4.attention_of_codes(q, k, v, s, t)
+        return y
+        """
+    ran = assert_pass(codes, Attention(), run=False, **options)
+    assert ran.notes == ["y (130 x 150 tokens, 3 heads of 64): int8, kept: the model calls it"]
+    line = "tahf4.attention(q, k, v, None, False, None, False, 4)"
+    ran = assert_pass(text(line), Attention(), run=False, **options)
+    assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): hif4, kept: the model calls it"]
+
+
 def test_sizes_may_be_dynamic():
     given = "q: f32[2, 3, n, 64]\nk: f32[2, 3, n, 64]\nv: f32[2, 3, n, 64]\ny = {}\nreturn y"
     after = "tahf4.attention(q, k, v, None, False, None, False, 8)"
