@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +24,15 @@ from ..pipeline.context import Context, Decision, decisions_of
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 EIGHT_BITS = torch.ops.tahf4.attention.default
+SOFTMAX = torch.ops.aten.softmax.int
+_PRODUCTS = (
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.einsum.default,
+)
+# Pointwise like those that PyTorch marks so.
+_POINTWISE = (torch.ops.aten.dropout, torch.ops.aten.where, torch.ops.aten.type_as, torch.ops.aten._to_copy)
 BITS = {"int8": 8, "hif4": 4}
 """Of queries and keys, by the value of the option ``attention``."""
 
@@ -47,7 +56,7 @@ class Attention(Pass):
     where they are in another graph, as behind hooks, since nothing tells what was decided about them, and where a
     recipe measured its error and found it too large. Where only that with HiF4 is too large, it runs in int8.
     The report has a line for each attention, also for those that the model calls in 8 bits or HiF4 by itself, as with
-    ``set_attention_backend("tahf4")`` of diffusers.
+    ``set_attention_backend("tahf4")`` of diffusers, and for those of products and a softmax, which stay.
 
     Attributes:
         min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
@@ -91,6 +100,9 @@ class Attention(Pass):
                     modified = True
             what = f"{kind}{why}" if reason is None else f"high precision, {reason or 'as its recipe says'}"
             context.note(f"{_words(node, given)}: {what}")
+        for node in _by_hand(graph) if context.options.attention in BITS else ():
+            why = "written by hand: products and a softmax, no scaled_dot_product_attention"
+            context.note(f"{_path(node)}: high precision, {why}")
         return PassResult(graph_module, modified)
 
     def _put(self, node: fx.Node, new: fx.Node, context: Context) -> None:
@@ -201,10 +213,45 @@ def _kind_of_operator(given: dict[str, Any]) -> str:
     return next(kind for kind, wanted in BITS.items() if wanted == bits)
 
 
+def _by_hand(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield each softmax over the last axis that stands, but for pointwise operators and views, between products."""
+    for node in graph.find_nodes(op="call_function", target=SOFTMAX):
+        scores, axis = node.args[:2]
+        from_one = _meets_product([scores], lambda n: n.all_input_nodes)
+        to_one = _meets_product(node.users, lambda n: n.users)
+        if axis in (-1, node.meta["val"].dim() - 1) and from_one and to_one:
+            yield node
+
+
+def _meets_product(nodes: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
+    """Return whether a product is among some nodes, or among those that follow behind pointwise ones and views."""
+    pending, seen = list(nodes), set()
+    while pending:
+        node = pending.pop()
+        if node.target in _PRODUCTS:
+            return True
+        if node not in seen and _keeps_places(node.target):
+            seen.add(node)
+            pending += following(node)
+    return False
+
+
+def _keeps_places(target: Any) -> bool:
+    """Return whether an operator is pointwise, a view or in place."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    known = torch.Tag.pointwise in target.tags or target.overloadpacket in _POINTWISE
+    return known or any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _path(node: fx.Node) -> str:
+    """Return the module that a recipe calls an attention by."""
+    return module_around([d.module for d in linears_around(node)]) or next(reversed(module_classes(node)), node.name)
+
+
 def _words(node: fx.Node, given: dict[str, Any]) -> str:
     """Name an attention, as a recipe does, and its sizes."""
-    path = module_around([d.module for d in linears_around(node)]) or next(reversed(module_classes(node)), node.name)
     key = given["key" if "key" in given else "key_codes"]
     q, k = ([size_hint(size) for size in operand.meta["val"].shape] for operand in (given["query"], key))
     heads = f", {q[-3]} heads of {q[-1]}" if len(q) > 2 else ""
-    return f"{path} ({q[-2]} x {k[-2]} tokens{heads})"
+    return f"{_path(node)} ({q[-2]} x {k[-2]} tokens{heads})"
