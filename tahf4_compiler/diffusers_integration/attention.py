@@ -92,7 +92,14 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bi
     """
     from ..torch_private.collectives import largest_of_ranks  # there are builds of PyTorch without torch.distributed
 
+    if query.shape[2] != key.shape[2]:
+        raise OptionError(
+            f"attention in ring got {query.shape[2]} heads of queries and {key.shape[2]} of keys and values; expected "
+            "as many: repeat the heads of keys and values (repeat_interleave), or call the model without ring_degree"
+        )
     group, ranks = config._ring_mesh.get_group(), config.ring_degree
+    if not torch.compiler.is_compiling():  # what is found could not raise in a graph
+        _check_even(key, group)
     first, all_tokens = config._ring_local_rank * key.shape[1], ranks * key.shape[1]
     # A scale of values is for 64 tokens, which several ranks may have.
     most = largest_of_ranks(value_maxima(value, first, units(all_tokens)), group)
@@ -101,6 +108,19 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bi
     k_codes, v_codes, k_scales = _all_gathered((k_codes, v_codes, k_scales), ranks, group)
     operands = (x.transpose(1, 2) for x in (query, k_codes, v_codes, k_scales, v_scales))
     return torch.ops.tahf4.attention_of_codes(*operands, scale).transpose(1, 2)
+
+
+def _check_even(key: Tensor, group: Any) -> None:
+    """Raise :class:`OptionError` on every rank unless all of them have as many tokens."""
+    from ..torch_private.collectives import largest_of_ranks
+
+    tokens = key.shape[1]
+    most, least = largest_of_ranks(torch.tensor([tokens, -tokens], device=key.device), group).tolist()
+    if most != -least:
+        raise OptionError(
+            f"attention in ring got {tokens} tokens on this rank, and {-least} to {most} on all; expected as many on "
+            "each: pad the tokens to a multiple of the ranks, or give ContextParallelConfig ring_anything=True"
+        )
 
 
 def _all_gathered(parts: Sequence[Tensor], ranks: int, group: Any) -> list[Tensor]:

@@ -13,6 +13,7 @@ from models import wan
 import tahf4_compiler as tahf4
 from tahf4_compiler.diffusers_integration import attention as backend
 from tahf4_compiler.errors import FormatError, GradientError, OptionError
+from tahf4_compiler.torch_private import collectives
 
 
 def operands():
@@ -78,6 +79,23 @@ def test_ring_takes_no_mask_and_nobody_a_derivative():
         backend._attention(*operands(), torch.ones(20, 70), _parallel_config=config, bits=8)
     with pytest.raises(GradientError, match="no_grad"):
         backend._backward(None, torch.ones(1))
+
+
+def test_ring_takes_no_shared_heads():
+    config = SimpleNamespace(ring_degree=2, ulysses_degree=1, ring_anything=False)
+    parallel = SimpleNamespace(context_parallel_config=config)
+    query, key, value = operands()
+    given = (query, key[:, :, :1], value[:, :, :1])
+    with pytest.raises(OptionError, match="2 heads of queries and 1 of keys and values; expected as many: repeat"):
+        backend._attention(*given, enable_gqa=True, _parallel_config=parallel, bits=8)
+
+
+def test_ring_takes_no_other_number_of_tokens_on_another_rank(monkeypatch):
+    monkeypatch.setattr(collectives, "largest_of_ranks", lambda part, group: torch.tensor([75, -70]))
+    with pytest.raises(OptionError, match="70 tokens on this rank, and 70 to 75 on all; expected as many on each: pad"):
+        backend._check_even(operands()[1], None)
+    monkeypatch.setattr(collectives, "largest_of_ranks", lambda part, group: part)
+    backend._check_even(operands()[1], None)
 
 
 def test_dropout_is_refused_and_autocast_leaves_float64():
