@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 def register() -> None:
     """Let ``model.set_attention_backend("tahf4")`` run every attention of a model in 8 bits.
 
-    With ``"tahf4_hif4"`` its queries and keys are in HiF4.
+    With ``"tahf4_hif4"`` its queries and keys are in HiF4. The environment variable ``DIFFUSERS_ATTN_BACKEND`` of
+    diffusers may name them, too.
     """
     if missing := [name for name in _NEEDED if not hasattr(dispatch, name)]:
         log.info("diffusers has no %s, so that it gets no attention backend of tahf4", missing[0])
@@ -44,6 +46,8 @@ def register() -> None:
         names._member_map_[member._name_] = names._value2member_map_[name] = member
         taken = dispatch._AttentionBackendRegistry.register(member, supports_context_parallel=True)
         taken(functools.partial(_attention, bits=bits))
+    if (first := os.environ.get("DIFFUSERS_ATTN_BACKEND", "")).startswith("tahf4"):
+        dispatch._AttentionBackendRegistry.set_active_backend(names(first))
 
 
 def _attention(
@@ -115,7 +119,8 @@ def _check_even(key: Tensor, group: Any) -> None:
     from ..torch_private.collectives import largest_of_ranks
 
     tokens = key.shape[1]
-    most, least = largest_of_ranks(torch.tensor([tokens, -tokens], device=key.device), group).tolist()
+    both = torch.tensor([tokens, -tokens], dtype=torch.int64, device=key.device)
+    most, least = largest_of_ranks(both, group).tolist()
     if most != -least:
         raise OptionError(
             f"attention in ring got {tokens} tokens on this rank, and {-least} to {most} on all; expected as many on "

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.models import attention_dispatch as dispatch
+from diffusers.utils import constants
 from models import wan
 
 import tahf4_compiler as tahf4
@@ -60,6 +65,33 @@ def test_ring_exchanges_what_is_quantized_where_nobody_needs_more(changes, monke
     parallel = SimpleNamespace(context_parallel_config=config)
     found = backend._attention(*operands(), _parallel_config=parallel, bits=8, **given)
     assert found == ("by diffusers" if changes else "quantized")
+
+
+@pytest.mark.parametrize("name", ["tahf4", "tahf4_hif4", "native"])
+def test_the_environment_may_name_it_although_diffusers_looks_first(name, monkeypatch):
+    registry = dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", dispatch.AttentionBackendName("native"))
+    monkeypatch.setattr(constants, "DIFFUSERS_ATTN_BACKEND", name)
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", name)
+    tahf4._before_attention()
+    assert constants.DIFFUSERS_ATTN_BACKEND == "native"
+    backend.register()
+    assert registry._active_backend.value == name
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "tahf4_hif5")
+    with pytest.raises(ValueError, match="'tahf4_hif5' is not a valid AttentionBackendName"):
+        backend.register()
+
+
+@pytest.mark.slow
+def test_a_process_may_be_told_by_its_environment():
+    code = """
+        import tahf4_compiler
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+        print(_AttentionBackendRegistry._active_backend.value)
+    """
+    command, environment = [sys.executable, "-c", textwrap.dedent(code)], {"DIFFUSERS_ATTN_BACKEND": "tahf4"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    assert ran.stdout.splitlines()[-1] == "tahf4"
 
 
 def test_a_model_takes_it_and_a_graph_runs_its_kernel(monkeypatch):
