@@ -216,10 +216,9 @@ def _kind_of_operator(given: dict[str, Any]) -> str:
 def _by_hand(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield each softmax over the last axis that stands, but for pointwise operators and views, between products."""
     for node in graph.find_nodes(op="call_function", target=SOFTMAX):
-        scores, axis = node.args[:2]
-        from_one = _meets_product([scores], lambda n: n.all_input_nodes)
+        from_one = _meets_product(node.all_input_nodes, lambda n: n.all_input_nodes)
         to_one = _meets_product(node.users, lambda n: n.users)
-        if axis in (-1, node.meta["val"].dim() - 1) and from_one and to_one:
+        if _arguments(node)["dim"] in (-1, node.meta["val"].dim() - 1) and from_one and to_one:
             yield node
 
 
