@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +15,8 @@ from ..graph.nodes import module_classes, size_hint
 from ..model.attachments import Attachment, attached_attention
 from ..model.linears import module_around
 from ..model.reasons import Cause, Reason
-from ..ops import check_attention
+from ..ops import activation_bits, check_attention
+from ..ops.attention_codes import ATTENTIONS
 from ..ops.registry import dispatch
 from ..pipeline.activations import call
 from ..pipeline.base import Pass, PassResult
@@ -23,6 +24,15 @@ from ..pipeline.context import Context, Decision, decisions_of
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 EIGHT_BITS = torch.ops.tahf4.attention.default
+SOFTMAX = torch.ops.aten.softmax.int
+_PRODUCTS = (
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.einsum.default,
+)
+# Pointwise like those that PyTorch marks so.
+_POINTWISE = (torch.ops.aten.dropout, torch.ops.aten.where, torch.ops.aten.type_as, torch.ops.aten._to_copy)
 BITS = {"int8": 8, "hif4": 4}
 """Of queries and keys, by the value of the option ``attention``."""
 
@@ -48,7 +58,8 @@ class Attention(Pass):
     recipe protects them or the denoising step at hand runs in high precision, it stays, for their reason. So it does
     where they are in another graph, as behind hooks, since nothing tells what was decided about them, and where a
     recipe measured its error and found it too large. Where only that with HiF4 is too large, it runs in int8.
-    The report has a line for each attention.
+    The report has a line for each attention, also for those that the model calls in 8 bits or HiF4 by itself, as with
+    ``set_attention_backend("tahf4")`` of diffusers, and for those of products and a softmax, which stay.
 
     Attributes:
         min_tokens: with fewer queries, or fewer keys, it stays: rounding costs more time there than 8 bits gain.
@@ -63,13 +74,20 @@ class Attention(Pass):
     def __call__(self, graph_module: fx.GraphModule, context: Context) -> PassResult:
         """Rewrite in place."""
         graph, modified = graph_module.graph, False
+        root = context.surroundings.root
+        modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
+        for node in graph.nodes:
+            if node.target in ATTENTIONS:
+                given, chosen = _arguments(node), _chosen_by_diffusers(node, modules)
+                why = chosen or "kept: the model calls it"
+                context.note(f"{_words(node, given)}: {_kind_of_operator(given)}, {why}")
         found = list(graph.find_nodes(op="call_function", target=SDPA))
         if found and context.options.attention not in BITS:
             context.note(f"{len(found)} in high precision: not asked for, options={{'attention': 'int8'}}")
             return PassResult(graph_module, False)
         for node in found:
             given = _arguments(node)
-            reason = _chosen_by_diffusers(node, context)
+            reason = _chosen_by_diffusers(node, modules)
             reason = self._said(node, context) if reason is None else reason
             reason = self._obstacle(node, given) if reason is None else reason
             kind, why = _kind(node, context)
@@ -90,6 +108,9 @@ class Attention(Pass):
             kind += ", values in 16 bits" if self.value_bits == 16 else ""
             what = f"{kind}{why}" if reason is None else f"high precision, {reason or 'as its recipe says'}"
             context.note(f"{_words(node, given)}: {what}")
+        for node in _by_hand(graph) if context.options.attention in BITS else ():
+            why = "written by hand: products and a softmax, no scaled_dot_product_attention"
+            context.note(f"{_path(node)}: high precision, {why}")
         return PassResult(graph_module, modified)
 
     def _put(self, node: fx.Node, new: fx.Node, context: Context) -> None:
@@ -172,11 +193,11 @@ def _in_high_precision(linear: Decision) -> bool:
     return linear.decision == "high_precision" or (linear.cause is Cause.STEP and linear.activation_bits == 16)
 
 
-def _chosen_by_diffusers(node: fx.Node, context: Context) -> Reason | None:
+def _chosen_by_diffusers(node: fx.Node, modules: Mapping[str, nn.Module]) -> Reason | None:
     """Return whether a user chose how an attention runs: for it, for all of a model, or by a context manager."""
     registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
     active = getattr(registry, "_active_backend", None)
-    for module in _around(node, context.surroundings.root):
+    for module in _around(node, modules):
         processor = getattr(module, "processor", None)
         name, how = getattr(processor, "_attention_backend", None), "set_attention_backend"
         if name is None and hasattr(processor, "_attention_backend") and active not in (None, "native"):
@@ -186,18 +207,58 @@ def _chosen_by_diffusers(node: fx.Node, context: Context) -> Reason | None:
     return None
 
 
-def _around(node: fx.Node, root: nn.Module | None) -> Iterable[nn.Module]:
+def _around(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
     """Return the innermost module around a node that diffusers gave a processor, or all where that is not known."""
-    modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
     for path in reversed(module_classes(node)):
         if hasattr(getattr(modules.get(path), "processor", None), "_attention_backend"):
             return [modules[path]]
     return modules.values()
 
 
+def _kind_of_operator(given: dict[str, Any]) -> str:
+    """Return the value of the option ``attention`` that has the queries and keys of an operator of tahf4."""
+    bits = given["bits"] if "bits" in given else activation_bits(given["key_codes"].meta["val"])
+    return next(kind for kind, wanted in BITS.items() if wanted == bits)
+
+
+def _by_hand(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield each softmax over the last axis that stands, but for pointwise operators and views, between products."""
+    for node in graph.find_nodes(op="call_function", target=SOFTMAX):
+        from_one = _meets_product(node.all_input_nodes, lambda n: n.all_input_nodes)
+        to_one = _meets_product(node.users, lambda n: n.users)
+        if _arguments(node)["dim"] in (-1, node.meta["val"].dim() - 1) and from_one and to_one:
+            yield node
+
+
+def _meets_product(nodes: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
+    """Return whether a product is among some nodes, or among those that follow behind pointwise ones and views."""
+    pending, seen = list(nodes), set()
+    while pending:
+        node = pending.pop()
+        if node.target in _PRODUCTS:
+            return True
+        if node not in seen and _keeps_places(node.target):
+            seen.add(node)
+            pending += following(node)
+    return False
+
+
+def _keeps_places(target: Any) -> bool:
+    """Return whether an operator is pointwise, a view or in place."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    known = torch.Tag.pointwise in target.tags or target.overloadpacket in _POINTWISE
+    return known or any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _path(node: fx.Node) -> str:
+    """Return the module that a recipe calls an attention by."""
+    return module_around([d.module for d in linears_around(node)]) or next(reversed(module_classes(node)), node.name)
+
+
 def _words(node: fx.Node, given: dict[str, Any]) -> str:
     """Name an attention, as a recipe does, and its sizes."""
-    path = module_around([d.module for d in linears_around(node)]) or next(reversed(module_classes(node)), node.name)
-    q, k = ([size_hint(size) for size in given[name].meta["val"].shape] for name in ("query", "key"))
+    key = given["key" if "key" in given else "key_codes"]
+    q, k = ([size_hint(size) for size in operand.meta["val"].shape] for operand in (given["query"], key))
     heads = f", {q[-3]} heads of {q[-1]}" if len(q) > 2 else ""
-    return f"{path} ({q[-2]} x {k[-2]} tokens{heads})"
+    return f"{_path(node)} ({q[-2]} x {k[-2]} tokens{heads})"

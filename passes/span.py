@@ -10,10 +10,11 @@ from torch import fx
 
 from ..format.spans import alone, joined, parted, span_name, units_of
 from ..model.parts import part_of
-from ..pipeline.activations import Activation, activations, bits_of
+from ..pipeline.activations import Activation, activations, bits_of, form_of, quantization_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context, decisions_of
 from ..pipeline.rules import OVERRULED, span_obstacle, with_span
+from ..weights.held import packed_products
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ class Span(Pass):
 
     A kernel may then add the products of a row as integers, and scale them once. The option
     ``rounding="bfloat16_half_away"`` is written with the span, as 8 more. What a recipe says about an activation
-    comes before the option. A span is refused, with a reason in the plan, where there is neither mask nor rotation,
-    where the activation has other than 4 bits, and where a rank holds a part of K.
+    comes before the option, and so does how a model's own weights were packed. A span is refused, with a reason in the
+    plan, where there is neither mask nor rotation, where the activation has other than 4 bits, and where a rank holds a
+    part of K.
     """
 
     after = ("share", "smooth", "rotate")
@@ -45,12 +47,14 @@ class Span(Pass):
         """Rewrite in place."""
         spans: Counter[int | str] = Counter()
         roundings: Counter[str] = Counter()
-        changed, overruled = False, 0
+        asked = joined(context.options.scale_span, context.options.rounding)
+        quantizations = {quantization_of(product): None for product in packed_products(graph_module.graph)}
+        held = [form_of(node) for node in quantizations if node is not None and bits_of(node) == 4]
+        changed, overruled = False, sum(asked not in (1, form) for form in held)
         for activation in activations(graph_module.graph):
             recipe = activation.attached(context)
-            options = context.options
-            form = recipe.span if recipe is not None else joined(options.scale_span, options.rounding)
-            overruled += recipe is not None and joined(options.scale_span, options.rounding) not in (1, form)
+            form = recipe.span if recipe is not None else asked
+            overruled += recipe is not None and asked not in (1, form)
             wanted, rounding = parted(form)
             obstacle = _obstacle(activation, context) if wanted != 1 else None
             form = form if obstacle is None else alone(form)

@@ -107,6 +107,13 @@ def _join_diffusers() -> None:
     register()
 
 
+def _before_attention() -> None:
+    import diffusers.utils.constants as constants
+
+    if constants.DIFFUSERS_ATTN_BACKEND.startswith("tahf4"):  # diffusers looks it up before it can know of it
+        constants.DIFFUSERS_ATTN_BACKEND = "native"
+
+
 def _join_attention() -> None:
     from .diffusers_integration.attention import register
 
@@ -122,5 +129,6 @@ def _join_transformers() -> None:
 guard()
 fusing.register()
 when_imported("diffusers.quantizers.auto", _join_diffusers)
+when_imported("diffusers.utils.constants", _before_attention)
 when_imported("diffusers.models.attention_dispatch", _join_attention)
 when_imported("transformers.quantizers.auto", _join_transformers)

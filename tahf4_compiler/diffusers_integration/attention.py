@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 def register() -> None:
     """Let ``model.set_attention_backend("tahf4")`` run every attention of a model in 8 bits.
 
-    With ``"tahf4_hif4"`` its queries and keys are in HiF4.
+    With ``"tahf4_hif4"`` its queries and keys are in HiF4. The environment variable ``DIFFUSERS_ATTN_BACKEND`` of
+    diffusers may name them, too.
     """
     if missing := [name for name in _NEEDED if not hasattr(dispatch, name)]:
         log.info("diffusers has no %s, so that it gets no attention backend of tahf4", missing[0])
@@ -44,6 +46,8 @@ def register() -> None:
         names._member_map_[member._name_] = names._value2member_map_[name] = member
         taken = dispatch._AttentionBackendRegistry.register(member, supports_context_parallel=True)
         taken(functools.partial(_attention, bits=bits))
+    if (first := os.environ.get("DIFFUSERS_ATTN_BACKEND", "")).startswith("tahf4"):
+        dispatch._AttentionBackendRegistry.set_active_backend(names(first))
 
 
 def _attention(
@@ -92,7 +96,14 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bi
     """
     from ..torch_private.collectives import largest_of_ranks  # there are builds of PyTorch without torch.distributed
 
+    if query.shape[2] != key.shape[2]:
+        raise OptionError(
+            f"attention in ring got {query.shape[2]} heads of queries and {key.shape[2]} of keys and values; expected "
+            "as many: repeat the heads of keys and values (repeat_interleave), or call the model without ring_degree"
+        )
     group, ranks = config._ring_mesh.get_group(), config.ring_degree
+    if not torch.compiler.is_compiling():  # what is found could not raise in a graph
+        _check_even(key, group)
     first, all_tokens = config._ring_local_rank * key.shape[1], ranks * key.shape[1]
     # A scale of values is for 64 tokens, which several ranks may have.
     most = largest_of_ranks(value_maxima(value, first, units(all_tokens)), group)
@@ -101,6 +112,20 @@ def _gathered(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bi
     k_codes, v_codes, k_scales = _all_gathered((k_codes, v_codes, k_scales), ranks, group)
     operands = (x.transpose(1, 2) for x in (query, k_codes, v_codes, k_scales, v_scales))
     return torch.ops.tahf4.attention_of_codes(*operands, scale).transpose(1, 2)
+
+
+def _check_even(key: Tensor, group: Any) -> None:
+    """Raise :class:`OptionError` on every rank unless all of them have as many tokens."""
+    from ..torch_private.collectives import largest_of_ranks
+
+    tokens = key.shape[1]
+    both = torch.tensor([tokens, -tokens], dtype=torch.int64, device=key.device)
+    most, least = largest_of_ranks(both, group).tolist()
+    if most != -least:
+        raise OptionError(
+            f"attention in ring got {tokens} tokens on this rank, and {-least} to {most} on all; expected as many on "
+            "each: pad the tokens to a multiple of the ranks, or give ContextParallelConfig ring_anything=True"
+        )
 
 
 def _all_gathered(parts: Sequence[Tensor], ranks: int, group: Any) -> list[Tensor]:

@@ -124,7 +124,11 @@ def value_maxima(value: Tensor, first: int, tiles: int) -> Tensor:
     Returns:
         0 where the part has none of a tile's tokens, and infinity where one is not finite: so that the largest of all
         parts is that of the tile.
+
+    Raises:
+        FormatError: values of other axes or dtypes, or tokens that are not among those of all tiles.
     """
+    _check_part("value_maxima", value, first, tiles)
     start = first // hif4.UNIT
     found = _by_tiles(value.to(torch.float32).abs(), first).amax(2)
     found = torch.where(found.isfinite(), found, torch.inf)
@@ -138,11 +142,35 @@ def value_codes(value: Tensor, first: int, most: Tensor) -> tuple[Tensor, Tensor
         value: as for :func:`value_maxima`.
         first: likewise.
         most: the largest of :func:`value_maxima` of all parts.
+
+    Raises:
+        FormatError: as :func:`value_maxima`, or maxima of another dtype or shape.
     """
+    alike = most.dim() == 4 and most.shape[:1] + most.shape[2:] == value.shape[:1] + value.shape[2:]
+    if most.dtype != torch.float32 or not alike:
+        raise FormatError(
+            f"value_codes got values {tuple(value.shape)} and maxima {most.dtype} {tuple(most.shape)}; expected "
+            "float32 [B, tiles, H, Ev] for values [B, tokens, H, Ev], as value_maxima gives them"
+        )
+    _check_part("value_codes", value, first, most.shape[1])
     start, offset = first // hif4.UNIT, first % hif4.UNIT
     tiles = _by_tiles(value.to(torch.float32), first)
     codes = int8.by_maxima(tiles, most[:, start : start + tiles.shape[1], None])
     return codes.flatten(1, 2)[:, offset : offset + value.shape[1]], int8.scales_of(most)
+
+
+def _check_part(name: str, value: Tensor, first: int, tiles: int) -> None:
+    """Raise :class:`FormatError` unless a part of the values is one of some tiles of 64 tokens."""
+    if value.dim() != 4 or value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise FormatError(
+            f"{name} got values {value.dtype} {tuple(value.shape)}; expected [B, tokens, H, Ev] of float32, bfloat16 "
+            "or float16"
+        )
+    if first < 0 or first + value.shape[1] > tiles * hif4.UNIT:
+        raise FormatError(
+            f"{name} got {value.shape[1]} tokens from token {first} on, and {tiles} tiles of {hif4.UNIT} tokens; "
+            "expected tokens of these tiles, which are those of all parts"
+        )
 
 
 def _by_tiles(value: Tensor, first: int) -> Tensor:

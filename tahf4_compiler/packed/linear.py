@@ -384,9 +384,9 @@ class HiF4Linear(nn.Linear):
         if (bias := self._parameters.get("bias")) is not None:  # assign=True brings its dtype
             self.weight_dtype = bias.dtype
 
-    def _transform(self) -> dict[str, int]:
-        """Return what the codes mean and no tensor's shape tells."""
-        return {"in_features": self.in_features, "hadamard_block": self.hadamard_block}
+    def _transform(self) -> dict[str, int | str]:
+        """Return what the codes mean and how activations are rounded, which no tensor's shape tells."""
+        return {"in_features": self.in_features, "hadamard_block": self.hadamard_block, "rounding": self.rounding}
 
 
 def _carried(module: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ PARTS = {"weight_codes": torch.uint8, "weight_scales": torch.int32, "multiplier"
 
 
 def check_state(
-    state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], own: Mapping[str, int], span: int
+    state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], own: Mapping[str, int | str], span: int
 ) -> None:
     """Refuse what would give a packed linear another weight, and drop what a folder holds in the weight's place.
 
@@ -25,7 +25,7 @@ def check_state(
         state: of a whole model.
         prefix: of the linear's names in it.
         metadata: what was written down beside the linear's tensors.
-        own: what the linear's codes mean and no tensor's shape tells.
+        own: what the linear's codes mean, and how it rounds activations, which no tensor's shape tells.
         span: of the linear.
 
     Raises:
@@ -52,10 +52,11 @@ def check_state(
     found = {key: metadata[key] for key in own if key in metadata}
     if any(found[key] != own[key] for key in found):
         raise PackedError(
-            f"the state dict holds {prefix[:-1]} with {_listed(found)}; this linear has {_listed(own)}, and its "
-            "codes would mean other weights. Load it into a model that was packed with the same recipe."
+            f"the state dict holds {prefix[:-1]} with {_listed(found)}; this linear has {_listed(own)}, and would "
+            "read other weights from its codes, or round activations otherwise. Load it into a model that was packed "
+            "with the same recipe."
         )
 
 
-def _listed(values: Mapping[str, int]) -> str:
+def _listed(values: Mapping[str, int | str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())

@@ -32,8 +32,8 @@ __all__ = [
 MIN_FEATURES = 64
 """Input and output features, at least: less than one unit of 64 values is mostly padding."""
 
-OVERRULED = "have span and rounding of their recipe, which come before scale_span and rounding"
-"""What is said where both a recipe and somebody else want something."""
+OVERRULED = "have span and rounding of their recipe or packed weight, which come before scale_span and rounding"
+"""What is said where both a recipe, or a weight that is packed already, and somebody else want something."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

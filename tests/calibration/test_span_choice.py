@@ -11,7 +11,7 @@ from models import Stack
 from torch import nn
 
 import tahf4_compiler as tahf4
-from tahf4_compiler.calibration import spans
+from tahf4_compiler.calibration import making, spans
 from tahf4_compiler.calibration.choices import check_choices
 from tahf4_compiler.errors import CalibrationError, OptionError, RecipeError
 from tahf4_compiler.format import hif4
@@ -153,6 +153,18 @@ def test_where_a_span_saves_no_time_none_is_tried_but_with_a_tolerance(calibrati
     assert said == {"span 1: a wider one saves no time in products on cpu; with a span_tolerance it would be tried"}
     assert {e.span for e in entries(calibration.recipe(**BARE, span_tolerance=99)).values()} == {0}
     assert {e.span for e in entries(calibration.recipe(**{**BARE, "scale_span": "row"})).values()} == {0}
+
+
+def test_each_activation_of_an_expert_goes_by_the_device_of_its_own_weights(calibration, monkeypatch):
+    """An expert may lie on several devices, which this process has not: what is asked of each is answered here."""
+    idle = "span 1: a wider one saves no time on this device"
+    answers = iter(["", "", "", idle, "", ""])
+    monkeypatch.setattr(making, "idle_span", lambda device: next(answers))
+    alike, apart = (list(entries(calibration.recipe(**BARE)).values()) for _ in "ab")
+    assert 1 not in [entry.span for entry in alike[:2]]
+    assert (apart[0].span, apart[0].rounding, apart[0].span_reason) == (1, "least_error", idle)
+    others = [[(e.span, e.rounding, e.span_reason) for e in found[1:]] for found in (alike, apart)]
+    assert others[0] == others[1] and next(answers, None) is None
 
 
 def test_the_processor_saves_time_where_its_products_are_in_integers(calibration, monkeypatch):

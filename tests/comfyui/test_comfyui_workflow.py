@@ -127,7 +127,10 @@ def test_the_alpha_that_diffusers_writes_into_the_header_counts(comfy, settings,
     expected = by_diffusers(with_lora(comfy.packed, path, 0.7, alpha=alpha), noise, context)
     assert relative(comfy.stand_in.sample(model, noise, context, SIGMAS), expected) < CLOSE
     dora = json.dumps({"transformer.lora_alpha": 1, "transformer.use_dora": True})
-    for header, what in (("[1", "no JSON object"), (dora, "DoRA")):
+    none = json.dumps({"transformer.lora_alpha": None})
+    word = json.dumps({"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"net.0.proj": "8"}})
+    numbers = ((none, "is None; expected a number"), (word, "is '8'; expected a number"))
+    for header, what in (("[1", "no JSON object"), (dora, "DoRA"), *numbers):
         save_file(factors, comfy.models / "loras" / "header.safetensors", {"lora_adapter_metadata": header})
         with pytest.raises(tahf4.PackedError, match=what):
             node.load_lora(comfy.load(), "header.safetensors", 0.7)

@@ -169,7 +169,7 @@ def test_a_compiled_model_follows_its_adapters(blocks, rank):
     eager, inner = copy.deepcopy(model), model.base_model.model
     model.disable_adapter_layers()
     for part in inner.blocks if blocks else [model]:
-        part.compile(backend="tahf4", options=GRAPH)
+        part.compile(backend="tahf4", fullgraph=True, options=GRAPH)
     without, fused = model(x), []
     changes = ("enable_adapter_layers", "merge_adapter", "unmerge_adapter", "merge_adapter", "disable_adapter_layers")
     for change in changes:

@@ -11,6 +11,7 @@ from models import output, wan
 from ranks import run
 
 import tahf4_compiler as tahf4
+from tahf4_compiler.errors import OptionError
 from tahf4_compiler.torch_private import collectives
 
 GRAPH = {"inductor": False}
@@ -107,15 +108,17 @@ def ring(rank, size, tmp, monkeypatch, backend, of_unit):
         assert not sent
         found.append(output(model(**inputs)))
     heads, tokens = model.config.num_attention_heads, 16  # of each rank: 64 tokens of a scale of values lie on both
-    # Codes and scales of keys, codes of values; and the largest of values of 64 tokens, in float32.
+    # Codes and scales of keys, codes of values; numbers of tokens, and the largest of values of 64 tokens, in float32.
     assert sent == {
-        "gathered_of_ranks": [tokens * heads * (of_unit + 64)], "largest_of_ranks": [heads * 64 * 4],
+        "gathered_of_ranks": [tokens * heads * (of_unit + 64)], "largest_of_ranks": [16, heads * 64 * 4],
     }  # fmt: skip
     given = [torch.randn(2, 150, 3, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     config, mine = model._parallel_config.context_parallel_config, slice(rank * 75, rank * 75 + 75)
     got = ours._gathered(*(x[:, mine] for x in given), None, ours.NAMES[backend], config)
     whole = torch.ops.tahf4.attention(*(x.transpose(1, 2) for x in given), bits=ours.NAMES[backend])
     assert torch.equal(got, whole.transpose(1, 2)[:, mine])
+    with pytest.raises(OptionError, match=f"{75 - rank} tokens on this rank, and 74 to 75 on all.*ring_anything=True"):
+        ours._gathered(*(x[:, : 75 - rank] for x in given), None, ours.NAMES[backend], config)
     # Blocks of 64 keys begin elsewhere where diffusers merges the attentions of ranks.
     assert torch.equal(found[1], found[0]) and 0 < relative(found[2], found[0]) < 5e-3
     assert torch.equal(found[3], found[0])

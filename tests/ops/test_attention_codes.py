@@ -7,6 +7,7 @@ import torch
 from attention_parts import quantized
 
 from tahf4_compiler.errors import FormatError, GradientError
+from tahf4_compiler.ops.attention_codes import value_codes, value_maxima
 
 whole, of_codes = torch.ops.tahf4.attention, torch.ops.tahf4.attention_of_codes
 
@@ -49,3 +50,36 @@ def test_what_does_not_fit_is_refused():
             of_codes(*given[:place], other, *given[place + 1 :])
     with pytest.raises(GradientError, match="no_grad"):
         of_codes(given[0].requires_grad_(), *given[1:])
+
+
+def test_a_part_of_the_values_must_be_one_of_its_tiles():
+    value = operands(70)[2].transpose(1, 2)
+    most = value_maxima(value, 58, 2)
+    for other, first, tiles, why in (
+        (value[0], 0, 2, r"\(70, 3, 64\); expected \[B, tokens, H, Ev\]"),
+        (value.double(), 0, 2, "float64 .*; expected"),
+        (value, 59, 2, "70 tokens from token 59 on, and 2 tiles of 64"),
+        (value, -1, 2, "from token -1 on"),
+        (value, 0, 1, "1 tiles"),
+    ):
+        with pytest.raises(FormatError, match=f"value_maxima got .*{why}"):
+            value_maxima(other, first, tiles)
+        if tiles == 2 and other.dim() == 4:
+            with pytest.raises(FormatError, match=f"value_codes got .*{why}"):
+                value_codes(other, first, most)
+    for wrong in (most.double(), most[0], most[:1], most[..., :1], most[:, :, :1]):
+        with pytest.raises(FormatError, match="and maxima .*; expected float32"):
+            value_codes(value, 58, wrong)
+    with pytest.raises(FormatError, match="and 1 tiles"):
+        value_codes(value, 58, most[:, :1])
+
+
+def test_a_compiled_graph_rounds_values_of_any_number_of_tokens():
+    def rounded(value, first):
+        return value_codes(value, first, value_maxima(value, first, 4))
+
+    compiled = torch.compile(rounded, backend="eager", fullgraph=True, dynamic=True)
+    value = operands(150)[2].transpose(1, 2)
+    for tokens, first in ((150, 64), (70, 70)):
+        got, wanted = (run(value[:, :tokens], first) for run in (compiled, rounded))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

@@ -231,3 +231,16 @@ def test_a_span_and_a_scale_for_each_unit_are_refused_together(x):
         tahf4.quantize_(make(), rounding=SEARCHED, scale_span="row")
     with pytest.raises(OptionError, match=f"option 'rounding' is {wanted} 2"):
         tahf4.lower(tahf4.capture(make(), (x,)), options={"rounding": SEARCHED, "scale_span": 2})
+
+
+def test_a_state_dict_carries_it(x):
+    packed, same, other = make(rounding=VENDOR), make(rounding=VENDOR), make(rounding="half_away")
+    state = packed.state_dict()
+    same.load_state_dict(state)
+    assert torch.equal(same(x), packed(x))
+    with pytest.raises(PackedError, match=f"rounding={VENDOR}; this .*rounding=half_away.*round activations"):
+        other.load_state_dict(state)
+    for metadata in state._metadata.values():
+        metadata.pop("rounding", None)  # as earlier versions wrote it
+    other.load_state_dict(state)
+    assert {linear.rounding for linear in packed_linears(other).values()} == {"half_away"}

@@ -57,6 +57,19 @@ def test_torch_compile_runs_packed_and_plain_models(x):
         torch.testing.assert_close(found, packed(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("asked", [{"scale_span": 2}, {"rounding": "bfloat16_half_away"}])
+def test_the_options_of_a_compilation_do_not_change_packed_weights_and_that_is_said(x, asked, caplog):
+    row, other = make(scale_span="row"), make(**asked)
+    lowered = tahf4.lower(tahf4.capture(row, (x,)), options={**GRAPH, **asked})
+    assert {d.span for d in lowered.plan} == {0}
+    said = "2 activations have span and rounding of their recipe or packed weight, which come before scale_span"
+    assert said in lowered.notes["span"][0] and caplog.text.count(said) == 1
+    caplog.clear()
+    for model, options in ((row, {"scale_span": "row"}), (row, {}), (other, asked)):
+        tahf4.lower(tahf4.capture(model, (x,)), options={**GRAPH, **options})
+    assert not caplog.text
+
+
 def test_the_plan_of_quantize_says_it(x):
     plan = tahf4.quantize_(make(), scale_span=4)
     assert [d.span for d in plan] == [4, 4]

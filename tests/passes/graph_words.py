@@ -11,7 +11,8 @@ import torch
 
 DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i64": torch.int64,
-    "f8": torch.float8_e4m3fn, "i32": torch.int32, "i16": torch.int16, "u8": torch.uint8, "bool": torch.bool,
+    "f8": torch.float8_e4m3fn, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8,
+    "bool": torch.bool,
 }  # fmt: skip
 CONSTANTS = {
     **DTYPES, "contiguous": torch.contiguous_format, "channels_last": torch.channels_last,

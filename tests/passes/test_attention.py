@@ -156,6 +156,62 @@ def test_values_in_16_bits_stay_on_a_cpu():
     assert ran.notes[0].endswith("high precision, kernel: there is none for cpu here with values in 16 bits")
 
 
+@pytest.mark.parametrize("options", [{}, HIF4])
+def test_what_a_model_calls_in_8_bits_or_hif4_itself_has_a_line_too(options):
+    codes = """
+        q: f32[2, 3, 130, 64]
+        k: i8[2, 3, 150, 64]
+        v: i8[2, 3, 150, 64]
+        s: f32[2, 3, 150, 1]
+        t: f32[2, 3, 3, 64]
+        y = tahf4.attention_of_codes(q, k, v, s, t)
+        return y
+        """
+    ran = assert_pass(codes, Attention(), run=False, **options)
+    assert ran.notes == ["y (130 x 150 tokens, 3 heads of 64): int8, kept: the model calls it"]
+    line = "tahf4.attention(q, k, v, None, False, None, False, 4)"
+    ran = assert_pass(text(line), Attention(), run=False, **options)
+    assert ran.notes == ["blocks.0.attn (130 x 150 tokens, 3 heads of 64): hif4, kept: the model calls it"]
+
+
+HAND = """
+q: f32[6, 130, 64]
+k: f32[6, 150, 64]
+v: f32[6, 150, 64]
+m: f32[130, 150]
+@ blocks.0 Block, blocks.0.attn Attn
+t = transpose.int(k, 1, 2)
+a = {product}
+b = {mask}
+s = softmax.int({scores}, {axis})
+{behind}
+return y
+"""
+DROPPED = "c = dropout(s, 0.5, False)\nd = to.dtype(c, f32)\ny = matmul(d, v)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "noted"),
+    [
+        ({}, True),
+        ({"product": "baddbmm(m, q, t, beta=0, alpha=0.1)", "axis": "2", "behind": "y = bmm(s, v)"}, True),
+        ({"mask": "copy_(a, m)"}, True),
+        ({"axis": "1"}, False),
+        ({"behind": "y = mul(s, 2)"}, False),
+        ({"mask": "cumsum(a, 2)"}, False),
+        ({"product": "amax(q, [2], True)"}, False),
+        ({"scores": "m"}, False),
+    ],
+)
+def test_products_and_a_softmax_by_hand_stay_and_have_a_line(changes, noted):
+    usual = {"product": "bmm(q, t)", "mask": "add(a, m)", "scores": "b", "axis": "-1", "behind": DROPPED}
+    before = HAND.format(**usual | changes)
+    ran = assert_pass(before, Attention(), run=False, **ASKED)
+    why = "written by hand: products and a softmax, no scaled_dot_product_attention"
+    assert ran.notes == ([f"blocks.0.attn: high precision, {why}"] if noted else [])
+    assert assert_pass(before, Attention(), run=False).notes == []
+
+
 def test_sizes_may_be_dynamic():
     given = "q: f32[2, 3, n, 64]\nk: f32[2, 3, n, 64]\nv: f32[2, 3, n, 64]\ny = {}\nreturn y"
     after = "tahf4.attention(q, k, v, None, False, None, False, 8)"

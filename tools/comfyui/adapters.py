@@ -52,7 +52,7 @@ def with_alphas(lora: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
         path: the file.
 
     Raises:
-        PackedError: the header cannot be read, or says that the file is no plain LoRA.
+        PackedError: the header cannot be read, has an alpha that is no number, or says that the file is no plain LoRA.
     """
     if Path(path).suffix != ".safetensors":
         return lora
@@ -73,6 +73,9 @@ def with_alphas(lora: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
             raise PackedError(f"{path} is a LoRA with a scale of its norms (DoRA), which runs beside no packed linear")
         patterns = (own.get("alpha_pattern") or {}).items()
         alpha = next((a for p, a in patterns if re.match(rf"(.*\.)?({p})$", module)), own["lora_alpha"])
+        if not isinstance(alpha, int | float):
+            where = f"{path}: the alpha of {whole} in its header"
+            raise PackedError(f"{where} is {alpha!r}; expected a number; save the LoRA again")
         # ComfyUI divides by the rank; with rsLoRA PEFT divides by its root.
         found[f"{whole}.alpha"] = torch.tensor(float(alpha) * (down.shape[0] ** 0.5 if own.get("use_rslora") else 1.0))
     return found
