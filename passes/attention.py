@@ -35,6 +35,7 @@ _PRODUCTS = (
 _POINTWISE = (torch.ops.aten.dropout, torch.ops.aten.where, torch.ops.aten.type_as, torch.ops.aten._to_copy)
 BITS = {"int8": 8, "hif4": 4}
 """Of queries and keys, by the value of the option ``attention``."""
+VALUES_IN_16_BITS = ", values in 16 bits"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Attention(Pass):
                 else:
                     self._put(node, new, context)
                     modified = True
-            kind += ", values in 16 bits" if self.value_bits == 16 else ""
+            kind += VALUES_IN_16_BITS if self.value_bits == 16 else ""
             what = f"{kind}{why}" if reason is None else f"high precision, {reason or 'as its recipe says'}"
             context.note(f"{_words(node, given)}: {what}")
         for node in _by_hand(graph) if context.options.attention in BITS else ():
@@ -216,9 +217,10 @@ def _around(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterable[nn.Modu
 
 
 def _kind_of_operator(given: dict[str, Any]) -> str:
-    """Return the value of the option ``attention`` that has the queries and keys of an operator of tahf4."""
+    """Return the value of the option ``attention`` that has the queries and keys of an operator of tahf4, in words."""
     bits = given["bits"] if "bits" in given else activation_bits(given["key_codes"].meta["val"])
-    return next(kind for kind, wanted in BITS.items() if wanted == bits)
+    kind = next(kind for kind, wanted in BITS.items() if wanted == bits)
+    return kind + (VALUES_IN_16_BITS if given.get("value_bits") == 16 else "")
 
 
 def _by_hand(graph: fx.Graph) -> Iterator[fx.Node]:

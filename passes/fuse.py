@@ -12,7 +12,8 @@ from torch import fx
 from ..format.spans import units_of, with_units
 from ..graph.inputs import DECISION
 from ..graph.nodes import mutates, size_hint
-from ..ops.registry import dispatch
+from ..ops.program import call_of
+from ..ops.registry import all_arguments, dispatch
 from ..pipeline.activations import bits_of, call, form_of, span_of
 from ..pipeline.base import Pass, PassResult
 from ..pipeline.context import Context
@@ -21,6 +22,8 @@ from .regions import MAX_INPUTS, Places, Region, erase, readers
 aten = torch.ops.aten
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default
+ATTENTION = torch.ops.tahf4.attention.default
+_JOINS = (aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Fuse(Pass):
 
         [codes, scales, xa] = tahf4.branched_quantize([x, scale, shift], "...", [low_rank_a], multiplier, 64)
 
+    An attention in 8 bits whose heads, side by side, are what a quantization alone reads becomes
+    ``tahf4.attention_quantize``, where each unit has a level-1 scale.
+
     A product whose only reader is a quantization becomes ``tahf4.linear_quantize``, which writes codes alone, and
     merged products with ``aten.split_with_sizes`` one with several results. Nothing is fused where only the reference
     could run it: PyTorch's own compiler does better there. Nothing is fused where another kernel than the fused one
@@ -67,11 +73,16 @@ class Fuse(Pass):
         graph = graph_module.graph
         places = Places(graph)
         kinds = ("products", "quantizations", "products with their quantization", "split products", "branches")
+        kinds += ("attentions with their quantization",) if any(n.target is ATTENTION for n in graph.nodes) else ()
         counts = dict.fromkeys(kinds, 0)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             kind = self._product(Region(places), node)
             if kind is not None:
                 counts[kind] += 1
+                context.matched(node)
+        for node in graph.find_nodes(op="call_function", target=ATTENTION):
+            if self._attention(Region(places), node):
+                counts[kinds[-1]] += 1
                 context.matched(node)
         for node in graph.find_nodes(op="call_function", target=QUANTIZE):
             if not _quantizes(node):
@@ -172,6 +183,22 @@ class Fuse(Pass):
         region.drop()
         return len(branches)
 
+    def _attention(self, region: Region, attention: fx.Node) -> bool:
+        """Quantize the result of an attention with it."""
+        chain = _heads_side_by_side(attention)
+        region.chain = [attention]
+        if not chain or not region.reaches(chain[-1]):
+            return False
+        quantization = chain[-1]
+        how = (*quantization.args[1:3], bits_of(quantization), form_of(quantization))
+        args = (*all_arguments(attention), *how)
+        target = torch.ops.tahf4.attention_quantize.default
+        if self._replace(region, attention, quantization, target, args) is None:
+            return False
+        region.absorbed = [attention, *chain]
+        region.drop()
+        return True
+
     def _replace(
         self, region: Region, like: fx.Node, end: fx.Node, target: Any, args: tuple[Any, ...], first: bool = False
     ) -> fx.Node | None:
@@ -195,13 +222,45 @@ class Fuse(Pass):
 def _same_kernel(fused: fx.Node, parts: set[fx.Node]) -> bool:
     """Whether what runs the parts (a plug-in's kernel, say) also runs what they become; never the reference."""
     name = dispatch(fused.target, fused).name
-    ours = [part for part in parts if part.target in (QUANTIZE, LINEAR)]
+    ours = [part for part in parts if part.target in (QUANTIZE, LINEAR, ATTENTION)]
     return name != "reference" and all(dispatch(part.target, part).name == name for part in ours)
 
 
 def _quantizes(node: fx.Node) -> bool:
     """Whether a node makes codes: an activation of 16 bits stays as it is, and its transform is an operator alone."""
     return node.target is QUANTIZE and bits_of(node) != 16
+
+
+def _heads_side_by_side(attention: fx.Node) -> list[fx.Node]:
+    """Return what stands between an attention and the quantization that alone reads its heads ``[B, L, H * Ev]``.
+
+    The quantization is the last one; none where something else is done.
+    """
+    batch, heads, rows, channels = attention.meta["val"].shape
+    wanted = [str(size) for size in (batch, rows, heads * channels)]
+    node, chain = attention, list[fx.Node]()
+    swapped = joined = False
+    while len(users := readers(node)) == 1:
+        user = users[0]
+        chain.append(user)
+        if _quantizes(user) and user.args[0] is node:
+            return chain if joined else []
+        found = call_of(user)
+        copied = user.target in (aten.clone.default, aten.contiguous.default) or (found and found == ("to", (node,)))
+        if not swapped and _swaps_heads_and_rows(user):
+            swapped = True
+        elif swapped and not joined and user.target in _JOINS and [str(n) for n in user.meta["val"].shape] == wanted:
+            joined = True
+        elif not copied or user.meta["val"].dtype != attention.meta["val"].dtype:
+            break
+        node = user
+    return []
+
+
+def _swaps_heads_and_rows(node: fx.Node) -> bool:
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+    return node.target is aten.transpose.int and {int(axis) % 4 for axis in node.args[1:3]} == {1, 2}  # type: ignore[arg-type]
 
 
 def _split(product: fx.Node) -> list[int] | None:

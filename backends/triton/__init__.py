@@ -285,6 +285,12 @@ def _serves(node: fx.Node) -> bool:
     limit = MAX_SHARED_BLOCK if "weight_codes" in given or "factors" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
+    if node.target is torch.ops.tahf4.attention_quantize.default:
+        from .attention import quantizes
+
+        own = quantizes(given["value"].meta["val"].shape[-1], given["hadamard_block"])
+        if not own or (given.get("result_bits", 4) == 4 and units_of(given.get("span", 1)) != 1):
+            return False
     if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
         return not wide and all(dtype in (*_FLOATS, torch.bool, *packed) for dtype in dtypes)

@@ -230,7 +230,7 @@ def test_a_graph_runs_the_kernel_where_it_can(channels, served, tmp_path):
     if not served:
         assert note.endswith("high precision, kernel: there is none for cpu here")
         return
-    assert note.endswith("): int8") and "2 x tahf4.attention -> triton" in low.report()
+    assert note.endswith("): int8") and "2 x tahf4.attention_quantize -> triton" in low.report()
     assert any("def attend(" in path.read_text() for path in tmp_path.glob("*/kernel_*.py"))
     if channels == 64:
         wanted = tahf4.lower(captured, options={**asked, "kernels": "reference"})(x)

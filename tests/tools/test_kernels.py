@@ -101,12 +101,18 @@ def test_the_roofline_of_attention_in_8_bits_counts_operations_instructions_and_
         assert wide.seconds["lanes"] < 0.6 * eight.seconds["lanes"]
     page = roofline.page(A14B)
     assert "| RTX 4090 | 10.64 | 2.66 | matrix | 4.00 | 6.65 | matrix | 1.60 |" in page
-    # Of a step of 2 x 40 blocks: q and k, and the result, are written and read in 16 bits.
-    bytes_saved, step = 2 * 40 * tokens * d * 4, float(re.search(r"RTX 4090 .* ([\d.]+) \| 2.14 \|", page)[1])
+    # Of a step of 2 x 40 blocks: q and k are written and read in 16 bits.
+    bytes_saved, step = 2 * 40 * 2 * tokens * d * 4, float(re.search(r"RTX 4090 .* ([\d.]+) \| 2.14 \|", page)[1])
     chip = next(c for c in roofline.CHIPS if c.name == "RTX 4090")
     seconds = roofline.step_seconds(A14B, roofline.parts(A14B, tokens, chip, "bf16")) / step
-    saved = [100 * count * bytes_saved / chip.bandwidth / seconds for count in (2, 1)]
-    assert f"| 2.14 | {saved[0]:.1f} % | {saved[1]:.1f} % |" in page
+    assert f"| 2.14 | {100 * bytes_saved / chip.bandwidth / seconds:.1f} % |" in page
+    _, eight, _ = roofline.attention(A14B, tokens, chip)
+    _, joint, wide = roofline.attention(A14B, tokens, chip, quantized=True)
+    saved = tokens * d * (2 - 36 / 64) / chip.bandwidth  # codes are written in place of 16 bits
+    assert joint.seconds["memory"] == pytest.approx(eight.seconds["memory"] - saved)
+    for part, instructions in ((joint, 30), (wide, 16)):
+        lanes = (instructions * 40 * tokens**2 + 75 * tokens * d) / chip.lanes
+        assert part.seconds["lanes"] == pytest.approx(lanes)
 
 
 def test_the_roofline_of_branches_counts_what_they_add():

@@ -186,23 +186,26 @@ def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
     ]
 
 
-def attention(model: Model, tokens: int, chip: Chip) -> tuple[Part, Part, Part]:
+def attention(model: Model, tokens: int, chip: Chip, quantized: bool = False) -> tuple[Part, Part, Part]:
     """Return the self-attention core of one block, one call: in bfloat16, in 8 bits, and with values in 16 bits.
 
-    The last two have the quantization in them.
+    The last two have the quantization of q, k and v in them, and if ``quantized`` that of the result, with a level-1
+    scale for each unit.
     """
     d, scores = model.dim, tokens**2 * model.heads
     matrix = 4 * tokens**2 * d
     before = tokens * d * (2 + 1)  # q, k or v is read in 16 bits, and written in 8
+    written = tokens * d * (HIF4 if quantized else 2)
+    after = tokens * d * EPILOGUE_INSTRUCTIONS if quantized else 0
     eight = {
-        "memory": (3 * before + tokens * d * (3 + 2)) / chip.bandwidth,
+        "memory": (3 * before + tokens * d * 3 + written) / chip.bandwidth,
         "matrix": matrix / chip.int8,
-        "lanes": scores * ATTENTION_INSTRUCTIONS / chip.lanes,
+        "lanes": (scores * ATTENTION_INSTRUCTIONS + after) / chip.lanes,
     }
     wide = {
-        "memory": (2 * before + tokens * d * (2 + 2 + 2)) / chip.bandwidth,
+        "memory": (2 * before + tokens * d * (2 + 2) + written) / chip.bandwidth,
         "matrix": matrix / 2 / chip.int8 + matrix / 2 / chip.bf16,
-        "lanes": scores * WIDE_INSTRUCTIONS[chip.capability[0]] / chip.lanes,
+        "lanes": (scores * WIDE_INSTRUCTIONS[chip.capability[0]] + after) / chip.lanes,
     }
     core = {"memory": 8 * tokens * d / chip.bandwidth, "matrix": matrix / chip.bf16}
     name = "self-attention core"
@@ -276,20 +279,20 @@ def _rows(model: Model) -> list[str]:
 def _attentions(model: Model) -> list[str]:
     """Return the lines of two tables: seconds of self-attention in a step, and how many times as fast the step is.
 
-    The last columns say what larger kernels would save: q and k, and the result, would be neither written nor read in
-    16 bits.
+    The last columns say what larger kernels save of a step: q and k, or the result, are neither written nor read in 16
+    bits.
     """
     lines = ["| chip | bf16 | 8 bits | bound | ratio | values in 16 bits | bound | ratio |", "|---" * 8 + "|"]
     steps = [
         "",
-        "The whole step, in W4A4 with one level-1 scale a row: how many times as fast as in bfloat16, and what larger",
-        "kernels would save of it: one for norms, rotary embedding and quantization of q and k, and one for attention",
-        "and the quantization of its result.",
+        "The whole step, in W4A4 with one level-1 scale a row: how many times as fast as in bfloat16. What one kernel",
+        "for norms, rotary embedding and quantization of q and k would save of it. And what is saved, with a scale for",
+        "each unit, because the kernel of attention quantizes its result.",
         "",
-        "| chip | attention in bf16 | 8 bits | values in 16 bits | larger kernels: before attention | behind it |",
+        "| chip | attention in bf16 | 8 bits | values in 16 bits | a kernel before attention | quantized result |",
         "|---" * 6 + "|",
     ]
-    tokens = RESOLUTIONS[0][1]
+    tokens, name = RESOLUTIONS[0][1], "attn1 output -> quantize"
     for chip in CHIPS:
         core, *others = attention(model, tokens, chip)
         whole, row = parts(model, tokens, chip, "bf16"), parts(model, tokens, chip, "w4a4", row=True)
@@ -298,9 +301,13 @@ def _attentions(model: Model) -> list[str]:
         lines.append(f"| {chip.name} | {step_seconds(model, [core]):.2f} | {' | '.join(ratios)} |")
         seconds = [step_seconds(model, [*rest, part]) for part in (core, *others)]
         cells = [f"{step_seconds(model, whole) / each:.2f}" for each in seconds]
-        for tensors in (2, 1):
-            copy = Part("", {"memory": tensors * tokens * model.dim * (2 + 2) / chip.bandwidth})
-            cells.append(f"{100 * step_seconds(model, [copy]) / min(seconds):.1f} %")
+        copies = Part("", {"memory": 2 * tokens * model.dim * (2 + 2) / chip.bandwidth})
+        cells.append(f"{100 * step_seconds(model, [copies]) / min(seconds):.1f} %")
+        unit = [part for part in parts(model, tokens, chip, "w4a4") if part.name != core.name]
+        apart = min(step_seconds(model, [*unit, part]) for part in others)
+        unit = [part for part in unit if part.name != name]
+        joint = min(step_seconds(model, [*unit, x]) for x in attention(model, tokens, chip, quantized=True)[1:])
+        cells.append(f"{100 * (1 - joint / apart):.1f} %")
         steps.append(f"| {chip.name} | {' | '.join(cells)} |")
     return lines + steps
 
