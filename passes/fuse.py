@@ -72,15 +72,16 @@ class Fuse(Pass):
             return PassResult(graph_module, False)
         graph = graph_module.graph
         places = Places(graph)
-        kinds = ("products", "quantizations", "products with their quantization", "split products", "branches")
-        kinds += ("attentions with their quantization",) if any(n.target is ATTENTION for n in graph.nodes) else ()
+        attentions = list(graph.find_nodes(op="call_function", target=ATTENTION))
+        kinds = ["products", "quantizations", "products with their quantization", "split products", "branches"]
+        kinds += ["attentions with their quantization"] if attentions else []
         counts = dict.fromkeys(kinds, 0)
         for node in graph.find_nodes(op="call_function", target=LINEAR):
             kind = self._product(Region(places), node)
             if kind is not None:
                 counts[kind] += 1
                 context.matched(node)
-        for node in graph.find_nodes(op="call_function", target=ATTENTION):
+        for node in attentions:
             if self._attention(Region(places), node):
                 counts[kinds[-1]] += 1
                 context.matched(node)
