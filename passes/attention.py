@@ -97,8 +97,7 @@ class Attention(Pass):
                     operands = (value for name, value in given.items() if name != "dropout_p")
                     wide = (self.value_bits,) if self.value_bits != 8 else ()
                     new = call(node, EIGHT_BITS, (*operands, BITS[kind], *wide))
-                forced = context.options.kernels == "reference"
-                if not forced and dispatch(EIGHT_BITS, new).name == "reference":
+                if context.options.kernels != "reference" and self._without_kernel(new):
                     graph.erase_node(new)
                     device = given["query"].meta["val"].device
                     values = " with values in 16 bits" if self.value_bits == 16 else ""
@@ -113,6 +112,10 @@ class Attention(Pass):
             why = "written by hand: products and a softmax, no scaled_dot_product_attention"
             context.note(f"{_path(node)}: high precision, {why}")
         return PassResult(graph_module, modified)
+
+    def _without_kernel(self, new: fx.Node) -> bool:
+        """Return whether an attention in 8 bits would run as the reference, which is slow."""
+        return dispatch(EIGHT_BITS, new).name == "reference"
 
     def _put(self, node: fx.Node, new: fx.Node, context: Context) -> None:
         """Put an attention in 8 bits in the place of one in high precision."""

@@ -32,14 +32,18 @@ class ObserveAttention(Attention):
         y = aten.scaled_dot_product_attention(q, k, v)
         tahf4.observe_attention(q, k, v, None, False, None, False, y, handle)
 
-    It takes the options of ``attention``. What the user keeps, and what an earlier recipe says, does not matter. An
-    attention without linears around it has no name that a recipe could call it by, and is left out.
+    It takes the options of ``attention``, and needs no kernel. What the user keeps, and what an earlier recipe says,
+    does not matter. An attention without linears around it has no name that a recipe could call it by, and is left out.
     """
 
     name: ClassVar[str] = "attention"
     exact = True
     after = ("plan", "observe")
     before = ()
+
+    def _without_kernel(self, new: fx.Node) -> bool:
+        """Return False: the reference measures what a kernel of another machine will run."""
+        return False
 
     def _put(self, node: fx.Node, new: fx.Node, context: Context) -> None:
         """Observe the operands of what would run in 8 bits."""

@@ -89,6 +89,9 @@ def calibrate(
             "measures it with q and k in HiF4 as well."
         ),
     ] = None,
+    attention_value_bits: Annotated[
+        int, typer.Option(help="Of its values and probabilities when it is measured: 8, or 16, which GPUs alone run.")
+    ] = 8,
     attention_tolerance: Annotated[
         float, typer.Option(min=0, help="Relative squared error of an attention's output.")
     ] = 0.01,
@@ -170,7 +173,7 @@ def calibrate(
     pipe = load_any_pipeline(model_dir, getattr(torch, dtype.value), "cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(desc="steps", leave=False, position=1)
     checkpoint = out.with_name(f"{out.name}.calibration")
-    options = {"inductor": not no_inductor}
+    options = {"inductor": not no_inductor, "attention.value_bits": attention_value_bits}
     with observe(pipe, step_groups=step_groups, checkpoint=checkpoint, options=options) as calibration:
         calibration.run(lines, **call)
     recipe = calibration.recipe(rotate=not no_rotation, **choices)

@@ -21,7 +21,7 @@ from ...format.hif4 import UNIT
 from ...format.spans import ROUNDED, check_form, units_of
 from ...format.transforms import hadamard_block as block_of
 from ...ops import check_transform
-from ...ops.attention import MOST_CHANNELS, check_attention, empty_lse, empty_result, values_in_16_bits
+from ...ops.attention import MOST_CHANNELS, check_attention, empty_lse, empty_result, row_span, values_in_16_bits
 from ...ops.attention_codes import check_codes
 from ...ops.reference import activation_bits, empty_units
 from . import expand, quantize, source
@@ -40,6 +40,9 @@ __all__ = [
 
 CHANNELS = 128
 """Of the values that a program computes."""
+
+MOST_KEYS = 128
+"""That a program reads at a time."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class AttentionTile:
 
     Attributes:
         rows: that a block of threads computes.
-        keys: that it reads at a time: 64, or 128 where values have 16 bits.
+        keys: that it reads at a time: 64, or :data:`MOST_KEYS` where values have 16 bits.
         warps: of a block.
         stages: of loads ahead.
     """
@@ -95,7 +98,7 @@ def tile_for(
     causal: bool,
     masked: bool = False,
     wide: bool = False,
-    channels: int = CHANNELS,
+    channels: tuple[int, int] = (CHANNELS, CHANNELS),
     capability: tuple[int, int] | None = None,
 ) -> AttentionTile:
     """Return the sizes of a launch: the largest whose numbers stay in registers.
@@ -104,13 +107,15 @@ def tile_for(
         causal: whether the attention is.
         masked: whether it has a mask.
         wide: whether its values have 16 bits.
-        channels: of a head of queries.
+        channels: of a head of queries, and of one of values.
         capability: of the device, if it is known. Where matrix units read operands from shared memory, 128 keys fit.
     """
-    if causal or masked or (channels > CHANNELS and not wide):
+    # Addresses of some channels, and scales for some, take registers.
+    odd = wide and (any(count % 16 for count in channels) or row_span(channels[0]) != 0)
+    if causal or masked or odd or (channels[0] > CHANNELS and not wide):
         return AttentionTile(64, 64, 4 if causal and not wide else 8, 2)
-    many = wide and channels <= CHANNELS and capability is not None and capability[0] in (9, 10)
-    return AttentionTile(128, 128 if many else 64, 8, 2)
+    many = wide and channels[0] <= CHANNELS and capability is not None and capability[0] in (9, 10)
+    return AttentionTile(128, MOST_KEYS if many else 64, 8, 2)
 
 
 def quantizes(channels: int, block: int) -> bool:
@@ -158,7 +163,7 @@ def calls(
     out = empty_result(query, value)
     if out.numel() == 0:
         return out, []
-    block, span = block_of(query.shape[3], MOST_CHANNELS), 0 if value_bits == 16 else 1
+    block, span = block_of(query.shape[3], MOST_CHANNELS), row_span(query.shape[3]) if value_bits == 16 else 1
     if value_bits == 16 and scale is not None and scale < 0:  # the kernel takes factors that are not
         query, scale = -query, -scale
     q, before = _rows(query, block, bits, span)
@@ -296,7 +301,9 @@ def _attend(
     (q, q_scales), (k, k_scales), (v, v_scales, v_starts) = q_units, k_units, v_units
     mask, kind, steps = _mask(attn_mask, (batch, heads, rows, keys))
     wide = v_scales is None
-    tile = tile or tile_for(is_causal, mask is not None, wide, width, capability)
+    if wide and (v.stride(3) != 1 or v.stride(2) * MOST_KEYS >= 1 << 31):  # channels at once, and 32 bits for a place
+        v = v.contiguous()
+    tile = tile or tile_for(is_causal, mask is not None, wide, (width, channels), capability)
     columns = _columns(channels)
     arguments = {
         "q": q, "q_scales": q_scales, "k": k, "k_scales": k_scales,
@@ -315,6 +322,7 @@ def _attend(
         "BM": tile.rows, "N": tile.keys, "C": columns, "UNITS": hif4.units(width), "MASK": kind,
         "BOOLEAN": mask is not None and mask.dtype == torch.uint8,
         "CAUSAL": is_causal, "LSE": lse is not None, "BYTES": not wide,
+        "JOINT": wide and row_span(width) == 0,
         "EXACT": exact, "STAGES": tile.stages, **(after if units is None else units.constants()),
     }  # fmt: skip
     grid = (-(-rows // tile.rows) * batch * heads, -(-channels // columns))

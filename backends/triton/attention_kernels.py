@@ -217,13 +217,14 @@ def attend_tile(
     tile, q_parts, q_factors, so_far, k, k_scales, v, v_scales, v_starts, v_key, v_channel, mask, mask_at, column_step,
     row, rows, key_head, keys, channel, channels,
     BM: tl.constexpr, N: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
-    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, BORDER: tl.constexpr, BYTES: tl.constexpr, EXACT: tl.constexpr,
+    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, BORDER: tl.constexpr, BYTES: tl.constexpr, JOINT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Return what rows have so far, with N keys more. BORDER: some rows may not see some of them."""
-    FOLDED: tl.constexpr = not (BYTES or BORDER or MASK > 0)
+    FOLDED: tl.constexpr = JOINT and not (BORDER or MASK > 0)
     scores, place = tile_scores(
         tile, q_parts, q_factors, k, k_scales, mask, mask_at, column_step, row, rows, key_head, keys,
-        BM, N, UNITS, MASK, BOOLEAN, CAUSAL, BORDER, not BYTES, FOLDED, EXACT,
+        BM, N, UNITS, MASK, BOOLEAN, CAUSAL, BORDER, JOINT, FOLDED, EXACT,
     )  # fmt: skip
     if BYTES:
         near = tl.minimum(channel, channels - 1)
@@ -269,14 +270,14 @@ def attend(
     v_batch, v_head, v_key, v_channel, mask_batch, mask_head, mask_row, mask_column,
     out_batch, out_head, out_row, out_column, out_codes, out_scales, multiplier,
     BM: tl.constexpr, N: tl.constexpr, C: tl.constexpr, UNITS: tl.constexpr, MASK: tl.constexpr,
-    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, BYTES: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr, ROUNDING: tl.constexpr,
-    MULTIPLIER: tl.constexpr,
+    BOOLEAN: tl.constexpr, CAUSAL: tl.constexpr, LSE: tl.constexpr, BYTES: tl.constexpr, JOINT: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr,
+    ROUNDING: tl.constexpr, MULTIPLIER: tl.constexpr,
 ):  # fmt: skip
     """Compute BM rows and C channels of the result from all keys, and with LSE the log-sum-exp of the rows.
 
-    BYTES: values are codes, as quantize_values writes them; without, they have 16 bits, and the units of q and of k
-    have one scale. BITS: the result is not written as it is, but quantized to so many bits; 0 for neither.
+    BYTES: values are codes, as quantize_values writes them; without, they have 16 bits. JOINT: the units of a row of q,
+    and of k, have one scale. BITS: the result is not written as it is, but quantized to so many bits; 0 for neither.
     """
     blocks = tl.cdiv(rows, BM)
     head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -309,13 +310,13 @@ def attend(
         most, total, sums = attend_tile(
             tile, q_parts, q_factors, (most, total, sums), k, k_scales, v, v_scales, v_starts, v_key, v_channel,
             mask, mask_at, mask_column, row, rows, key_head, keys, channel, channels,
-            BM, N, C, UNITS, MASK, BOOLEAN, CAUSAL, False, BYTES, EXACT,
+            BM, N, C, UNITS, MASK, BOOLEAN, CAUSAL, False, BYTES, JOINT, EXACT,
         )  # fmt: skip
     for tile in tl.range(whole_tiles, tiles, num_stages=STAGES):
         most, total, sums = attend_tile(
             tile, q_parts, q_factors, (most, total, sums), k, k_scales, v, v_scales, v_starts, v_key, v_channel,
             mask, mask_at, mask_column, row, rows, key_head, keys, channel, channels,
-            BM, N, C, UNITS, MASK, BOOLEAN, CAUSAL, True, BYTES, EXACT,
+            BM, N, C, UNITS, MASK, BOOLEAN, CAUSAL, True, BYTES, JOINT, EXACT,
         )  # fmt: skip
     result = tl.div_rn(sums, tl.broadcast_to(total[:, None], (BM, C)))
     result = tl.where(total[:, None] == 0.0, 0.0, result).to(out.dtype.element_ty)

@@ -156,7 +156,8 @@ def attention_entries(
             observed.run(*args, **kwargs)
         for linears, (*errors, norm, flops) in sorted(observed.sums.items()):
             relative = [error / max(norm, 1e-30) for error in errors]
-            entries[linears] = _entry(linears, relative, tolerance, int(flops) * seen // len(calls))
+            flops_of_all = int(flops) * seen // len(calls)
+            entries[linears] = _entry(linears, relative, tolerance, flops_of_all, value_bits)
         if few is not None and entries:
             # Against the compiled network: it rounds otherwise than the one that is not, as much as 8 bits may.
             observed.chosen = ()
@@ -170,7 +171,9 @@ def attention_entries(
     return {module_around(linears): entry for linears, entry in entries.items()}
 
 
-def _entry(linears: tuple[str, ...], errors: Sequence[float], tolerance: float, flops: int) -> AttentionEntry:
+def _entry(
+    linears: tuple[str, ...], errors: Sequence[float], tolerance: float, flops: int, value_bits: int = 8
+) -> AttentionEntry:
     """Return the decision of an attention's own error: the fewest bits that keep it within the tolerance.
 
     Args:
@@ -178,13 +181,15 @@ def _entry(linears: tuple[str, ...], errors: Sequence[float], tolerance: float, 
         errors: relative squared ones: in 8 bits, and with queries and keys in HiF4 if that was measured.
         tolerance: the largest that is taken.
         flops: of its core.
+        value_bits: of its values.
     """
     finite = [_finite(error) for error in errors]
     db, *hif4_db = (round(sqnr_db(error), 3) for error in finite)
     reason, decision = "", "hif4" if hif4_db and finite[1] <= tolerance else "int8"
     if decision == "int8" and finite[0] > tolerance:
         decision = "high_precision"
-        reason = f"sensitivity: SQNR {db:.1f} dB in 8 bits, less than {sqnr_db(tolerance):.1f} dB"
+        values = " with values in 16" if value_bits == 16 else ""
+        reason = f"sensitivity: SQNR {db:.1f} dB in 8 bits{values}, less than {sqnr_db(tolerance):.1f} dB"
     return AttentionEntry(linears, db, decision, reason, None, flops, hif4_sqnr_db=next(iter(hif4_db), None))
 
 

@@ -6,11 +6,12 @@ Queries and keys are rotated by a Hadamard matrix, which ``q k^T`` does not see,
 for each channel and 64 tokens. The softmax runs in float32, over 64 keys at a time. Their probabilities, divided by the
 largest of the 64, are unsigned bytes. All products of bytes are summed exactly.
 
-Values may have 16 bits. Then a row of queries or keys has one scale for all its channels, and probabilities are rounded
-to 16 bits, relative to the largest score so far.
+Values may have 16 bits. Then a row of queries or keys has one scale, where one rotation spreads all its channels, and
+probabilities are rounded to 16 bits, relative to the largest score so far. What they are divided by is their sum before
+that rounding, as in flash attention.
 
 Each row of queries is on its own, and a block of keys begins at a multiple of 64. So neither the other rows nor the
-number of threads change a bit.
+number of threads change a bit. With values in 16 bits PyTorch's product of some rows may add in another order.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "check_attention",
     "empty_lse",
     "empty_result",
+    "row_span",
     "values_in_16_bits",
 ]
 
@@ -78,7 +80,7 @@ def attention(
     Returns:
         ``[B, H, L, Ev]`` of the dtype of the query. It lies in memory as the query does where Ev is E, as that of SDPA
         does. A row that sees no key is 0. A NaN goes where SDPA lets it go; an infinity becomes NaN. One in a value
-        makes its channel NaN in every row that sees one of the same 64 keys.
+        makes its channel NaN in every row that sees one of the same 64 keys; in 16 bits it may stay an infinity.
 
     Raises:
         FormatError: dtypes or shapes do not fit each other, or the bits are others.
@@ -166,10 +168,18 @@ def values_in_16_bits(value: Tensor) -> Tensor:
     return value.to(torch.bfloat16) if value.dtype == torch.float32 else value
 
 
+def row_span(width: int) -> int:
+    """Return how many units of a head of queries or keys share a scale beside values of 16 bits; 0 for all.
+
+    All do where one rotation spreads their channels over each other.
+    """
+    return 0 if hadamard_block(width, MOST_CHANNELS) == hif4.units(width) * hif4.UNIT else 1
+
+
 def _row_units(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return queries or keys as :func:`as_bytes` gives them, rotated, with one scale a row."""
-    block = hadamard_block(x.shape[-1], MOST_CHANNELS)
-    units = int8.quantize(transform(x, None, block), span=0) if bits == 8 else quantize(x, None, block, bits, 0)
+    """Return queries or keys as :func:`as_bytes` gives them, rotated, with one scale a row where it can have one."""
+    block, span = hadamard_block(x.shape[-1], MOST_CHANNELS), row_span(x.shape[-1])
+    units = int8.quantize(transform(x, None, block), span) if bits == 8 else quantize(x, None, block, bits, span)
     return as_bytes(*units)
 
 

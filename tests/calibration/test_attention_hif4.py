@@ -109,6 +109,15 @@ def test_values_of_16_bits_are_measured_as_they_run(recipe, x):
     assert found["0"].effect == pytest.approx(error, rel=1e-3) and error < 0.9 * recipe.attention[""]["0"].effect
 
 
+def test_without_a_kernel_the_reference_measures(x):
+    model, options = make(), {**OPTIONS, "attention": "int8", "attention.value_bits": 16, "kernels": "best"}
+    with tahf4.calibrate(model, options=options) as calibration:
+        model(x)
+    recipe = calibration.recipe(mask=None, scale_search="", rotate=False, sensitivity=False, attention_tolerance=0.0)
+    for entry in recipe.attention[""].values():
+        assert entry.decision == "high_precision" and "dB in 8 bits with values in 16, less than" in entry.reason
+
+
 def test_errors_decide_in_order():
     def decision(*errors):
         return measuring._entry(("a",), errors, TOLERANCE, 0).decision

@@ -33,7 +33,10 @@ def check(got, wanted, allowed):
 
 @pytest.mark.parametrize(
     ("rows", "keys", "channels", "values", "bits"),
-    [(1, 1, 64, 64, 8), (33, 63, 128, 130, 8), (40, 129, 96, 24, 4), (5, 200, 40, 64, 8), (5, 70, 256, 3, 8)],
+    [
+        *((1, 1, 64, 64, 8), (33, 63, 128, 130, 8), (40, 129, 96, 24, 4), (5, 200, 40, 64, 8), (5, 70, 256, 3, 8)),
+        *((20, 130, 192, 192, 8), (9, 70, 160, 72, 4)),
+    ],
 )
 def test_it_is_the_reference(rows, keys, channels, values, bits):
     given = normal(rows, keys, channels, values=values)
@@ -49,8 +52,8 @@ def test_in_its_dtype(dtype):
 
 def test_128_keys_at_a_time():
     given = normal(keys=300, channels=128)
-    tile = kernels.tile_for(False, wide=True, channels=128, capability=(9, 0))
-    assert tile.keys == 128 and kernels.tile_for(False, wide=True, channels=128, capability=(8, 9)).keys == 64
+    tile = kernels.tile_for(False, wide=True, capability=(9, 0))
+    assert tile.keys == 128 and kernels.tile_for(False, wide=True, capability=(8, 9)).keys == 64
     check(launched(*given, tile=tile), reference(*given, value_bits=16), BORDER)
 
 
@@ -95,6 +98,10 @@ def test_places_beyond_2_to_the_31():
     q, k, v = (x.half() for x in normal(rows=3, heads=1))
     step = (1 << 31) // 148  # so that the last tokens lie beyond; memory that nobody touches is not there
     far = torch.empty(149 * step + 64, dtype=torch.float16).as_strided((1, 1, 150, 64), (0, 0, step, 1)).copy_(v)
+    check(launched(q, k, far), reference(q, k, v, value_bits=16), 1e-3)
+    q, k, v = (x.half() for x in normal(rows=3, keys=8, channels=128, heads=1))
+    step = 1 << 25  # of channels
+    far = torch.empty(127 * step + 8, dtype=torch.float16).as_strided((1, 1, 8, 128), (8, 8, 1, step)).copy_(v)
     check(launched(q, k, far), reference(q, k, v, value_bits=16), 1e-3)
 
 

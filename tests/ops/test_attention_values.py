@@ -46,6 +46,16 @@ def test_a_row_has_one_scale():
     assert relative(attention(q, k, v, value_bits=16), wanted) < BF16
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_channels_that_no_rotation_mixes_have_scales_of_their_own(bits):
+    q, k, v = operands(channels=192)
+    q[..., 128:] *= 16
+    k[..., 128:] /= 16
+    wanted = sdpa(q, k, v)
+    fine, coarse = (relative(attention(q, k, v, bits=bits, value_bits=b), wanted) for b in (16, 8))
+    assert fine < 1.02 * coarse
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_is_nearer_to_sdpa_than_values_of_8_bits(dtype):
     given = operands(channels=128, dtype=dtype)
