@@ -24,10 +24,9 @@ from ...errors import FormatError
 from ...format import hif4, int8
 from ...format.spans import ROUNDED, alone, check_form, units_of
 from ...ops import fused
-from ...ops.attention import empty_lse, empty_result
 from ...ops.attention_codes import ATTENTIONS
 from ...ops.define import define
-from ...ops.program import DTYPES, Program
+from ...ops.program import DTYPES
 from ...ops.registry import arguments, in_16_bits, register_kernel
 from ...plugins import host
 from .call import Call
@@ -157,7 +156,7 @@ def _fused_linear(
     hif4.check_span(span)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
     fused.check_sizes(sizes, len(weight_codes), program)
-    statements = Program.parse(program).statements
+    statements = fused.program_after(program).statements
     found = statements[-1].dtype if statements else out_dtype
     if found != result_dtype:
         raise FormatError(f"the program's result is {found}; result_dtype says {result_dtype}")
@@ -182,6 +181,7 @@ def _linear_quantize(
     rounding = check_form(alone(span)) // ROUNDED if bits == 4 else 0
     int8.check_bits(bits, quantized=True)
     ops.check_linear(codes, scales, weight_codes, weight_scales, bias)
+    fused.program_after(program)
     n = weight_codes.shape[0]
     ops.check_transform(n, multiplier, hadamard_block)
     operands = (codes, scales, weight_codes, weight_scales, _dense(bias), out_dtype)
@@ -190,29 +190,18 @@ def _linear_quantize(
     return tuple(results), calls
 
 
-def _attention(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
-    from . import attention
+def _of_attention(function: str, on: int | None = None) -> Callable[..., tuple[Any, list[Call]]]:
+    """Return a function of :mod:`.attention`; ``on``: the argument on a device whose capability it is told."""
 
-    return attention.calls(query, *args, **kwargs, capability=_device_facts(query.device)[0])
+    def calls(*args: Any, **kwargs: Any) -> tuple[Any, list[Call]]:
+        from . import attention
 
+        if on is not None:
+            kwargs["capability"] = _device_facts(args[on].device)[0]
+        found: tuple[Any, list[Call]] = getattr(attention, function)(*args, **kwargs)
+        return found
 
-def _attention_lse(
-    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    from . import attention
-
-    lse = empty_lse(query).fill_(-math.inf)  # what no launch fills saw no key
-    if value.dim() == 4 and not value.shape[3]:  # scores have a log-sum-exp without values as well
-        _, calls = attention.calls(query, key, value.new_zeros((*value.shape[:3], 1)), *args, **kwargs, lse=lse)
-        return (empty_result(query, value), lse), calls
-    out, calls = attention.calls(query, key, value, *args, **kwargs, lse=lse)
-    return (out, lse), calls
-
-
-def _attention_of_codes(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Call]]:
-    from . import attention
-
-    return attention.calls_of_codes(*args, **kwargs)
+    return calls
 
 
 def _form(bits: int, span: int) -> int:
@@ -257,9 +246,10 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "branched_quantize": _branched_quantize,
     "fused_linear": _fused_linear,
     "linear_quantize": _linear_quantize,
-    "attention": _attention,
-    "attention_lse": _attention_lse,
-    "attention_of_codes": _attention_of_codes,
+    "attention": _of_attention("calls", 0),
+    "attention_lse": _of_attention("calls_with_lse"),
+    "attention_of_codes": _of_attention("calls_of_codes"),
+    "fused_attention": _of_attention("calls_of_programs", 4),
 }
 
 
@@ -302,6 +292,10 @@ def _serves(node: fx.Node) -> bool:
     if node.target in ATTENTIONS:
         wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
         return not wide and all(dtype in (*_FLOATS, torch.bool, *packed) for dtype in dtypes)
+    if "heads" in given:
+        from .attention import serves_programs
+
+        return serves_programs(given) and all(dtype in (*_FLOATS, torch.bool) for dtype in dtypes)
     if "factors" in given and units_of(given.get("span", 1)) != 1:
         return False  # a block of threads holds no whole rows
     if any(factor.meta["val"].dtype == torch.float32 for factor in given.get("factors", ())):

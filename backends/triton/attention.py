@@ -9,23 +9,40 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import FormatError
 from ...format.hif4 import UNIT, units
 from ...format.transforms import hadamard_block
-from ...ops.attention import MOST_CHANNELS, check_attention, empty_result, values_in_16_bits
+from ...ops.attention import MOST_CHANNELS, check_attention, empty_lse, empty_result, values_in_16_bits
 from ...ops.attention_codes import check_codes
+from ...ops.fused_attention import empty_fused_attention
+from ...ops.program import Program
 from ...ops.reference import activation_bits
 from . import expand, quantize, source
 from .call import Call
 
-__all__ = ["AttentionTile", "calls", "calls_of_codes", "tile_for"]
+__all__ = [
+    "WIDTHS",
+    "AttentionTile",
+    "calls",
+    "calls_of_codes",
+    "calls_of_programs",
+    "calls_with_lse",
+    "serves_programs",
+    "tile_for",
+]
 
 CHANNELS = 128
 """Of the values that a program computes."""
+
+WIDTHS = (64, 128, 256)
+"""Channels of a head of queries whose program a kernel computes: a head has 1, 2 or 4 units to share a scale."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +124,82 @@ def calls(
     block, span = hadamard_block(query.shape[3], MOST_CHANNELS), 0 if value_bits == 16 else 1
     if value_bits == 16 and scale is not None and scale < 0:  # the kernel takes factors that are not
         query, scale = -query, -scale
-    q, before = _rows(query, block, bits, span)
-    k, of_keys = _rows(key, block, bits, span)
+    q, before = _rows([query], block, bits, span)
+    k, of_keys = _rows([key], block, bits, span)
     v, of_values = _values(value) if value_bits == 8 else ((values_in_16_bits(value), None, None), [])
     heads, keys = key.shape[1:3]
-    last = _attend(query, q, k, v, out, heads, keys, attn_mask, is_causal, scale, lse, tile, exact, capability)
+    operands = (query.shape[3], q, k, v, out, heads, keys)
+    last = _attend(*operands, attn_mask, is_causal, scale, lse, tile, exact, capability)
     return out, [*before, *of_keys, *of_values, last]
+
+
+def calls_of_programs(
+    q_inputs: list[Tensor],
+    q_program: str,
+    k_inputs: list[Tensor],
+    k_program: str,
+    value: Tensor,
+    heads: int,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bits: int = 8,
+    value_bits: int = 8,
+    *,
+    tile: AttentionTile | None = None,
+    capability: tuple[int, int] | None = None,
+    exact: bool = False,
+) -> tuple[Tensor, list[Call]]:
+    """Return the result of ``tahf4::fused_attention``, empty, and the launches that fill it.
+
+    Args:
+        q_inputs: and the following as for ``tahf4::fused_attention``.
+        q_program: likewise; heads have 64, 128 or 256 channels.
+        k_inputs: likewise.
+        k_program: likewise.
+        value: likewise.
+        heads: likewise.
+        attn_mask: likewise.
+        is_causal: likewise.
+        scale: likewise.
+        enable_gqa: likewise.
+        bits: likewise.
+        value_bits: likewise.
+        tile: and the following as for :func:`calls`.
+        capability: likewise.
+        exact: likewise.
+    """
+    how = (attn_mask, is_causal, scale, enable_gqa, bits, value_bits)
+    out = empty_fused_attention(q_inputs, q_program, k_inputs, k_program, value, heads, *how)
+    programs = Program.parse(q_program), Program.parse(k_program)
+    width = programs[0].shape(q_inputs)[2] // heads
+    if width not in WIDTHS:
+        raise FormatError(f"a kernel of fused_attention got heads of {width} channels; expected one of {WIDTHS}")
+    if out.numel() == 0:
+        return out, []
+    if value_bits == 16 and scale is not None and scale < 0:  # the kernel takes factors that are not
+        name = programs[0].result("x0")
+        q_program, scale = f"{q_program}\nminus: float32 = neg({name})", -scale
+    form = (hadamard_block(width, MOST_CHANNELS), bits, width // UNIT if value_bits == 16 else 1)
+    q, before = _rows(q_inputs, *form, q_program, width)
+    k, of_keys = _rows(k_inputs, *form, k_program, width)
+    v, of_values = _values(value) if value_bits == 8 else ((values_in_16_bits(value), None, None), [])
+    operands = (width, q, k, v, out, value.shape[1], value.shape[2])
+    last = _attend(*operands, attn_mask, is_causal, scale, None, tile, exact, capability)
+    return out, [*before, *of_keys, *of_values, last]
+
+
+def calls_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return the results of ``tahf4::attention_lse``, empty, and the launches that fill them; see :func:`calls`."""
+    lse = empty_lse(query).fill_(-math.inf)  # what no launch fills saw no key
+    if value.dim() == 4 and not value.shape[3]:  # scores have a log-sum-exp without values as well
+        _, launches = calls(query, key, value.new_zeros((*value.shape[:3], 1)), *args, **kwargs, lse=lse)
+        return (empty_result(query, value), lse), launches
+    out, launches = calls(query, key, value, *args, **kwargs, lse=lse)
+    return (out, lse), launches
 
 
 def calls_of_codes(
@@ -142,18 +229,24 @@ def calls_of_codes(
     out, keys, bits = empty_result(query, value_codes), key_codes.shape[2], activation_bits(key_codes)
     if out.numel() == 0:
         return out, []
-    q, before = _rows(query, hadamard_block(query.shape[3], MOST_CHANNELS), bits)
+    q, before = _rows([query], hadamard_block(query.shape[3], MOST_CHANNELS), bits)
     k, of_keys = _bytes(key_codes.contiguous(), key_scales.contiguous())
     # As quantize_values writes them.
     filled = torch.nn.functional.pad(value_codes, (0, 0, 0, -keys % UNIT))
     v = filled.unflatten(2, (-1, UNIT)).transpose(-1, -2).contiguous()
     v_units = v, value_scales.contiguous(), v.sum(-1, dtype=torch.int32) * 128 + 0x4B400000
-    last = _attend(query, q, k, v_units, out, query.shape[1], keys, None, False, scale, None, tile, exact)
+    last = _attend(query.shape[3], q, k, v_units, out, query.shape[1], keys, None, False, scale, None, tile, exact)
     return out, [*before, *of_keys, last]
 
 
+def serves_programs(given: Mapping[str, Any]) -> bool:
+    """Whether heads of a node of ``tahf4::fused_attention`` are of :data:`WIDTHS`; ``given``: its arguments."""
+    k = Program.parse(given["q_program"]).shape([x.meta["val"] for x in given["q_inputs"]])[-1]
+    return any(k == given["heads"] * width for width in WIDTHS)
+
+
 def _attend(
-    query: Tensor,
+    width: int,
     q_units: tuple[Tensor, Tensor],
     k_units: tuple[Tensor, Tensor],
     v_units: tuple[Tensor, Tensor | None, Tensor | None],
@@ -169,8 +262,7 @@ def _attend(
     capability: tuple[int, int] | None = None,
 ) -> Call:
     """Return the launch that goes through all keys; ``v_units``: values in 16 bits have no scales."""
-    batch, heads, rows, width = query.shape
-    channels = out.shape[3]
+    batch, heads, rows, channels = out.shape
     (q, q_scales), (k, k_scales), (v, v_scales, v_starts) = q_units, k_units, v_units
     mask, kind, steps = _mask(attn_mask, (batch, heads, rows, keys))
     wide = v_scales is None
@@ -204,9 +296,11 @@ def text() -> str:
     return source.module_text("Attention in 8 bits.", ["quantize_values", "attend"], "")
 
 
-def _rows(x: Tensor, block: int, bits: int, span: int = 1) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    """Return codes int8 ``[.., units * 64]`` and scales ``[.., units]`` of queries or keys, and their launches."""
-    (codes, scales), launches = quantize.call([x], "", None, block, bits, span)
+def _rows(
+    inputs: list[Tensor], block: int, bits: int, span: int = 1, program: str = "", head: int = 0
+) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return codes int8 and scales of queries or keys, the units of a head together, and their launches."""
+    (codes, scales), launches = quantize.call(inputs, program, None, block, bits, span, head)
     held, more = _bytes(codes, scales)
     return held, [*launches, *more]
 
