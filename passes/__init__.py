@@ -1,6 +1,7 @@
 """The passes that ship here, one a file, and the pipelines that they make."""
 
 from .attention import Attention
+from .attention_prologue import AttentionPrologue
 from .classify import Classify
 from .fuse import Fuse
 from .lower import Lower
@@ -29,6 +30,7 @@ DEFAULT = (
     ScaleSearch,  # scales of weights by squared error
     Span,  # one level-1 scale for several units, if asked for
     Attention,  # scaled dot product attention in 8 bits, if asked for
+    AttentionPrologue,  # norms and rotary embeddings of queries and keys into attention in 8 bits
     Upcast,  # float32 between 16-bit inputs and outputs, if asked for
     Fuse,  # norms and activations into quantizations, gates and residuals into products
     Lower,  # choose a kernel for each operator

@@ -22,7 +22,11 @@ from .regions import MAX_INPUTS, Places, Region, erase, readers
 aten = torch.ops.aten
 QUANTIZE = torch.ops.tahf4.quantize.default
 LINEAR = torch.ops.tahf4.linear.default
-ATTENTION = torch.ops.tahf4.attention.default
+ATTENTIONS = {
+    torch.ops.tahf4.attention.default: torch.ops.tahf4.attention_quantize.default,
+    torch.ops.tahf4.fused_attention.default: torch.ops.tahf4.fused_attention_quantize.default,
+}
+"""An attention -> the same with the quantization of its result."""
 _JOINS = (aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
@@ -72,7 +76,7 @@ class Fuse(Pass):
             return PassResult(graph_module, False)
         graph = graph_module.graph
         places = Places(graph)
-        attentions = list(graph.find_nodes(op="call_function", target=ATTENTION))
+        attentions = [node for node in graph.nodes if node.target in ATTENTIONS]
         kinds = ["products", "quantizations", "products with their quantization", "split products", "branches"]
         kinds += ["attentions with their quantization"] if attentions else []
         counts = dict.fromkeys(kinds, 0)
@@ -193,8 +197,7 @@ class Fuse(Pass):
         quantization = chain[-1]
         how = (*quantization.args[1:3], bits_of(quantization), form_of(quantization))
         args = (*all_arguments(attention), *how)
-        target = torch.ops.tahf4.attention_quantize.default
-        if self._replace(region, attention, quantization, target, args) is None:
+        if self._replace(region, attention, quantization, ATTENTIONS[attention.target], args) is None:
             return False
         region.absorbed = [attention, *chain]
         region.drop()
@@ -223,7 +226,7 @@ class Fuse(Pass):
 def _same_kernel(fused: fx.Node, parts: set[fx.Node]) -> bool:
     """Whether what runs the parts (a plug-in's kernel, say) also runs what they become; never the reference."""
     name = dispatch(fused.target, fused).name
-    ours = [part for part in parts if part.target in (QUANTIZE, LINEAR, ATTENTION)]
+    ours = [part for part in parts if part.target in (QUANTIZE, LINEAR, *ATTENTIONS)]
     return name != "reference" and all(dispatch(part.target, part).name == name for part in ours)
 
 

@@ -189,13 +189,16 @@ def _linear_quantize(
     return tuple(results), calls
 
 
-def _of_attention(name: str) -> Callable[..., Any]:
-    """Return a function of :mod:`.attention`, which is imported when it is needed."""
+def _of_attention(function: str, on: int = 0) -> Callable[..., tuple[Any, list[Call]]]:
+    """Return a function of :mod:`.attention` or :mod:`.attention_fused`; ``on``: an argument that is a tensor."""
 
-    def launched(query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        from . import attention
+    def launched(*args: Any, **kwargs: Any) -> tuple[Any, list[Call]]:
+        from . import attention, attention_fused
 
-        return getattr(attention, name)(query, *args, **kwargs, capability=_device_facts(query.device)[0])
+        owner = attention if hasattr(attention, function) else attention_fused
+        capability = _device_facts(args[on].device)[0]
+        found: tuple[Any, list[Call]] = getattr(owner, function)(*args, **kwargs, capability=capability)
+        return found
 
     return launched
 
@@ -246,6 +249,8 @@ _CALLS: dict[str, Callable[..., tuple[Any, list[Call]]]] = {
     "attention_lse": _of_attention("calls_with_lse"),
     "attention_of_codes": _of_attention("calls_of_codes"),
     "attention_quantize": _of_attention("quantized_calls"),
+    "fused_attention": _of_attention("calls_of_programs", 4),
+    "fused_attention_quantize": _of_attention("quantized_calls_of_programs", 4),
 }
 
 
@@ -285,15 +290,11 @@ def _serves(node: fx.Node) -> bool:
     limit = MAX_SHARED_BLOCK if "weight_codes" in given or "factors" in given else MAX_QUANTIZE_BLOCK
     dtypes = [value.dtype for value in tensors] + [v for v in given.values() if isinstance(v, torch.dtype)]
     packed = (torch.uint8, torch.int32, torch.int8)
-    if node.target is torch.ops.tahf4.attention_quantize.default:
-        from .attention import quantizes
+    if node.target in ATTENTIONS or "q_program" in given:
+        from .attention_fused import serves
 
-        own = quantizes(given["value"].meta["val"].shape[-1], given["hadamard_block"])
-        if not own or (given.get("result_bits", 4) == 4 and units_of(given.get("span", 1)) != 1):
-            return False
-    if node.target in ATTENTIONS:
-        wide = given["query"].meta["val"].shape[-1] > MAX_CHANNELS
-        return not wide and all(dtype in (*_FLOATS, torch.bool, *packed) for dtype in dtypes)
+        wide = "query" in given and given["query"].meta["val"].shape[-1] > MAX_CHANNELS
+        return serves(given) and not wide and all(dtype in (*_FLOATS, torch.bool, *packed) for dtype in dtypes)
     if "factors" in given and units_of(given.get("span", 1)) != 1:
         return False  # a block of threads holds no whole rows
     if any(factor.meta["val"].dtype == torch.float32 for factor in given.get("factors", ())):

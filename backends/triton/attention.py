@@ -15,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import FormatError
-from ...format import hif4, int8
+from ...format import hif4
 from ...format.hif4 import UNIT
-from ...format.spans import ROUNDED, check_form, units_of
 from ...format.transforms import hadamard_block as block_of
-from ...ops import check_transform
 from ...ops.attention import MOST_CHANNELS, check_attention, empty_lse, empty_result, row_span, values_in_16_bits
 from ...ops.attention_codes import check_codes
-from ...ops.reference import activation_bits, empty_units
+from ...ops.reference import activation_bits
 from . import expand, quantize, source
 from .call import Call
 
@@ -33,8 +30,10 @@ __all__ = [
     "calls",
     "calls_of_codes",
     "calls_with_lse",
-    "quantized_calls",
-    "quantizes",
+    "columns_of",
+    "launch",
+    "of_rows",
+    "of_values",
     "tile_for",
 ]
 
@@ -118,12 +117,6 @@ def tile_for(
     return AttentionTile(128, MOST_KEYS if many else 64, 8, 2)
 
 
-def quantizes(channels: int, block: int) -> bool:
-    """Whether the last launch can quantize a result whose heads have so many channels, with such a rotation."""
-    columns = _columns(channels)
-    return channels % columns == 0 and columns % UNIT == 0 and block <= columns
-
-
 def calls(
     query: Tensor,
     key: Tensor,
@@ -166,12 +159,12 @@ def calls(
     block, span = block_of(query.shape[3], MOST_CHANNELS), row_span(query.shape[3]) if value_bits == 16 else 1
     if value_bits == 16 and scale is not None and scale < 0:  # the kernel takes factors that are not
         query, scale = -query, -scale
-    q, before = _rows(query, block, bits, span)
-    k, of_keys = _rows(key, block, bits, span)
-    v, of_values = _values(value) if value_bits == 8 else ((values_in_16_bits(value), None, None), [])
-    heads, keys = key.shape[1:3]
-    last = _attend(query, q, k, v, out, heads, keys, attn_mask, is_causal, scale, lse, tile, exact, capability, units)
-    return out, [*before, *of_keys, *of_values, last]
+    q, before = of_rows([query], block, bits, span)
+    k, of_keys = of_rows([key], block, bits, span)
+    v, between = of_values(value, value_bits)
+    operands = (query.shape[3], q, k, v, out, *key.shape[1:3])
+    last = launch(*operands, attn_mask, is_causal, scale, lse, tile, exact, capability, units)
+    return out, [*before, *of_keys, *between, last]
 
 
 def calls_with_lse(
@@ -184,59 +177,6 @@ def calls_with_lse(
         return (empty_result(query, value), lse), found
     out, found = calls(query, key, value, *args, **kwargs, lse=lse)
     return (out, lse), found
-
-
-def quantized_calls(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    bits: int,
-    value_bits: int,
-    multiplier: Tensor | None,
-    hadamard_block: int,
-    result_bits: int = 4,
-    span: int = 1,
-    **how: Any,
-) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    """Return the results of ``tahf4::attention_quantize``, empty, and the launches that fill them.
-
-    Args:
-        query: and the following as for ``tahf4::attention_quantize``.
-        key: likewise.
-        value: likewise.
-        attn_mask: likewise.
-        is_causal: likewise.
-        scale: likewise.
-        enable_gqa: likewise.
-        bits: likewise.
-        value_bits: likewise.
-        multiplier: likewise.
-        hadamard_block: likewise.
-        result_bits: likewise.
-        span: likewise.
-        how: as for :func:`calls`.
-
-    Raises:
-        FormatError: as ``tahf4::attention_quantize``; no launch can quantize such a result.
-    """
-    int8.check_bits(result_bits, quantized=True)
-    check_attention(query, key, value, attn_mask, is_causal, enable_gqa, bits, value_bits)
-    width, form = query.shape[1] * value.shape[3], check_form(span) if result_bits == 4 else 1
-    check_transform(width, multiplier, hadamard_block)
-    if not quantizes(value.shape[3], hadamard_block) or units_of(form) != 1:
-        raise FormatError(
-            f"heads of {value.shape[3]} channels, a rotation of {hadamard_block} and the form {form}; expected 64 "
-            f"channels or a multiple of {CHANNELS}, a rotation within these, and a scale for each unit"
-        )
-    codes, scales = empty_units(query, (query.shape[0], query.shape[2], width), result_bits)
-    held = multiplier.contiguous() if multiplier is not None else None
-    units = Units(codes, scales, held, hadamard_block, result_bits, form // ROUNDED)
-    given = (query, key, value, attn_mask, is_causal, scale, enable_gqa, bits, value_bits)
-    return (codes, scales), calls(*given, units=units, **how)[1]
 
 
 def calls_of_codes(
@@ -268,18 +208,19 @@ def calls_of_codes(
     out, keys, bits = empty_result(query, value_codes), key_codes.shape[2], activation_bits(key_codes)
     if out.numel() == 0:
         return out, []
-    q, before = _rows(query, block_of(query.shape[3], MOST_CHANNELS), bits)
+    q, before = of_rows([query], block_of(query.shape[3], MOST_CHANNELS), bits)
     k, of_keys = _bytes(key_codes.contiguous(), key_scales.contiguous())
     # As quantize_values writes them.
     filled = torch.nn.functional.pad(value_codes, (0, 0, 0, -keys % UNIT))
     v = filled.unflatten(2, (-1, UNIT)).transpose(-1, -2).contiguous()
     v_units = v, value_scales.contiguous(), v.sum(-1, dtype=torch.int32) * 128 + 0x4B400000
-    last = _attend(query, q, k, v_units, out, query.shape[1], keys, None, False, scale, None, tile, exact, capability)
+    operands = (query.shape[3], q, k, v_units, out, query.shape[1], keys)
+    last = launch(*operands, None, False, scale, None, tile, exact, capability)
     return out, [*before, *of_keys, last]
 
 
-def _attend(
-    query: Tensor,
+def launch(
+    width: int,
     q_units: tuple[Tensor, Tensor],
     k_units: tuple[Tensor, Tensor],
     v_units: tuple[Tensor, Tensor | None, Tensor | None],
@@ -295,16 +236,33 @@ def _attend(
     capability: tuple[int, int] | None = None,
     units: Units | None = None,
 ) -> Call:
-    """Return the launch that goes through all keys; ``v_units``: values in 16 bits have no scales."""
-    batch, heads, rows, width = query.shape
-    channels = out.shape[3]
+    """Return the launch that goes through all keys.
+
+    Args:
+        width: channels of a head of queries.
+        q_units: of :func:`of_rows`; heads and rows are those of ``out``.
+        k_units: likewise.
+        v_units: of :func:`of_values`; values in 16 bits have no scales.
+        out: ``[B, H, L, Ev]``, the result.
+        key_heads: heads of keys and values.
+        keys: how many there are.
+        attn_mask: and the following as for :func:`calls`.
+        is_causal: likewise.
+        scale: likewise.
+        lse: likewise.
+        tile: likewise.
+        exact: likewise.
+        capability: likewise.
+        units: likewise.
+    """
+    batch, heads, rows, channels = out.shape
     (q, q_scales), (k, k_scales), (v, v_scales, v_starts) = q_units, k_units, v_units
     mask, kind, steps = _mask(attn_mask, (batch, heads, rows, keys))
     wide = v_scales is None
     if wide and (v.stride(3) != 1 or v.stride(2) * MOST_KEYS >= 1 << 31):  # channels at once, and 32 bits for a place
         v = v.contiguous()
     tile = tile or tile_for(is_causal, mask is not None, wide, (width, channels), capability)
-    columns = _columns(channels)
+    columns = columns_of(channels)
     arguments = {
         "q": q, "q_scales": q_scales, "k": k, "k_scales": k_scales,
         "v": v, "v_scales": v if v_scales is None else v_scales, "v_starts": v if v_starts is None else v_starts,
@@ -329,7 +287,7 @@ def _attend(
     return Call(text(), "attend", grid, arguments, constants, tile.warps, tile.stages, exact=True)
 
 
-def _columns(channels: int) -> int:
+def columns_of(channels: int) -> int:
     """Return how many channels of the values a program computes."""
     return max(16, min(CHANNELS, 1 << (channels - 1).bit_length()))
 
@@ -340,9 +298,11 @@ def text() -> str:
     return source.module_text("Attention in 8 bits.", ["quantize_values", "attend"], "")
 
 
-def _rows(x: Tensor, block: int, bits: int, span: int = 1) -> tuple[tuple[Tensor, Tensor], list[Call]]:
-    """Return codes int8 ``[.., units * 64]`` and scales ``[.., units]`` of queries or keys, and their launches."""
-    (codes, scales), launches = quantize.call([x], "", None, block, bits, span)
+def of_rows(
+    inputs: list[Tensor], block: int, bits: int, span: int = 1, program: str = "", head: int = 0
+) -> tuple[tuple[Tensor, Tensor], list[Call]]:
+    """Return codes int8 and scales of queries or keys, the units of a head together, and their launches."""
+    (codes, scales), launches = quantize.call(inputs, program, None, block, bits, span, head)
     held, more = _bytes(codes, scales)
     return held, [*launches, *more]
 
@@ -355,8 +315,13 @@ def _bytes(codes: Tensor, scales: Tensor) -> tuple[tuple[Tensor, Tensor], list[C
     return (wide[0], wide[1]), [launch]
 
 
-def _values(value: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list[Call]]:
-    """Return codes ``[B, H, tiles, Ev, 64]``, scales and starts of sums ``[B, H, tiles, Ev]``, and their launch."""
+def of_values(value: Tensor, bits: int) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], list[Call]]:
+    """Return codes ``[B, H, tiles, Ev, 64]``, scales and starts of sums ``[B, H, tiles, Ev]``, and their launch.
+
+    With 16 bits they are the values themselves, and need none of the others.
+    """
+    if bits == 16:
+        return (values_in_16_bits(value), None, None), []
     batch, heads, keys, channels = value.shape
     tiles = -(-keys // UNIT)
     codes = torch.empty((batch, heads, tiles, channels, UNIT), dtype=torch.int8, device=value.device)

@@ -43,6 +43,7 @@ _EXPRESSIONS: dict[str, Callable[..., str]] = {
     "rms_norm": lambda x, weight, eps: f"{x} * spread" + (f" * {weight}" if weight else ""),
     "mean": lambda x: "mean",
     "matmul": lambda left, right: "product",  # of _matmul
+    "rotary": lambda x, cos, sin: f"turned({x}, {cos}, {sin})",
 }
 
 
@@ -56,6 +57,7 @@ class Leaf:
         levels: 0: the same for every row; 1: ``row * stride``; 2: ``row // length * outer + row % length * inner``.
         columns: whether it changes along the last axis.
         factor: 1 or 2 for the first or second factor of a ``matmul``, read as ``[rows, r]`` and ``[r, columns]``.
+        head: channels of a head for an angle of ``rotary``, one for each pair of them, in every head; 0 for others.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Leaf:
     levels: int
     columns: bool
     factor: int = 0
+    head: int = 0
 
     def parameters(self) -> list[str]:
         """Return the kernel's parameters for this input."""
@@ -72,7 +75,7 @@ class Leaf:
         return [self.name, *(f"{self.name}_{part}" for part in [*rows, *(["step"] if self.columns else [])])]
 
     def load(self) -> str:
-        """Return the line that loads it as float32, at ``row``, ``column`` and ``mask``, which broadcast."""
+        """Return the line that loads it as float32, at ``row``, ``column`` (or ``pair`` of two) and their masks."""
         name, address, mask = self.name, self.name, []
         if self.levels == 1:
             address += f" + row * {name}_stride"
@@ -80,7 +83,9 @@ class Leaf:
             address += f" + row // {name}_length * {name}_outer + row % {name}_length * {name}_inner"
         if self.levels:
             mask.append("row_mask")
-        if self.columns:
+        if self.head:
+            address += f" + pair % {self.head // 2} * {name}_step"
+        elif self.columns:
             address += f" + column * {name}_step"
             mask.append("column_mask")
         if not mask:
@@ -96,29 +101,30 @@ class Operand:
     values: tuple[Any, ...]
 
 
-def operand(name: str, tensor: Tensor, shape: Sequence[int]) -> Operand:
+def operand(name: str, tensor: Tensor, shape: Sequence[int], angle: bool = False) -> Operand:
     """Describe an input for a kernel whose rows are the leading axes of ``shape``, flattened.
 
     Args:
         name: in the program.
         tensor: that broadcasts to ``shape``; it is copied if its strides have more than two levels.
         shape: ``[..., K]``.
+        angle: whether it is one of ``rotary``; then it broadcasts to ``[..., E / 2]``.
     """
     if tensor.dtype not in TRITON_DTYPES:
         raise FormatError(f"{name} is of {tensor.dtype}; a fused kernel takes float32, bfloat16 or float16")
-    wide = tensor.expand(tuple(shape))
+    wide = tensor.expand((*shape[:-1], tensor.shape[-1]) if angle else tuple(shape))
     levels = _levels(wide)
     if len(levels) > 2:
         wide = wide.contiguous()
         levels = _levels(wide)
-    columns = wide.shape[-1] > 1 and wide.stride(-1) != 0
+    columns = angle or (wide.shape[-1] > 1 and wide.stride(-1) != 0)
     rows: tuple[int, ...] = ()
     if len(levels) == 1:
         rows = (levels[0][1],)
     elif len(levels) == 2:
         (_, outer), (length, inner) = levels
         rows = (length, outer, inner)
-    leaf = Leaf(name, tensor.dtype, len(levels), columns)
+    leaf = Leaf(name, tensor.dtype, len(levels), columns, head=2 * wide.shape[-1] if angle else 0)
     return Operand(leaf, (wide, *rows, *((wide.stride(-1),) if columns else ())))
 
 
@@ -185,6 +191,8 @@ def emit(program: Program, leaves: Sequence[Leaf], *, until: Statement | None = 
         Lines; the last assigns ``result``.
     """
     needed = _needed(program, until)
+    if until is not None and any(leaf.head and leaf.name in needed for leaf in leaves):
+        raise FormatError(f"a rotary embedding comes before '{until}'; a kernel wants it behind it")
     for leaf in leaves:
         if leaf.name in needed and not leaf.factor:
             yield leaf.load()

@@ -29,6 +29,13 @@ def fours(x, T: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def turned(x, cos, sin):
+    """Turn the pairs of neighbouring columns of [R, C] by angles [R, C / 2]."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
+
+
+@triton.jit
 def hadamard(parts, T: tl.constexpr, LEVELS: tl.constexpr, FACTOR: tl.constexpr):
     """Walsh-Hadamard transform of blocks of 2**LEVELS values, from stride 1 upwards; FACTOR comes last."""
     for level in tl.static_range(LEVELS):

@@ -49,6 +49,7 @@ class QuantizeKernel:
         bits: 4 for HiF4, or 8.
         span: units that share a level-1 scale; 0 for a row.
         rounding: an index of ``FORM_ROUNDINGS``.
+        head: channels of a head whose units are written together, for all tokens; 0 for rows as they are.
     """
 
     program: str
@@ -60,6 +61,7 @@ class QuantizeKernel:
     bits: int = 4
     span: int = 1
     rounding: int = 0
+    head: int = 0
 
     @property
     def format(self) -> str:
@@ -69,6 +71,7 @@ class QuantizeKernel:
     def parameters(self) -> list[str]:
         """Return the kernel's parameters but for the constants."""
         own = ["codes", "scales", "rows", "K", "U", *(["multiplier"] if self.multiplier else [])]
+        own += ["tokens"] if self.head else []
         return [*own, *leaf_parameters(self.leaves)]
 
     def constants(self, unit_count: int) -> dict[str, int]:
@@ -123,7 +126,8 @@ def text_of(kernel: QuantizeKernel, kernels: str = "") -> str:
             _function("reduced", f"row, row_mask, column, column_mask{given}", emit(program, leaves, until=reduction))
         )
     statistics = ", mean, spread" if reduction is not None else ""
-    pieces.append(_function("value", f"row, row_mask, column, column_mask{statistics}{given}", emit(program, leaves)))
+    at = f"row, row_mask, column, column_mask{_pair(kernel)}"
+    pieces.append(_function("value", f"{at}{statistics}{given}", emit(program, leaves)))
     pieces.append(_units_function(kernel, given, statistics))
     own = _flat_kernel(kernel, given) if reduction is None else _rows_kernel(kernel, reduction, given)
     pieces.append(kernels or own)
@@ -131,6 +135,7 @@ def text_of(kernel: QuantizeKernel, kernels: str = "") -> str:
     name = "HiF4" if kernel.bits == 4 else "int8"
     what = f"Quantize to {name}, a thread a unit.\n\nThe program before quantization::\n\n{shown}"
     needed = [f"to_{kernel.format}", f"store_{kernel.format}", "fours", *(["hadamard"] if kernel.block else [])]
+    needed += ["turned"] if program.angles() else []
     if kernel.span != 1:
         of_format = ["group_maxima", "encoded"] if kernel.bits == 4 else ["int8_maximum", "encoded_int8"]
         needed[0:1] = ["span_maximum", *of_format]
@@ -142,13 +147,22 @@ def _function(name: str, parameters: str, lines: Any) -> str:
     return f"@triton.jit\ndef {name}({parameters}):\n{body}\n    return result"
 
 
+def _pair(kernel: QuantizeKernel) -> str:
+    """Return a parameter for the pairs of columns that angles of ``rotary`` are read at, if a program has some."""
+    return ", pair" if any(leaf.head for leaf in kernel.leaves) else ""
+
+
 def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
     multiplier = ", multiplier" if kernel.multiplier else ""
+    tokens = ", tokens" if kernel.head else ""
     lines = [
         "column_mask = " + ("mask[:, None]" if kernel.whole else "mask[:, None] & (column < K)"),
-        f"x = value(row[:, None], mask[:, None], column, column_mask{statistics}{given})",
+        f"x = value(row[:, None], mask[:, None], column, column_mask{_pair(kernel)}{statistics}{given})",
         f"x = tl.broadcast_to(x, (T, {kernel.width}))",
     ]
+    if _pair(kernel):
+        half = kernel.width // 2
+        lines.insert(0, f"pair = (first // 2)[:, None] + (i * {half} + tl.arange(0, {half}))[None, :]")
     if kernel.multiplier:
         lines.append("x = x * tl.load(multiplier + column, mask=column_mask, other=0.0)")
     if not kernel.whole:
@@ -163,6 +177,14 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
         f"    words, found = to_{kernel.format}(parts, T{rounding})\n"
         f"    store_{kernel.format}(codes, scales, unit, mask, words, found, T)"
     )
+    place = ""
+    if kernel.head:
+        each = kernel.head // UNIT
+        place = (
+            "    token = row.to(tl.int32)\n"  # divisions of 64 bits take long
+            f"    head = (token // tokens).to(tl.int64) * (K // {kernel.head}) + first // {kernel.head}\n"
+            f"    unit = (head * tokens + token % tokens) * {each} + first // 64 % {each}\n"
+        )
     constants = "T: tl.constexpr"
     if kernel.span != 1:
         maxima = "maxima, most = group_maxima(parts, T)" if kernel.bits == 4 else "most = int8_maximum(parts, T)"
@@ -175,14 +197,15 @@ def _units_function(kernel: QuantizeKernel, given: str, statistics: str) -> str:
         )
         constants = "U, T: tl.constexpr, SPANS: tl.constexpr, WIDTH: tl.constexpr"
     return (
-        f"@triton.jit\ndef quantize_units(codes, scales, unit, row, first, mask, K{multiplier}{statistics}{given}, "
-        f"{constants}):\n"
+        f"@triton.jit\ndef quantize_units(codes, scales, unit, row, first, mask, K{multiplier}{tokens}{statistics}"
+        f"{given}, {constants}):\n"
         "    parts = ()\n"
         f"    for i in tl.static_range({UNIT // kernel.width}):\n"
         f"        column = first[:, None] + (i * {kernel.width} + tl.arange(0, {kernel.width}))[None, :]\n"
         f"{body}\n"
         f"        parts = parts + fours(x, T, {kernel.width})\n"
         f"{transform}"
+        f"{place}"
         f"{converted}"
     )
 
@@ -196,8 +219,9 @@ def _signature(kernel: QuantizeKernel, constants: Sequence[str]) -> str:
 def _converted(kernel: QuantizeKernel, rest: str) -> str:
     """Return the call that quantizes a unit for each thread."""
     multiplier = ", multiplier" if kernel.multiplier else ""
+    tokens = ", tokens" if kernel.head else ""
     spans = ", T" if kernel.span == 1 else ", U, T, SPANS, WIDTH"
-    return f"quantize_units(codes, scales, unit, unit_row, first, mask, K{multiplier}{rest}{spans})"
+    return f"quantize_units(codes, scales, unit, unit_row, first, mask, K{multiplier}{tokens}{rest}{spans})"
 
 
 _LOCAL = """local_row = local // U
@@ -283,9 +307,10 @@ def kernel_for(
     bits: int = 4,
     span: int = 1,
     rounding: int = 0,
+    head: int = 0,
 ) -> QuantizeKernel:
     """Return the kernel of a key; its text is made once."""
-    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, rounding)
+    return QuantizeKernel(program, leaves, whole, multiplier, block, width, bits, span, rounding, head)
 
 
 def describe(
@@ -297,25 +322,34 @@ def describe(
     bits: int = 4,
     span: int = 1,
     rounding: int = 0,
+    head: int = 0,
 ) -> tuple[QuantizeKernel, list[Operand]]:
     """Return the kernel for some inputs, and how they are passed."""
-    operands = [operand(f"x{i}", value, shape) for i, value in enumerate(inputs)]
+    angles = Program.parse(program).angles()
+    operands = [operand(f"x{i}", value, shape, i in angles) for i, value in enumerate(inputs)]
     leaves = tuple(o.leaf for o in operands)
     # 16 bytes at once of the input that is read most; other widths follow it.
-    full = [leaf for leaf in leaves if leaf.columns and leaf.levels]
+    full = [leaf for leaf in leaves if leaf.columns and leaf.levels and not leaf.head]
     width = 4 if any(leaf.dtype == torch.float32 for leaf in full) else 8
-    form = (multiplier is not None, block, width, bits, span, rounding)
+    form = (multiplier is not None, block, width, bits, span, rounding, head)
     return kernel_for(program, leaves, shape[-1] % UNIT == 0, *form), operands
 
 
 def call(
-    inputs: Sequence[Tensor], program: str, multiplier: Tensor | None, block: int, bits: int = 4, span: int = 1
+    inputs: Sequence[Tensor],
+    program: str,
+    multiplier: Tensor | None,
+    block: int,
+    bits: int = 4,
+    span: int = 1,
+    head: int = 0,
 ) -> tuple[tuple[Tensor, Tensor], list[Call]]:
     """Return the results of ``tahf4::fused_quantize``, empty, and the launches that fill them (none for no values).
 
-    The span counts with 8 bits as well, as for :func:`tahf4_compiler.format.int8.quantize`.
+    The span counts with 8 bits as well, as for :func:`tahf4_compiler.format.int8.quantize`. With heads of ``head``
+    channels, whole units, what belongs to ``[B, S, H * E]`` lies in memory as for ``[B, H, S, E]``.
     """
-    shape = torch.broadcast_shapes(*(value.shape for value in inputs))
+    shape = Program.parse(program).shape(inputs)
     k, count = shape[-1], units(shape[-1])
     codes, scales = empty_units(inputs[0], shape, bits)
     rows = math.prod(shape[:-1])
@@ -324,11 +358,12 @@ def call(
     rounding = span // ROUNDED if bits == 4 else 0
     span = units_of(span) if count > 1 else 1
     check_units(span, count)
-    kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding)
+    kernel, operands = describe(inputs, program, multiplier, block, shape, bits, span, rounding, head)
     constants = kernel.constants(count)
     per_block = constants.get("ROWS")
     blocks = -(-rows // per_block) if per_block else -(-rows * count // constants["T"])
     values = [codes.view(torch.int32), scales, rows, k, count, *([multiplier] if multiplier is not None else [])]
+    values += [shape[-2]] if head else []
     values += [value for o in operands for value in o.values]
     arguments = dict(zip(kernel.parameters(), values, strict=True))
     # Wide rows have a few units a thread, since a block has at most 16 warps of them.

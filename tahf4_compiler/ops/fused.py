@@ -27,6 +27,7 @@ __all__ = [
     "fused_linear",
     "fused_quantize",
     "linear_quantize",
+    "program_after",
     "program_before",
 ]
 
@@ -43,17 +44,33 @@ def program_before(text: str) -> Program:
     """Return a program that ends in a quantization.
 
     Raises:
-        FormatError: it cannot be read, or it has a ``matmul``, which only follows a product.
+        FormatError: it cannot be read, or it has a ``matmul``, which only follows a product, or a ``rotary``, which
+            only attention has.
     """
     program = Program.parse(text)
     if program.factors():
         raise FormatError("a program before a quantization has a matmul; expected it after a product")
+    return _without_angles(program)
+
+
+def program_after(text: str) -> Program:
+    """Return a program behind a product.
+
+    Raises:
+        FormatError: it cannot be read, or it has a ``rotary``, which only attention has.
+    """
+    return _without_angles(Program.parse(text))
+
+
+def _without_angles(program: Program) -> Program:
+    if program.angles():
+        raise FormatError("a program of a linear has a rotary embedding; expected it before attention alone")
     return program
 
 
 def _after(y: Tensor, program: str, inputs: list[Tensor]) -> Tensor:
     """Return a program's result on a product."""
-    found = Program.parse(program).run({"y": y, **_named(inputs)}, "y")
+    found = program_after(program).run({"y": y, **_named(inputs)}, "y")
     if found.shape != y.shape:
         raise FormatError(f"the program's result is {tuple(found.shape)}; expected {tuple(y.shape)}, as the product's")
     return found

@@ -13,7 +13,9 @@ it. One statement a line, an assignment with the dtype of its result::
 last statement is the result; an empty program returns its first input. Every statement means what PyTorch's own
 operator does: it computes in float32 at least and rounds to its dtype. ``layer_norm``, ``rms_norm`` and ``mean`` run
 along the last axis. ``matmul(x2, x3)`` is of two neighbouring inputs, ``[..., r]`` and ``[r, N]``, that broadcast to
-nothing and that nothing else reads.
+nothing and that nothing else reads. ``rotary(v0, x1, x2)`` turns neighbouring pairs of channels by angles. Its last
+arguments are their cosines and sines: two neighbouring inputs ``[..., E / 2]`` that nothing else reads, for heads of E
+channels side by side.
 """
 
 from __future__ import annotations
@@ -68,6 +70,12 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.to(torch.float32).unflatten(-1, (-1, cos.shape[-1], 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for each head
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-3)
+
+
 def _to(x: Tensor) -> Tensor:
     return x  # the statement's dtype does it
 
@@ -93,11 +101,12 @@ FUNCTIONS: Mapping[str, Function] = {
     "rms_norm": Function(_rms_norm, (aten.rms_norm.default,)),
     "mean": Function(_mean, (aten.mean.dim,)),
     "matmul": Function(torch.matmul, ()),  # factors_of finds its nodes
+    "rotary": Function(_rotary, ()),  # the pass `attention_prologue` finds its nodes
 }
 """Name in programs -> function."""
 
 REDUCTIONS = ("layer_norm", "rms_norm", "mean")
-"""Functions along the last axis; all others but ``matmul`` are pointwise."""
+"""Functions along the last axis; all others but ``matmul`` and ``rotary`` are pointwise."""
 
 _BY_OPERATOR = {operator: name for name, function in FUNCTIONS.items() for operator in function.operators}
 
@@ -150,6 +159,15 @@ class Program:
     def factors(self) -> list[int]:
         """Return the numbers of the inputs ``[..., r]`` of ``matmul``; the ``[r, N]`` of each is the next one."""
         return [int(str(s.arguments[0])[1:]) for s in self.statements if s.function == "matmul"]
+
+    def angles(self) -> list[int]:
+        """Return the numbers of the inputs ``[..., E / 2]`` of ``rotary``: cosines, and sines."""
+        return [int(str(a)[1:]) for s in self.statements if s.function == "rotary" for a in s.arguments[1:]]
+
+    def shape(self, inputs: Sequence[Tensor]) -> torch.Size:
+        """Return the shape of the result of a program without ``matmul``, to which all but the angles broadcast."""
+        angles = self.angles()
+        return torch.broadcast_shapes(*(x.shape for i, x in enumerate(inputs) if i not in angles))
 
     def reduction(self) -> Statement | None:
         """Return the first statement that reduces along the last axis."""
@@ -211,13 +229,13 @@ def _parse(text: str) -> Program:
         known.add(line.target.id)
     read = [name for statement in statements for name in statement.names()]
     for statement in statements:
-        if statement.function == "matmul" and not _multiplies_inputs(statement, read):
+        if statement.function in ("matmul", "rotary") and not _ends_in_inputs(statement, read):
             raise FormatError(f"'{statement}': expected two neighbouring inputs (x0, x1) that nothing else reads")
     return Program(tuple(statements))
 
 
-def _multiplies_inputs(statement: Statement, read: list[str]) -> bool:
-    left, right = map(str, statement.arguments)
+def _ends_in_inputs(statement: Statement, read: list[str]) -> bool:
+    left, right = map(str, statement.arguments[-2:])
     inputs = _is_input(left) and left != "y" and right == f"x{int(left[1:]) + 1}"
     return inputs and read.count(left) == read.count(right) == 1
 

@@ -18,7 +18,7 @@ from ..errors import OptionError, PipelineError
 from ..graph.nodes import node_words
 from ..options import reference_forced
 from ..plugins import host
-from . import attention_codes, fused  # noqa: F401  (they define torch.ops.tahf4)
+from . import attention_codes, fused, fused_attention  # noqa: F401  (they define torch.ops.tahf4)
 from .reference import activation_bits
 
 __all__ = [
@@ -73,6 +73,8 @@ OPERATORS = (
     torch.ops.tahf4.fused_linear.default,
     torch.ops.tahf4.linear_quantize.default,
     *attention_codes.ATTENTIONS,
+    torch.ops.tahf4.fused_attention.default,
+    torch.ops.tahf4.fused_attention_quantize.default,
 )
 """The operators of this project. Plug-ins bring their own, which :func:`served` names as well."""
 

@@ -19,13 +19,14 @@ from torch import fx
 
 from ..graph.inputs import INPUT, PackedInput
 from ..graph.nodes import LINEAR, is_product, module_classes, product_weights, size_hint
+from ..ops.program import Program
 from ..ops.registry import KERNEL
 from ..pipeline.context import decisions_of
 
 __all__ = ["NodeView", "Recorder", "Snapshot", "block_path"]
 
 _NUMBERS = "tahf4_numbers"
-_ATTENTIONS = ("scaled_dot_product", "tahf4.attention", "tahf4_cpu.attention")
+_ATTENTIONS = ("scaled_dot_product", "tahf4.attention", "tahf4_cpu.attention", "tahf4_triton.attention")
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,12 @@ def _flops(node: fx.Node, tensors: Sequence[torch.Tensor], decisions: Sequence[A
     if node.target is LINEAR:
         x = _value(node, 0, "input")
         return 2 * _count(x) * size_hint(tensors[0].shape[-1]) if x is not None else 0
+    if ".fused_attention" in str(node.target):
+        given: Any = node.args
+        shape = Program.parse(given[1]).shape([x.meta["val"] for x in given[0]])
+        batch, rows, width = map(size_hint, shape)
+        keys, channels = map(size_hint, given[4].meta["val"].shape[2:])
+        return 2 * batch * rows * keys * (width + given[5] * channels)
     if any(name in str(node.target) for name in _ATTENTIONS):
         query, key, value = (_value(node, i, name) for i, name in enumerate(("query", "key", "value")))
         if query is None or key is None or value is None:

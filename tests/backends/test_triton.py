@@ -392,6 +392,22 @@ def test_attention_with_queries_and_keys_in_hif4_fits_the_chip(capability):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("value_bits", [8, 16])
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_norms_rotary_embedding_and_quantization_fit_the_chip(capability, value_bits):
+    from tahf4_compiler.backends.triton.targets import compile_call
+    from tahf4_compiler.tools.kernels.wan import A14B, attention_calls
+
+    version = (capability // 10, capability % 10)
+    calls, apart = (attention_calls(A14B, 32760, value_bits, version, how) for how in (True, False))
+    assert [call.name for call in calls] == [call.name for call in apart]
+    assert calls[-1].constants == apart[-1].constants and calls[-1].text == apart[-1].text
+    found = compile_call(calls[0], capability)
+    assert found.spills == 0 and found.registers <= 168
+    assert found.counts["loads of 16 bytes"] == found.counts["loads"]
+
+
+@pytest.mark.slow
 def test_attention_of_one_query_and_one_key_compiles():
     """Sizes of 1 are constants of Triton, with other types."""
     from tahf4_compiler.backends.triton import attention

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_parts import normal
 from models import wan
-from tahf4_compiler.backends.triton import attention as kernels
+from tahf4_compiler.backends.triton import attention_fused as kernels
 from tahf4_compiler.backends.triton import run
 
 import tahf4_compiler as tahf4
@@ -76,6 +76,6 @@ def test_wan_runs_it_where_each_unit_has_a_scale(span, monkeypatch):
     registry.kernels()
     monkeypatch.setattr(registry, "_kernels", [k for k in registry._kernels if k.name != "cpu"])
     low = tahf4.lower(captured, options=options)
-    assert ("2 x tahf4.attention_quantize -> triton" in low.report()) == (span == 1)
+    assert ("2 x tahf4.fused_attention_quantize -> triton" in low.report()) == (span == 1)
     apart = tahf4.lower(captured, options={**options, "disable_passes": ["fuse"]})
     assert torch.equal(low(**inputs).sample, apart(**inputs).sample)

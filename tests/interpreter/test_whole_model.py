@@ -62,6 +62,21 @@ def test_a_step_of_the_tiny_wan_equals_the_reference(example, tmp_path, monkeypa
     assert "tahf4_compiler" not in text  # it stands alone
 
 
+@pytest.mark.parametrize("value_bits", [8, 16])
+def test_norms_and_rotary_embeddings_of_the_tiny_wan_go_into_attention_in_8_bits(example, value_bits):
+    model, args, captured = example
+    asked = {"attention": "int8", "attention.min_tokens": 1, "attention.value_bits": value_bits}
+    low = tahf4.lower(captured, options=asked)
+    apart = tahf4.lower(captured, options={**asked, "disable_passes": ["attention_prologue"]})
+    left = [str(node.target) for node in low.graph_module.graph.nodes]
+    assert left.count("tahf4_triton.fused_attention_quantize.default") == 2
+    assert not [target for target in left if "rms_norm" in target or "empty_like" in target]
+    with torch.no_grad():
+        got, wanted, original = low(*args)[0], apart(*args)[0], model(*args)[0]
+    # Norms in other orders of sums may move single codes.
+    assert relative(got, wanted) < 0.05 * relative(wanted, original)
+
+
 def test_torch_compile_runs_the_kernels_for_other_sizes_without_compiling_again():
     model = Stack().eval().requires_grad_(False)
     torch._dynamo.utils.counters.clear()

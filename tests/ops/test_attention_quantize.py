@@ -29,6 +29,21 @@ def test_it_is_an_operator():
     torch.library.opcheck(operator.default, given)
 
 
+def test_behind_programs_it_is_one_after_the_other_too():
+    q, k, v = normal(rows=5, keys=9, batch=2)
+    inputs = [[x.transpose(1, 2).flatten(2), torch.rand(128) + 0.5] for x in (q, k)]
+    text = "v0: float32 = rms_norm(x0, x1, 1e-06)"
+    given = (inputs[0], text, inputs[1], text, v, 2, None, True, None, False, 8, 16)
+    how = (torch.rand(128) + 0.5, 64, 8)
+    result = torch.ops.tahf4.fused_attention(*given).transpose(1, 2).flatten(2)
+    behind = torch.ops.tahf4.fused_attention_quantize
+    wanted = torch.ops.tahf4.quantize(result, *how)
+    assert all(torch.equal(a, b) for a, b in zip(behind(*given, *how), wanted, strict=True))
+    torch.library.opcheck(behind.default, (*given, *how))
+    with pytest.raises(FormatError, match="bits"):
+        behind(*given, None, 0, 16)
+
+
 def test_what_does_not_fit_is_refused():
     given = (*normal(rows=3, keys=9), None, False, None, False)
     for rest, why in (

@@ -74,3 +74,13 @@ def test_a_branch_that_reads_the_result_keeps_it():
     made = Text.parse(head + "x = matmul(d, g)\nreturn y, x")
     run_passes(made, ALWAYS)
     assert "attention_quantize" not in str(made.graph_module.graph)
+
+
+def test_behind_programs_of_queries_and_keys_it_goes_along():
+    head = INPUTS.format(dtype="bf16", channels=64, width=192).replace("k: bf16[2, 3, 9, 64]", "k: bf16[2, 9, 192]")
+    head = head.replace("q: bf16[2, 3, n, 64]", "q: bf16[2, n, 192]")
+    rest = '[q], "", [k], "", v, 3, None, False, None, False, 8, 8'
+    before = head + f"a = tahf4.fused_attention({rest})\n" + HEADS + "c, s = tahf4.quantize(d, m, 64)\n"
+    after = head + f"c, s = tahf4.fused_attention_quantize({rest}, m, 64, 4, 1)\n"
+    product = PRODUCT.format(dtype="bf16") + "return y"
+    assert_pass(before + product, ALWAYS, after + product)

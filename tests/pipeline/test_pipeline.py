@@ -19,7 +19,7 @@ from tahf4_compiler.pipeline.order import build_pipeline, order, provenance
 
 DEFAULT = [
     *("normalize", "classify", "plan", "quantize", "share", "smooth", "rotate", "scale_search", "span"),
-    *("attention", "upcast", "fuse", "lower"),
+    *("attention", "attention_prologue", "upcast", "fuse", "lower"),
 ]
 
 
@@ -359,7 +359,7 @@ def test_the_passes_that_keep_results_say_so_and_are_held_to_it(monkeypatch):
     from tahf4_compiler.passes import fuse
 
     claims = {item.name for item in tahf4.default_passes() if item.exact}
-    assert claims == {"normalize", "share", "fuse", "lower"}
+    assert claims == {"normalize", "share", "attention_prologue", "fuse", "lower"}
     call = fuse.Fuse.__call__
 
     def wrong(self, graph_module, context):

@@ -104,7 +104,7 @@ def test_passes_come_in_execution_order_with_options_and_modules():
 
 def test_passes_prints_one_entry_a_pass():
     output = run("passes").output
-    places = [output.index(f" {item.name}  ") for item in build_pipeline(Options())]
+    places = [output.index(f". {item.name}  ") for item in build_pipeline(Options())]
     assert places == sorted(places)
     assert "plan.min_features = 64" in output
 

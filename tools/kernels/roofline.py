@@ -15,7 +15,7 @@ from ..staging import write_text
 from .chips import CHIPS, Chip
 from .wan import A14B, Model, Step, block_steps
 
-__all__ = ["Part", "linears_ratio", "parts", "roofline", "step_seconds"]
+__all__ = ["Part", "linears_ratio", "norms", "parts", "roofline", "step_seconds"]
 
 HIF4 = 36 / 64
 """Bytes of a value in HiF4."""
@@ -47,6 +47,10 @@ for sm_80, sm_90 and sm_120 (942 to 973), for the 32 scores of a thread in it.""
 WIDE_INSTRUCTIONS = {8: 16, 9: 12, 10: 11, 12: 16}
 """The same with values in 16 bits, by the first number of the compute capability: 128 keys at a time for 9 and 10, and
 64 for the others."""
+
+ROTARY_INSTRUCTIONS = 53
+"""Instructions a value of q or k for its norm, rotary embedding, rotation and quantization to 8 bits: those of the
+kernel's text, as compiled for sm_90, by the 64 values of a thread."""
 
 EPILOGUE_INSTRUCTIONS = 75
 """Instructions an output of a product whose result is rotated and quantized."""
@@ -172,12 +176,26 @@ def _bf16(step: Step, chip: Chip) -> list[Part]:
     return found
 
 
+def norms(model: Model, tokens: int, chip: Chip, quantized: bool = False) -> Part:
+    """Return the norms and the rotary embedding of q and k, in self- and cross-attention of one block, one call.
+
+    Args:
+        model: whose block.
+        tokens: of the video.
+        chip: where.
+        quantized: whether q and k of self-attention are quantized there, and written in 8 bits.
+    """
+    values, others = 2 * tokens * model.dim, (tokens + model.text) * model.dim
+    lanes = {"lanes": values * ROTARY_INSTRUCTIONS / chip.lanes} if quantized else {}
+    memory = values * (2 + (1 if quantized else 2)) + others * 4
+    return Part("q, k norms and rotary embedding", {"memory": memory / chip.bandwidth, **lanes})
+
+
 def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
     """Return what is the same in both: norms of q and k, rotary embedding, attention cores."""
     d = model.dim
-    norms = 2 * tokens * d * 4 + tokens * d * 4 + model.text * d * 4  # q and k of attn1, q and k of attn2
     return [
-        Part("q, k norms and rotary embedding", {"memory": norms / chip.bandwidth}),
+        norms(model, tokens, chip),
         attention(model, tokens, chip)[0],
         Part(
             "cross-attention core",
@@ -189,21 +207,21 @@ def _rest(model: Model, tokens: int, chip: Chip) -> list[Part]:
 def attention(model: Model, tokens: int, chip: Chip, quantized: bool = False) -> tuple[Part, Part, Part]:
     """Return the self-attention core of one block, one call: in bfloat16, in 8 bits, and with values in 16 bits.
 
-    The last two have the quantization of q, k and v in them, and if ``quantized`` that of the result, with a level-1
-    scale for each unit.
+    The last two have the quantization of v in them; q and k come quantized, see :func:`norms`. If ``quantized``, they
+    have that of the result, too, with a level-1 scale for each unit.
     """
     d, scores = model.dim, tokens**2 * model.heads
     matrix = 4 * tokens**2 * d
-    before = tokens * d * (2 + 1)  # q, k or v is read in 16 bits, and written in 8
+    before = tokens * d * (2 + 1)  # v is read in 16 bits, and written in 8
     written = tokens * d * (HIF4 if quantized else 2)
     after = tokens * d * EPILOGUE_INSTRUCTIONS if quantized else 0
     eight = {
-        "memory": (3 * before + tokens * d * 3 + written) / chip.bandwidth,
+        "memory": (before + tokens * d * 3 + written) / chip.bandwidth,
         "matrix": matrix / chip.int8,
         "lanes": (scores * ATTENTION_INSTRUCTIONS + after) / chip.lanes,
     }
     wide = {
-        "memory": (2 * before + tokens * d * (2 + 2) + written) / chip.bandwidth,
+        "memory": (tokens * d * (2 + 2) + written) / chip.bandwidth,
         "matrix": matrix / 2 / chip.int8 + matrix / 2 / chip.bf16,
         "lanes": (scores * WIDE_INSTRUCTIONS[chip.capability[0]] + after) / chip.lanes,
     }
@@ -279,35 +297,34 @@ def _rows(model: Model) -> list[str]:
 def _attentions(model: Model) -> list[str]:
     """Return the lines of two tables: seconds of self-attention in a step, and how many times as fast the step is.
 
-    The last columns say what larger kernels save of a step: q and k, or the result, are neither written nor read in 16
-    bits.
+    The last column says what is saved because the result is neither written nor read in 16 bits.
     """
     lines = ["| chip | bf16 | 8 bits | bound | ratio | values in 16 bits | bound | ratio |", "|---" * 8 + "|"]
     steps = [
         "",
-        "The whole step, in W4A4 with one level-1 scale a row: how many times as fast as in bfloat16. What one kernel",
-        "for norms, rotary embedding and quantization of q and k would save of it. And what is saved, with a scale for",
-        "each unit, because the kernel of attention quantizes its result.",
+        "The whole step, in W4A4 with one level-1 scale a row: how many times as fast as in bfloat16. Where attention",
+        "is in 8 bits one kernel has the norms, the rotary embedding and the quantization of q and k. The last column",
+        "says what is saved, with a scale for each unit, because the kernel of attention quantizes its result.",
         "",
-        "| chip | attention in bf16 | 8 bits | values in 16 bits | a kernel before attention | quantized result |",
-        "|---" * 6 + "|",
+        "| chip | attention in bf16 | 8 bits | values in 16 bits | quantized result |",
+        "|---" * 5 + "|",
     ]
     tokens, name = RESOLUTIONS[0][1], "attn1 output -> quantize"
     for chip in CHIPS:
         core, *others = attention(model, tokens, chip)
         whole, row = parts(model, tokens, chip, "bf16"), parts(model, tokens, chip, "w4a4", row=True)
-        rest = [part for part in row if part.name != core.name]
+        before = [norms(model, tokens, chip, quantized) for quantized in (False, True, True)]
+        rest = [part for part in row if part.name not in (core.name, before[0].name)]
         ratios = (f"{step_seconds(model, [x]):.2f} | {x.bound} | {core.least / x.least:.2f}" for x in others)
         lines.append(f"| {chip.name} | {step_seconds(model, [core]):.2f} | {' | '.join(ratios)} |")
-        seconds = [step_seconds(model, [*rest, part]) for part in (core, *others)]
+        seconds = [step_seconds(model, [*rest, *two]) for two in zip(before, (core, *others))]
         cells = [f"{step_seconds(model, whole) / each:.2f}" for each in seconds]
-        copies = Part("", {"memory": 2 * tokens * model.dim * (2 + 2) / chip.bandwidth})
-        cells.append(f"{100 * step_seconds(model, [copies]) / min(seconds):.1f} %")
-        unit = [part for part in parts(model, tokens, chip, "w4a4") if part.name != core.name]
-        apart = min(step_seconds(model, [*unit, part]) for part in others)
+        unit = [part for part in parts(model, tokens, chip, "w4a4") if part.name not in (core.name, before[0].name)]
+        apart = min(step_seconds(model, [*unit, before[1], part]) for part in others)
         unit = [part for part in unit if part.name != name]
-        joint = min(step_seconds(model, [*unit, x]) for x in attention(model, tokens, chip, quantized=True)[1:])
-        cells.append(f"{100 * (1 - joint / apart):.1f} %")
+        joint = [*unit, before[1]]
+        least = min(step_seconds(model, [*joint, x]) for x in attention(model, tokens, chip, quantized=True)[1:])
+        cells.append(f"{100 * (1 - least / apart):.1f} %")
         steps.append(f"| {chip.name} | {' | '.join(cells)} |")
     return lines + steps
 

@@ -53,9 +53,11 @@ def entries(capability: int) -> list[Entry]:
                 if not span:
                     name += " (span row)"
                 found.setdefault(_key(call), Entry(name, model, call))
-    for value_bits, values in ((8, ""), (16, ", values in 16")):
-        for call in attention_calls(A14B, TOKENS, value_bits, (capability // 10, capability % 10)):
-            found.setdefault(_key(call), Entry(f"attention in 8 bits{values}: {ATTENTION[call.name]}", A14B, call))
+    for value_bits, programs in ((8, False), (16, False), (8, True), (16, True)):
+        name = "attention in 8 bits" + (", values in 16" if value_bits == 16 else "")
+        name += ", with norms and rotary embedding" if programs else ""
+        for call in attention_calls(A14B, TOKENS, value_bits, (capability // 10, capability % 10), programs):
+            found.setdefault(_key(call), Entry(f"{name}: {ATTENTION[call.name]}", A14B, call))
     return list(found.values())
 
 

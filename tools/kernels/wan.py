@@ -1,7 +1,7 @@
 """The kernels that one block of Wan2.2 launches, at its real sizes and without its weights.
 
-The programs are those that ``fuse`` writes for ``WanTransformerBlock`` of diffusers; ``tests/tools/test_kernels.py``
-compares them with the graph of the tiny Wan2.2.
+The programs are those that ``fuse`` and ``attention_prologue`` write for ``WanTransformerBlock`` of diffusers;
+``tests/tools/test_kernels.py`` compares them with the graph of the tiny Wan2.2.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...backends.triton import attention, linear, quantize
+from ...backends.triton import attention, attention_fused, linear, quantize
 from ...backends.triton.call import Call
 
-__all__ = ["A14B", "TI2V_5B", "Model", "Step", "attention_calls", "block_steps", "call_name"]
+__all__ = ["A14B", "NORM_ROTARY", "TI2V_5B", "Model", "Step", "attention_calls", "block_steps", "call_name"]
 
 MODULATE = """v0: float32 = to(x0)
 v1: float32 = layer_norm(v0, None, None, 1e-06)
@@ -35,6 +35,8 @@ v1: float32 = mul(v0, x0)
 v2: float32 = to(x1)
 v3: float32 = add(v2, v1)
 v4: bfloat16 = to(v3)"""
+NORM_ROTARY = """v0: bfloat16 = rms_norm(x0, x1, 1e-06)
+v1: bfloat16 = rotary(v0, x2, x3)"""
 RESIDUAL = "v0: bfloat16 = add(x0, y)"
 GELU = "v0: bfloat16 = gelu_tanh(y)"
 
@@ -158,11 +160,29 @@ def block_steps(model: Model, tokens: int, *, block: int = 64, span: int = 1) ->
 
 
 def attention_calls(
-    model: Model, tokens: int, value_bits: int = 8, capability: tuple[int, int] | None = None
+    model: Model,
+    tokens: int,
+    value_bits: int = 8,
+    capability: tuple[int, int] | None = None,
+    programs: bool = False,
 ) -> list[Call]:
-    """Return what the self-attention of a block launches in 8 bits, or with values in 16."""
-    q, k, v = (_empty(1, tokens, model.heads, model.dim // model.heads).transpose(1, 2) for _ in range(3))
-    return attention.calls(q, k, v, value_bits=value_bits, capability=capability)[1]
+    """Return what the self-attention of a block launches in 8 bits, or with values in 16.
+
+    Args:
+        model: whose block.
+        tokens: of the video.
+        value_bits: of the values.
+        capability: of the device.
+        programs: whether norms and rotary embedding of q and k are drawn in, as ``attention_prologue`` does it.
+    """
+    width = model.dim // model.heads
+    q, k, v = (_empty(1, tokens, model.heads, width).transpose(1, 2) for _ in range(3))
+    if not programs:
+        return attention.calls(q, k, v, value_bits=value_bits, capability=capability)[1]
+    angle = _empty(1, tokens, width // 2, dtype=torch.float32)
+    inputs = [_empty(1, tokens, model.dim), _empty(model.dim), angle, angle]
+    operands = (inputs, NORM_ROTARY, inputs, NORM_ROTARY, v, model.heads)
+    return attention_fused.calls_of_programs(*operands, value_bits=value_bits, capability=capability)[1]
 
 
 def call_name(call: Call) -> str:
