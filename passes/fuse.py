@@ -53,7 +53,7 @@ class Fuse(Pass):
         [codes, scales, xa] = tahf4.branched_quantize([x, scale, shift], "...", [low_rank_a], multiplier, 64)
 
     An attention in 8 bits whose heads, side by side, are what a quantization alone reads becomes
-    ``tahf4.attention_quantize``, where each unit has a level-1 scale.
+    ``tahf4.attention_quantize`` or ``fused_attention_quantize``, where each unit has a level-1 scale.
 
     A product whose only reader is a quantization becomes ``tahf4.linear_quantize``, which writes codes alone, and
     merged products with ``aten.split_with_sizes`` one with several results. Nothing is fused where only the reference
@@ -197,7 +197,8 @@ class Fuse(Pass):
         quantization = chain[-1]
         how = (*quantization.args[1:3], bits_of(quantization), form_of(quantization))
         args = (*all_arguments(attention), *how)
-        if self._replace(region, attention, quantization, ATTENTIONS[attention.target], args) is None:
+        target = ATTENTIONS[attention.target]  # type: ignore[index]
+        if self._replace(region, attention, quantization, target, args) is None:
             return False
         region.absorbed = [attention, *chain]
         region.drop()

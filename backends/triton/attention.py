@@ -162,7 +162,7 @@ def calls(
     q, before = of_rows([query], block, bits, span)
     k, of_keys = of_rows([key], block, bits, span)
     v, between = of_values(value, value_bits)
-    operands = (query.shape[3], q, k, v, out, *key.shape[1:3])
+    operands = (query.shape[3], q, k, v, out, key.shape[1], key.shape[2])
     last = launch(*operands, attn_mask, is_causal, scale, lse, tile, exact, capability, units)
     return out, [*before, *of_keys, *between, last]
 
