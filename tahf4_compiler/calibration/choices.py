@@ -17,7 +17,7 @@ from .statistics import check_percentile
 
 __all__ = ["COMBINE", "MASKS", "SEARCHES", "Choices", "check_choices"]
 
-MASKS = (None, "max", "percentile", "layer_search", "network_search")
+MASKS = (None, "max", "percentile", "rms", "layer_search", "network_search")
 COMBINE = ("max", "mean", "merged")
 
 

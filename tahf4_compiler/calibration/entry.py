@@ -51,8 +51,8 @@ def make_entry(
     mask: Tensor | None = None
     percentile: float | None = None
     exponent: float | None = None
-    if choices.mask in ("max", "percentile"):
-        percentile = 100.0 if choices.mask == "max" else choices.percentile
+    if choices.mask in ("max", "percentile", "rms"):
+        percentile = {"max": 100.0, "percentile": choices.percentile, "rms": None}[choices.mask]
         exponent = float(choices.weight_exponent)
         mask = layer.mask(percentile, exponent)
     elif choices.mask == "layer_search":

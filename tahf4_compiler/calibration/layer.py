@@ -17,6 +17,7 @@ from ..weights.packing import moment_as_quantized
 from .choices import Choices
 from .masks import channel_mask, column_norms
 from .sensitivity import QuantizedWeight, output_error
+from .sketch import Sketch
 from .statistics import Cells, merged
 
 __all__ = ["Layer"]
@@ -55,15 +56,17 @@ class Layer:
         self.rows = cells.rows()
         self._columns = column_norms(weights) if choices.column == "norm" else _column_maxima(weights)
 
-    def mask(self, percentile: float, exponent: float) -> Tensor:
-        """Return the channel mask of a percentile of |x| and a weight exponent: float32 ``[K]``."""
+    def mask(self, percentile: float | None, exponent: float) -> Tensor:
+        """Return the channel mask of a percentile of |x|, or of its root mean square, and a weight exponent.
+
+        It is float32 ``[K]``.
+        """
         sketches = [sketch for sketch, _ in self.cells.cells.values()]
         if self.choices.combine == "merged":
-            largest = merged(sketches).percentile(percentile)
-        else:
-            values = torch.stack([sketch.percentile(percentile) for sketch in sketches])
-            largest = values.amax(0) if self.choices.combine == "max" else values.mean(0)
-        return channel_mask(self._columns, largest.to(self._columns.device), exponent)
+            sketches = [merged(sketches)]
+        values = torch.stack([_size(sketch, percentile) for sketch in sketches])
+        size = values.mean(0) if self.choices.combine == "mean" else values.amax(0)
+        return channel_mask(self._columns, size.to(self._columns.device), exponent)
 
     def product(
         self,
@@ -105,6 +108,10 @@ class Layer:
         searched.
         """
         return sum(output_error(self.rows, self.weights, self.product(mask, "", span=self.form(mask))))
+
+
+def _size(sketch: Sketch, percentile: float | None) -> Tensor:
+    return sketch.second_moment().sqrt() if percentile is None else sketch.percentile(percentile)
 
 
 def _column_maxima(weights: Sequence[Tensor]) -> Tensor:

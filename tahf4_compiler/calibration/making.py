@@ -60,9 +60,10 @@ def make_recipe(
 
     Args:
         calibration: that has seen the model.
-        mask: ``None``; ``"max"`` or ``"percentile"``; ``"layer_search"``: percentile and exponent of least output
-            error on the sample rows, for each activation; ``"network_search"``: one percentile and exponent for each
-            expert, of least error of the network's output on the calls that the calibration kept.
+        mask: ``None``; of the ``"max"`` of |x|, a ``"percentile"`` or its root mean square, ``"rms"``;
+            ``"layer_search"``: one of these with the exponent of least output error on the sample rows, for each
+            activation; ``"network_search"``: one for each expert, of least error of the network's output on the calls
+            that the calibration kept.
         percentile: of |x| for ``mask="percentile"``; by default the calibration's.
         weight_exponent: alpha of :func:`channel_mask`.
         combine: how statistics of step groups and branches give one number a channel: the ``"max"`` or ``"mean"`` of

@@ -14,15 +14,15 @@ from ..errors import CalibrationError
 from ..files.memo import Measured
 from .choices import Choices
 from .entry import make_entry, products
-from .layer import Layer
-from .masks import EXPONENTS, SEARCHED
+from .masks import EXPONENTS
 from .seen import Seen
 from .sensitivity import Network, QuantizedWeight
-from .statistics import Cells
-
-__all__ = ["search_network"]
+__all__ = ["STATISTICS", "search_network"]
 
 log = logging.getLogger(__name__)
+
+STATISTICS = ("rms", "max", "percentile")
+"""Masks that the search tries with the first exponent. The best of them is tried with the others, too."""
 
 
 def search_network(
@@ -30,6 +30,7 @@ def search_network(
 ) -> Choices:
     """Return the choices with the mask of least error of the network's output, everything quantized.
 
+    It is no mask, or one of :data:`STATISTICS` with the first of :data:`EXPONENTS`, or the best of these with another.
     Spans that are to be chosen are chosen afterwards: masks are compared with a level-1 scale for each unit.
 
     Args:
@@ -55,11 +56,6 @@ def search_network(
             )
         )
     activations = [cells for key, cells in sorted(calibration.activations.items()) if key[0] == expert]
-    candidates = [dataclasses.replace(choices, mask=None)]
-    candidates += [
-        dataclasses.replace(choices, mask="percentile", percentile=percent, weight_exponent=alpha)
-        for alpha, percent in _percentiles(calibration, activations, choices).items()
-    ]
     errors: dict[Choices, float] = {}
 
     def measure(candidate: Choices) -> float | None:
@@ -71,25 +67,18 @@ def search_network(
             quantized |= {path: make() for path, make in makers}
         return network.error(quantized)
 
-    for candidate in tqdm(candidates, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0):
-        error = measured.value(f"error of {expert!r} under {candidate}", functools.partial(measure, candidate))
-        if error is not None and math.isfinite(error):
-            errors[candidate] = error
-    chosen = min(errors, key=errors.__getitem__) if errors else choices
-    log.info("%s: mask of percentile %s, weight exponent %s", expert, chosen.percentile, chosen.weight_exponent)
+    def least(candidates: Sequence[Choices]) -> Choices:
+        for candidate in candidates:
+            error = measured.value(f"error of {expert!r} under {candidate}", functools.partial(measure, candidate))
+            if error is not None and math.isfinite(error):
+                errors[candidate] = error
+            bar.update()
+        return min(errors, key=errors.__getitem__, default=choices)
+
+    count, first, others = len(STATISTICS) + len(EXPONENTS), EXPONENTS[0], EXPONENTS[1:]
+    with tqdm(total=count, desc=f"mask search {expert}".strip(), unit="candidate", delay=1.0) as bar:
+        best = least([dataclasses.replace(choices, mask=kind, weight_exponent=first) for kind in STATISTICS])
+        exponents = [dataclasses.replace(best, weight_exponent=exponent) for exponent in others]
+        chosen = least([dataclasses.replace(choices, mask=None), *exponents])
+    log.info("%s: mask %s, weight exponent %s", expert, chosen.mask, chosen.weight_exponent)
     return dataclasses.replace(chosen, span_tolerance=tolerance)
-
-
-def _percentiles(calibration: Seen, activations: Sequence[Cells], choices: Choices) -> dict[float, float]:
-    """Return for each weight exponent the percentile of least error of the layers, which costs no pass of the network.
-
-    Without sample rows there is no such error, and it is the percentile of the choices.
-    """
-    if not all(len(cells.rows()) for cells in activations):
-        return dict.fromkeys(EXPONENTS, choices.percentile)
-    errors = dict.fromkeys(SEARCHED, 0.0)
-    for cells in tqdm(activations, desc="masks of layers", unit="activation", delay=1.0):
-        layer = Layer(cells, calibration.weights(cells.activation.expert, cells.activation.members), choices)
-        for pair in SEARCHED:
-            errors[pair] += layer.error(layer.mask(*pair))
-    return {exponent: percent for percent, exponent in sorted(errors, key=errors.__getitem__, reverse=True)}

@@ -12,8 +12,8 @@ __all__ = ["EXPONENTS", "SEARCHED", "channel_mask", "column_norms"]
 AMAX_FLOOR = 1e-3
 EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Weight exponents that the searches try, besides no mask; smaller ones are dangerous with a rotation."""
-SEARCHED = tuple((percent, alpha) for alpha in EXPONENTS for percent in (99.9, 100.0))
-"""(percentile, weight exponent) that the searches try."""
+SEARCHED = tuple((percent, alpha) for alpha in EXPONENTS for percent in (None, 99.9, 100.0))
+"""(percentile, weight exponent) that a search by layers tries; None stands for the root mean square."""
 
 
 def channel_mask(weight: Tensor, activation_max: Tensor, weight_exponent: float) -> Tensor:
@@ -25,7 +25,7 @@ def channel_mask(weight: Tensor, activation_max: Tensor, weight_exponent: float)
 
     Args:
         weight: float32 ``[K]``, largest magnitude or Euclidean norm of each input channel over all rows.
-        activation_max: float32 ``[K]``, its maximum or a percentile; floored at 1e-3.
+        activation_max: float32 ``[K]``, its maximum, a percentile or its root mean square; floored at 1e-3.
         weight_exponent: alpha, 0 to 1.
 
     Returns:
