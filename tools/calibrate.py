@@ -24,6 +24,7 @@ class MaskKind(StrEnum):
     layer_search = "layer_search"
     percentile = "percentile"
     max = "max"
+    rms = "rms"
     none = "none"
     weights = "weights"
 
@@ -49,7 +50,7 @@ def calibrate(
         typer.Option(help="How channel masks are made. weights: of the weights alone, no prompt is needed or run."),
     ] = MaskKind.network_search,
     percentile: Annotated[float, typer.Option(help="Of |x|, for --mask percentile.")] = 99.9,
-    weight_exponent: Annotated[float, typer.Option(help="Alpha, for --mask percentile, max and weights.")] = 0.5,
+    weight_exponent: Annotated[float, typer.Option(help="Alpha, for --mask percentile, max, rms and weights.")] = 0.5,
     no_rotation: Annotated[bool, typer.Option("--no-rotation", help="Do not rotate.")] = False,
     keep_linears: Annotated[
         int | None, typer.Option(min=0, help="Linears of each expert to keep in high precision, by measured effect.")

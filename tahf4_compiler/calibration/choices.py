@@ -15,9 +15,10 @@ from ..options import scale_span as check_scale_span
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
-__all__ = ["COMBINE", "MASKS", "SEARCHES", "Choices", "check_choices"]
+__all__ = ["COMBINE", "MASKS", "PUBLISHED", "SEARCHES", "Choices", "check_choices"]
 
-MASKS = (None, "max", "percentile", "rms", "layer_search", "network_search")
+PUBLISHED = ("max", "percentile")
+MASKS = (None, *PUBLISHED, "rms", "layer_search", "network_search")
 COMBINE = ("max", "mean", "merged")
 
 
@@ -27,7 +28,7 @@ class Choices:
 
     Attributes:
         column: what stands for a weight's column in the mask: its largest magnitude (``"max"``), as published, or its
-            norm (``"norm"``), which the searches take.
+            norm (``"norm"``), which ``"rms"`` and the searches take.
         low_rank: rank of the branches, in percent of each weight's smaller side; None for none.
         scale_span: units of a row that share a level-1 scale; 0 for all.
         span_tolerance: where not None, each activation has the widest span that costs at most so many dB more than

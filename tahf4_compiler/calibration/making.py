@@ -20,7 +20,7 @@ from ..pipeline.order import provenance
 from ..recipe.entries import CallError, LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from .attention import ATTENTION_TOLERANCE, attention_entries
-from .choices import Choices, check_choices
+from .choices import PUBLISHED, Choices, check_choices
 from .entry import make_entry, products
 from .gaps import unseen, warn_of_range
 from .mask_search import search_network
@@ -119,7 +119,7 @@ def make_recipe(
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
-    column, width = "norm" if mask in ("layer_search", "network_search") else "max", block if rotate else 0
+    column, width = "max" if mask in PUBLISHED else "norm", block if rotate else 0
     tolerance, span = None, 1
     if scale_span == "auto":
         tolerance = SPAN_TOLERANCE if span_tolerance is None else float(span_tolerance)

@@ -106,7 +106,8 @@ class RecipeEntry:
         hadamard_block: width of the rotation, 0 for none.
         seed: of its signs.
         search: how the weights are rounded.
-        percentile: that the mask was made with, None without a mask.
+        percentile: that the mask was made with; None without a mask, and with one of the root mean square or of the
+            weights alone.
         weight_exponent: that the mask was made with.
         mask: float32 ``[K]`` or None.
         second_moment: bfloat16 ``[K]`` or None, for ``search="weighted"``.

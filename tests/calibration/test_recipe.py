@@ -14,8 +14,6 @@ from torch import nn
 import tahf4_compiler as tahf4
 from tahf4_compiler.calibration import layer
 from tahf4_compiler.calibration.calibration import Calibration
-from tahf4_compiler.calibration.choices import Choices
-from tahf4_compiler.calibration.layer import Layer
 from tahf4_compiler.calibration.masks import SEARCHED, channel_mask
 from tahf4_compiler.calibration.sensitivity import Network
 from tahf4_compiler.files.memo import Measured
@@ -131,9 +129,12 @@ def test_the_mask_of_a_recipe_is_of_all_weights_that_read_the_activation():
     maxima = calibration.sketch(names[0]).maxima
     torch.testing.assert_close(entry.mask, channel_mask(weight.abs().amax(0), maxima, 0.7))
     entry = calibration.recipe(mask="layer_search", sensitivity=False).experts[""][names[0]]
-    norms = weight.norm(dim=0)
-    tried = [channel_mask(norms, calibration.sketch(names[0]).percentile(p), alpha) for p, alpha in SEARCHED]
-    assert any(torch.allclose(entry.mask, mask) for mask in tried)
+    norms, sketch = weight.norm(dim=0), calibration.sketch(names[0])
+    size = {100.0: sketch.maxima, 99.9: sketch.percentile(99.9), None: sketch.second_moment().sqrt()}
+    torch.testing.assert_close(entry.mask, channel_mask(norms, size[entry.percentile], entry.weight_exponent))
+    assert (entry.percentile, entry.weight_exponent) in SEARCHED
+    entry = calibration.recipe(mask="rms", weight_exponent=0.7, sensitivity=False).experts[""][names[0]]
+    torch.testing.assert_close(entry.mask, channel_mask(norms, size[None], 0.7))
 
 
 @pytest.mark.parametrize("search", ["", "reconstruct"])
@@ -142,7 +143,7 @@ def test_the_search_takes_the_mask_of_least_error_of_the_network_with_the_weight
 ):
     monkeypatch.setattr(layer, "_column_maxima", layer.column_norms)  # also where a mask is given
     model = outliers()
-    calibration = calibrated(model, rows=0)  # the percentile is that of the choices then
+    calibration = calibrated(model, rows=0)  # the search needs no sample rows
 
     def kept_error(**choices):
         tahf4.apply_recipe(model, calibration.recipe(**choices, scale_search=search, sensitivity=False))
@@ -153,39 +154,28 @@ def test_the_search_takes_the_mask_of_least_error_of_the_network_with_the_weight
         tahf4.apply_recipe(model, None)
         return found
 
-    errors = {alpha: kept_error(mask="percentile", weight_exponent=alpha) for alpha in (0.5, 0.6, 0.7, 0.8, 0.9)}
-    assert kept_error(mask=None) > min(errors.values())
+    def least(masks):
+        errors = {mask: kept_error(mask=mask[0], weight_exponent=mask[1]) for mask in masks}
+        return min(errors, key=errors.__getitem__), min(errors.values())
+
+    (statistic, _), _ = least([(mask, 0.5) for mask in ("rms", "max", "percentile")])
+    (_, exponent), value = least([(statistic, alpha) for alpha in (0.5, 0.6, 0.7, 0.8, 0.9)])
+    assert kept_error(mask=None) > value
+    percentile = {"rms": None, "max": 100.0, "percentile": 99.9}[statistic]
     for entry in calibration.recipe(scale_search=search, sensitivity=False).experts[""].values():
-        assert (entry.percentile, entry.weight_exponent) == (99.9, min(errors, key=errors.__getitem__))
+        assert (entry.percentile, entry.weight_exponent) == (percentile, exponent)
 
 
 def test_a_mask_with_which_the_network_overflows_is_not_chosen(tmp_path, monkeypatch):
     calibration = calibrated(outliers())
-    found = iter([float("nan"), 0.3, float("inf"), 0.2, 0.4, 0.5])
+    found = iter([0.6, float("nan"), float("inf"), 0.3, float("nan"), 0.4, 0.5, 0.7])
     monkeypatch.setattr(Network, "error", lambda self, quantized: next(found))
     (entry, *_) = calibration.recipe(sensitivity=False).experts[""].values()
-    assert entry.mask is not None and next(found, None) is None
+    assert entry.mask is None and next(found, None) is None
     kept = Measured(tmp_path / "measured", lambda: "key")
     assert math.isnan(kept.value("a", lambda: math.nan)) and kept.value("b", lambda: 0.5) == 0.5
     again = Measured(tmp_path / "measured", lambda: "key")
     assert again.value("b", lambda: 1.0) == 0.5, "one that is no number does not cost the others"
-
-
-def test_layers_choose_the_percentile_of_each_weight_exponent(monkeypatch):
-    calibration = calibrated(outliers())
-    tried: list[tuple[float | None, float]] = []
-    value = Measured.value
-
-    def watched(self, name, measure):
-        choices = eval(name.partition(" under ")[2], {"Choices": Choices})
-        tried.append((choices.percentile if choices.mask else None, choices.weight_exponent))
-        return value(self, name, measure)
-
-    monkeypatch.setattr(Measured, "value", watched)
-    monkeypatch.setattr(Layer, "error", lambda self, mask: self.mask(100.0, 0.5).sub(mask).abs().sum())
-    calibration.recipe(sensitivity=False)
-    assert tried[0][0] is None and sorted(tried[1:], key=lambda t: t[1])[0] == (100.0, 0.5)
-    assert [alpha for _, alpha in sorted(tried[1:], key=lambda t: t[1])] == [0.5, 0.6, 0.7, 0.8, 0.9]
 
 
 def test_the_mask_is_the_published_one_of_its_statistics():

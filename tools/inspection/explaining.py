@@ -171,8 +171,8 @@ def _statistics(report: Report, row: Mapping[str, Any]) -> Iterator[str]:
         words = ", ".join("none seen" if db is None else f"{db:.1f}" for db in along)
         yield f"along steps SQNR {words} dB in the {len(along)} parts of the schedule"
     how = [f"shares the activation of {row['activation']}" if row["activation"] != row["module"] else "own activation"]
-    if row.get("percentile") is not None:
-        how.append(f"percentile {row['percentile']:g}, weight exponent {row['weight_exponent']:g}")
+    if row.get("weight_exponent") is not None:
+        how.append(f"mask of the {_statistic(report, row)}, weight exponent {row['weight_exponent']:g}")
     if (mask := row.get("mask")) is not None:
         how.append(f"mask {mask['min']:g} to {mask['max']:g}, {100 * mask['far']:.1f} % of channels 4x off the median")
     how.append(f"rotation of {row['hadamard_block']}" if row.get("hadamard_block") else "no rotation")
@@ -186,6 +186,14 @@ def _statistics(report: Report, row: Mapping[str, Any]) -> Iterator[str]:
             f"activation  |x| up to {seen['max']:g}; percentile {seen['percent']:g} of the largest channel "
             f"{seen['percentile']:g}, of the median channel {seen['median']:g}; {seen['rows']:,} rows"
         )
+
+
+def _statistic(report: Report, row: Mapping[str, Any]) -> str:
+    """Return what the mask of a linear's activation was made with, in words."""
+    if row["percentile"] is not None:
+        return f"percentile {row['percentile']:g}"
+    weights = report.evidence.provenance.get("choices", {}).get("mask") == "weights"
+    return "weights alone" if weights else "root mean square"
 
 
 def _numbers(steps: Sequence[int]) -> str:

@@ -195,7 +195,7 @@ function linearFacts(row) {
     ["reason", row.reason], ["weight", `${row.n} × ${row.k}`], ["bytes", `${bytes(row.bytes_before)} → ${bytes(row.bytes_after)}`],
     ["FLOPs", short(row.flops)], ["kernel", row.kernel], ["SQNR", row.sqnr_db != null ? `${row.sqnr_db.toFixed(1)} dB` : ""],
     ["SQNR along steps", (row.step_sqnr_db || []).length > 1 ? `${row.step_sqnr_db.map((v) => v?.toFixed(1) ?? "none seen").join(", ")} dB` : ""],
-    ["effect", row.effect != null ? row.effect.toExponential(2) : ""], ["percentile", row.percentile],
+    ["effect", row.effect != null ? row.effect.toExponential(2) : ""], ["percentile", row.percentile ?? ""],
     ["weight exponent", row.weight_exponent], ["mask", mask ? `${short(mask.min)} to ${short(mask.max)}, median ${short(mask.median)}; ${(100 * mask.far).toFixed(1)} % of channels 4x off` : ""],
     ["rotation", row.hadamard_block ? `blocks of ${row.hadamard_block}` : ""], ["scale search", row.search],
     ["time", row.milliseconds != null ? `${row.milliseconds} ms${(row.with || []).length ? `, with ${row.with.join(", ")}` : ""}` : ""], ...Object.entries(row.numbers || {}),
