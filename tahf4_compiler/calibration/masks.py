@@ -9,7 +9,8 @@ from torch import Tensor
 
 __all__ = ["EXPONENTS", "SEARCHED", "channel_mask", "column_norms"]
 
-AMAX_FLOOR = 1e-3
+SMALLEST = 1 / 16
+"""A channel counts as at least so large as the median one. It may be small in the calibration alone."""
 EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Weight exponents that the searches try, besides no mask; smaller ones are dangerous with a rotation."""
 SEARCHED = tuple((percent, alpha) for alpha in EXPONENTS for percent in (None, 99.9, 100.0))
@@ -25,14 +26,15 @@ def channel_mask(weight: Tensor, activation_max: Tensor, weight_exponent: float)
 
     Args:
         weight: float32 ``[K]``, largest magnitude or Euclidean norm of each input channel over all rows.
-        activation_max: float32 ``[K]``, its maximum, a percentile or its root mean square; floored at 1e-3.
+        activation_max: float32 ``[K]``, its maximum, a percentile or its root mean square. The median of them stands
+            for one that is 0: nothing is known about it.
         weight_exponent: alpha, 0 to 1.
 
     Returns:
         float32 ``[K]``, positive, with a geometric mean of 1 over the channels that a weight reads. What none reads is
         made as small as the smallest of these: it may be large, and takes the precision of its unit.
     """
-    largest = activation_max.double().clamp(min=AMAX_FLOOR).log()
+    largest = _sizes(activation_max.double()).log()
     log = weight_exponent * weight.double().clamp(min=1e-8).log() - (1 - weight_exponent) * largest
     live = weight > 0
     if not bool(live.any()):
@@ -40,6 +42,12 @@ def channel_mask(weight: Tensor, activation_max: Tensor, weight_exponent: float)
     log = log - log[live].mean()
     unread = (log + largest)[live].min() - largest
     return torch.where(live, log, unread.clamp(min=-60)).exp().to(torch.float32)
+
+
+def _sizes(sizes: Tensor) -> Tensor:
+    seen = sizes > 0
+    typical = sizes[seen].median() if bool(seen.any()) else sizes.new_ones(())
+    return torch.where(seen, sizes.clamp(min=SMALLEST * typical), typical)
 
 
 def column_norms(weights: Sequence[Tensor]) -> Tensor:
