@@ -40,7 +40,7 @@ READ_BY: dict[str, tuple[str | None, ...]] = {
 }
 """Which masks read a choice. The searches try several weight exponents; that by layers tries the percentile 99.9."""
 CHOSEN_BY = {
-    "keep": "keep linears of the model itself, in the recipe and in what is compiled, by tahf4.keep(model, [...])",
+    "keep": "keep linears of the model itself by tahf4.keep(model, [...]), which comes before any recipe",
     "activation_bits": "choose them by recipe(activation_bits=...)",
     "scale_span": "choose it by recipe(scale_span=...)",
     "rounding": "choose it by recipe(rounding=...)",

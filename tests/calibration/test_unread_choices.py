@@ -92,7 +92,7 @@ def test_fixed_masks_have_an_exponent_of_a_half(calibration):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": ["blocks"]}, "option 'keep': leave it out, and keep linears of the model itself, in the recipe"),
+        ({"keep": ["blocks"]}, "option 'keep': leave it out, and keep linears of the model itself by tahf4.keep(model"),
         ({"activation_bits": 8}, "option 'activation_bits': leave it out, and choose them by recipe(activation_bits="),
         ({"activation_bits": {"up": 16, "": 4}}, "by recipe(activation_bits=...)"),
         ({"scale_span": "row"}, "option 'scale_span': leave it out, and choose it by recipe(scale_span=...)"),
