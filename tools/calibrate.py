@@ -49,8 +49,12 @@ def calibrate(
         MaskKind,
         typer.Option(help="How channel masks are made. weights: of the weights alone, no prompt is needed or run."),
     ] = MaskKind.network_search,
-    percentile: Annotated[float, typer.Option(help="Of |x|, for --mask percentile.")] = 99.9,
-    weight_exponent: Annotated[float, typer.Option(help="Alpha, for --mask percentile, max, rms and weights.")] = 0.5,
+    percentile: Annotated[
+        float | None, typer.Option(help="Of |x|, for --mask percentile and network_search; 99.9 by default.")
+    ] = None,
+    weight_exponent: Annotated[
+        float | None, typer.Option(help="Alpha, for --mask percentile, max, rms and weights; 0.5 by default.")
+    ] = None,
     no_rotation: Annotated[bool, typer.Option("--no-rotation", help="Do not rotate.")] = False,
     keep_linears: Annotated[
         int | None, typer.Option(min=0, help="Linears of each expert to keep in high precision, by measured effect.")
@@ -132,7 +136,9 @@ def calibrate(
     from .tiny_wan import settings
 
     if mask is MaskKind.weights:
-        _from_weights(context, model_dir, out, weight_exponent, no_rotation, dtype)
+        _from_weights(
+            context, model_dir, out, 0.5 if weight_exponent is None else weight_exponent, no_rotation, dtype
+        )
         return
     if prompts is None:
         raise CommandError("give --prompts FILE, one prompt a line; --mask weights needs none")

@@ -26,6 +26,7 @@ from ..options import Options
 from ..packed.linear import HiF4Linear
 from ..recipe.recipe import Recipe
 from . import saved
+from .choices import check_options
 from .listening import Listener, observed
 from .making import make_recipe
 from .moments import WIDEST, Moments
@@ -61,13 +62,15 @@ class Calibration(Seen):
         sequence_group: Any = None,
     ) -> None:
         """See :func:`calibrate`."""
+        parsed = Options.parse(options)
+        check_options(parsed)
         super().__init__(
             experts(model),
             percentile=percentile,
             step_groups=step_groups,
             rows=rows,
             moments=moments,
-            options=Options.parse(options),
+            options=parsed,
             checkpoint=Path(checkpoint) if checkpoint is not None else None,
         )
         for expert, module in self.models.items():
@@ -312,7 +315,8 @@ def calibrate(
         moments: channels whose second moments are kept together, a multiple of 64; wider activations are divided. 0
             keeps none: then no weight can be reconstructed.
         checkpoint: file that :meth:`Calibration.run` writes after each prompt, and takes up if it exists.
-        options: of the backend, such as ``{"inductor": False}``.
+        options: of the backend, such as ``{"inductor": False}``. What a recipe decides is an argument of
+            :meth:`Calibration.recipe` instead.
         sequence_group: the process group among whose ranks a model divides its sequence, in equal parts by rank
             (context parallelism); :meth:`Calibration.all_reduce` puts them together.
 
@@ -322,7 +326,7 @@ def calibrate(
     activation: 7.3 GB an expert with 1024.
 
     Raises:
-        OptionError: an argument is of the wrong type or range.
+        OptionError: an argument is of the wrong type or range, or an option is not read.
         CalibrationError: the checkpoint does not fit.
     """
     return Calibration(

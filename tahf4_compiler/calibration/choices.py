@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +10,44 @@ from typing import Any
 
 from ..errors import OptionError
 from ..graph.inputs import SEARCHES
-from ..options import ACTIVATION_BITS, ATTENTION, check_protecting_bits
+from ..options import ACTIVATION_BITS, ATTENTION, Options, check_protecting_bits
 from ..options import rounding as check_rounding
 from ..options import scale_span as check_scale_span
+from ..pipeline.order import build_pipeline
 from ..recipe.budget import check_budget
 from .statistics import check_percentile
 
-__all__ = ["COMBINE", "MASKS", "PUBLISHED", "SEARCHES", "Choices", "check_choices"]
+__all__ = [
+    "COMBINE",
+    "MASKS",
+    "PUBLISHED",
+    "SEARCHES",
+    "Choices",
+    "check_block",
+    "check_choices",
+    "check_exponent",
+    "check_options",
+]
 
 PUBLISHED = ("max", "percentile")
 MASKS = (None, *PUBLISHED, "rms", "layer_search", "network_search")
 COMBINE = ("max", "mean", "merged")
+READ_BY: dict[str, tuple[str | None, ...]] = {
+    "percentile": ("percentile", "network_search"),
+    "weight_exponent": (*PUBLISHED, "rms"),
+    "combine": MASKS[1:],
+    "column": MASKS[1:],
+}
+"""Which masks read a choice. The searches try several weight exponents; that by layers tries the percentile 99.9."""
+CHOSEN_BY = {
+    "keep": "keep linears of the model itself by tahf4.keep(model, [...]), which comes before any recipe",
+    "activation_bits": "choose them by recipe(activation_bits=...)",
+    "scale_span": "choose it by recipe(scale_span=...)",
+    "rounding": "choose it by recipe(rounding=...)",
+    "rotate": "choose the rotation by recipe(block=..., rotate=...)",
+    "scale_search": "choose the search by recipe(scale_search=...)",
+}
+"""What does what options of the backend, and those of passes, do elsewhere, and not in a calibration."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +77,22 @@ class Choices:
     rounding: str = "half_away"
     span_tolerance: float | None = None
 
+    def used(self) -> dict[str, Any]:
+        """Return them by name, with None in place of those that the mask does not read."""
+        made = dataclasses.asdict(self)
+        return made | {name: None for name, masks in READ_BY.items() if self.mask not in masks}
+
 
 def check_choices(
     *,
     mask: Any = None,
     percentile: Any = None,
-    weight_exponent: Any = 0.5,
+    weight_exponent: Any = None,
     combine: Any = "max",
-    block: Any = 64,
+    rotate: Any = True,
+    block: Any = None,
     scale_search: Any = "",
+    sensitivity: Any = True,
     high_precision_steps: Any = (),
     step_activation_bits: Any = None,
     activation_bits: Any = 4,
@@ -73,24 +108,37 @@ def check_choices(
     """Check choices of :func:`make_recipe`, before anything is run.
 
     Raises:
-        OptionError: a choice is unknown or out of range.
+        OptionError: a choice is unknown, out of range, or of no effect beside the others.
     """
-    exponent, steps = weight_exponent, high_precision_steps
+    steps = high_precision_steps
     words = (("mask", mask, MASKS), ("combine", combine, COMBINE), ("scale_search", scale_search, SEARCHES))
     for name, value, allowed in words:
         if value not in allowed:
             raise OptionError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
     if percentile is not None:
         check_percentile(percentile)
-    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not 0 <= exponent <= 1:
-        raise OptionError(f"weight_exponent is {exponent!r}; expected a number from 0 to 1")
+    if weight_exponent is not None:
+        check_exponent(weight_exponent)
+    given = {"percentile": percentile, "weight_exponent": weight_exponent}
+    for name, value in (given | ({"combine": combine} if combine != "max" else {})).items():
+        if value is not None and mask not in READ_BY[name]:
+            readers = ", ".join(map(repr, READ_BY[name]))
+            raise OptionError(
+                f"mask={mask!r} does not read {name}={value!r}; leave {name} out, or choose one of the masks that read "
+                f"it: {readers}"
+            )
+    for name, value in (("rotate", rotate), ("sensitivity", sensitivity)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} is {value!r}; expected True or False")
     number = isinstance(low_rank, int | float) and not isinstance(low_rank, bool)
     if low_rank is not None and not (number and 0 < low_rank < 100):
         raise OptionError(
             f"low_rank is {low_rank!r}; expected a share of the width in percent, above 0 and below 100, or None"
         )
-    if type(block) is not int or block < 0 or block & (block - 1):
-        raise OptionError(f"block is {block!r}; expected a power of two, or 0 for no rotation")
+    if block is not None:
+        check_block(block)
+    if block and not rotate:
+        raise OptionError(f"rotate=False rotates by no block, and block is {block}; leave one of them out")
     if not isinstance(steps, Sequence) or any(type(step) is not int for step in steps):
         raise OptionError(f"high_precision_steps is {steps!r}; expected a list of step indices")
     if scale_span != "auto":
@@ -117,6 +165,21 @@ def check_choices(
         raise OptionError(
             f"activation_bits is {activation_bits!r}; expected 4 (HiF4), 8 (int8) or 16 (not quantized)"
         )
+    if activation_bits != 4 and scale_span != 1:
+        raise OptionError(
+            f"scale_span={scale_span!r} is for activations of 4 bits: with activation_bits={activation_bits} each unit "
+            "has a scale; leave one of them out"
+        )
+    if step_activation_bits is not None and not steps:
+        raise OptionError(
+            f"step_activation_bits={step_activation_bits} is for the steps in high_precision_steps, which names none; "
+            "name some, or leave it out"
+        )
+    if step_activation_bits is not None and step_activation_bits <= activation_bits:
+        raise OptionError(
+            f"step_activation_bits={step_activation_bits} changes nothing where activation_bits={activation_bits} "
+            "gives all activations as many; leave one of them out"
+        )
     if activation_bits != 4 and budget.get("max_8bit_flops") is not None:
         raise OptionError(
             f"activation_bits={activation_bits} gives all activations {activation_bits} bits, and max_8bit_flops a "
@@ -129,3 +192,39 @@ def check_choices(
             f"protect_bits={protect_bits} protects nothing where activation_bits={activation_bits} gives all "
             "activations as many; leave one of them out"
         )
+
+
+def check_exponent(value: Any) -> None:
+    """Raise :class:`OptionError` unless a value is an exponent of a weight in a mask."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise OptionError(f"weight_exponent is {value!r}; expected a number from 0 to 1")
+
+
+def check_block(value: Any) -> None:
+    """Raise :class:`OptionError` unless a value is a width of a block Hadamard."""
+    if type(value) is not int or value < 0 or value & (value - 1):
+        raise OptionError(f"block is {value!r}; expected a power of two, or 0 for no rotation")
+
+
+def check_options(options: Options) -> None:
+    """Check that a calibration reads the options of the backend that it was given, before anything is run.
+
+    Raises:
+        OptionError: it does not read one, or has no pass of that name.
+        PipelineError: something among ``passes`` is no pass.
+    """
+    default = Options()
+    # Four bits is what a recipe gives by itself.
+    asked = dataclasses.replace(options, activation_bits=tuple(b for b in options.activation_bits if b[1] != 4))
+    for name in ("keep", "activation_bits", "scale_span", "rounding"):
+        if getattr(asked, name) != getattr(default, name):
+            raise OptionError(f"a calibration does not read the option {name!r}: leave it out, and {CHOSEN_BY[name]}")
+    whole = dataclasses.replace(options, pipeline="calibration", pass_options=(), disable_passes=())
+    known = [item.name for item in build_pipeline(whole)]
+    named = [(name, f"{name}.{option}") for name, option, _ in options.pass_options]
+    for name, what in [*named, *((name, "disable_passes") for name in options.disable_passes)]:
+        if name not in known:
+            raise OptionError(
+                f"option {what!r}: the pass {name!r} is not part of the calibration's pipeline, which has "
+                f"{', '.join(known)}. Leave it out, and {CHOSEN_BY.get(name, 'give it to what compiles the model')}"
+            )

@@ -24,7 +24,7 @@ from ..pipeline.rules import MIN_FEATURES, dtype_obstacle
 from ..recipe.entries import LinearEntry, RecipeEntry
 from ..recipe.recipe import Recipe
 from ..weights.checksum import checksum
-from .choices import check_choices
+from .choices import check_block, check_exponent
 from .masks import channel_mask, column_norms
 
 __all__ = ["recipe_from_weights"]
@@ -60,7 +60,8 @@ def recipe_from_weights(model: Any, *, weight_exponent: float = 0.5, block: int 
         RecipeError: weights are offloaded, on the meta device or not finite, or the model has no linear in repeated
             blocks.
     """
-    check_choices(weight_exponent=weight_exponent, block=block)
+    check_exponent(weight_exponent)
+    check_block(block)
     models = unwrapped_experts(model)
     found = {}
     for expert, module in models.items():

@@ -38,10 +38,10 @@ def make_recipe(
     *,
     mask: str | None = "network_search",
     percentile: float | None = None,
-    weight_exponent: float = 0.5,
+    weight_exponent: float | None = None,
     combine: str = "max",
     rotate: bool = True,
-    block: int = 64,
+    block: int | None = None,
     scale_search: str = "reconstruct",
     sensitivity: bool = True,
     high_precision_steps: Sequence[int] = (),
@@ -64,28 +64,31 @@ def make_recipe(
             ``"layer_search"``: one of these with the exponent of least output error on the sample rows, for each
             activation; ``"network_search"``: one for each expert, of least error of the network's output on the calls
             that the calibration kept.
-        percentile: of |x| for ``mask="percentile"``; by default the calibration's.
-        weight_exponent: alpha of :func:`channel_mask`.
-        combine: how statistics of step groups and branches give one number a channel: the ``"max"`` or ``"mean"`` of
-            their percentiles, or the percentile of all values ``"merged"``.
+        percentile: of |x| for ``mask="percentile"``, and for the one that ``"network_search"`` tries; by default the
+            calibration's.
+        weight_exponent: alpha of :func:`channel_mask` for ``"max"``, ``"percentile"`` and ``"rms"``; by default .5.
+        combine: how statistics of step groups and branches give one number a channel of a mask: the ``"max"`` or
+            ``"mean"`` of their percentiles, or the percentile of all values ``"merged"``.
         rotate: whether to rotate by a block Hadamard.
-        block: the widest Hadamard block.
+        block: the widest Hadamard block, by default 64.
         scale_search: how weights are rounded: ``""``, ``"squared"``, ``"weighted"`` or ``"reconstruct"``
             (:func:`tahf4_compiler.format.reconstruct.reconstruct`; the recipe then holds the packed weights).
         sensitivity: measure each linear's output error on sample rows, over all and along the denoising steps, its
             effect on the network's output (on at most 16 entries of a batch), and the output's error with everything
             quantized in each kept call. Where attentions in 8 bits are measured, the effect of each of them as well.
         high_precision_steps: denoising steps that run in high precision.
-        step_activation_bits: 8 or 16: these steps keep the weights in HiF4, and their activations have so many bits.
-            None: they run with the original weights, and in a packed model with activations of 16 bits.
+        step_activation_bits: 8 or 16, more than ``activation_bits``: these steps keep the weights in HiF4, and their
+            activations have so many bits. None: they run with the original weights, and in a packed model with
+            activations of 16 bits.
         activation_bits: of all activations: 4 (HiF4), 8 (int8 with a float32 scale for each unit of 64 values) or 16
             (not quantized).
         protect_bits: as for :meth:`Recipe.plan`.
         scale_span: how many units of a row share a level-1 scale, in activations and weights: 1, 2 or 4, or ``"row"``
-            for all. An activation without mask and rotation, or of other than 4 bits, has a scale for each unit; the
-            report of a compilation says so. ``"auto"``: for each activation the widest of them whose error of the
-            linears' output on sample rows is within ``span_tolerance``; the reason of these linears says the errors.
-            Masks are searched before, and branches of low rank added afterwards.
+            for all; other numbers than 1 for ``activation_bits=4``. An activation without mask and rotation, or of
+            other than 4 bits, has a scale for each unit; the report of a compilation says so. ``"auto"``: for each
+            activation the widest of them whose error of the linears' output on sample rows is within
+            ``span_tolerance``; the reason of these linears says the errors. Masks are searched before, and branches of
+            low rank added afterwards.
         span_tolerance: for ``scale_span="auto"``: how many dB the error may be above that of a scale for each unit.
             None: 0.8, and a scale for each unit where products on the device of the weights save no time otherwise. A
             number is for any device.
@@ -106,20 +109,21 @@ def make_recipe(
         The recipe.
 
     Raises:
-        OptionError: a choice is unknown or out of range.
+        OptionError: a choice is unknown, out of range, or of no effect beside the others.
         CalibrationError: nothing was seen, values were not finite, or a search has no sample rows.
     """
     check_choices(
-        mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, block=block,
-        scale_search=scale_search, high_precision_steps=high_precision_steps, step_activation_bits=step_activation_bits,
-        activation_bits=activation_bits, protect_bits=protect_bits, low_rank=low_rank, scale_span=scale_span,
-        span_tolerance=span_tolerance, rounding=rounding, attention=attention,
-        attention_tolerance=attention_tolerance, **budget,
+        mask=mask, percentile=percentile, weight_exponent=weight_exponent, combine=combine, rotate=rotate, block=block,
+        scale_search=scale_search, sensitivity=sensitivity, high_precision_steps=high_precision_steps,
+        step_activation_bits=step_activation_bits, activation_bits=activation_bits, protect_bits=protect_bits,
+        low_rank=low_rank, scale_span=scale_span, span_tolerance=span_tolerance, rounding=rounding,
+        attention=attention, attention_tolerance=attention_tolerance, **budget,
     )  # fmt: skip
     if not calibration.activations:
         raise CalibrationError("the calibration saw no activation; call the model inside its `with` block first")
     percent = calibration.percentile if percentile is None else float(percentile)
-    column, width = "max" if mask in PUBLISHED else "norm", block if rotate else 0
+    exponent = 0.5 if weight_exponent is None else weight_exponent
+    column, width = "max" if mask in PUBLISHED else "norm", (64 if block is None else block) if rotate else 0
     tolerance, span = None, 1
     if scale_span == "auto":
         tolerance = SPAN_TOLERANCE if span_tolerance is None else float(span_tolerance)
@@ -127,7 +131,7 @@ def make_recipe(
         span = check_span(scale_span)
     rounding = rounding or ("least_error" if span == 1 else "half_away")
     form = (scale_search, activation_bits, column, low_rank, span, rounding, tolerance)
-    choices = Choices(mask, percent, weight_exponent, combine, width, *form)
+    choices = Choices(mask, percent, exponent, combine, width, *form)
     measured = calibration.measured()
     network = functools.cache(functools.partial(_network, calibration))
     found: dict[str, dict[str, RecipeEntry]] = {}
@@ -158,8 +162,8 @@ def make_recipe(
         "tahf4": importlib.metadata.version("tahf4-compiler"),
         "torch": torch.__version__,
         "choices": {
-            **dataclasses.asdict(choices),
-            "rotate": rotate,
+            **choices.used(),
+            "rotate": width > 0,
             "sensitivity": sensitivity,
         },
         "passes": provenance(calibration.options),

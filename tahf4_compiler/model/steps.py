@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from ..errors import RecipeError
 from ..torch_private.tensors import hidden_from_dynamo
 
 __all__ = ["StepCounter", "StepPrecision"]
+
+log = logging.getLogger(__name__)
 
 _COUNTER = "_tahf4_counter"
 _METHODS = ("set_timesteps", "set_begin_index", "step")
@@ -26,11 +29,13 @@ class StepCounter:
     Attributes:
         step: index of the step that runs, 0 before the first.
         steps: of the generation; 1 before the first ``set_timesteps``.
+        warned: steps that generations did not have, as a warning said.
     """
 
     def __init__(self) -> None:
         """Stand at the first step; use :meth:`of`."""
         self.step, self.steps = 0, 1
+        self.warned: set[tuple[int, ...]] = set()
 
     @classmethod
     def of(cls, scheduler: Any) -> StepCounter:
@@ -131,6 +136,13 @@ class StepPrecision:
                 "or none was there, so steps cannot be counted. Apply the recipe to the pipeline that runs the model; "
                 "if the model is packed, call tahf4.set_high_precision_steps(pipe)"
             )
+        absent = tuple(i for i in self.steps if not -counter.steps <= i < counter.steps)
+        if absent and counter.steps > 1 and absent not in counter.warned:  # 1: perhaps nothing was generated yet
+            counter.warned.add(absent)  # of all models of a pipeline
+            log.warning(
+                "steps %s were to have more bits, and this generation has %d: they are without effect; expected "
+                "0 to %d, or negative numbers from the end", list(absent), counter.steps, counter.steps - 1,
+            )  # fmt: skip
         return any(counter.step == (i if i >= 0 else counter.steps + i) for i in self.steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepPrecision:

@@ -29,8 +29,9 @@ def set_high_precision_steps(
 
     Args:
         model: a packed pipeline, whose scheduler is counted, or a packed module.
-        steps: their indices, negative ones from the end; an empty list takes them off. None: those that the model has,
-            from its recipe or from the folder that it was loaded from.
+        steps: their indices, negative ones from the end; an empty list takes them off. A generation that does not have
+            one brings a warning. None: those that the model has, from its recipe or from the folder that it was loaded
+            from.
         bits: 8, or 16 (not quantized, the nearest to the original precision). None: what the model has, else 16.
         scheduler: of a bare module.
 

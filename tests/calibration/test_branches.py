@@ -291,7 +291,7 @@ def test_a_graph_that_runs_no_branch_packs_the_whole_weight(model):
 
 def test_a_compiled_model_follows_a_recipe_with_other_branches(model):
     """Without mask and rotation nothing else of the packed weight depends on the recipe."""
-    choices = {**CHOICES, "mask": None, "rotate": False, "scale_search": "squared"}
+    choices = {**CHOICES, "mask": None, "weight_exponent": None, "rotate": False, "scale_search": "squared"}
     first = calibrated(model).recipe(**choices)
     halved = {
         name: dataclasses.replace(entry, low_rank={p: LowRank(a, b / 2) for p, (a, b) in entry.low_rank.items()})

@@ -62,6 +62,19 @@ def test_steps_from_the_end():
     assert found == [True, False, False, False, True]
 
 
+def test_a_warning_names_steps_that_a_generation_does_not_have(caplog):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    experts = [StepPrecision(scheduler, steps) for steps in ((0, 7, -9), (0, 7, -9), (3, -4))]
+    assert experts[0].high() and not caplog.records, "nothing was generated yet"
+    for _ in range(2):
+        scheduler.set_timesteps(4)
+        assert [expert.high() for expert in experts] == [True, True, True]
+    assert [record.getMessage() for record in caplog.records] == [
+        "steps [7, -9] were to have more bits, and this generation has 4: they are without effect; expected 0 to 3, or "
+        "negative numbers from the end"
+    ]
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
 def test_a_counted_scheduler_is_still_one_of_its_class(scheduler):
     scheduler = copy.deepcopy(scheduler)

@@ -151,6 +151,8 @@ def test_a_pipeline_of_another_class(tmp_path):
     ("more", "message"),
     [
         (["--percentile", "0"], "percentile is 0"),
+        (["--percentile", "95", "--mask", "max"], "mask='max' does not read percentile=95.0"),
+        (["--weight-exponent", "0.2"], "mask='network_search' does not read weight_exponent=0.2"),
         (["--activation-bits", "32"], "activation_bits is 32"),
         (["--keep-linears", "2", "--protect-bits", "4"], "protect_bits is 4"),
         (["--step-activation-bits", "4"], "step_activation_bits is 4"),
@@ -206,6 +208,8 @@ def test_masks_of_the_weights_alone_need_no_prompt(tmp_path, prompts):
     assert {e.hadamard_block for entries in recipe.experts.values() for e in entries.values()} == {0}
     assert recipe.provenance["choices"]["weight_exponent"] == 0.25
     tahf4.apply_recipe(pipe, recipe)
+    assert runner.invoke(app, arguments).exit_code == 0
+    assert tahf4.Recipe.load(out).provenance["choices"]["weight_exponent"] == 0.5
 
     result = runner.invoke(app, [*arguments, "--prompts", str(prompts), "--set", "guidance_scale=3"])
     assert result.exit_code == 2
