@@ -57,18 +57,16 @@ def unseen(
     model = calibration.models[expert]
     planned = [d.module for d in plan_modules(model) if d.decision == "hif4"]
     known = {path for entry in entries.values() for path in entry.linears}
-    missing = [path for path in planned if path not in known]
+    weights = dict(linear_weights(model))
+    observed = {id(weights[path]) for path in known if path in weights}  # several linears may share a weight
+    missing = [path for path in planned if path not in known and id(weights[path]) not in observed]
     if not missing:
         return {}
     network = network_of(expert)
     run = network.read() if network is not None else set()
     called = any(expert == name for name, _ in calibration.kept.seen)
-    weights = dict(linear_weights(model))
-    observed = {id(weights[path]) for path in known if path in weights}
 
     def why(path: str) -> str:
-        if id(weights[path]) in observed:
-            return "its weight is another linear's, too, and was observed there"
         if path in run:
             return (
                 "it runs outside of the repeated blocks of the compiled graphs: in a hook, under "

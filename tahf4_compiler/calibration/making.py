@@ -221,7 +221,7 @@ def _weight(calibration: Seen, expert: str, path: str) -> Tensor:
 
 def _network(calibration: Seen, expert: str) -> Network | None:
     calls = calibration.kept.calls.get(expert)
-    return Network(calibration.models[expert], calls) if calls else None
+    return Network(calibration.models[expert], calls, kept=calibration.kept_by_hand(expert)) if calls else None
 
 
 def _with_effects(

@@ -17,6 +17,7 @@ from .entry import make_entry, products
 from .masks import EXPONENTS
 from .seen import Seen
 from .sensitivity import Network, QuantizedWeight
+
 __all__ = ["STATISTICS", "search_network"]
 
 log = logging.getLogger(__name__)

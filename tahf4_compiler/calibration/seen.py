@@ -15,7 +15,9 @@ from ..files.memo import Measured
 from ..files.tensors import digest
 from ..model.linears import linear_weights
 from ..model.parts import whole
+from ..model.reasons import Cause
 from ..options import Options
+from ..packed.plan import plan_modules
 from ..weights.checksum import checksum
 from .calls import KeptCalls
 from .moments import WIDEST
@@ -173,6 +175,10 @@ class Seen:
             for path, weight in linear_weights(module)
         }
 
+    def kept_by_hand(self, expert: str) -> list[str]:
+        """Return the linears that a user keeps in high precision with ``tahf4.keep``, by path."""
+        return [d.module for d in plan_modules(self.models[expert]) if d.cause is Cause.KEPT]
+
     def measured(self) -> Measured:
         """Return where numbers are kept that take long to measure: beside the checkpoint, if there is one.
 
@@ -196,6 +202,7 @@ class Seen:
             },
             "percentile": self.percentile,
             "moments": self.moments,
+            "kept": {expert: self.kept_by_hand(expert) for expert in self.models},
         }
         for i, (_, cells) in enumerate(sorted(self.activations.items())):
             for j, (_, (sketch, sample)) in enumerate(sorted(cells.cells.items())):

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,8 @@ class Network:
     The outputs of a call are all floating-point tensors in what the model returns, but for single numbers: with the
     first alone, a linear that feeds another one would seem to cost nothing. The error of a call is the mean of theirs,
     without those that are zero everywhere: no error is relative to them.
-    The model runs as it is, not compiled, in its own precision. Linears are found where
+    The model runs as it is, not compiled, in its own precision. Each call draws the same random numbers, so dropout in
+    training mode is no error. Linears are found where
     ``torch.nn.functional.linear`` reads their weight: in ``nn.Linear``, ``nn.MultiheadAttention`` and functional calls.
 
     Raises:
@@ -151,6 +152,7 @@ class Network:
         model: nn.Module,
         calls: Sequence[tuple[Sequence[Any], Mapping[str, Any]]],
         run: Callable[..., Any] | None = None,
+        kept: Collection[str] = (),
     ) -> None:
         """Run the calls (arguments and keyword arguments) in the original precision.
 
@@ -158,8 +160,10 @@ class Network:
             model: whose outputs they are.
             calls: of it.
             run: calls the model in another way than not compiled.
+            kept: paths of linears that are never quantized.
         """
         self._model, self._calls, self._run = model, calls, run or functools.partial(_eagerly, model)
+        self._kept = frozenset(kept)
         self._weights: dict[str, list[Tensor]] = {}
         for path, weight in running_weights(model):
             self._weights.setdefault(path, []).append(weight)
@@ -168,7 +172,8 @@ class Network:
         if not all(bool(value.isfinite().all()) for call in self._wanted for value in call):
             raise CalibrationError(
                 f"the output of {type(model).__name__} is NaN or infinite in its original precision on the calls that "
-                "the calibration kept; mend the model first (float16 overflows where bfloat16 does not)"
+                "the calibration kept; calibrate with finite inputs, or mend the model (float16 overflows where "
+                "bfloat16 does not)"
             )
         if not all(any(bool(value.any()) for value in call) for call in self._wanted):
             raise CalibrationError(
@@ -182,7 +187,9 @@ class Network:
 
     def _output(self, call: tuple[Sequence[Any], Mapping[str, Any]]) -> list[Tensor]:
         args, kwargs = call
-        with torch.no_grad():
+        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
             value = self._run(*args, **kwargs)
         if found := list(_floating(value)):
             wide = [tensor for tensor in found if tensor.numel() > 1] or found  # a loss may be anything near zero
@@ -200,11 +207,12 @@ class Network:
         no batch.
         """
         calls = [self._cut(call, want, most) for call, want in zip(self._calls, self._wanted, strict=True)]
-        return self if all(a is b for a, b in zip(calls, self._calls, strict=True)) else Network(self._model, calls)
+        same = all(a is b for a, b in zip(calls, self._calls, strict=True))
+        return self if same else Network(self._model, calls, kept=self._kept)
 
     def run_by(self, run: Callable[..., Any]) -> Network:
         """Return this network, called in another way."""
-        return Network(self._model, self._calls, run)
+        return Network(self._model, self._calls, run, self._kept)
 
     def _cut(
         self, call: tuple[Sequence[Any], Mapping[str, Any]], wanted: list[Tensor], most: int
@@ -253,6 +261,7 @@ class Network:
         products = {
             id(weight): product.part(part_of(weight))
             for path, product in quantized.items()
+            if path not in self._kept
             for weight in self._weights[path]
         }
         with _quantized(products) as used:

@@ -76,13 +76,13 @@ def test_linears_that_were_not_observed_are_named_with_the_cause(options, leaf, 
         assert decision.decision == "hif4" and ("no statistics" in decision.reason) is lacks
 
 
-def test_a_weight_that_was_observed_under_another_name(caplog):
+def test_a_weight_that_was_observed_under_another_name_has_a_recipe(caplog):
     model = nn.Sequential(*(Block(expert=True) for _ in range(2))).eval()
     model[1].expert.weight = model[0].expert.weight
     calls = calibrated(model, torch.randn(128, 64))
-    calls.recipe(mask="max", sensitivity=False)
-    (message,) = messages(caplog)
-    assert "1 of 6 linears" in message and "1.expert (its weight is another linear's, too" in message
+    plan = tahf4.quantize_(model, calls.recipe(mask="max", sensitivity=False))
+    assert messages(caplog) == [] and {decision.cause for decision in plan} == {Cause.RECIPE}
+    torch.testing.assert_close(model[1].expert.multiplier, model[0].expert.multiplier)
 
 
 def test_without_a_kept_call_the_cause_is_not_known(caplog):

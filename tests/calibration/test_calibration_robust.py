@@ -356,17 +356,17 @@ def test_a_recipe_that_was_stopped_takes_up_its_measurements(tmp_path, monkeypat
         return errors(self, quantized)
 
     monkeypatch.setattr(Network, "errors", watched)
-    stop_at = 9  # no mask, 5 masks, then linears one by one
+    stop_at = 11  # 7 masks, no mask, then linears one by one
     with pytest.raises(Stop):
         calibrated().recipe()
     kept = tmp_path / "c.measured"
-    assert len(json.loads(kept.read_text())["values"]) == 8
+    assert len(json.loads(kept.read_text())["values"]) == 10
     stop_at, before = 0, len(counted)
     taken_up = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
     assert [len(paths) for paths in counted[before:]] == [1, 1, 4], "two linears were left, then all together"
     kept.unlink()
     whole = Calibration(model, checkpoint=tmp_path / "c", options=GRAPH).recipe()
-    assert len(counted) == before + 3 + 6 + 4 + 1
+    assert len(counted) == before + 3 + 8 + 4 + 1
     for recipe, name in ((taken_up, "a"), (whole, "b")):
         recipe.save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -179,11 +179,34 @@ def test_a_mask_with_which_the_network_overflows_is_not_chosen(tmp_path, monkeyp
 
 
 def test_the_mask_is_the_published_one_of_its_statistics():
-    weight, activation = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 0.0])
+    weight, activation = torch.tensor([1.0, 4.0]), torch.tensor([2.0, 0.5])
     for alpha in (0.0, 0.3, 1.0):
         found = channel_mask(weight, activation, alpha)
-        wanted = weight**alpha / activation.clamp(min=1e-3) ** (1 - alpha)
+        wanted = weight**alpha / activation ** (1 - alpha)
         assert torch.allclose(found / found[0], wanted / wanted[0])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_channel_that_the_calibration_hardly_saw_may_be_larger_later(size):
+    sizes = size * torch.tensor([3.0, 2.0, 1.0, 0.0, 1e-3, 2.0])
+    wanted = size * torch.tensor([3.0, 2.0, 1.0, 2.0, 2.0 / 16, 2.0])
+    found = channel_mask(torch.ones(6), sizes, 0.5)
+    torch.testing.assert_close(found / found[0], (wanted[0] / wanted).sqrt())
+    assert torch.equal(channel_mask(torch.ones(6), torch.zeros(6), 0.5), torch.ones(6)), "nothing is known"
+
+
+def test_channels_that_live_after_the_calibration_alone_cost_no_more_than_others():
+    torch.manual_seed(0)
+    model = Stack(2, hidden=256).eval()
+    for block in model.blocks:
+        block.norm = nn.Identity()
+    model.first = nn.Identity()
+    with tahf4.calibrate(model, options=QUICK) as calibration:
+        for x in inputs():
+            x[:, :4] = 0
+            model(x)
+    naive = error(model, None, **{"rotate.block": 0})
+    assert error(model, calibration.recipe(sensitivity=False)) < 1.2 * naive
 
 
 def test_what_no_weight_reads_does_not_take_the_precision_of_its_unit():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import Stack, wan
 from tahf4_compiler.tools.cli import app
+from tahf4_compiler.tools.inspection import explaining
 from tahf4_compiler.tools.inspection.explaining import explanations, what_would_change
 from tahf4_compiler.tools.inspection.report import Report
 from tahf4_compiler.tools.inspection.statistics import Evidence
@@ -71,8 +73,18 @@ def test_a_recipes_numbers_are_part_of_the_explanation(folder, tmp_path):
     other, mine = result.output[result.output.index("blocks.0") :].split("\n\n")[:2]
     assert "the recipe has nothing on this linear" in other
     assert "SQNR 17.5 dB of its own output, effect 3.00e-03" in mine
+    assert "mask of the percentile 99.9, weight exponent 0.5" in mine
     assert "high precision" in mine
     assert "recipe.plan(...) with fewer" in mine
+
+
+@pytest.mark.parametrize(
+    ("mask", "percentile", "words"),
+    [("weights", None, "weights alone"), ("rms", None, "root mean square"), ("max", 100.0, "percentile 100")],
+)
+def test_what_a_mask_was_made_with_is_said(mask, percentile, words):
+    report = SimpleNamespace(evidence=Evidence(provenance={"choices": {"mask": mask}}))
+    assert explaining._statistic(report, {"percentile": percentile}) == words
 
 
 def test_what_matches_nothing_or_is_no_pattern_is_an_error(folder):
