@@ -70,7 +70,8 @@ def unseen(
         if path in run:
             return (
                 "it runs outside of the repeated blocks of the compiled graphs: in a hook, under "
-                "torch.compiler.disable, or in another frame that Dynamo skips"
+                "torch.compiler.disable, or in another frame that Dynamo skips; if a router chooses its tokens, set "
+                "torch._dynamo.config.capture_dynamic_output_shape_ops = True before"
             )
         return "no call reached it" if network is not None or not called else "no call was kept that tells why"
 

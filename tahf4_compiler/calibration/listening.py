@@ -58,7 +58,8 @@ class Listener:
             raise CalibrationError(
                 f"a call of {name} was not observed: torch.compile ran it as it is. It may be "
                 "switched off (TORCHDYNAMO_DISABLE), not support this model, or be past its recompile limit, with too "
-                "many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer)"
+                "many shapes in one process (raise torch._dynamo.config.recompile_limit, or calibrate with fewer). If "
+                "routers choose tokens in its forward, set torch._dynamo.config.capture_dynamic_output_shape_ops = True"
             )
 
 

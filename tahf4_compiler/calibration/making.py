@@ -68,7 +68,7 @@ def make_recipe(
             calibration's.
         weight_exponent: alpha of :func:`channel_mask` for ``"max"``, ``"percentile"`` and ``"rms"``; by default .5.
         combine: how statistics of step groups and branches give one number a channel of a mask: the ``"max"`` or
-            ``"mean"`` of their percentiles, or the percentile of all values ``"merged"``.
+            ``"mean"`` of their percentiles or root mean squares, or that of all values ``"merged"``.
         rotate: whether to rotate by a block Hadamard.
         block: the widest Hadamard block, by default 64.
         scale_search: how weights are rounded: ``""``, ``"squared"``, ``"weighted"`` or ``"reconstruct"``
